@@ -1,0 +1,88 @@
+"""none, fp16, bf16: hidden states cast to another float type, no side information.
+
+`none` sends the bytes of the link's own dtype and is lossless. `fp16` and `bf16` round to nearest, ties to even;
+finite values beyond fp16's range saturate at +-65504 (torch's cast would make them infinite), and bf16 saturates
+likewise at its own largest value. NaN and infinities keep their place and decode to themselves.
+
+Payload: the values in row-major order, little-endian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from compressors.base import Compressor, CorruptPayload, LinkInfo, Payload
+from compressors.bitpack import sections_nbytes, split_bytes
+from compressors.options import check_choice
+from compressors.rows import Scratch
+
+__all__ = ["Cast", "Identity", "saturating_cast"]
+
+
+def saturating_cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` in `dtype`, finite values clamped to its range; NaN and infinities stay."""
+    cast, limit = x.to(dtype), torch.finfo(dtype).max
+    if torch.finfo(x.dtype).max <= limit:
+        return cast
+    return torch.where(cast.isinf() & x.isfinite(), cast.clamp(-limit, limit), cast)
+
+
+class Identity(Compressor):
+    """`none`: the raw bytes. A receiver must know the dtype, so it is the link's, or float32 without a link."""
+
+    name = "none"
+    fixed_size = True
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.link.dtype if self.link else torch.float32
+
+    def max_nbytes(self, shape: Sequence[int]) -> int:
+        return sections_nbytes((self._dtype, shape))
+
+    def compress(self, x: torch.Tensor, **side: Any) -> Payload:
+        if x.dtype != self._dtype:
+            raise ValueError(
+                f"compressor 'none' sends {self._dtype} here, got hidden states in {x.dtype}; "
+                "make the codec with a LinkInfo of their dtype"
+            )
+        return Payload(x.detach().contiguous().reshape(-1).view(torch.uint8), tuple(x.shape))
+
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        if payload.meta:
+            raise CorruptPayload(f"{self.name} writes no meta, got {dict(payload.meta)}")
+        (x,) = split_bytes(payload.data, (self._dtype, payload.shape))
+        return saturating_cast(x.to(device, copy=True), dtype)
+
+
+class Cast(Compressor):
+    """`fp16` and `bf16`: every value in 16 bits."""
+
+    fixed_size = True
+    DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+    def __init__(self, *, to: str, link: LinkInfo | None = None) -> None:
+        super().__init__(link=link)
+        self.name = self.to = check_choice("cast", "to", to, self.DTYPES)
+        self._dtype = self.DTYPES[to]
+        self._scratch = Scratch()
+
+    def max_nbytes(self, shape: Sequence[int]) -> int:
+        return sections_nbytes((self._dtype, shape))
+
+    @torch.no_grad()
+    def compress(self, x: torch.Tensor, **side: Any) -> Payload:
+        values = self._scratch.get("data", x.shape, self._dtype, x.device)
+        values.copy_(saturating_cast(x, self._dtype))
+        return Payload(values.view(-1).view(torch.uint8), tuple(x.shape))
+
+    @torch.no_grad()
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        if payload.meta:
+            raise CorruptPayload(f"{self.name} writes no meta, got {dict(payload.meta)}")
+        (values,) = split_bytes(payload.data.to(device), (self._dtype, payload.shape))
+        decoded = saturating_cast(values, dtype)
+        return decoded.clone() if decoded is values else decoded

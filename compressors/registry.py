@@ -1,0 +1,169 @@
+"""Codec names to codecs: built-ins, `package.module:Class` plug-ins, and the spec in a config or on a command line.
+
+A spec is one of
+
+    int4                                                    a name
+    outlier(channels=8, inner=hadamard(int4))               the short form; an argument without a name is `inner`
+    {name: outlier, channels: 8, inner: {name: int4}}       a mapping, as YAML gives it
+    my_package.codecs:Sketch(rank=4)                        a plug-in class, importable on every rank
+
+Values of the short form are YAML scalars or lists. Codec modules are imported when first asked for, so that
+listing names costs nothing. This module knows nothing of links beyond passing `LinkInfo` on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from compressors.base import Compressor, LinkInfo, option_names
+
+__all__ = ["builtin_names", "make_compressor"]
+
+# name -> (module, class, options that the name fixes)
+_BUILTINS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "none": ("cast", "Identity", {}),
+    "fp16": ("cast", "Cast", {"to": "fp16"}),
+    "bf16": ("cast", "Cast", {"to": "bf16"}),
+    "fp8_e4m3": ("fp8", "Fp8", {"variant": "e4m3"}),
+    "fp8_e5m2": ("fp8", "Fp8", {"variant": "e5m2"}),
+    **{f"int{nbits}": ("affine", "IntN", {"nbits": nbits}) for nbits in range(2, 9)},
+    "nf4": ("fourbit", "FourBit", {"table": "nf4"}),
+}
+
+_SHORT_FORM = re.compile(r"\s*(?P<name>[\w.]+(?::\w+)?)\s*(?:\((?P<arguments>.*)\))?\s*", re.DOTALL)
+_NAMED_ARGUMENT = re.compile(r"\s*(?P<key>[A-Za-z_]\w*)\s*=(?P<value>.*)", re.DOTALL)
+
+
+def builtin_names() -> list[str]:
+    """Names of the built-in codecs."""
+    return list(_BUILTINS)
+
+
+def make_compressor(spec: str | Mapping[str, Any] | Compressor, link: LinkInfo | None = None) -> Compressor:
+    """The codec that `spec` describes (see the module docstring), for `link` if one is given.
+
+    A codec object is returned as it is. Raises ValueError for an unknown codec or option, a bad value, or a
+    plug-in that cannot be used; the message names the codec, the option, what was given and what is allowed.
+    """
+    if isinstance(spec, Compressor):
+        return spec
+    name, options = _parse(spec)
+    cls, fixed = _load(name)
+    _check_options(name, cls, options, fixed)
+    return cls(**options | fixed, link=link)
+
+
+def _parse(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(name, options) of a spec in either form."""
+    if isinstance(spec, str):
+        return _parse_short_form(spec)
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"compressor is {spec!r}, expected a name, its short form or a mapping with `name`")
+    options = {str(key): value for key, value in spec.items()}
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"compressor is {dict(spec)!r}, expected a mapping with `name: <codec>`")
+    return name, options
+
+
+def _parse_short_form(text: str) -> tuple[str, dict[str, Any]]:
+    match = _SHORT_FORM.fullmatch(text)
+    if not match:
+        raise ValueError(f"compressor {text!r} is not of the form name or name(option=value, ...)")
+    options: dict[str, Any] = {}
+    for argument in _split_arguments(match["arguments"] or "", text):
+        named = _NAMED_ARGUMENT.fullmatch(argument)
+        key, value = (named["key"], named["value"]) if named else ("inner", argument)
+        if key in options:
+            raise ValueError(f"compressor {text!r}: option {key} is given twice")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise ValueError(f"compressor {text!r}: {key}={value.strip()!r} is not a YAML value") from e
+    return match["name"], options
+
+
+def _split_arguments(arguments: str, text: str) -> list[str]:
+    """Cut at the commas that stand outside all brackets."""
+    parts, depth, start = [], 0, 0
+    for i, character in enumerate(arguments):
+        depth += (character in "([") - (character in ")]")
+        if depth < 0:
+            break
+        if character == "," and depth == 0:
+            parts.append(arguments[start:i])
+            start = i + 1
+    if depth != 0:
+        raise ValueError(f"compressor {text!r}: brackets do not match")
+    parts.append(arguments[start:])
+    if parts == [""] or parts[-1].strip() == "" and len(parts) == 1:
+        return []
+    if not all(part.strip() for part in parts):
+        raise ValueError(f"compressor {text!r}: an argument is empty")
+    return parts
+
+
+def _load(name: str) -> tuple[type[Compressor], dict[str, Any]]:
+    """The class of a codec and the options that its name fixes."""
+    if name in _BUILTINS:
+        module, class_name, fixed = _BUILTINS[name]
+        return getattr(importlib.import_module(f"compressors.{module}"), class_name), fixed
+    if ":" in name:
+        return _load_plugin(name), {}
+    close = difflib.get_close_matches(name, _BUILTINS, n=3)
+    raise ValueError(
+        f"unknown compressor {name!r}{_did_you_mean(close)}; built-in: {', '.join(_BUILTINS)}; "
+        "a class of your own is written package.module:Class"
+    )
+
+
+def _load_plugin(name: str) -> type[Compressor]:
+    module_name, _, class_name = name.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except ImportError as e:
+        raise ValueError(f"compressor {name!r}: cannot import module {module_name!r}: {e}") from e
+    except AttributeError as e:
+        raise ValueError(f"compressor {name!r}: module {module_name!r} has no {class_name!r}") from e
+    if not (isinstance(cls, type) and issubclass(cls, Compressor)):
+        raise ValueError(f"compressor {name!r}: {class_name} is not a subclass of compressors.Compressor")
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise ValueError(f"compressor {name!r}: {class_name} does not define {missing}")
+    if not isinstance(getattr(cls, "name", None), str):
+        raise ValueError(f"compressor {name!r}: {class_name} has no class attribute `name`")
+    if "link" not in inspect.signature(cls).parameters:
+        raise ValueError(
+            f"compressor {name!r}: {class_name}.__init__ must take link=None and hand it to super().__init__"
+        )
+    return cls
+
+
+def _check_options(name: str, cls: type[Compressor], options: dict[str, Any], fixed: dict[str, Any]) -> None:
+    """Raise ValueError for an option that the codec does not take, lacks, or fixes by its name."""
+    allowed = option_names(cls)
+    own = [option for option in allowed if option not in fixed]
+    for option, value in options.items():
+        if option not in allowed:
+            close = difflib.get_close_matches(option, own, n=1)
+            raise ValueError(
+                f"compressor {name!r} has no option {option!r} (got {value!r}){_did_you_mean(close)}; "
+                f"allowed: {', '.join(own) or 'none'}"
+            )
+        if option in fixed and value != fixed[option]:
+            raise ValueError(f"compressor {name!r}: {option} is {value!r}, but the name fixes {fixed[option]!r}")
+    parameters = inspect.signature(cls).parameters
+    for option in own:
+        if option not in options and parameters[option].default is inspect.Parameter.empty:
+            raise ValueError(f"compressor {name!r} needs option {option!r}; its options: {', '.join(own)}")
+
+
+def _did_you_mean(close: list[str]) -> str:
+    return f", did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -1,0 +1,105 @@
+"""RowCodec: the frame of every codec that encodes tokens one by one, with a size that follows from the shape.
+
+It turns hidden states [B, T, H] into float32 rows [N, H], N = B * T, and hands a subclass typed views of one byte
+buffer to fill or to read; lengths, scratch memory, dtypes and devices are settled here. On the CPU `encode_cpu`
+and `decode_cpu` run (compiled loops where a codec has them), elsewhere `encode` and `decode` (torch operations
+without host synchronisation); both write the same bytes and the same floats, which the tests hold.
+
+Rules that all row codecs share:
+
+* A NaN or an infinity makes every value that shares its scale (a token, or a block of it) decode to NaN: a fault
+  upstream stays visible and does not spread to other tokens. Codecs without a scale keep it in place.
+* Finite input decodes to finite output: what rounding pushes beyond the largest float of the target dtype is
+  clamped to it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from compressors.base import Compressor, CorruptPayload, LinkInfo, Payload
+from compressors.bitpack import Section, sections_nbytes, split_bytes
+
+__all__ = ["RowCodec", "Scratch"]
+
+
+class Scratch:
+    """Named buffers that grow and are reused from call to call; fresh memory costs page faults on a CPU."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+
+    def get(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """An uninitialised tensor of `shape`, valid until the next call with the same name."""
+        key, numel = (name, dtype, torch.device(device)), math.prod(shape)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < numel:
+            buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+        return buffer[:numel].view(*shape)
+
+
+class RowCodec(Compressor):
+    """A subclass says which `sections` its bytes have and how to `encode` and `decode` rows."""
+
+    fixed_size = True
+
+    def __init__(self, *, link: LinkInfo | None = None) -> None:
+        super().__init__(link=link)
+        self._scratch = Scratch()
+
+    def row_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(N, H) of hidden states of `shape` [..., H]: N rows that are encoded independently."""
+        return math.prod(shape[:-1]), int(shape[-1])
+
+    @abstractmethod
+    def sections(self, num_rows: int, width: int) -> list[Section]:
+        """(dtype, shape) of the parts of the payload in their order, by falling element size."""
+
+    @abstractmethod
+    def encode(self, rows: torch.Tensor, *sections: torch.Tensor) -> None:
+        """Fill `sections` from float32 `rows` [N, H]; torch operations, any device. `rows` may be the input."""
+
+    @abstractmethod
+    def decode(self, rows: torch.Tensor, limit: float, *sections: torch.Tensor) -> None:
+        """Fill float32 `rows` [N, H] from `sections`, clamped to +-`limit` (NaN stays NaN)."""
+
+    def encode_cpu(self, rows: torch.Tensor, *sections: torch.Tensor) -> None:
+        """`encode` for the CPU, the same bytes."""
+        self.encode(rows, *sections)
+
+    def decode_cpu(self, rows: torch.Tensor, limit: float, *sections: torch.Tensor) -> None:
+        """`decode` for the CPU, the same floats."""
+        self.decode(rows, limit, *sections)
+
+    def max_nbytes(self, shape: Sequence[int]) -> int:
+        return sections_nbytes(*self.sections(*self.row_shape(shape)))
+
+    @torch.no_grad()
+    def compress(self, x: torch.Tensor, **side: Any) -> Payload:
+        shape = self.row_shape(x.shape)
+        rows = x.detach().reshape(shape)
+        if rows.dtype != torch.float32 or not rows.is_contiguous():
+            rows = self._scratch.get("rows", shape, torch.float32, x.device).copy_(rows)
+        data = self._scratch.get("data", (self.max_nbytes(x.shape),), torch.uint8, x.device)
+        encode = self.encode_cpu if x.device.type == "cpu" else self.encode
+        encode(rows, *split_bytes(data, *self.sections(*shape)))
+        return Payload(data, tuple(x.shape))
+
+    @torch.no_grad()
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        if payload.meta:
+            raise CorruptPayload(f"{self.name} writes no meta, got {dict(payload.meta)}")
+        shape = self.row_shape(payload.shape)
+        sections = split_bytes(payload.data.to(device), *self.sections(*shape))
+        if dtype == torch.float32:
+            rows = torch.empty(shape, dtype=dtype, device=device)
+        else:
+            rows = self._scratch.get("decoded", shape, torch.float32, device)
+        decode = self.decode_cpu if torch.device(device).type == "cpu" else self.decode
+        decode(rows, torch.finfo(dtype).max, *sections)
+        return rows.to(dtype).view(payload.shape)
