@@ -1,0 +1,1 @@
+"""Thinwire's runner: one causal LM over several ranks, hidden states crossing as packed frames."""
