@@ -1,0 +1,95 @@
+"""One stage: token ids or hidden states in, hidden states out; on the last stage, losses of the scored positions.
+
+Sits between the loaded modules (`hf_model.py`) and the runner. Whether gradients are recorded is the runner's
+choice. Caches and generation are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeline.hf_model import StageModel
+from pipeline.plan import StagePlan
+from pipeline.windows import MicroBatch
+
+__all__ = ["Scores", "Stage", "TokenWindows"]
+
+# Logits of one chunk of scored positions take at most this many bytes (or one position's, if that is more).
+MAX_LOGITS_NBYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per scored token, in text order: `loss` float32 [n] in nats and `top1` int32 [n], the likeliest token id."""
+
+    loss: torch.Tensor
+    top1: torch.Tensor
+
+
+class TokenWindows:
+    """The text's ids, cut into micro-batches: what goes in and what is scored.
+
+    Args:
+        ids: int64 [num_tokens] on the CPU.
+        microbatches: from `windows.make_microbatches`.
+        bos_id: the token in front of windows that ask for one.
+    """
+
+    def __init__(self, ids: torch.Tensor, microbatches: Sequence[MicroBatch], bos_id: int | None) -> None:
+        self.microbatches = microbatches
+        self._ids = ids
+        self._bos = torch.tensor([] if bos_id is None else [bos_id], dtype=ids.dtype)
+
+    def input_ids(self, microbatch_index: int) -> torch.Tensor:
+        """int64 [B, T]."""
+        windows = self.microbatches[microbatch_index].windows
+        rows = [self._ids[w.start : w.end] for w in windows]
+        return torch.stack([torch.cat([self._bos, row]) if w.prepend_bos else row for w, row in zip(windows, rows)])
+
+    def scored(self, microbatch_index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(row, column, target), int64 [n] each: the logits at [row, column] predict `target`."""
+        microbatch = self.microbatches[microbatch_index]
+        rows, columns, targets = [], [], []
+        for row, window in enumerate(microbatch.windows):
+            n = window.num_scored
+            last_input = window.num_inputs - 1
+            rows.append(torch.full((n,), row))
+            columns.append(torch.arange(last_input - n, last_input))
+            targets.append(self._ids[window.end - n : window.end])
+        return torch.cat(rows), torch.cat(columns), torch.cat(targets)
+
+
+class Stage:
+    """A loaded stage on its device."""
+
+    def __init__(self, plan: StagePlan, model: StageModel, device: torch.device, vocab_size: int) -> None:
+        self.plan = plan
+        self._chunk = max(1, MAX_LOGITS_NBYTES // (4 * vocab_size))
+        self.device = device
+        self._decoder: nn.Module = model.decoder
+        self._head = model.head
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Token ids int64 [B, T] (first stage) or hidden states [B, T, H] to hidden states [B, T, H]."""
+        name = "input_ids" if self.plan.is_first else "inputs_embeds"
+        return self._decoder(**{name: inputs.to(self.device)}, use_cache=False).last_hidden_state
+
+    def score(
+        self, hidden_states: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor
+    ) -> Scores:
+        """Losses at the scored positions of the last stage's output [B, T, H].
+
+        Only these positions pass the head, in chunks; logits and losses are float32. The result is on the CPU.
+        """
+        selected = hidden_states[rows.to(self.device), columns.to(self.device)]
+        targets = targets.to(self.device)
+        losses, top1 = [torch.empty(0)], [torch.empty(0, dtype=torch.int32)]
+        for part, target in zip(selected.split(self._chunk), targets.split(self._chunk)):
+            logits = self._head(part).float()
+            losses.append(nn.functional.cross_entropy(logits, target, reduction="none").cpu())
+            top1.append(logits.argmax(-1).to(torch.int32).cpu())
+        return Scores(torch.cat(losses), torch.cat(top1))
