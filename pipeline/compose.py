@@ -1,0 +1,205 @@
+"""Configuration -> the parts of a run: plan, codecs, stages, links.
+
+Each function builds one part from config and plan, so that what the ranks must agree on is derived in one place.
+Running the parts is `evaluation.py`'s business.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from compressors import Compressor, LinkInfo, make_compressor
+from pipeline.config import ConfigError, RunConfig
+from pipeline.distributed import World, choose_device
+from pipeline.hf_model import TORCH_DTYPES
+from pipeline.link import FrameReceiver, FrameSender
+from pipeline.mailbox import FrameSpec, Loopback, PeerInbox, PeerOutbox, SizeRule
+from pipeline.plan import Plan, default_plan, explicit_plan
+from pipeline.windows import MicroBatch
+
+__all__ = ["LinkEnds", "check_model_limits", "choose_threads", "make_codecs", "make_links", "make_plan", "stage_devices"]
+
+SEND_DEPTH = 2  # frames of a link that may be on their way while the next one is made
+SIDE_INPUTS = ("token_ids",)
+
+
+def make_plan(config: RunConfig, num_layers: int) -> Plan:
+    """The plan that `partition` asks for."""
+    partition = config.partition
+    layers = [node.layers for node in partition.nodes if node.layers is not None]
+    if layers:
+        return explicit_plan(num_layers, layers)
+    return default_plan(num_layers, partition.num_nodes, wrap=partition.wrap)
+
+
+def check_world_size(config: RunConfig, world: World) -> None:
+    """Raise ConfigError unless there is one process per node, or one for all."""
+    num_nodes = config.partition.num_nodes
+    if world.world_size not in (1, num_nodes):
+        raise ConfigError(
+            f"partition.num_nodes is {num_nodes}, but torchrun started {world.world_size} processes: use "
+            f"--nproc_per_node={num_nodes} (one process per node, counted over all machines), "
+            f"--nproc_per_node=1, or --set partition.num_nodes={world.world_size}"
+        )
+
+
+def check_model_limits(config: RunConfig, model_config: Any, bos_id: int | None) -> None:
+    """Raise ConfigError where the windows do not fit the model."""
+    longest = getattr(model_config, "max_position_embeddings", None)
+    if longest is not None and config.dataset.max_length > longest:
+        raise ConfigError(
+            f"dataset.max_length is {config.dataset.max_length}, the model has positions for {longest} tokens"
+        )
+    if config.dataset.bos == "window" and bos_id is None:
+        raise ConfigError("dataset.bos is window, but the model's tokenizer has no BOS token")
+
+
+def choose_threads(setting: int, world: World) -> int:
+    """Threads per rank: the setting, or the cores divided among the ranks of this machine."""
+    return setting or max(1, available_cores() // world.local_world_size)
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def rank_of(node: int, world: World) -> int:
+    """The rank that plays a node; one process plays all of them."""
+    return 0 if world.world_size == 1 else node
+
+
+def stage_devices(config: RunConfig, plan: Plan, world: World) -> dict[int, torch.device]:
+    """Device of each stage that this rank holds, by stage index."""
+    devices = {}
+    for stage in plan.stages:
+        if rank_of(stage.node, world) == world.rank:
+            own = config.partition.nodes[stage.node].device if config.partition.nodes else None
+            devices[stage.stage_index] = choose_device(own or config.runtime.device, world)
+    return devices
+
+
+def make_codecs(
+    config: RunConfig, plan: Plan, *, hidden_size: int, max_tokens: int
+) -> list[Compressor]:
+    """One new codec object per link, in link order. Raises ConfigError or ValueError for what cannot be made."""
+    names = [link.name for link in plan.links]
+    unknown = sorted(config.compressor_per_link.keys() - set(names))
+    if unknown:
+        raise ConfigError(f"compressor_per_link has {unknown[0]!r}; this plan's links are: {', '.join(names) or 'none'}")
+    codecs = []
+    for name in names:
+        info = LinkInfo(
+            name=name, hidden_size=hidden_size, max_tokens=max_tokens, dtype=TORCH_DTYPES[config.model.dtype]
+        )
+        codec = make_compressor(config.compressor_per_link.get(name, config.compressor), info)
+        missing = sorted(set(codec.needs) - set(SIDE_INPUTS))
+        if missing:
+            raise ConfigError(f"codec {codec.name} needs {', '.join(missing)}, which no stage computes")
+        codecs.append(codec)
+    return codecs
+
+
+@dataclass(frozen=True)
+class LinkEnds:
+    """This rank's ends of all links, by link index; the link behind the last stage carries losses."""
+
+    senders: Mapping[int, FrameSender]
+    receivers: Mapping[int, FrameReceiver]
+
+
+def make_links(
+    plan: Plan,
+    codecs: Sequence[Compressor],
+    microbatches: Sequence[MicroBatch],
+    world: World,
+    *,
+    hidden_size: int,
+    dtype: torch.dtype,
+    devices: Mapping[int, torch.device],
+    backend: str,
+    receives_ahead: int,
+    first_microbatch: int,
+    groups: Mapping[int, dist.ProcessGroup],
+) -> LinkEnds:
+    """Open this rank's link ends and post their receives.
+
+    `groups` has one NCCL group per link where the backend is nccl. Losses always travel over Gloo.
+    """
+    specs = _frame_specs(plan, codecs, microbatches, hidden_size, dtype)
+    hops = [(link.src_node, link.dst_node) for link in plan.links]
+    if plan.last_node != 0:
+        hops.append((plan.last_node, 0))
+    senders: dict[int, FrameSender] = {}
+    receivers: dict[int, FrameReceiver] = {}
+    for index, (src_node, dst_node) in enumerate(hops):
+        src, dst, spec = rank_of(src_node, world), rank_of(dst_node, world), specs[index]
+        if src == dst == world.rank:
+            loopback = Loopback(spec)
+            senders[index], receivers[index] = FrameSender(spec, loopback), FrameReceiver(spec, loopback)
+            continue
+        on_gpu = backend == "nccl" and index < len(plan.links)
+        if not on_gpu:
+            size_rule = SizeRule.SHORTER_ALLOWED
+        else:
+            size_rule = SizeRule.EXACT if codecs[index].fixed_size else SizeRule.HEADER_FIRST
+        common: dict[str, Any] = {"tag": index, "group": groups.get(index) if on_gpu else None, "size_rule": size_rule}
+        if src == world.rank:
+            outbox = PeerOutbox(
+                spec, peer=dst, depth=SEND_DEPTH, **common, **_buffer_place(devices.get(index), on_gpu)
+            )
+            senders[index] = FrameSender(spec, outbox)
+        if dst == world.rank:
+            inbox = PeerInbox(
+                spec,
+                peer=src,
+                depth=receives_ahead,
+                first_microbatch=first_microbatch,
+                **common,
+                **_buffer_place(devices.get(index + 1), on_gpu),
+            )
+            receivers[index] = FrameReceiver(spec, inbox)
+    return LinkEnds(senders, receivers)
+
+
+def _frame_specs(
+    plan: Plan, codecs: Sequence[Compressor], microbatches: Sequence[MicroBatch], hidden_size: int, dtype: torch.dtype
+) -> list[FrameSpec]:
+    """What both ends know of each link's frames; the last spec is that of the losses."""
+    shapes = [(*m.shape, hidden_size) for m in microbatches]
+    specs = [
+        FrameSpec(
+            name=link.name,
+            stage_index=link.index,
+            num_trail=link.index,
+            codec_id=codec.codec_id(),
+            dtype=dtype,
+            shapes=shapes,
+            max_nbytes=[codec.max_nbytes(shape) for shape in shapes],
+        )
+        for link, codec in zip(plan.links, codecs)
+    ]
+    num_links = len(plan.links)
+    result = FrameSpec(
+        name=f"result:node{plan.last_node}->node0",
+        stage_index=num_links,
+        num_trail=num_links,
+        codec_id=0,
+        dtype=torch.float32,
+        shapes=[(1, m.num_scored, 2) for m in microbatches],
+        max_nbytes=[8 * m.num_scored for m in microbatches],
+    )
+    return [*specs, result]
+
+
+def _buffer_place(stage_device: torch.device | None, on_gpu: bool) -> dict[str, Any]:
+    """Where a link's buffers lie: on the GPU for NCCL, else in host memory, pinned for a GPU stage."""
+    is_cuda = stage_device is not None and stage_device.type == "cuda"
+    if on_gpu:
+        return {"device": stage_device, "pin_memory": False}
+    return {"device": torch.device("cpu"), "pin_memory": is_cuda}

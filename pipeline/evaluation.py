@@ -1,0 +1,303 @@
+"""One evaluation on a deployed model: windows -> micro-batches -> runner -> sums -> record.
+
+Every rank calls `evaluate`; rank 0 keeps journal, progress and record.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from compressors import Compressor
+from pipeline import metrics
+from pipeline.compose import LinkEnds, make_codecs, make_links
+from pipeline.config import RunConfig
+from pipeline.deployment import Deployment
+from pipeline.hf_model import TORCH_DTYPES
+from pipeline.journal import FinishedMicroBatch, Journal
+from pipeline.progress import Progress
+from pipeline.record import digest_of, make_run_id, software_versions, write_record
+from pipeline.runner import Runner
+from pipeline.schedule import dry_run, make_schedule
+from pipeline.stage import Scores, TokenWindows
+from pipeline.tracking import Tracker
+from pipeline.windows import make_microbatches, make_windows
+from pipeline.wire import header_nbytes
+
+__all__ = ["Evaluation"]
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluation:
+    """One config on one deployment, on one rank.
+
+    The constructor derives what all ranks must derive alike: micro-batches, codecs, schedule and the digest by which
+    a resumed run recognises itself.
+    """
+
+    def __init__(self, config: RunConfig, deployment: Deployment) -> None:
+        self.config, self.deployment = config, deployment
+        self.plan, self.control = deployment.plan, deployment.control
+        self.hidden_size = deployment.model_config.hidden_size
+        text, dataset = deployment.text, config.dataset
+        self.windows = make_windows(
+            text.ids.numel(),
+            dataset.max_length,
+            dataset.stride,
+            window_bos=dataset.bos == "window",
+            text_has_bos=text.bos_id is not None and text.ids[0].item() == text.bos_id,
+        )
+        self.microbatches = make_microbatches(self.windows, config.batch_size)
+        self.encoders, self.decoders = self._make_codecs(), self._make_codecs()
+        self.in_flight = config.runtime.in_flight or self.plan.num_nodes + 2
+        self.digest = digest_of(
+            {
+                **config.numerics(),
+                "compressor": [codec.format_config() for codec in self.encoders],
+                "compressor_per_link": None,
+                "checkpoint": deployment.checkpoint_digest,
+                "ids": text.ids_sha256,
+            }
+        )
+
+    def run(self, *, resume: bool = False) -> Path | None:
+        """Run to the end and write the record; returns its path on rank 0, None elsewhere.
+
+        With `resume`, micro-batches that an interrupted run's journal holds are taken over and the others are run.
+        """
+        control = self.control
+        head = _Head(self, resume) if control.world.rank == 0 else None
+        first = control.gather(len(head.journal.finished) if head else None)[0]
+        runner, links = self._make_runner(head, first)
+        control.barrier()
+        if head:
+            head.begin()
+        runner.run()
+        control.where = "collecting results"
+        reports = control.gather(self._rank_report(runner, links))
+        return head.finish(reports, first) if head else None
+
+    def _make_codecs(self) -> list[Compressor]:
+        max_tokens = max(m.num_tokens for m in self.microbatches)
+        return make_codecs(self.config, self.plan, hidden_size=self.hidden_size, max_tokens=max_tokens)
+
+    def _make_runner(self, head: _Head | None, first: int) -> tuple[Runner, LinkEnds]:
+        runtime, world = self.config.runtime, self.control.world
+        dtype = TORCH_DTYPES[self.config.model.dtype]
+        schedule = make_schedule(
+            self.plan,
+            len(self.microbatches),
+            world_size=world.world_size,
+            in_flight=self.in_flight,
+            first_microbatch=first,
+        )
+        dry_run(schedule, receives_ahead=runtime.receives_ahead)
+        links = make_links(
+            self.plan,
+            self.encoders,
+            self.microbatches,
+            world,
+            hidden_size=self.hidden_size,
+            dtype=dtype,
+            devices=self.deployment.devices,
+            backend=self.deployment.backend,
+            receives_ahead=runtime.receives_ahead,
+            first_microbatch=first,
+            groups=self.deployment.groups,
+        )
+        text = self.deployment.text
+        runner = Runner(
+            stages=self.deployment.stages,
+            actions=schedule[world.rank],
+            tokens=TokenWindows(text.ids, self.microbatches, text.bos_id),
+            encoders=dict(enumerate(self.encoders)),
+            decoders=dict(enumerate(self.decoders)),
+            senders=links.senders,
+            receivers=links.receivers,
+            dtype=dtype,
+            on_start=head.journal.start if head else _only_on_rank_0,
+            on_result=head.take if head else _only_on_rank_0,
+            report=self._report,
+        )
+        return runner, links
+
+    def _report(self, where: str) -> None:
+        self.control.where = where
+
+    def _rank_report(self, runner: Runner, links: LinkEnds) -> dict[str, Any]:
+        """What this rank tells rank 0 at the end, as JSON."""
+        devices = self.deployment.devices
+        gpu = next((device for device in devices.values() if device.type == "cuda"), None)
+        return {
+            "rank": self.control.world.rank,
+            "host": self.control.host,
+            "threads": self.deployment.threads,
+            "peak_rss_bytes": metrics.peak_rss_bytes(),
+            "peak_cuda_bytes": torch.cuda.max_memory_allocated(gpu) if gpu else None,
+            "stages": {
+                str(index): {"device": str(devices[index]), **times.as_dict()} for index, times in runner.times.items()
+            },
+            "sent": {sender.spec.name: sender.traffic.as_dict() for sender in links.senders.values()},
+        }
+
+
+class _Head:
+    """Rank 0's part: journal, progress, record."""
+
+    def __init__(self, evaluation: Evaluation, resume: bool) -> None:
+        self._evaluation = evaluation
+        config, deployment = evaluation.config, evaluation.deployment
+        folder = Path(config.exp_dir)
+        if not resume and Journal.exists(folder, evaluation.digest):
+            logger.warning("an unfinished run with this config is discarded; --resume would have continued it")
+        self.journal = Journal.open(folder, evaluation.digest, resume=resume)
+        if resume:
+            done, total = len(self.journal.finished), len(evaluation.microbatches)
+            logger.warning("resuming: %d of %d micro-batches were finished before", done, total)
+        codec_names = sorted({codec.name for codec in evaluation.encoders}) or ["unsplit"]
+        self.run_id = make_run_id(Path(config.model.name).stem, "+".join(codec_names), evaluation.digest[:8])
+        self._tracker = Tracker(config.wandb, run_id=self.run_id, config=config.as_dict(), folder=folder)
+        self._folder = folder
+        self._source = deployment.text
+
+    def begin(self) -> None:
+        """The run proper begins: show progress, and start the clock."""
+        evaluation = self._evaluation
+        self._progress = Progress(
+            num_tokens=sum(m.num_tokens for m in evaluation.microbatches),
+            num_links=len(evaluation.plan.links),
+            tracker=self._tracker,
+        )
+        for microbatch, done in zip(evaluation.microbatches, self.journal.finished):
+            self._progress.add(
+                num_tokens=microbatch.num_tokens, loss=done.loss, payload_bytes=done.payload_bytes, fresh=False
+            )
+        self.journal.restart_clock()
+
+    def take(self, microbatch_index: int, scores: Scores, payload_bytes: tuple[int, ...]) -> None:
+        """One micro-batch is finished (`runner.OnResult`)."""
+        loss, top1 = scores.loss.numpy(), scores.top1.numpy()
+        self.journal.finish(FinishedMicroBatch(payload_bytes, loss, top1))
+        microbatch = self._evaluation.microbatches[microbatch_index]
+        self._progress.add(num_tokens=microbatch.num_tokens, loss=loss, payload_bytes=payload_bytes)
+
+    def finish(self, reports: Sequence[dict[str, Any]], first: int) -> Path:
+        """Write the record; `first` is the micro-batch with which this session began."""
+        time_run_s = self.journal.elapsed_s
+        self._progress.close()
+        self._check_traffic(reports, first)
+        record = self._record(reports, time_run_s, first)
+        path = write_record(self._folder, record, self._per_token())
+        self.journal.remove()
+        self._tracker.finish(record["results"] | record["traffic_totals"])
+        return path
+
+    def _check_traffic(self, reports: Sequence[dict[str, Any]], first: int) -> None:
+        """What the frames told rank 0 must be what the senders counted."""
+        counted = {name: traffic["payload_bytes"] for report in reports for name, traffic in report["sent"].items()}
+        for link in self._evaluation.plan.links:
+            told = sum(done.payload_bytes[link.index] for done in self.journal.finished[first:])
+            if told != counted[link.name]:
+                raise RuntimeError(
+                    f"link {link.name}: its frames told of {told} payload bytes, its sender counted {counted[link.name]}"
+                )
+
+    def _per_token(self) -> dict[str, np.ndarray]:
+        counts = [window.num_scored for window in self._evaluation.windows]
+        return {
+            "loss": np.concatenate([done.loss for done in self.journal.finished]),
+            "top1": np.concatenate([done.top1 for done in self.journal.finished]),
+            "window": np.repeat(np.arange(len(counts), dtype=np.int32), counts),
+        }
+
+    def _record(self, reports: Sequence[dict[str, Any]], time_run_s: float, first: int) -> dict[str, Any]:
+        evaluation, journal = self._evaluation, self.journal
+        config, deployment, plan = evaluation.config, evaluation.deployment, evaluation.plan
+        total_nll = metrics.sum_nll(float(loss) for done in journal.finished for loss in done.loss)
+        num_scored = sum(m.num_scored for m in evaluation.microbatches)
+        num_processed = sum(m.num_tokens for m in evaluation.microbatches)
+        num_fresh = sum(m.num_tokens for m in evaluation.microbatches[first:])
+        traffic = {link.name: metrics.LinkTraffic() for link in plan.links}
+        for microbatch, done in zip(evaluation.microbatches, journal.finished):
+            for link in plan.links:
+                traffic[link.name].add(
+                    num_tokens=microbatch.num_tokens,
+                    payload_bytes=done.payload_bytes[link.index],
+                    header_bytes=header_nbytes(link.index),
+                )
+        hidden_size = evaluation.hidden_size
+        return {
+            "run_id": self.run_id,
+            "digest": evaluation.digest,
+            "args": {**config.original_args(), "config": config.as_dict()},
+            "results": {
+                "avg_ppl": metrics.perplexity(total_nll, num_scored),
+                "total_nll": total_nll,
+                "total_loss_tokens": num_scored,
+                "total_processed_tokens": num_processed,
+                "num_windows": len(evaluation.windows),
+                "num_microbatches": len(evaluation.microbatches),
+            },
+            "traffic_totals": metrics.traffic_totals(traffic, hidden_size=hidden_size, num_scored=num_scored),
+            "traffic_per_link": {name: metrics.per_link_record(t, hidden_size) for name, t in traffic.items()},
+            "time_run_s": time_run_s,
+            "tokens_per_s": num_fresh / (time_run_s - journal.earlier_s),
+            "causal": all(codec.causal for codec in evaluation.encoders) and not config.model.load_in_8bit,
+            "notes": self._notes(),
+            "codecs": {link.name: codec.config() for link, codec in zip(plan.links, evaluation.encoders)},
+            "plan": [
+                {"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in plan.stages
+            ],
+            "resumed": {
+                "num_sessions": journal.num_sessions,
+                "resent_microbatches": len(journal.interrupted),
+                "resent_payload_bytes_at_most": sum(sum(journal.finished[m].payload_bytes) for m in journal.interrupted),
+            },
+            "stages": {index: stage for report in reports for index, stage in sorted(report["stages"].items())},
+            "ranks": [
+                {key: report[key] for key in ("rank", "host", "threads", "peak_rss_bytes", "peak_cuda_bytes")}
+                for report in reports
+            ],
+            "schedule": {"in_flight": evaluation.in_flight, "receives_ahead": config.runtime.receives_ahead},
+            "backend": deployment.backend,
+            "model": {
+                "model_type": deployment.model_config.model_type,
+                "hidden_size": hidden_size,
+                "num_hidden_layers": plan.num_layers,
+                "checkpoint_fingerprint": deployment.checkpoint_digest,
+            },
+            "dataset": {
+                "description": deployment.text.description,
+                "num_tokens": deployment.text.ids.numel(),
+                "text_sha256": deployment.text.text_sha256,
+                "ids_sha256": deployment.text.ids_sha256,
+            },
+            "protocol": {
+                "name": "token perplexity, sliding window",
+                "max_length": config.dataset.max_length,
+                "stride": config.dataset.stride,
+                "bos": config.dataset.bos,
+            },
+            "versions": software_versions(),
+        }
+
+    def _notes(self) -> list[str]:
+        """Sentences that a reader of the numbers must know."""
+        notes = [
+            f"codec {codec.name} on {codec.link.name} is not causal: later tokens leak into the perplexity"
+            for codec in self._evaluation.encoders
+            if not codec.causal
+        ]
+        if self._evaluation.config.model.load_in_8bit:
+            notes.append("8-bit bitsandbytes weights mix tokens inside the model: hidden states are not causal")
+        return notes
+
+
+def _only_on_rank_0(*_: Any) -> None:
+    raise RuntimeError("results belong to rank 0")

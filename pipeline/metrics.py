@@ -1,0 +1,99 @@
+"""Sums, counts and units of a run; ratios are taken once, at the end. Plain Python.
+
+Perplexity is exp(total NLL / scored tokens). Traffic is counted per link: payload bytes are a codec's bytes
+(what the original benchmark calls bytes), header bytes the frames' headers; a token counts each time that it
+crosses, window overlap included.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["LinkTraffic", "peak_rss_bytes", "per_link_record", "perplexity", "sum_nll", "traffic_totals"]
+
+
+@dataclass
+class LinkTraffic:
+    """What one link carried. All counts are exact and add up."""
+
+    num_frames: int = 0
+    num_tokens: int = 0
+    payload_bytes: int = 0
+    header_bytes: int = 0
+    padding_bytes: int = 0
+
+    def add(self, *, num_tokens: int, payload_bytes: int, header_bytes: int, padding_bytes: int = 0) -> None:
+        """Count one frame."""
+        self.num_frames += 1
+        self.num_tokens += num_tokens
+        self.payload_bytes += payload_bytes
+        self.header_bytes += header_bytes
+        self.padding_bytes += padding_bytes
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def perplexity(total_nll: float, num_scored: int) -> float:
+    """exp of the mean negative log-likelihood in nats; inf when that overflows, nan when nothing was scored."""
+    if num_scored == 0:
+        return math.nan
+    try:
+        return math.exp(total_nll / num_scored)
+    except OverflowError:
+        return math.inf
+
+
+def per_link_record(traffic: LinkTraffic, hidden_size: int) -> dict[str, Any]:
+    """One link's entry of a record: the original benchmark's keys (bytes are payload bytes), then ours."""
+    values = traffic.num_tokens * hidden_size
+    return {
+        "bytes": traffic.payload_bytes,
+        "tokens": traffic.num_tokens,
+        "tx": traffic.num_frames,
+        "bytes_per_token": traffic.payload_bytes / traffic.num_tokens if traffic.num_tokens else None,
+        "bits_per_value": 8 * traffic.payload_bytes / values if values else None,
+        "header_bytes": traffic.header_bytes,
+        "padding_bytes": traffic.padding_bytes,
+    }
+
+
+def traffic_totals(links: Mapping[str, LinkTraffic], *, hidden_size: int, num_scored: int) -> dict[str, Any]:
+    """Sums over links. `bytes_per_token` is per link crossing, `payload_bytes_per_scored_token` is not."""
+    total = LinkTraffic()
+    for traffic in links.values():
+        for name, count in traffic.as_dict().items():
+            setattr(total, name, getattr(total, name) + count)
+    per_link = per_link_record(total, hidden_size)
+    return {
+        "total_bytes": total.payload_bytes,
+        "total_tokens": total.num_tokens,
+        "total_tx": total.num_frames,
+        "bytes_per_token": per_link["bytes_per_token"],
+        "bits_per_value": per_link["bits_per_value"],
+        "payload_bytes_per_scored_token": total.payload_bytes / num_scored if num_scored else None,
+        "header_bytes": total.header_bytes,
+        "padding_bytes": total.padding_bytes,
+    }
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process so far (Linux: VmHWM)."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            line = next(line for line in status if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def sum_nll(losses: Iterable[float]) -> float:
+    """Exactly rounded sum, so that it does not depend on how tokens were grouped."""
+    return math.fsum(losses)

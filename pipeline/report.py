@@ -1,0 +1,102 @@
+"""Tables from run records; nothing else is read.
+
+    python -m pipeline.report results/
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.record import RecordError, read_record
+
+__all__ = ["load_records", "print_summary", "summary_rows"]
+
+_COLUMNS = ("codec", "perplexity", "change", "bytes/token/link", "bits/value", "header bytes", "tokens/s", "note")
+
+
+def load_records(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Records in `paths` (files, or folders of them), oldest first. What is no record is named and skipped."""
+    files = [f for path in paths for f in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    records = []
+    for file in files:
+        try:
+            records.append(read_record(file))
+        except RecordError as e:
+            print(f"skipped: {e}", file=sys.stderr)
+    return sorted(records, key=lambda record: record["run_id"])
+
+
+def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """One row of text per record; `change` is against the first record with codec `none` and the same text."""
+    rows = []
+    for record in records:
+        results, totals = record["results"], record["traffic_totals"]
+        baseline = next((r for r in records if codec_label(r) == "none" and _comparable(r, record)), None)
+        ppl = results["avg_ppl"]
+        change = "" if baseline is None or ppl is None else f"{ppl / baseline['results']['avg_ppl'] - 1:+.2%}"
+        rows.append(
+            {
+                "codec": codec_label(record),
+                "perplexity": "not finite" if ppl is None else f"{ppl:.4f}",
+                "change": change,
+                "bytes/token/link": _number(totals["bytes_per_token"], ".1f"),
+                "bits/value": _number(totals["bits_per_value"], ".3f"),
+                "header bytes": str(totals["header_bytes"]),
+                "tokens/s": _number(record["tokens_per_s"], ".0f"),
+                "note": "" if record["causal"] else "not causal",
+            }
+        )
+    return rows
+
+
+def print_summary(paths: Sequence[Path]) -> None:
+    """Print the table of `paths` and where the records lie."""
+    records = load_records(paths)
+    rows = summary_rows(records)
+    widths = {c: max(len(c), *(len(row[c]) for row in rows)) if rows else len(c) for c in _COLUMNS}
+    print("  ".join(c.ljust(widths[c]) for c in _COLUMNS).rstrip())
+    for row in rows:
+        print("  ".join(row[c].ljust(widths[c]) for c in _COLUMNS).rstrip())
+    for path in paths:
+        print(f"record{'s in' if path.is_dir() else ''}: {path}")
+
+
+def codec_label(record: dict[str, Any]) -> str:
+    """The codec's name, or the names on the links where they differ."""
+    labels = list(dict.fromkeys(_spec_label(config) for config in record["codecs"].values()))
+    return " | ".join(labels) or "unsplit"
+
+
+def _spec_label(config: dict[str, Any]) -> str:
+    inner = config.get("inner")
+    return f"{config['name']}({_spec_label(inner)})" if isinstance(inner, dict) else config["name"]
+
+
+def _comparable(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    keys = ("model", "dataset", "protocol")
+    return all(a[key] == b[key] for key in keys) and a["args"]["dtype"] == b["args"]["dtype"]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the table of run records.")
+    parser.add_argument("paths", nargs="+", type=Path, help="records, or folders of them")
+    parser.add_argument("--png", type=Path, help="also draw perplexity against bytes per token")
+    arguments = parser.parse_args()
+    print_summary(arguments.paths)
+    if arguments.png:
+        from pipeline.plots import plot_rate_quality
+
+        plot_rate_quality(load_records(arguments.paths), arguments.png)
+        print(f"figure: {arguments.png}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Execute one rank's actions: receive, decompress, forward, compress, send.
+
+The runner knows stages, codecs and the two ends of each link by their place in the chain; which of them this rank
+holds, and in which order they act, is the plan's and the schedule's business. Link i leads from stage i to stage
+i + 1; the link after the last stage carries losses back to node 0 where that is another node.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from compressors.base import Compressor, Payload
+from pipeline.link import FrameReceiver, FrameSender
+from pipeline.mailbox import LinkError
+from pipeline.schedule import Action, ActionKind
+from pipeline.stage import Scores, Stage, TokenWindows
+from pipeline.wire import RemoteError
+
+__all__ = ["OnResult", "Runner", "StageError", "StageTimes"]
+
+# Called on node 0 once per micro-batch, in order: index, scores, payload bytes of each link.
+OnResult = Callable[[int, Scores, tuple[int, ...]], None]
+
+
+class StageError(RuntimeError):
+    """A stage or codec raised. The message names rank, stage, micro-batch and cause."""
+
+
+@dataclass
+class StageTimes:
+    """Seconds that one stage spent, by phase.
+
+    On a GPU the phases are read from events of its stream, `wait` from the host's clock everywhere.
+    """
+
+    compute_s: float = 0.0
+    compress_s: float = 0.0
+    decompress_s: float = 0.0
+    wait_s: float = 0.0
+    _events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
+
+    @contextmanager
+    def measure(self, phase: str, device: torch.device) -> Iterator[None]:
+        """Add the enclosed work to `phase` ("compute", ...). GPU events are read later, by `as_dict`."""
+        if device.type == "cuda" and phase != "wait":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((f"{phase}_s", start, end))
+        else:
+            start_s = time.perf_counter()
+            yield
+            self._add(f"{phase}_s", time.perf_counter() - start_s)
+
+    def as_dict(self) -> dict[str, float]:
+        for name, start, end in self._events:
+            end.synchronize()
+            self._add(name, start.elapsed_time(end) / 1e3)
+        self._events.clear()
+        return {name: getattr(self, name) for name in ("compute_s", "compress_s", "decompress_s", "wait_s")}
+
+    def _add(self, name: str, seconds: float) -> None:
+        setattr(self, name, getattr(self, name) + seconds)
+
+
+class Runner:
+    """One rank's share of a run.
+
+    Args:
+        stages: this rank's stages by stage index.
+        actions: what to do, in order (`schedule.make_schedule`).
+        tokens: ids of all micro-batches; every rank has them.
+        encoders, decoders: the codec objects of this rank's link ends, by link index.
+        senders, receivers: the link ends of this rank, by link index.
+        dtype: of the hidden states.
+        on_start: told on node 0 that a micro-batch enters the pipeline.
+        on_result: takes the scores on node 0.
+        report: takes this rank's position in words, for failure messages and heartbeats.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Mapping[int, Stage],
+        actions: Sequence[Action],
+        tokens: TokenWindows,
+        encoders: Mapping[int, Compressor],
+        decoders: Mapping[int, Compressor],
+        senders: Mapping[int, FrameSender],
+        receivers: Mapping[int, FrameReceiver],
+        dtype: torch.dtype,
+        on_start: Callable[[int], None],
+        on_result: OnResult,
+        report: Callable[[str], None],
+    ) -> None:
+        self.times = {index: StageTimes() for index in stages}
+        self._stages, self._actions, self._tokens = stages, actions, tokens
+        self._encoders, self._decoders = encoders, decoders
+        self._senders, self._receivers = senders, receivers
+        self._dtype, self._report = dtype, report
+        self._on_start, self._on_result = on_start, on_result
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Execute all actions.
+
+        An error travels on as an ERROR frame in place of the frame that the next stage waits for, so that it
+        can say what happened. Raises StageError for an own failure, RemoteError for another rank's, LinkError
+        when a peer is gone.
+        """
+        for action in self._actions:
+            self._report(f"stage {action.stage_index}, micro-batch {action.microbatch_index}")
+            try:
+                if action.kind is ActionKind.RESULT:
+                    self._take_result(action)
+                else:
+                    self._forward(action)
+            except (RemoteError, LinkError) as e:
+                self._pass_on(action, str(e))
+                raise
+            except Exception as e:
+                cause = f"stage {action.stage_index}, micro-batch {action.microbatch_index}: {type(e).__name__}: {e}"
+                self._pass_on(action, cause)
+                raise StageError(cause) from e
+        self._report("finishing")
+        for sender in self._senders.values():
+            sender.end()
+        for receiver in self._receivers.values():
+            receiver.finish()
+        for sender in self._senders.values():
+            sender.flush()
+
+    def _forward(self, action: Action) -> None:
+        index, microbatch_index = action.stage_index, action.microbatch_index
+        stage, times = self._stages[index], self.times[index]
+        trail: tuple[int, ...] = ()
+        if stage.plan.is_first:
+            self._on_start(microbatch_index)
+            inputs = self._tokens.input_ids(microbatch_index)
+        else:
+            inputs, trail = self._receive_hidden(index, microbatch_index)
+        with times.measure("compute", stage.device):
+            output = stage.forward(inputs)
+        if not stage.plan.is_last:
+            self._send_hidden(index, microbatch_index, output, trail)
+            return
+        rows, columns, targets = self._tokens.scored(microbatch_index)
+        with times.measure("compute", stage.device):
+            scores = stage.score(output, rows, columns, targets)
+        if index in self._senders:
+            self._senders[index].send(microbatch_index, _scores_to_payload(scores), trail)
+        else:
+            self._on_result(microbatch_index, scores, trail)
+
+    def _receive_hidden(self, index: int, microbatch_index: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Hidden states [B, T, H] of the link before stage `index`, and all payload bytes up to here."""
+        receiver, decoder = self._receivers[index - 1], self._decoders[index - 1]
+        stage, times = self._stages[index], self.times[index]
+        with times.measure("wait", stage.device):
+            header, payload = receiver.receive(microbatch_index)
+        with times.measure("decompress", stage.device):
+            on_device = Payload(payload.data.to(stage.device), payload.shape, payload.meta)
+            hidden_states = decoder.decompress(on_device, stage.device, self._dtype)
+        if hidden_states.shape != payload.shape or hidden_states.dtype != self._dtype:
+            raise ValueError(
+                f"codec {decoder.name} decompressed to {hidden_states.dtype} "
+                f"{tuple(hidden_states.shape)}, expected {self._dtype} {payload.shape}"
+            )
+        receiver.release()
+        return hidden_states, (*header.trail, header.body_nbytes)
+
+    def _send_hidden(
+        self, index: int, microbatch_index: int, hidden_states: torch.Tensor, trail: tuple[int, ...]
+    ) -> None:
+        codec, stage, times = self._encoders[index], self._stages[index], self.times[index]
+        side = {"token_ids": self._tokens.input_ids(microbatch_index)} if "token_ids" in codec.needs else {}
+        with times.measure("compress", stage.device):
+            payload = codec.compress(hidden_states, **side)
+        with times.measure("wait", stage.device):
+            self._senders[index].send(microbatch_index, payload, trail)
+
+    def _take_result(self, action: Action) -> None:
+        receiver = self._receivers[action.stage_index - 1]
+        header, payload = receiver.receive(action.microbatch_index)
+        scores = _scores_from_payload(payload)
+        receiver.release()
+        self._on_result(action.microbatch_index, scores, header.trail)
+
+    def _pass_on(self, action: Action, cause: str) -> None:
+        sender = self._senders.get(action.stage_index)
+        if sender is not None:
+            try:
+                sender.send_error(action.microbatch_index, cause)
+            except LinkError:
+                pass  # the next stage is gone, too; the first cause is already being raised
+
+
+def _scores_to_payload(scores: Scores) -> Payload:
+    """Result frame: losses as float32, then top-1 ids as int32; the shape is (1, number of tokens, 2)."""
+    data = torch.cat([scores.loss.view(torch.uint8), scores.top1.view(torch.uint8)])
+    return Payload(data, (1, scores.loss.numel(), 2))
+
+
+def _scores_from_payload(payload: Payload) -> Scores:
+    half = payload.data.numel() // 2
+    data = payload.data.clone()
+    return Scores(data[:half].view(torch.float32), data[half:].view(torch.int32))

@@ -1,0 +1,107 @@
+"""Entry point: parse, compose, run, record.
+
+    torchrun --nproc_per_node=4 run_pipeline.py --config demo.yaml
+    python run_pipeline.py --config demo.yaml --compressor nf4
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config import FLAG_KEYS, ConfigError, RunConfig, find_config, load_config, parse_override
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Run a causal LM split over ranks, hidden states compressed, and measure its perplexity.",
+        epilog="Every key of a config can be set with --set; see docs/configuration.md.",
+    )
+    parser.add_argument("--config", metavar="YAML", help="a path, or a name in configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--plan", action="store_true", help="print stages, links, bytes and memory; load nothing")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run from its journal")
+    original = parser.add_argument_group("flags of the original benchmark")
+    flags = {
+        "model_name": {"metavar": "ID|DIR|FILE"},
+        "model_dir": {"metavar": "DIR", "help": "cache of downloads and conversions"},
+        "dtype": {"choices": ("fp32", "fp16", "bf16")},
+        "compressor": {"help": "a codec, e.g. nf4 or package.module:Class(option=value)"},
+        "batch_size": {"type": int, "help": "windows per micro-batch"},
+        "first_k_tokens": {"type": int, "help": "0: all"},
+        "max_length": {"type": int},
+        "stride": {"type": int},
+        "exp_dir": {"metavar": "DIR", "help": "where records go"},
+        "wandb_project": {},
+        "wandb_run_name": {},
+    }
+    for name in ("load_in_8bit", "load_in_4bit"):
+        original.add_argument(f"--{name}", action="store_true", default=None)
+    original.add_argument("--wandb", action=argparse.BooleanOptionalAction, default=None)
+    for name, options in flags.items():
+        original.add_argument(f"--{name}", default=None, **options)
+    return parser
+
+
+def read_config(arguments: argparse.Namespace) -> RunConfig:
+    """YAML, then flags, then --set."""
+    overrides = [
+        (key, getattr(arguments, flag)) for flag, key in FLAG_KEYS.items() if getattr(arguments, flag) is not None
+    ]
+    overrides += [parse_override(text) for text in arguments.overrides]
+    return load_config(find_config(arguments.config) if arguments.config else None, overrides)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        config = read_config(arguments)
+    except ConfigError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    if arguments.plan:
+        from pipeline.plan_report import print_plan
+
+        return print_plan(config)
+    return run(config, resume=arguments.resume)
+
+
+def run(config: RunConfig, *, resume: bool) -> int:
+    from pipeline.compose import check_world_size
+    from pipeline.deployment import deploy
+    from pipeline.distributed import Control, World
+    from pipeline.evaluation import Evaluation
+    from pipeline.record import check_writable
+    from pipeline.report import print_summary
+
+    world = World.from_environment()
+    try:
+        check_world_size(config, world)
+        if world.rank == 0:
+            check_writable(Path(config.exp_dir))
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    control = Control(
+        world,
+        timeout_s=config.runtime.timeout_s,
+        load_timeout_s=config.runtime.load_timeout_s,
+        interface=config.runtime.interface,
+    )
+    try:
+        deployment = deploy(config, control)
+        path = Evaluation(config, deployment).run(resume=resume)
+        control.close()
+    except (Exception, KeyboardInterrupt) as e:
+        control.abort(e)
+    if path is not None:
+        print_summary([path])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
