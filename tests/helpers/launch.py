@@ -1,0 +1,240 @@
+"""Runs of `run_pipeline.py` in other processes: under torchrun, alone, or as ranks with arguments of their own.
+
+* `run_torchrun` and `start_torchrun` are what a user types; each rank imports torch anew (seconds).
+* `run_ranks` forks ranks from a server process that has imported everything, gives each its own arguments, and
+  sets the environment that torchrun would; rank 0 hosts the store. It starts in well under a second.
+* `call_on_ranks` does the same for any importable function.
+
+Nothing of a run outlives its timeout: what is left is killed, and the test fails with the output so far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ROOT", "Finished", "Torchrun", "call_on_ranks", "run_alone", "run_ranks", "run_torchrun", "start_torchrun"]
+
+ROOT = Path(__file__).resolve().parents[2]
+_PRELOADED = ["run_pipeline", "pipeline.evaluation", "transformers.models.auto.modeling_auto"]
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """One process, or one torchrun with all its ranks, after its end.
+
+    `returncode` is negative for a signal. `wall_s` counts from the start of the process.
+    """
+
+    returncode: int
+    stdout: str
+    stderr: str
+    wall_s: float
+
+    def check(self) -> Finished:
+        """Fail the test, with the output, unless the process succeeded."""
+        assert self.returncode == 0, f"exit code {self.returncode}\n{self.stdout}\n{self.stderr}"
+        return self
+
+
+class Torchrun:
+    """A torchrun that may still be going on. Each rank's output goes to a file of its own."""
+
+    def __init__(self, process: subprocess.Popen, logs: Path, num_ranks: int) -> None:
+        self.process = process
+        self.start_s = time.monotonic()
+        self._logs, self._num_ranks = logs, num_ranks
+
+    def rank_pids(self) -> dict[int, int]:
+        """Process ids of the ranks that have started and not ended, by rank."""
+        children = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True
+        ).stdout.split()
+        found = {}
+        for pid in map(int, children):
+            with contextlib.suppress(OSError):
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                ranks = [entry[5:] for entry in environment if entry.startswith(b"RANK=")]
+                if ranks:
+                    found[int(ranks[0])] = pid
+        return found
+
+    def rank_stderr(self, rank: int) -> str:
+        """What a rank has written to stderr so far."""
+        for path in self._logs.glob(f"*/attempt_0/{rank}/stderr.log"):
+            return path.read_text(errors="replace")
+        return ""
+
+    def rank_stdout(self, rank: int) -> str:
+        for path in self._logs.glob(f"*/attempt_0/{rank}/stdout.log"):
+            return path.read_text(errors="replace")
+        return ""
+
+    def interrupt(self) -> None:
+        """Ctrl-C: SIGINT to the foreground process group, in which the ranks are not."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def wait(self, timeout_s: float) -> Finished:
+        """Wait for the end of torchrun; its own output, without the ranks'."""
+        try:
+            stdout, stderr = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            outputs = "\n".join(f"rank {rank}: {self.rank_stderr(rank)}" for rank in range(self._num_ranks))
+            self.kill()
+            raise AssertionError(f"torchrun did not end within {timeout_s} s\n{outputs}") from None
+        wall_s = time.monotonic() - self.start_s
+        return Finished(returncode=self.process.returncode, stdout=stdout, stderr=stderr, wall_s=wall_s)
+
+    def kill(self) -> None:
+        """End everything at once. Ranks are in sessions of their own and outlive a killed torchrun."""
+        for pid in [*self.rank_pids().values(), self.process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def start_torchrun(num_ranks: int, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Torchrun]:
+    """Start `run_pipeline.py` on `num_ranks` ranks of this machine; whatever is left at the end is killed."""
+    with tempfile.TemporaryDirectory(prefix="torchrun_") as logs:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+        process = subprocess.Popen(
+            [*command, "--log-dir", logs, "--redirects", "3", "run_pipeline.py", *arguments],
+            cwd=ROOT,
+            env={**os.environ, **_ENVIRONMENT, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        torchrun = Torchrun(process, Path(logs), num_ranks)
+        try:
+            yield torchrun
+        finally:
+            torchrun.kill()
+            process.stdout.close()
+            process.stderr.close()
+
+
+def run_torchrun(
+    num_ranks: int, *arguments: str, timeout_s: float = 120, env: Mapping[str, str] | None = None
+) -> Finished:
+    """Run `run_pipeline.py` on `num_ranks` ranks of this machine to its end; all ranks' output in rank order."""
+    with start_torchrun(num_ranks, *arguments, env=env) as torchrun:
+        finished = torchrun.wait(timeout_s)
+        return Finished(
+            returncode=finished.returncode,
+            stdout="".join(torchrun.rank_stdout(rank) for rank in range(num_ranks)),
+            stderr="".join(torchrun.rank_stderr(rank) for rank in range(num_ranks)) + finished.stderr,
+            wall_s=finished.wall_s,
+        )
+
+
+def run_alone(*arguments: str, timeout_s: float = 120, env: Mapping[str, str] | None = None) -> Finished:
+    """Run `run_pipeline.py` in one process without torchrun, as `run_ranks` does."""
+    return run_ranks([arguments], timeout_s=timeout_s, env=env, distributed=False)[0]
+
+
+def run_ranks(
+    arguments: Sequence[Sequence[str]],
+    *,
+    timeout_s: float = 120,
+    env: Mapping[str, str] | None = None,
+    distributed: bool = True,
+) -> list[Finished]:
+    """Run `run_pipeline.main` once per entry of `arguments`, as the ranks of one run; outcomes in rank order."""
+    return call_on_ranks(
+        len(arguments), _main, list(map(list, arguments)), timeout_s=timeout_s, env=env, distributed=distributed
+    )
+
+
+def call_on_ranks(
+    num_ranks: int,
+    function: Callable[..., int | None],
+    *arguments: Any,
+    timeout_s: float = 120,
+    env: Mapping[str, str] | None = None,
+    distributed: bool = True,
+) -> list[Finished]:
+    """Call `function(rank, *arguments)` in forked processes; its return value is the exit code (None: 0)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
+        port = _free_port()
+        processes = []
+        for rank in range(num_ranks):
+            variables = {**_ENVIRONMENT, **(env or {})}
+            if distributed:
+                variables |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(num_ranks),
+                    "LOCAL_WORLD_SIZE": str(num_ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
+            process = context.Process(target=_enter_rank, args=(rank, folder, variables, function, arguments))
+            process.start()
+            processes.append(process)
+        return _collect(processes, Path(folder), timeout_s)
+
+
+def _collect(processes: Sequence[Any], folder: Path, timeout_s: float) -> list[Finished]:
+    start_s = time.monotonic()
+    ended_s: dict[int, float] = {}
+    while len(ended_s) < len(processes) and time.monotonic() - start_s < timeout_s:
+        for rank, process in enumerate(processes):
+            if rank not in ended_s and process.exitcode is not None:
+                ended_s[rank] = time.monotonic() - start_s
+        time.sleep(0.02)
+    unfinished = [rank for rank in range(len(processes)) if rank not in ended_s]
+    for rank in unfinished:
+        processes[rank].kill()
+        processes[rank].join()
+    outputs = [
+        [(folder / f"{rank}.{name}").read_text(errors="replace") for name in ("stdout", "stderr")]
+        for rank in range(len(processes))
+    ]
+    if unfinished:
+        told = "\n".join(f"rank {rank}:\n{stdout}\n{stderr}" for rank, (stdout, stderr) in enumerate(outputs))
+        raise AssertionError(f"ranks {unfinished} did not end within {timeout_s} s\n{told}")
+    return [
+        Finished(returncode=process.exitcode, stdout=stdout, stderr=stderr, wall_s=ended_s[rank])
+        for rank, (process, (stdout, stderr)) in enumerate(zip(processes, outputs))
+    ]
+
+
+def _enter_rank(
+    rank: int, folder: str, variables: Mapping[str, str], function: Callable[..., int | None], arguments: Sequence[Any]
+) -> None:
+    """First thing in a forked process: output to files, environment, then `function`."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(f"{folder}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    sys.exit(function(rank, *arguments))
+
+
+def _main(rank: int, arguments: Sequence[Sequence[str]]) -> int:
+    import run_pipeline
+
+    return run_pipeline.main(arguments[rank])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
