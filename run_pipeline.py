@@ -64,10 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     if arguments.plan:
-        from pipeline.plan_report import print_plan
-
-        return print_plan(config)
+        return show_plan(config)
     return run(config, resume=arguments.resume)
+
+
+def show_plan(config: RunConfig) -> int:
+    from pipeline.plan_report import plan_text
+
+    try:
+        print(plan_text(config))
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def run(config: RunConfig, *, resume: bool) -> int:

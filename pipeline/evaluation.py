@@ -6,6 +6,7 @@ Every rank calls `evaluate`; rank 0 keeps journal, progress and record.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,14 @@ class Evaluation:
         head = _Head(self, resume) if control.world.rank == 0 else None
         first = control.gather(len(head.journal.finished) if head else None)[0]
         runner, links = self._make_runner(head, first)
+        control.where = "warming up codecs"
+        warm_up_s = self._warm_up()
         control.barrier()
         if head:
             head.begin()
         runner.run()
         control.where = "collecting results"
-        reports = control.gather(self._rank_report(runner, links))
+        reports = control.gather({**self._rank_report(runner, links), "warm_up_s": warm_up_s})
         return head.finish(reports, first) if head else None
 
     def _make_codecs(self) -> list[Compressor]:
@@ -126,6 +129,23 @@ class Evaluation:
             report=self._report,
         )
         return runner, links
+
+    def _warm_up(self) -> float:
+        """Run this rank's codecs once on a small tensor, so that compiling kernels is not timed with the run.
+
+        Returns seconds.
+        """
+        start_s = time.perf_counter()
+        dtype = TORCH_DTYPES[self.config.model.dtype]
+        for index in range(len(self.plan.links)):
+            shape = (1, 2, self.hidden_size)
+            device = self.deployment.devices.get(index, self.deployment.devices.get(index + 1))
+            if device is not None:
+                encoder = self.encoders[index]
+                side = {"token_ids": torch.zeros(shape[:2], dtype=torch.int64)} if "token_ids" in encoder.needs else {}
+                payload = encoder.compress(torch.ones(shape, dtype=dtype, device=device), **side)
+                self.decoders[index].decompress(payload, device, dtype)
+        return time.perf_counter() - start_s
 
     def _report(self, where: str) -> None:
         self.control.where = where
@@ -261,7 +281,7 @@ class _Head:
             },
             "stages": {index: stage for report in reports for index, stage in sorted(report["stages"].items())},
             "ranks": [
-                {key: report[key] for key in ("rank", "host", "threads", "peak_rss_bytes", "peak_cuda_bytes")}
+                {key: report[key] for key in ("rank", "host", "threads", "peak_rss_bytes", "peak_cuda_bytes", "warm_up_s")}
                 for report in reports
             ],
             "schedule": {"in_flight": evaluation.in_flight, "receives_ahead": config.runtime.receives_ahead},
