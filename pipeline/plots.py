@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from pipeline.report import codec_label  # noqa: E402
+from pipeline.record import codec_label  # noqa: E402
 
 __all__ = ["plot_rate_quality"]
 

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 __all__ = [
     "RecordError",
     "check_writable",
+    "codec_label",
     "digest_of",
     "make_run_id",
     "read_per_token",
@@ -126,6 +127,17 @@ def read_per_token(record_path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except Exception as e:  # safetensors raises its own type for a damaged file
         raise RecordError(f"{path} cannot be read: {e}") from e
+
+
+def codec_label(record: Mapping[str, Any]) -> str:
+    """The codec's name for tables, or the names on the links where they differ."""
+    labels = list(dict.fromkeys(_spec_label(config) for config in record["codecs"].values()))
+    return " | ".join(labels) or "unsplit"
+
+
+def _spec_label(config: dict[str, Any]) -> str:
+    inner = config.get("inner")
+    return f"{config['name']}({_spec_label(inner)})" if isinstance(inner, dict) else config["name"]
 
 
 def _finite(value: Any) -> tuple[bool, Any]:

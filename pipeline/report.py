@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.record import RecordError, read_record
+from pipeline.record import RecordError, codec_label, read_record
 
 __all__ = ["load_records", "print_summary", "summary_rows"]
 
@@ -63,17 +63,6 @@ def print_summary(paths: Sequence[Path]) -> None:
         print("  ".join(row[c].ljust(widths[c]) for c in _COLUMNS).rstrip())
     for path in paths:
         print(f"record{'s in' if path.is_dir() else ''}: {path}")
-
-
-def codec_label(record: dict[str, Any]) -> str:
-    """The codec's name, or the names on the links where they differ."""
-    labels = list(dict.fromkeys(_spec_label(config) for config in record["codecs"].values()))
-    return " | ".join(labels) or "unsplit"
-
-
-def _spec_label(config: dict[str, Any]) -> str:
-    inner = config.get("inner")
-    return f"{config['name']}({_spec_label(inner)})" if isinstance(inner, dict) else config["name"]
 
 
 def _comparable(a: dict[str, Any], b: dict[str, Any]) -> bool:

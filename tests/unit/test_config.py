@@ -1,0 +1,132 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import FLAG_KEYS, ConfigError, RunConfig, find_config, load_config, parse_override
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def load(*overrides):
+    return load_config(None, [parse_override(text) for text in overrides])
+
+
+def test_defaults_load_and_equal_the_dataclass():
+    assert load() == RunConfig()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_load(path):
+    assert load_config(find_config(path.name)) != RunConfig()
+
+
+def test_a_file_then_overrides_in_order(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("dataset: {stride: 100, max_length: 300}\ncompressor: {name: int4}\n")
+    config = load_config(path, [("dataset.stride", 200), ("dataset.stride", 250), ("model.dtype", "bf16")])
+    assert (config.dataset.stride, config.dataset.max_length, config.model.dtype) == (250, 300, "bf16")
+    assert config.compressor == {"name": "int4"}
+
+
+def test_override_values_are_yaml():
+    config = load(
+        "compressor={name: outlier, channels: 8}",
+        "compressor_per_link.layer:7:node0->node1=nf4",
+        "partition.nodes=[{layers: [[0, 2], [6, 8]]}, {layers: [[2, 6]], device: cpu}]",
+        "partition.num_nodes=2",
+        "runtime.timeout_s=5",
+        "wandb.run_name=null",
+    )
+    assert config.compressor == {"name": "outlier", "channels": 8}
+    assert config.compressor_per_link == {"layer:7:node0->node1": "nf4"}
+    assert config.partition.nodes[0].layers == ((0, 2), (6, 8))
+    assert config.partition.nodes[1].device == "cpu"
+    assert config.runtime.timeout_s == 5.0 and isinstance(config.runtime.timeout_s, float)
+
+
+def test_an_option_of_a_codec_given_by_name():
+    assert load("compressor=int4", "compressor.group_size=32").compressor == {"name": "int4", "group_size": 32}
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("dataset.strde=1", r"unknown key dataset.strde; did you mean dataset.stride\? Allowed here: name, path"),
+        ("nonsense=1", "unknown key nonsense Allowed|unknown key nonsense"),
+        ("dataset.stride=fast", "dataset.stride must be an integer, got 'fast'"),
+        ("dataset.stride=0", "dataset.stride must be at least 1, got 0"),
+        ("dataset.stride=true", "dataset.stride must be an integer, got True"),
+        ("dataset.stride=4096", "dataset.stride must be at most 2048"),
+        ("model.dtype=fp64", "model.dtype must be one of fp32, fp16, bf16, got 'fp64'"),
+        ("model=7", "model must be a mapping"),
+        ("model.load_in_8bit=1", "model.load_in_8bit must be true or false, got 1"),
+        ("runtime.timeout_s=0", "runtime.timeout_s must be above 0"),
+        ("runtime.timeout_s=soon", "runtime.timeout_s must be a number"),
+        ("compressor=4", "compressor must be a name or a mapping, got 4"),
+        ("compressor_per_link=nf4", "compressor_per_link must be a mapping"),
+        ("dataset.path=x.txt", "dataset.name is pydoc, which reads no file"),
+        ("dataset.name=text", "needs dataset.path"),
+        ("partition.nodes=[{}]", "partition.nodes has 1 entries, partition.num_nodes is 4"),
+        ("partition.nodes=[{layers: [[0, 1, 2]]}, {}, {}, {}]", r"nodes\[0\].layers\[0\] must have 2 entries"),
+        ("partition.nodes=[{layers: [[0, 1]]}, {}, {}, {}]", r"nodes\[1\].layers is missing"),
+        ("partition.nodes=[{layer: []}, {}, {}, {}]", r"unknown key partition.nodes\[0\].layer; did you mean"),
+        ("dataset.bos=window", None),
+    ],
+)
+def test_bad_values_are_named(override, words):
+    if words is None:
+        load(override)
+        return
+    with pytest.raises(ConfigError, match=words):
+        load(override)
+
+
+def test_rules_between_keys():
+    with pytest.raises(ConfigError, match="load_in_8bit and model.load_in_4bit are both true"):
+        load("model.load_in_8bit=true", "model.load_in_4bit=true")
+    with pytest.raises(ConfigError, match="at most 63 .*less the window BOS"):
+        load("dataset.bos=window", "dataset.max_length=64", "dataset.stride=64")
+    with pytest.raises(ConfigError, match="--set x: .*KEY=VALUE|KEY=VALUE"):
+        parse_override("x")
+    with pytest.raises(ConfigError, match="is not a YAML value"):
+        parse_override("x={")
+
+
+@pytest.mark.parametrize("text, words", [("[1, 2]", "holds a list"), ("a: [", "cannot be read as YAML")])
+def test_files_that_are_no_config(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_config(path)
+
+
+def test_a_missing_config_names_the_shipped_ones():
+    with pytest.raises(ConfigError, match="demo.yaml.*qwen3_32b.yaml"):
+        find_config("qwen4.yaml")
+
+
+def test_flags_of_the_original_benchmark_reach_their_keys():
+    args = load("model.dtype=bf16", "exp_dir=out", "wandb.enabled=true").original_args()
+    assert set(args) == set(FLAG_KEYS)
+    assert (args["dtype"], args["exp_dir"], args["wandb"], args["stride"]) == ("bf16", "out", True, 512)
+
+
+def test_numerics_leave_out_paths_devices_and_timeouts():
+    base = load().numerics()
+    assert load("runtime.timeout_s=1", "exp_dir=x", "model.dir=y", "runtime.device=cpu", "wandb.enabled=true").numerics() == base
+    for change in ("dataset.stride=7", "batch_size=3", "compressor=nf4", "model.dtype=bf16", "dataset.first_k_tokens=9"):
+        assert load(change).numerics() != base
+
+
+def test_yaml_of_a_config_reads_back_equal(tmp_path):
+    config = load("partition.num_nodes=2", "partition.nodes=[{layers: [[0, 2]]}, {layers: [[2, 6]]}]")
+    path = tmp_path / "again.yaml"
+    path.write_text(yaml.safe_dump(_lists(config.as_dict())))
+    assert load_config(path) == config
+
+
+def _lists(value):
+    if isinstance(value, dict):
+        return {k: _lists(v) for k, v in value.items()}
+    return [_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
