@@ -11,8 +11,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import FLAG_KEYS, ConfigError, RunConfig, find_config, load_config, parse_override
+
+if TYPE_CHECKING:
+    from pipeline.distributed import Control
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -80,21 +84,14 @@ def show_plan(config: RunConfig) -> int:
 
 
 def run(config: RunConfig, *, resume: bool) -> int:
-    from pipeline.compose import check_world_size
-    from pipeline.deployment import deploy
     from pipeline.distributed import Control, World
-    from pipeline.evaluation import Evaluation
-    from pipeline.record import check_writable
-    from pipeline.report import print_summary
 
-    world = World.from_environment()
     try:
-        check_world_size(config, world)
-        if world.rank == 0:
-            check_writable(Path(config.exp_dir))
+        world = World.from_environment()
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    # Before the slow imports: from here on, what goes wrong on one rank is known to all.
     control = Control(
         world,
         timeout_s=config.runtime.timeout_s,
@@ -102,14 +99,28 @@ def run(config: RunConfig, *, resume: bool) -> int:
         interface=config.runtime.interface,
     )
     try:
-        deployment = deploy(config, control)
-        path = Evaluation(config, deployment).run(resume=resume)
+        path = evaluate(config, control, resume=resume)
         control.close()
     except (Exception, KeyboardInterrupt) as e:
         control.abort(e)
     if path is not None:
+        from pipeline.report import print_summary
+
         print_summary([path])
     return 0
+
+
+def evaluate(config: RunConfig, control: Control, *, resume: bool) -> Path | None:
+    """Path of the record on rank 0, None elsewhere."""
+    from pipeline.compose import check_world_size
+    from pipeline.deployment import deploy
+    from pipeline.evaluation import Evaluation
+    from pipeline.record import check_writable
+
+    check_world_size(config, control.world)
+    if control.world.rank == 0:
+        check_writable(Path(config.exp_dir))
+    return Evaluation(config, deploy(config, control)).run(resume=resume)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def deploy(config: RunConfig, control: Control) -> Deployment:
     check_world_size(config, world)
     control.agree("config", config.numerics())
     threads = _set_threads(config, control)
-    control.where = "resolving the model"
+    control.report("resolving the model")
     model = config.model
     model_dir = resolve_model(
         model.name,
@@ -86,12 +86,12 @@ def deploy(config: RunConfig, control: Control) -> Deployment:
     devices = stage_devices(config, plan, world)
     checkpoint_digest = checkpoint_fingerprint(model_dir)
     control.agree("checkpoint", {"fingerprint": checkpoint_digest})
-    control.where = "tokenising"
+    control.report("tokenising")
     text = _tokenize_once(config, control, model_dir)
     check_model_limits(config, model_config, text.bos_id)
     make_codecs(config, plan, hidden_size=model_config.hidden_size, max_tokens=config.dataset.max_length)
     backend, groups = _open_groups(config, control, plan, devices)
-    control.where = "loading weights"
+    control.report("loading weights")
     stages: dict[int, Stage] = {}
     embedding = None
     for index, device in devices.items():

@@ -1,44 +1,36 @@
-"""Process group, devices, and the watch over the other ranks.
+"""Process group, devices, and what ranks tell each other beside the links.
 
-`Control` is a run's second channel beside the links: ranks compare their configs, wait for each other and exchange
-small JSON values through the rendezvous store, never through pickled objects. Its watchdog thread makes every live
-rank end with one message when another dies, hangs or fails:
-
-* each rank writes a heartbeat with its position (stage, micro-batch) and reads those of the others; one that stands
-  still longer than the timeout is named;
-* a rank that fails publishes its cause; the first one published is what every rank prints;
-* SIGTERM (torchrun sends it to the survivors of a dead rank) starts a short search for the cause, also while the main
-  thread is blocked inside a receive, where Python runs no signal handlers.
+`Control` is a run's second channel: ranks compare their configs, wait for each other and exchange small JSON values
+through the rendezvous store, never through pickled objects. What watches for ranks that die or hang is `watchdog.py`.
 
 The groups have neither authentication nor encryption; see the README.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
-import select
 import signal
 import socket
 import sys
-import threading
-import time
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from pipeline.mailbox import LinkError
+from pipeline.watchdog import EXIT_FAILED, EXIT_INTERRUPTED, Position, Watchdog
+from pipeline.wire import PipelineError, RemoteError
 
 __all__ = ["AgreementError", "Control", "World", "choose_device", "link_backend"]
 
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
-_MAX_VALUE_NBYTES = 64 * 2**20
-_GRACE_S = 3.0  # between a sign of failure and the exit, for the cause to become known
+_MAX_TOKENS = 2**30
+_LEAVING_TIME = datetime.timedelta(seconds=5)
 
 
 class AgreementError(ValueError):
@@ -47,7 +39,10 @@ class AgreementError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process's place, as torchrun's environment gives it; one process without it."""
+    """This process's place, as torchrun's environment gives it; one process without it.
+
+    Raises ValueError for half an environment.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -58,6 +53,9 @@ class World:
     def from_environment(cls) -> World:
         if "WORLD_SIZE" not in os.environ:
             return cls()
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ValueError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start the ranks with torchrun")
         world_size = int(os.environ["WORLD_SIZE"])
         return cls(
             rank=int(os.environ["RANK"]),
@@ -104,54 +102,61 @@ def link_backend(setting: str, devices: list[tuple[str, str]]) -> str:
 
 
 class Control:
-    """Start and end of a run's process group, agreement between ranks, and the watchdog.
+    """Start and end of a run's process group, agreement between ranks, and the watch over them.
 
-    With one process it does none of that and `abort` only prints. `where` is this rank's position, which the
-    runner keeps up to date.
+    With one process it does none of that and `abort` only prints. `position` says what this rank is doing; whoever
+    drives the run keeps it up to date.
     """
 
     def __init__(self, world: World, *, timeout_s: float, load_timeout_s: float, interface: str | None) -> None:
         self.world = world
-        self.where = "starting"
+        self.position = Position(world.rank)
         self.host = socket.gethostname()
-        self._timeout_s = timeout_s
-        self._load_timeout_s = load_timeout_s
+        self._load_timeout = datetime.timedelta(seconds=load_timeout_s)
         self._rounds = 0
-        self._watchdog: _Watchdog | None = None
+        self._watchdog: Watchdog | None = None
         if world.world_size == 1:
             return
         _set_interface(interface, world)
-        # The store's values outlive an attempt when torchrun restarts the ranks.
-        prefix = f"thinwire/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=load_timeout_s)))
-        self._store = dist.PrefixStore(prefix, store)
-        # A client of its own: a blocking call of the main thread must not hold up the heartbeats.
-        watch_client = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=datetime.timedelta(seconds=timeout_s),
+        by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._watchdog = Watchdog(
+            self.position, world_size=world.world_size, timeout_s=timeout_s, store_host=None if by_agent else 0
         )
-        self._watchdog = _Watchdog(self, dist.PrefixStore(f"{prefix}/watch", watch_client), timeout_s)
-        self._watchdog.start()
-        dist.init_process_group(
-            "gloo",
-            store=dist.PrefixStore("group", self._store),
-            rank=world.rank,
-            world_size=world.world_size,
-            timeout=datetime.timedelta(seconds=timeout_s),
-        )
+        try:
+            self._store = self._connect(is_host=not by_agent and world.rank == 0)
+            # A client of its own: a blocking call of the main thread must not hold up the heartbeats.
+            self._watchdog.join(dist.PrefixStore("watch", self._connect(is_host=False)))
+            self.barrier()  # ranks may start far apart, and the group waits no longer than for a frame
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore("group", self._store),
+                rank=world.rank,
+                world_size=world.world_size,
+                timeout=datetime.timedelta(seconds=timeout_s),
+            )
+        except (Exception, KeyboardInterrupt) as e:
+            self.abort(e)
+
+    def report(self, where: str, *, waiting: bool = False) -> str:
+        """Take down what this rank is doing now; returns it with the rank's name."""
+        self.position.where, self.position.waiting = where, waiting
+        return str(self.position)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's JSON value, in rank order, on every rank. Waits for all of them, up to the load timeout."""
+        """Every rank's JSON value, in rank order, on every rank.
+
+        Waits up to the load timeout; raises LinkError naming the ranks that have not come by then.
+        """
         if self.world.world_size == 1:
             return [value]
         self._rounds += 1
-        prefix = f"gather/{self._rounds}"
-        self._store.set(f"{prefix}/{self.world.rank}", json.dumps(value))
-        keys = [f"{prefix}/{rank}" for rank in range(self.world.world_size)]
-        self._store.wait(keys, datetime.timedelta(seconds=self._load_timeout_s))
-        return [json.loads(self._store.get(key)) for key in keys]
+        keys = [f"gather/{self._rounds}/{rank}" for rank in range(self.world.world_size)]
+        try:
+            self._store.set(keys[self.world.rank], json.dumps(value))
+            self._store.wait(keys, self._load_timeout)
+            return [json.loads(text) for text in self._store.multi_get(keys)]
+        except RuntimeError as e:
+            raise LinkError(f"waiting for the other ranks: {self._why_no_gather(keys, e)}") from e
 
     def barrier(self) -> None:
         """Wait for all ranks, up to the load timeout."""
@@ -164,7 +169,7 @@ class Control:
                 if value.get(key) != other.get(key):
                     raise AgreementError(
                         f"rank {rank} was started with another {what}: {key} is {other.get(key)!r} there and "
-                        f"{value.get(key)!r} on rank {self.world.rank}"
+                        f"{value.get(key)!r} on rank {self.world.rank}; start all ranks alike"
                     )
 
     def broadcast_ids(self, ids: torch.Tensor | None) -> torch.Tensor:
@@ -172,150 +177,81 @@ class Control:
         if self.world.world_size == 1:
             return ids
         count = self.gather(None if ids is None else ids.numel())[0]
-        if not 0 <= 4 * count <= _MAX_VALUE_NBYTES * 64:
-            raise ValueError(f"rank 0 announces {count} token ids")
+        if not 0 <= count <= _MAX_TOKENS:
+            raise ValueError(f"rank 0 announces {count} token ids, at most {_MAX_TOKENS} are possible")
         buffer = torch.empty(count, dtype=torch.int32) if ids is None else ids.to(torch.int32)
         dist.broadcast(buffer, src=0)
         return buffer.to(torch.int64)
 
     def close(self) -> None:
-        """End a successful run: wait for the others, then take down watchdog and group."""
+        """End a successful run: wait for the others, then take down watch and group."""
         if self._watchdog is None:
             return
+        self.report("ending", waiting=True)
         self.barrier()
         self._watchdog.stop()
         dist.destroy_process_group()
+        # Rank 0 may host the store, so it goes last. A rank that is lost now takes nothing with it.
+        if self.world.rank != 0:
+            self._store.set(f"left/{self.world.rank}", "")
+        else:
+            with contextlib.suppress(RuntimeError):
+                self._store.wait([f"left/{rank}" for rank in range(1, self.world.world_size)], _LEAVING_TIME)
 
-    def abort(self, error: BaseException, hint: str = "") -> None:
-        """Print the cause of the end, tell the other ranks, and exit this process.
+    def abort(self, error: BaseException) -> NoReturn:
+        """Print the cause of the end, tell the other ranks, and end this process.
 
-        Exits without running destructors: those of a process group whose peer is gone may block.
+        What no user can have caused is printed with its traceback first. Destructors do not run: those of a process
+        group whose peer is gone may block.
         """
-        interrupted = isinstance(error, KeyboardInterrupt)
-        own = "interrupted" if interrupted else str(error) or type(error).__name__
-        message = f"{self.place()}: {own}" if self.world.world_size > 1 else own
-        if self._watchdog is not None:
-            message = self._watchdog.first_cause(message, symptom=isinstance(error, LinkError))
-            self._watchdog.leave(message, EXIT_INTERRUPTED if interrupted else EXIT_FAILED, hint)
-        _print_cause(f"error: {message}{hint}")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILED
+        if not isinstance(error, (ValueError, PipelineError, KeyboardInterrupt)):
+            traceback.print_exception(error)
         sys.stdout.flush()
-        os._exit(EXIT_INTERRUPTED if interrupted else EXIT_FAILED)
-
-    def place(self) -> str:
-        return f"rank {self.world.rank}, {self.where}"
-
-
-class _Watchdog(threading.Thread):
-    """Heartbeats and failure notices through the store; see the module docstring."""
-
-    def __init__(self, control: Control, store: dist.Store, timeout_s: float) -> None:
-        super().__init__(name="watchdog", daemon=True)
-        self._control = control
-        self._store = store
-        self._timeout_s = timeout_s
-        self._interval_s = min(0.5, timeout_s / 8)
-        self._stopping = threading.Event()
-        self._leaving = threading.Lock()
-        self._last: dict[int, tuple[bytes, float]] = {}
-        self._signal_reader, writer = socket.socketpair()
-        self._signal_writer = writer
-        writer.setblocking(False)
-        # The wakeup descriptor is written at C level, also while the main thread sits in a blocking call.
-        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, lambda *_: None)
-
-    def stop(self) -> None:
-        """End the thread; signals get their usual meaning again."""
-        self._stopping.set()
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.join()
-
-    def first_cause(self, own: str, *, symptom: bool) -> str:
-        """Publish `own` as the run's cause of failure and return the cause that was published first.
-
-        A `symptom`, such as a peer's closed connection, waits a moment: the peer may be about to say why.
-        """
-        try:
-            if symptom:
-                deadline = time.monotonic() + _GRACE_S / 2
-                while not self._store.check(["cause"]) and time.monotonic() < deadline:
-                    time.sleep(0.05)
-            return self._store.compare_set("cause", "", own).decode(errors="replace")
-        except (RuntimeError, OSError):
-            return own
-
-    def leave(self, message: str, code: int, hint: str = "") -> None:
-        """Print once and exit, whichever thread comes first."""
-        with self._leaving:
-            _print_cause(f"rank {self._control.world.rank} stops: {message}{hint}")
-            sys.stdout.flush()
+        message = _in_words(error)
+        if self._watchdog is None:
+            sys.stderr.write(f"\nerror: {message}{self.position.advice}\n")
+            sys.stderr.flush()
             os._exit(code)
+        if isinstance(error, LinkError):
+            self._watchdog.fail_for_peer(error.peer, message)
+        # A RemoteError's text names the rank that failed, which is not this one.
+        self._watchdog.fail(message if isinstance(error, RemoteError) else f"{self.position}: {message}", code=code)
 
-    def run(self) -> None:
-        beat = 0
-        while not self._stopping.is_set():
-            ready, _, _ = select.select([self._signal_reader], [], [], self._interval_s)
-            received = set(self._signal_reader.recv(64)) if ready else set()
-            if signal.SIGINT in received:
-                # The main thread raises KeyboardInterrupt unless it is blocked.
-                time.sleep(1.0)
-                self.leave("interrupted", EXIT_INTERRUPTED)
-            try:
-                beat += 1
-                self._store.set(f"beat/{self._control.world.rank}", f"{beat} {self._control.where}")
-                if self._store.check(["cause"]):
-                    self._leave_for(self._store.get("cause").decode(errors="replace"))
-                silent = self._silent_ranks(self._timeout_s)
-                if silent:
-                    self._leave_for(self.first_cause(f"{silent} for {self._timeout_s:g} s", symptom=False))
-            except (RuntimeError, OSError):
-                if not self._stopping.is_set():
-                    self._leave_for("the rendezvous store is gone: the process that hosts it has ended")
-            if signal.SIGTERM in received:
-                self._search_cause()
-
-    def _leave_for(self, cause: str) -> None:
-        """Exit, after a moment in which the main thread may do so itself."""
-        self._stopping.wait(0.3)
-        if not self._stopping.is_set():
-            self.leave(cause, EXIT_FAILED)
-
-    def _search_cause(self) -> None:
-        """After SIGTERM: wait for a published cause, then for a silent rank, then give up."""
-        deadline = time.monotonic() + _GRACE_S
+    def _connect(self, *, is_host: bool) -> dist.Store:
+        """A client of the rendezvous store, and on its host the store itself, if torchrun does not hold it."""
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         try:
-            while time.monotonic() < deadline and not self._store.check(["cause"]):
-                self._silent_ranks(self._timeout_s)
-                time.sleep(0.1)
-            if self._store.check(["cause"]):
-                cause = self._store.get("cause").decode(errors="replace")
-            else:
-                silent = self._silent_ranks(_GRACE_S * 0.8)
-                cause = self.first_cause(silent or "ended by SIGTERM, no rank told why", symptom=False)
-        except (RuntimeError, OSError):
-            cause = "ended by SIGTERM"
-        self.leave(cause, EXIT_FAILED)
+            store = dist.TCPStore(
+                address, int(port), is_master=is_host, timeout=self._load_timeout, wait_for_workers=False
+            )
+        except RuntimeError as e:
+            doing = "opened" if is_host else "reached"
+            raise LinkError(f"the rendezvous store {address}:{port} cannot be {doing}: {_first_line(e)}") from e
+        # The store's values outlive an attempt when torchrun restarts the ranks.
+        return dist.PrefixStore(f"thinwire/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
-    def _silent_ranks(self, limit_s: float) -> str:
-        """Ranks whose heartbeat has not changed for `limit_s`, in words, or an empty string."""
-        now = time.monotonic()
-        silent = []
-        for rank in range(self._control.world.world_size):
-            key = f"beat/{rank}"
-            started = self._store.check([key])
-            value = self._store.get(key) if started else b"0 not started"
-            if rank not in self._last or self._last[rank][0] != value:
-                self._last[rank] = (value, now)
-            elif started and now - self._last[rank][1] > limit_s and rank != self._control.world.rank:
-                silent.append(f"rank {rank} (last at {value.decode(errors='replace').partition(' ')[2]})")
-        return f"{', '.join(silent)} has not answered" if silent else ""
+    def _why_no_gather(self, keys: Sequence[str], error: RuntimeError) -> str:
+        try:
+            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+        except RuntimeError:
+            return f"the rendezvous store has ended: {_first_line(error)}"
+        waited_s = self._load_timeout.total_seconds()
+        names = ", ".join(map(self._watchdog.last_known, missing))
+        return f"{names} did not come within {waited_s:g} s (runtime.load_timeout_s)" if missing else _first_line(error)
 
 
-def _print_cause(text: str) -> None:
-    """One write, so that lines of several ranks do not mix."""
-    sys.stderr.write(f"\n{text}\n")
-    sys.stderr.flush()
+def _in_words(error: BaseException) -> str:
+    """A message for the user; with the type's name where the text was not written for one."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return str(error) if isinstance(error, (ValueError, PipelineError)) else f"{type(error).__name__}: {error}"
+
+
+def _first_line(error: BaseException) -> str:
+    """Torch appends a C++ stack to its messages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _set_interface(interface: str | None, world: World) -> None:

@@ -34,6 +34,8 @@ __all__ = ["Evaluation"]
 
 logger = logging.getLogger(__name__)
 
+ADVICE = "; finished micro-batches are kept: the same command with --resume goes on from them"
+
 
 class Evaluation:
     """One config on one deployment, on one rank.
@@ -75,14 +77,15 @@ class Evaluation:
         control = self.control
         head = _Head(self, resume) if control.world.rank == 0 else None
         first = control.gather(len(head.journal.finished) if head else None)[0]
+        control.position.advice = ADVICE
         runner, links = self._make_runner(head, first)
-        control.where = "warming up codecs"
+        control.report("warming up codecs")
         warm_up_s = self._warm_up()
         control.barrier()
         if head:
             head.begin()
         runner.run()
-        control.where = "collecting results"
+        control.report("collecting results", waiting=True)
         reports = control.gather({**self._rank_report(runner, links), "warm_up_s": warm_up_s})
         return head.finish(reports, first) if head else None
 
@@ -126,7 +129,7 @@ class Evaluation:
             dtype=dtype,
             on_start=head.journal.start if head else _only_on_rank_0,
             on_result=head.take if head else _only_on_rank_0,
-            report=self._report,
+            report=self.control.report,
         )
         return runner, links
 
@@ -146,9 +149,6 @@ class Evaluation:
                 payload = encoder.compress(torch.ones(shape, dtype=dtype, device=device), **side)
                 self.decoders[index].decompress(payload, device, dtype)
         return time.perf_counter() - start_s
-
-    def _report(self, where: str) -> None:
-        self.control.where = where
 
     def _rank_report(self, runner: Runner, links: LinkEnds) -> dict[str, Any]:
         """What this rank tells rank 0 at the end, as JSON."""

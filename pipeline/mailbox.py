@@ -23,15 +23,19 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.wire import MAX_ERROR_NBYTES, header_nbytes
+from pipeline.wire import MAX_ERROR_NBYTES, PipelineError, header_nbytes
 
 __all__ = ["FrameSpec", "Inbox", "LinkError", "Loopback", "Outbox", "PeerInbox", "PeerOutbox", "SizeRule"]
 
 T = TypeVar("T")
 
 
-class LinkError(RuntimeError):
-    """A peer is gone or silent. The message names link, peer and micro-batch."""
+class LinkError(PipelineError):
+    """A peer is gone or silent. The message names link, peer and micro-batch; `peer` is its rank, where known."""
+
+    def __init__(self, message: str, peer: int | None = None) -> None:
+        super().__init__(message)
+        self.peer = peer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +186,7 @@ class PeerOutbox:
         self._free.append(buffer)
 
     def _guard(self, operation: Callable[[], T]) -> T:
-        return _named(f"link {self._spec.name}: sending to rank {self._peer}", operation)
+        return _named(f"link {self._spec.name}: sending to rank {self._peer}", self._peer, operation)
 
 
 class PeerInbox:
@@ -237,10 +241,10 @@ class PeerInbox:
         self._pending.append((buffer, work))
 
     def _guard(self, operation: Callable[[], T], what: str) -> T:
-        return _named(f"link {self._spec.name}: receiving from rank {self._peer}, {what}", operation)
+        return _named(f"link {self._spec.name}: receiving from rank {self._peer}, {what}", self._peer, operation)
 
 
-def _named(doing: str, operation: Callable[[], T]) -> T:
+def _named(doing: str, peer: int, operation: Callable[[], T]) -> T:
     """Run a torch.distributed operation; its RuntimeError becomes a LinkError that says what was being done.
 
     Torch appends a C++ stack to its messages; the first line says what happened.
@@ -249,4 +253,4 @@ def _named(doing: str, operation: Callable[[], T]) -> T:
         return operation()
     except RuntimeError as e:
         cause = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise LinkError(f"{doing}: {cause}") from e
+        raise LinkError(f"{doing}: {cause}", peer) from e

@@ -7,28 +7,40 @@ i + 1; the link after the last stage carries losses back to node 0 where that is
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from compressors.base import Compressor, Payload
 from pipeline.link import FrameReceiver, FrameSender
 from pipeline.mailbox import LinkError
+from pipeline.record import RecordError
 from pipeline.schedule import Action, ActionKind
 from pipeline.stage import Scores, Stage, TokenWindows
-from pipeline.wire import RemoteError
+from pipeline.wire import PipelineError, RemoteError
 
-__all__ = ["OnResult", "Runner", "StageError", "StageTimes"]
+__all__ = ["OnResult", "Report", "Runner", "StageError", "StageTimes"]
+
+logger = logging.getLogger(__name__)
 
 # Called on node 0 once per micro-batch, in order: index, scores, payload bytes of each link.
 OnResult = Callable[[int, Scores, tuple[int, ...]], None]
 
 
-class StageError(RuntimeError):
-    """A stage or codec raised. The message names rank, stage, micro-batch and cause."""
+class Report(Protocol):
+    """Takes down what this rank is doing (`Control.report`)."""
+
+    def __call__(self, where: str, *, waiting: bool = False) -> str:
+        """`waiting` for another rank; returns `where` with the rank's name."""
+
+
+class StageError(PipelineError):
+    """A stage or codec raised; its traceback has been logged."""
 
 
 @dataclass
@@ -81,7 +93,7 @@ class Runner:
         dtype: of the hidden states.
         on_start: told on node 0 that a micro-batch enters the pipeline.
         on_result: takes the scores on node 0.
-        report: takes this rank's position in words, for failure messages and heartbeats.
+        report: takes this rank's position, for failure messages and heartbeats.
     """
 
     def __init__(
@@ -97,7 +109,7 @@ class Runner:
         dtype: torch.dtype,
         on_start: Callable[[int], None],
         on_result: OnResult,
-        report: Callable[[str], None],
+        report: Report,
     ) -> None:
         self.times = {index: StageTimes() for index in stages}
         self._stages, self._actions, self._tokens = stages, actions, tokens
@@ -111,24 +123,28 @@ class Runner:
         """Execute all actions.
 
         An error travels on as an ERROR frame in place of the frame that the next stage waits for, so that it
-        can say what happened. Raises StageError for an own failure, RemoteError for another rank's, LinkError
-        when a peer is gone.
+        can say what happened. Raises StageError for an own failure, RemoteError for another rank's, BadFrame for a
+        damaged frame, LinkError when a peer is gone, RecordError when a result cannot be kept.
         """
         for action in self._actions:
-            self._report(f"stage {action.stage_index}, micro-batch {action.microbatch_index}")
+            place = self._report(_where(action))
             try:
                 if action.kind is ActionKind.RESULT:
                     self._take_result(action)
                 else:
                     self._forward(action)
-            except (RemoteError, LinkError) as e:
+            except RemoteError as e:
                 self._pass_on(action, str(e))
                 raise
+            except (PipelineError, RecordError) as e:
+                self._pass_on(action, f"{place}: {e}")
+                raise
             except Exception as e:
-                cause = f"stage {action.stage_index}, micro-batch {action.microbatch_index}: {type(e).__name__}: {e}"
-                self._pass_on(action, cause)
+                cause = f"{type(e).__name__}: {e}"
+                logger.exception("%s: a stage or codec raised", place)
+                self._pass_on(action, f"{place}: {cause}")
                 raise StageError(cause) from e
-        self._report("finishing")
+        self._report("finishing", waiting=True)
         for sender in self._senders.values():
             sender.end()
         for receiver in self._receivers.values():
@@ -144,26 +160,28 @@ class Runner:
             self._on_start(microbatch_index)
             inputs = self._tokens.input_ids(microbatch_index)
         else:
-            inputs, trail = self._receive_hidden(index, microbatch_index)
+            inputs, trail = self._receive_hidden(action)
         with times.measure("compute", stage.device):
             output = stage.forward(inputs)
         if not stage.plan.is_last:
-            self._send_hidden(index, microbatch_index, output, trail)
+            self._send_hidden(action, output, trail)
             return
         rows, columns, targets = self._tokens.scored(microbatch_index)
         with times.measure("compute", stage.device):
             scores = stage.score(output, rows, columns, targets)
         if index in self._senders:
-            self._senders[index].send(microbatch_index, _scores_to_payload(scores), trail)
+            with self._waiting(action):
+                self._senders[index].send(microbatch_index, _scores_to_payload(scores), trail)
         else:
             self._on_result(microbatch_index, scores, trail)
 
-    def _receive_hidden(self, index: int, microbatch_index: int) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """Hidden states [B, T, H] of the link before stage `index`, and all payload bytes up to here."""
+    def _receive_hidden(self, action: Action) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Hidden states [B, T, H] of the link before the action's stage, and all payload bytes up to here."""
+        index = action.stage_index
         receiver, decoder = self._receivers[index - 1], self._decoders[index - 1]
         stage, times = self._stages[index], self.times[index]
-        with times.measure("wait", stage.device):
-            header, payload = receiver.receive(microbatch_index)
+        with times.measure("wait", stage.device), self._waiting(action):
+            header, payload = receiver.receive(action.microbatch_index)
         with times.measure("decompress", stage.device):
             on_device = Payload(payload.data.to(stage.device), payload.shape, payload.meta)
             hidden_states = decoder.decompress(on_device, stage.device, self._dtype)
@@ -175,22 +193,29 @@ class Runner:
         receiver.release()
         return hidden_states, (*header.trail, header.body_nbytes)
 
-    def _send_hidden(
-        self, index: int, microbatch_index: int, hidden_states: torch.Tensor, trail: tuple[int, ...]
-    ) -> None:
+    def _send_hidden(self, action: Action, hidden_states: torch.Tensor, trail: tuple[int, ...]) -> None:
+        index, microbatch_index = action.stage_index, action.microbatch_index
         codec, stage, times = self._encoders[index], self._stages[index], self.times[index]
         side = {"token_ids": self._tokens.input_ids(microbatch_index)} if "token_ids" in codec.needs else {}
         with times.measure("compress", stage.device):
             payload = codec.compress(hidden_states, **side)
-        with times.measure("wait", stage.device):
+        with times.measure("wait", stage.device), self._waiting(action):
             self._senders[index].send(microbatch_index, payload, trail)
 
     def _take_result(self, action: Action) -> None:
         receiver = self._receivers[action.stage_index - 1]
-        header, payload = receiver.receive(action.microbatch_index)
+        with self._waiting(action):
+            header, payload = receiver.receive(action.microbatch_index)
         scores = _scores_from_payload(payload)
         receiver.release()
         self._on_result(action.microbatch_index, scores, header.trail)
+
+    @contextmanager
+    def _waiting(self, action: Action) -> Iterator[None]:
+        """Report that this rank waits for another. After an error it is left at that."""
+        self._report(_where(action), waiting=True)
+        yield
+        self._report(_where(action))
 
     def _pass_on(self, action: Action, cause: str) -> None:
         sender = self._senders.get(action.stage_index)
@@ -199,6 +224,10 @@ class Runner:
                 sender.send_error(action.microbatch_index, cause)
             except LinkError:
                 pass  # the next stage is gone, too; the first cause is already being raised
+
+
+def _where(action: Action) -> str:
+    return f"stage {action.stage_index}, micro-batch {action.microbatch_index}"
 
 
 def _scores_to_payload(scores: Scores) -> Payload:
