@@ -10,7 +10,10 @@ its low bits up. Contiguous reads and writes make that several times faster than
 3, 5, 6 and 7 bits are truly dense at widths divisible by 8 (at other widths at most 2 bytes a row above
 ceil(length * nbits / 8)). Unused bits are 0.
 
-`compressors.kernels.bits` writes the same bytes in compiled loops.
+`pack_pairs` is the other layout of 4-bit codes, neighbours in one byte, the first in the high half (that of
+bitsandbytes): a decoder that looks values up in a table finds two of them with one byte.
+
+`compressors.kernels` writes the same bytes in compiled loops.
 """
 
 from __future__ import annotations
@@ -18,11 +21,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from compressors.base import CorruptPayload
 
-__all__ = ["concat_bytes", "pack", "packed_nbytes", "sections_nbytes", "split_bytes", "unpack"]
+__all__ = [
+    "concat_bytes",
+    "pack",
+    "pack_pairs",
+    "packed_nbytes",
+    "sections_nbytes",
+    "split_bytes",
+    "unpack",
+    "unpack_pairs",
+]
 
 PLANE_BITS = (4, 2, 1)
 
@@ -44,14 +57,12 @@ def pack(codes: torch.Tensor, nbits: int) -> torch.Tensor:
     packed = codes.new_zeros(*codes.shape[:-1], packed_nbytes(length, nbits))
     if nbits == 8:
         return packed.copy_(codes)
-    start = 0
-    for width, shift, stride in _planes(length, nbits):
-        plane = packed[..., start : start + stride]
-        bits = (codes >> shift) & ((1 << width) - 1)
-        for lane in range(8 // width):
-            part = bits[..., lane * stride : (lane + 1) * stride]
-            plane[..., : part.shape[-1]] |= part << (lane * width)
-        start += stride
+    if codes.device.type == "cpu":
+        from compressors.kernels import bits
+
+        bits.pack_rows(_as_rows(codes), nbits, _as_rows(packed))
+    else:
+        _pack(codes, nbits, packed)
     return packed
 
 
@@ -64,22 +75,51 @@ def unpack(packed: torch.Tensor, nbits: int, length: int) -> torch.Tensor:
     if nbits == 8:
         return packed.clone()
     codes = packed.new_zeros(*packed.shape[:-1], length)
-    start = 0
-    for width, shift, stride in _planes(length, nbits):
-        plane = packed[..., start : start + stride]
-        for lane in range(8 // width):
-            part = codes[..., lane * stride : (lane + 1) * stride]
-            lane_bits = (plane[..., : part.shape[-1]] >> (lane * width)) & ((1 << width) - 1)
-            part |= lane_bits << shift
-        start += stride
+    if packed.device.type == "cpu":
+        from compressors.kernels import bits
+
+        bits.unpack_rows(_as_rows(packed), nbits, _as_rows(codes))
+    else:
+        _unpack(packed, nbits, codes)
     return codes
 
 
-def _planes(length: int, nbits: int) -> list[tuple[int, int, int]]:
-    """(bits, position in the code, bytes) of each plane, for nbits below 8."""
-    return [
-        (width, nbits & ~(2 * width - 1) & 7, -(-length * width // 8)) for width in PLANE_BITS if nbits & width
-    ]
+def _pack(codes: torch.Tensor, nbits: int, packed: torch.Tensor) -> None:
+    """`pack` into zeros by torch operations, for any device."""
+    for plane, width, shift in _planes(packed, codes.shape[-1], nbits):
+        for lane, part in enumerate(codes.split(plane.shape[-1], dim=-1)):
+            plane[..., : part.shape[-1]] |= ((part >> shift) & (2**width - 1)) << (lane * width)
+
+
+def _unpack(packed: torch.Tensor, nbits: int, codes: torch.Tensor) -> None:
+    """`unpack` into zeros by torch operations, for any device."""
+    for plane, width, shift in _planes(packed, codes.shape[-1], nbits):
+        for lane, part in enumerate(codes.split(plane.shape[-1], dim=-1)):
+            part |= ((plane[..., : part.shape[-1]] >> (lane * width)) & (2**width - 1)) << shift
+
+
+def _as_rows(tensor: torch.Tensor) -> np.ndarray:
+    """[..., n] as an array [N, n], a view if it is contiguous."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous().numpy()
+
+
+def _planes(packed: torch.Tensor, length: int, nbits: int) -> list[tuple[torch.Tensor, int, int]]:
+    """(view of the plane's bytes [..., s], its bits, their position in the code), for nbits below 8."""
+    widths = [width for width in PLANE_BITS if nbits & width]
+    planes = packed.split([-(-length * width // 8) for width in widths], dim=-1)
+    return [(plane, width, nbits & ~(2 * width - 1)) for plane, width in zip(planes, widths, strict=True)]
+
+
+def pack_pairs(codes: torch.Tensor) -> torch.Tensor:
+    """Pack uint8 `codes` [..., length] below 16 to uint8 [..., ceil(length / 2)], the first of a pair high."""
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return (codes[..., ::2] << 4) | codes[..., 1::2]
+
+
+def unpack_pairs(packed: torch.Tensor, length: int) -> torch.Tensor:
+    """Inverse of `pack_pairs`: uint8 [..., ceil(length / 2)] to uint8 codes [..., length]."""
+    return torch.stack([packed >> 4, packed & 15], dim=-1).flatten(-2)[..., :length]
 
 
 def concat_bytes(*tensors: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,10 @@ _BUILTINS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fp8_e5m2": ("fp8", "Fp8", {"variant": "e5m2"}),
     **{f"int{nbits}": ("affine", "IntN", {"nbits": nbits}) for nbits in range(2, 9)},
     "nf4": ("fourbit", "FourBit", {"table": "nf4"}),
+    "fp4": ("fourbit", "FourBit", {"table": "fp4"}),
+    "mxfp4": ("mxfp4", "MxFp4", {}),
+    "hqq3": ("hqq", "Hqq", {"nbits": 3}),
+    **{f"hqq{nbits}": ("hqq", "Hqq", {"nbits": nbits, "layout": "dense"}) for nbits in (1, 2, 4, 8)},
 }
 
 _SHORT_FORM = re.compile(r"\s*(?P<name>[\w.]+(?::\w+)?)\s*(?:\((?P<arguments>.*)\))?\s*", re.DOTALL)

@@ -8,6 +8,7 @@ from compressors.kernels.bits import (
     QUIET_NAN_BF16,
     bf16_of_float,
     bits_of_float,
+    clamp_row,
     float_of_bf16,
     float_of_bits,
     jit,
@@ -39,49 +40,44 @@ def _float_of_ordered(ordered):
 @jit
 def encode(rows, nbits, scale, zero, packed, codes):
     """Rows float32 [N, H] to scale (bf16 bits) [N], zero int16 [N], packed uint8 [N, P]; codes uint8 [H] is scratch."""
-    num_rows, width = rows.shape
     q_min, q_max = np.float32(-(1 << (nbits - 1))), np.float32((1 << (nbits - 1)) - 1)
     levels = q_max - q_min
-    for i in range(num_rows):
-        row = rows[i]
+    for i in range(rows.shape[0]):
+        row, row_codes = rows[i], (packed[i] if nbits == 8 else codes)
         lowest, highest = np.int32(0), np.int32(0)
-        for j in range(width):
+        for j in range(row.size):
             key = _ordered(row[j])
-            lowest = min(lowest, key)
-            highest = max(highest, key)
+            lowest, highest = min(lowest, key), max(highest, key)
         lo, hi = _float_of_ordered(lowest), _float_of_ordered(highest)
         row_scale = (hi - lo) / levels
         if np.isinf(hi - lo):
             row_scale = hi / levels - lo / levels
         if not np.isfinite(row_scale):
             scale[i], zero[i] = QUIET_NAN_BF16, 0
-            codes[:] = 0
+            row_codes[:] = 0
         else:
-            if row_scale < SMALLEST_NORMAL:
-                row_scale = SMALLEST_NORMAL
+            row_scale = max(row_scale, SMALLEST_NORMAL)
             row_zero = min(max(q_min - np.rint(lo / row_scale), q_min), q_max)
             scale[i], zero[i] = bf16_of_float(row_scale), np.int16(row_zero)
             inverse = np.float32(1.0) / float_of_bf16(scale[i])
-            for j in range(width):
+            for j in range(row.size):
                 q = np.rint(row[j] * inverse) + row_zero
                 q = min(max(q, q_min), q_max) - q_min
-                codes[j] = np.uint8(np.int32(q))
-        pack_row(codes, nbits, packed[i])
+                row_codes[j] = np.uint8(np.int32(q))
+        if nbits < 8:
+            pack_row(codes, nbits, packed[i])
 
 
 @jit
 def decode(packed, nbits, scale, zero, limit, rows, codes):
     """Inverse of `encode`; values are clamped to +-limit, NaN stays."""
-    num_rows, width = rows.shape
-    q_min, limit = np.float32(-(1 << (nbits - 1))), np.float32(limit)
-    for i in range(num_rows):
-        row = rows[i]
-        unpack_row(packed[i], nbits, codes)
+    levels, q_min, limit = np.float32((1 << nbits) - 1), np.float32(-(1 << (nbits - 1))), np.float32(limit)
+    for i in range(rows.shape[0]):
+        row, row_codes = rows[i], (packed[i] if nbits == 8 else codes)
+        if nbits < 8:
+            unpack_row(packed[i], nbits, codes)
         row_scale, offset = float_of_bf16(scale[i]), np.float32(zero[i]) - q_min
-        for j in range(width):
-            value = (np.float32(codes[j]) - offset) * row_scale
-            if value > limit:
-                value = limit
-            elif value < -limit:
-                value = -limit
-            row[j] = value
+        for j in range(row.size):
+            row[j] = (np.float32(row_codes[j]) - offset) * row_scale
+        if not max(abs(offset), abs(levels - offset)) * abs(row_scale) <= limit:
+            clamp_row(row, limit)

@@ -8,11 +8,26 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-__all__ = ["bf16_of_float", "bits_of_float", "float_of_bf16", "float_of_bits", "jit", "pack_row", "unpack_row"]
+__all__ = [
+    "INFINITY_BITS",
+    "QUIET_NAN_BF16",
+    "absmax_bits",
+    "bf16_of_float",
+    "bits_of_float",
+    "clamp_row",
+    "float_of_bf16",
+    "float_of_bits",
+    "jit",
+    "pack_row",
+    "pack_rows",
+    "unpack_row",
+    "unpack_rows",
+]
 
 jit = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 QUIET_NAN_BF16 = np.uint16(0x7FC0)
+INFINITY_BITS = np.uint32(0x7F800000)
 
 
 @intrinsic
@@ -51,67 +66,84 @@ def float_of_bf16(bits):
 
 
 @jit
-def _pack_plane(codes, shift, width, out):
-    """Pack `width` bits of each code from `shift` up into `out`."""
-    length, stride = codes.size, out.size
-    mask = np.uint8((1 << width) - 1)
-    for j in range(stride):
-        out[j] = (codes[j] >> shift) & mask
-    for lane in range(1, 8 // width):
-        start, up = lane * stride, np.uint8(lane * width)
-        for j in range(min(stride, length - start)):
-            out[j] |= np.uint8(((codes[start + j] >> shift) & mask) << up)
+def absmax_bits(values):
+    """Bits of the largest magnitude as uint32; INFINITY_BITS or more if any value is infinite or NaN.
+
+    Integer maxima vectorise where float maxima must keep the order of NaNs, and they do not lose a NaN.
+    """
+    largest = np.uint32(0)
+    for j in range(values.size):
+        largest = max(largest, np.uint32(bits_of_float(values[j]) & np.uint32(0x7FFFFFFF)))
+    return largest
 
 
 @jit
-def _unpack_plane(packed, shift, width, codes):
-    """Add `width` bits of each code, at `shift`, from `packed`."""
-    length, stride = codes.size, packed.size
-    mask = np.uint8((1 << width) - 1)
-    for lane in range(8 // width):
-        start, down = lane * stride, np.uint8(lane * width)
-        for j in range(min(stride, length - start)):
-            codes[start + j] |= np.uint8(((packed[j] >> down) & mask) << shift)
+def clamp_row(row, limit):
+    """Clamp float32 values to +-limit in place, NaN stays."""
+    for j in range(row.size):
+        if row[j] > limit:
+            row[j] = limit
+        elif row[j] < -limit:
+            row[j] = -limit
+
+
+# Loops below run over whole slices: numba checks `array[start + j]` for a negative index, which keeps the
+# compiler from vectorising, and `array[start:][j]` is free of that.
 
 
 @jit
-def pack_row(codes, nbits, out):
-    """`compressors.bitpack.pack` of one row: uint8 codes [length] to uint8 out."""
-    length = codes.size
-    if nbits == 8:
-        out[:] = codes
-        return
-    start = 0
-    if nbits & 4:
-        stop = (length + 1) // 2
-        _pack_plane(codes, np.uint8(0), 4, out[:stop])
-        start = stop
-    if nbits & 2:
-        stop = start + (length + 3) // 4
-        _pack_plane(codes, np.uint8(nbits & 4), 2, out[start:stop])
-        start = stop
-    if nbits & 1:
-        stop = start + (length + 7) // 8
-        _pack_plane(codes, np.uint8(nbits & 6), 1, out[start:stop])
+def _set_bits(source, down, mask, target):
+    for j in range(target.size):
+        target[j] = (source[j] >> down) & mask
+
+
+@jit
+def _add_bits(source, down, mask, up, target):
+    for j in range(target.size):
+        target[j] |= np.uint8(((source[j] >> down) & mask) << up)
+
+
+@jit
+def pack_row(codes, nbits, packed):
+    """`compressors.bitpack.pack` of one row, nbits below 8: uint8 codes [length] to uint8 packed."""
+    start, shift = 0, 0
+    for width in (4, 2, 1):
+        if nbits & width:
+            stride, mask = (codes.size * width + 7) // 8, np.uint8((1 << width) - 1)
+            plane = packed[start : start + stride]
+            _set_bits(codes[:stride], np.uint8(shift), mask, plane)
+            for lane in range(1, 8 // width):
+                part = codes[lane * stride : (lane + 1) * stride]
+                _add_bits(part, np.uint8(shift), mask, np.uint8(lane * width), plane[: part.size])
+            start, shift = start + stride, shift + width
 
 
 @jit
 def unpack_row(packed, nbits, codes):
-    """`compressors.bitpack.unpack` of one row: uint8 packed to uint8 codes [length]."""
-    length = codes.size
-    if nbits == 8:
-        codes[:] = packed
-        return
-    codes[:] = 0
-    start = 0
-    if nbits & 4:
-        stop = (length + 1) // 2
-        _unpack_plane(packed[:stop], np.uint8(0), 4, codes)
-        start = stop
-    if nbits & 2:
-        stop = start + (length + 3) // 4
-        _unpack_plane(packed[start:stop], np.uint8(nbits & 4), 2, codes)
-        start = stop
-    if nbits & 1:
-        stop = start + (length + 7) // 8
-        _unpack_plane(packed[start:stop], np.uint8(nbits & 6), 1, codes)
+    """`compressors.bitpack.unpack` of one row, nbits below 8: uint8 packed to uint8 codes [length]."""
+    start, shift = 0, 0
+    for width in (4, 2, 1):
+        if nbits & width:
+            stride, mask = (codes.size * width + 7) // 8, np.uint8((1 << width) - 1)
+            plane = packed[start : start + stride]
+            for lane in range(8 // width):
+                part = codes[lane * stride : (lane + 1) * stride]
+                if shift == 0:
+                    _set_bits(plane, np.uint8(lane * width), mask, part)
+                else:
+                    _add_bits(plane, np.uint8(lane * width), mask, np.uint8(shift), part)
+            start, shift = start + stride, shift + width
+
+
+@jit
+def pack_rows(codes, nbits, packed):
+    """`pack_row` of every row."""
+    for i in range(codes.shape[0]):
+        pack_row(codes[i], nbits, packed[i])
+
+
+@jit
+def unpack_rows(packed, nbits, codes):
+    """`unpack_row` of every row."""
+    for i in range(codes.shape[0]):
+        unpack_row(packed[i], nbits, codes[i])

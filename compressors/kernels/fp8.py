@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from compressors.kernels.bits import bits_of_float, float_of_bits, jit
+from compressors.kernels.bits import INFINITY_BITS, absmax_bits, bits_of_float, clamp_row, float_of_bits, jit
 
 __all__ = ["decode", "encode_e4m3", "encode_e5m2"]
-
-INFINITY_BITS = np.uint32(0x7F800000)
 
 
 @jit
@@ -33,12 +31,9 @@ def _float8(value, mantissa, bias):
 
 @jit
 def _encode(rows, mantissa, bias, largest, scale, codes):
-    num_rows, width = rows.shape
-    for i in range(num_rows):
+    for i in range(rows.shape[0]):
         row, row_codes = rows[i], codes[i]
-        absmax = np.uint32(0)
-        for j in range(width):
-            absmax = max(absmax, np.uint32(bits_of_float(row[j]) & np.uint32(0x7FFFFFFF)))
+        absmax = absmax_bits(row)
         if absmax >= INFINITY_BITS:
             scale[i] = np.float32(np.nan)
             row_codes[:] = 0
@@ -47,7 +42,7 @@ def _encode(rows, mantissa, bias, largest, scale, codes):
         if row_scale == 0:
             row_scale = np.float32(1)
         scale[i] = row_scale
-        for j in range(width):
+        for j in range(row.size):
             value = min(max(row[j] / row_scale, -largest), largest)
             row_codes[j] = _float8(value, mantissa, bias)
 
@@ -67,14 +62,10 @@ def encode_e5m2(rows, scale, codes):
 @jit
 def decode(codes, scale, values, limit, rows):
     """Codes to float32 rows through the table `values` [256]; clamped to +-limit, NaN stays."""
-    num_rows, width = rows.shape
-    limit = np.float32(limit)
-    for i in range(num_rows):
+    limit, largest = np.float32(limit), np.nanmax(values[np.isfinite(values)])
+    for i in range(rows.shape[0]):
         row, row_codes, row_scale = rows[i], codes[i], scale[i]
-        for j in range(width):
-            value = values[row_codes[j]] * row_scale
-            if value > limit:
-                value = limit
-            elif value < -limit:
-                value = -limit
-            row[j] = value
+        for j in range(row.size):
+            row[j] = values[row_codes[j]] * row_scale
+        if not largest * abs(row_scale) <= limit:
+            clamp_row(row, limit)

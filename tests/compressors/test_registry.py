@@ -81,7 +81,7 @@ def test_short_form_of_plugins_and_nested_codecs():
         ("", "is not of the form"),
         ("int4(granularity=row)", "'int4': granularity is 'row', allowed: token, tensor"),
         ("int4(granulariti=token)", r"'int4' has no option 'granulariti' \(got 'token'\), did you mean 'granularity'"),
-        ("nf4(block=3)", "'nf4' has no option 'block'.*allowed: none"),
+        ("mxfp4(block=3)", "'mxfp4' has no option 'block'.*allowed: none"),
         ("int4(nbits=5)", "nbits is 5, but the name fixes 4"),
         ("int4(fp16)", "'int4' has no option 'inner'"),
         ("int4(granularity=token, granularity=token)", "granularity is given twice"),
