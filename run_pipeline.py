@@ -11,12 +11,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.config import FLAG_KEYS, ConfigError, RunConfig, find_config, load_config, parse_override
-
-if TYPE_CHECKING:
-    from pipeline.distributed import Control
+from pipeline.watchdog import Watchdog
+from pipeline.world import World
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -84,25 +82,16 @@ def show_plan(config: RunConfig) -> int:
 
 
 def run(config: RunConfig, *, resume: bool) -> int:
-    from pipeline.distributed import Control, World
-
     try:
         world = World.from_environment()
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    # Before the slow imports: from here on, what goes wrong on one rank is known to all.
-    control = Control(
-        world,
-        timeout_s=config.runtime.timeout_s,
-        load_timeout_s=config.runtime.load_timeout_s,
-        interface=config.runtime.interface,
-    )
+    watchdog = Watchdog(world, config.runtime.timeout_s)
     try:
-        path = evaluate(config, control, resume=resume)
-        control.close()
+        path = evaluate(config, world, watchdog, resume=resume)
     except (Exception, KeyboardInterrupt) as e:
-        control.abort(e)
+        watchdog.abort(e)
     if path is not None:
         from pipeline.report import print_summary
 
@@ -110,17 +99,30 @@ def run(config: RunConfig, *, resume: bool) -> int:
     return 0
 
 
-def evaluate(config: RunConfig, control: Control, *, resume: bool) -> Path | None:
+def evaluate(config: RunConfig, world: World, watchdog: Watchdog, *, resume: bool) -> Path | None:
     """Path of the record on rank 0, None elsewhere."""
+    from pipeline.distributed import Control
+
+    # Joined before the imports of seconds: from here on, what goes wrong on one rank is known to all.
+    runtime = config.runtime
+    control = Control(
+        world,
+        timeout_s=runtime.timeout_s,
+        load_timeout_s=runtime.load_timeout_s,
+        interface=runtime.interface,
+        watchdog=watchdog,
+    )
     from pipeline.compose import check_world_size
     from pipeline.deployment import deploy
     from pipeline.evaluation import Evaluation
     from pipeline.record import check_writable
 
-    check_world_size(config, control.world)
-    if control.world.rank == 0:
+    check_world_size(config, world)
+    if world.rank == 0:
         check_writable(Path(config.exp_dir))
-    return Evaluation(config, deploy(config, control)).run(resume=resume)
+    path = Evaluation(config, deploy(config, control)).run(resume=resume)
+    control.close()
+    return path
 
 
 if __name__ == "__main__":

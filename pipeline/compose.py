@@ -16,12 +16,13 @@ import torch.distributed as dist
 
 from compressors import Compressor, LinkInfo, make_compressor
 from pipeline.config import ConfigError, RunConfig
-from pipeline.distributed import World, choose_device
+from pipeline.distributed import choose_device
 from pipeline.hf_model import TORCH_DTYPES
 from pipeline.link import FrameReceiver, FrameSender
 from pipeline.mailbox import FrameSpec, Loopback, PeerInbox, PeerOutbox, SizeRule
 from pipeline.plan import Plan, default_plan, explicit_plan
 from pipeline.windows import MicroBatch
+from pipeline.world import World
 
 __all__ = ["LinkEnds", "check_model_limits", "choose_threads", "make_codecs", "make_links", "make_plan", "stage_devices"]
 

@@ -12,20 +12,16 @@ import contextlib
 import datetime
 import json
 import os
-import signal
 import socket
-import sys
-import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.mailbox import LinkError
-from pipeline.watchdog import EXIT_FAILED, EXIT_INTERRUPTED, Position, Watchdog
-from pipeline.wire import PipelineError, RemoteError
+from pipeline.watchdog import Watchdog
+from pipeline.world import World
 
 __all__ = ["AgreementError", "Control", "World", "choose_device", "link_backend"]
 
@@ -35,34 +31,6 @@ _LEAVING_TIME = datetime.timedelta(seconds=5)
 
 class AgreementError(ValueError):
     """Ranks were started with different configs or checkpoints."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """This process's place, as torchrun's environment gives it; one process without it.
-
-    Raises ValueError for half an environment.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-
-    @classmethod
-    def from_environment(cls) -> World:
-        if "WORLD_SIZE" not in os.environ:
-            return cls()
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise ValueError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start the ranks with torchrun")
-        world_size = int(os.environ["WORLD_SIZE"])
-        return cls(
-            rank=int(os.environ["RANK"]),
-            world_size=world_size,
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-        )
 
 
 def choose_device(setting: str, world: World) -> torch.device:
@@ -104,43 +72,48 @@ def link_backend(setting: str, devices: list[tuple[str, str]]) -> str:
 class Control:
     """Start and end of a run's process group, agreement between ranks, and the watch over them.
 
-    With one process it does none of that and `abort` only prints. `position` says what this rank is doing; whoever
-    drives the run keeps it up to date.
+    With one process it does none of that.
+
+    Args:
+        timeout_s: of a frame, and of another rank's silence.
+        load_timeout_s: for ranks that wait for each other while they load.
+        interface: network interface of the links; None for loopback where all ranks are on one machine.
+        watchdog: where one was started before this module's imports.
     """
 
-    def __init__(self, world: World, *, timeout_s: float, load_timeout_s: float, interface: str | None) -> None:
+    def __init__(
+        self,
+        world: World,
+        *,
+        timeout_s: float,
+        load_timeout_s: float,
+        interface: str | None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
         self.world = world
-        self.position = Position(world.rank)
         self.host = socket.gethostname()
+        self.watchdog = watchdog or Watchdog(world, timeout_s)
         self._load_timeout = datetime.timedelta(seconds=load_timeout_s)
         self._rounds = 0
-        self._watchdog: Watchdog | None = None
         if world.world_size == 1:
             return
         _set_interface(interface, world)
-        by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self._watchdog = Watchdog(
-            self.position, world_size=world.world_size, timeout_s=timeout_s, store_host=None if by_agent else 0
+        self._store = self._connect(is_host=world.hosts_store)
+        # A client of its own: a blocking call of the main thread must not hold up the heartbeats.
+        self.watchdog.join(dist.PrefixStore("watch", self._connect(is_host=False)))
+        self.barrier()  # ranks may start far apart, and the group waits no longer than for a frame
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("group", self._store),
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
         )
-        try:
-            self._store = self._connect(is_host=not by_agent and world.rank == 0)
-            # A client of its own: a blocking call of the main thread must not hold up the heartbeats.
-            self._watchdog.join(dist.PrefixStore("watch", self._connect(is_host=False)))
-            self.barrier()  # ranks may start far apart, and the group waits no longer than for a frame
-            dist.init_process_group(
-                "gloo",
-                store=dist.PrefixStore("group", self._store),
-                rank=world.rank,
-                world_size=world.world_size,
-                timeout=datetime.timedelta(seconds=timeout_s),
-            )
-        except (Exception, KeyboardInterrupt) as e:
-            self.abort(e)
 
     def report(self, where: str, *, waiting: bool = False) -> str:
-        """Take down what this rank is doing now; returns it with the rank's name."""
-        self.position.where, self.position.waiting = where, waiting
-        return str(self.position)
+        """Take down what this rank is doing, and whether it waits for another; returns it with the rank's name."""
+        self.watchdog.where, self.watchdog.waiting = where, waiting
+        return self.watchdog.place
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, in rank order, on every rank.
@@ -185,11 +158,11 @@ class Control:
 
     def close(self) -> None:
         """End a successful run: wait for the others, then take down watch and group."""
-        if self._watchdog is None:
+        if self.world.world_size == 1:
             return
         self.report("ending", waiting=True)
         self.barrier()
-        self._watchdog.stop()
+        self.watchdog.stop()
         dist.destroy_process_group()
         # Rank 0 may host the store, so it goes last. A rank that is lost now takes nothing with it.
         if self.world.rank != 0:
@@ -197,27 +170,6 @@ class Control:
         else:
             with contextlib.suppress(RuntimeError):
                 self._store.wait([f"left/{rank}" for rank in range(1, self.world.world_size)], _LEAVING_TIME)
-
-    def abort(self, error: BaseException) -> NoReturn:
-        """Print the cause of the end, tell the other ranks, and end this process.
-
-        What no user can have caused is printed with its traceback first. Destructors do not run: those of a process
-        group whose peer is gone may block.
-        """
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_FAILED
-        if not isinstance(error, (ValueError, PipelineError, KeyboardInterrupt)):
-            traceback.print_exception(error)
-        sys.stdout.flush()
-        message = _in_words(error)
-        if self._watchdog is None:
-            sys.stderr.write(f"\nerror: {message}{self.position.advice}\n")
-            sys.stderr.flush()
-            os._exit(code)
-        if isinstance(error, LinkError):
-            self._watchdog.fail_for_peer(error.peer, message)
-        # A RemoteError's text names the rank that failed, which is not this one.
-        self._watchdog.fail(message if isinstance(error, RemoteError) else f"{self.position}: {message}", code=code)
 
     def _connect(self, *, is_host: bool) -> dist.Store:
         """A client of the rendezvous store, and on its host the store itself, if torchrun does not hold it."""
@@ -238,15 +190,8 @@ class Control:
         except RuntimeError:
             return f"the rendezvous store has ended: {_first_line(error)}"
         waited_s = self._load_timeout.total_seconds()
-        names = ", ".join(map(self._watchdog.last_known, missing))
+        names = ", ".join(map(self.watchdog.last_known, missing))
         return f"{names} did not come within {waited_s:g} s (runtime.load_timeout_s)" if missing else _first_line(error)
-
-
-def _in_words(error: BaseException) -> str:
-    """A message for the user; with the type's name where the text was not written for one."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    return str(error) if isinstance(error, (ValueError, PipelineError)) else f"{type(error).__name__}: {error}"
 
 
 def _first_line(error: BaseException) -> str:

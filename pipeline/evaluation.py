@@ -77,7 +77,7 @@ class Evaluation:
         control = self.control
         head = _Head(self, resume) if control.world.rank == 0 else None
         first = control.gather(len(head.journal.finished) if head else None)[0]
-        control.position.advice = ADVICE
+        control.watchdog.advice = ADVICE
         runner, links = self._make_runner(head, first)
         control.report("warming up codecs")
         warm_up_s = self._warm_up()
@@ -87,7 +87,11 @@ class Evaluation:
         runner.run()
         control.report("collecting results", waiting=True)
         reports = control.gather({**self._rank_report(runner, links), "warm_up_s": warm_up_s})
-        return head.finish(reports, first) if head else None
+        if not head:
+            return None
+        path = head.finish(reports, first)
+        control.watchdog.advice = f"; the record was written before: {path}"
+        return path
 
     def _make_codecs(self) -> list[Compressor]:
         max_tokens = max(m.num_tokens for m in self.microbatches)

@@ -23,7 +23,8 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.wire import MAX_ERROR_NBYTES, PipelineError, header_nbytes
+from pipeline.watchdog import PipelineError
+from pipeline.wire import MAX_ERROR_NBYTES, header_nbytes
 
 __all__ = ["FrameSpec", "Inbox", "LinkError", "Loopback", "Outbox", "PeerInbox", "PeerOutbox", "SizeRule"]
 
@@ -31,7 +32,9 @@ T = TypeVar("T")
 
 
 class LinkError(PipelineError):
-    """A peer is gone or silent. The message names link, peer and micro-batch; `peer` is its rank, where known."""
+    """Another rank is gone or silent: `peer`, where it is known. The message names link, peer and micro-batch."""
+
+    is_symptom = True
 
     def __init__(self, message: str, peer: int | None = None) -> None:
         super().__init__(message)

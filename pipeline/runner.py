@@ -22,7 +22,8 @@ from pipeline.mailbox import LinkError
 from pipeline.record import RecordError
 from pipeline.schedule import Action, ActionKind
 from pipeline.stage import Scores, Stage, TokenWindows
-from pipeline.wire import PipelineError, RemoteError
+from pipeline.watchdog import PipelineError
+from pipeline.wire import RemoteError
 
 __all__ = ["OnResult", "Report", "Runner", "StageError", "StageTimes"]
 

@@ -1,4 +1,4 @@
-"""The watch over the other ranks: every live rank ends with one message when another dies, hangs or fails.
+"""How a run ends when it fails: every live rank prints one message, also when another rank dies or hangs.
 
 Two threads per rank, which the main thread's blocking calls do not hold up:
 
@@ -11,21 +11,28 @@ Two threads per rank, which the main thread's blocking calls do not hold up:
 
 A rank counts as silent once its heartbeat has not changed for the timeout, however long it works on a micro-batch:
 only a stopped or dead process is silent, or one that holds the interpreter lock all that time.
+
+No torch here, so that the watch begins before torch is imported; the store is handed in later.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
+import traceback
+from collections.abc import Container
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
-import torch.distributed as dist
+from pipeline.world import World
 
-__all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "Position", "Watchdog"]
+__all__ = ["PipelineError", "Watchdog"]
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -35,31 +42,24 @@ _GRACE_S = 1.5
 _SEARCH_S = 3.0
 
 
-@dataclass
-class Position:
-    """What a rank is doing, in words, and whether it waits for another rank meanwhile.
+class PipelineError(RuntimeError):
+    """Ends a run while it goes on. The text is written for the user, who needs no traceback to read it.
 
-    `advice` ends every last message of the rank.
+    `is_symptom`: another rank is to blame, `peer` where that is known. `names_place`: the text tells the failed
+    rank's position itself.
     """
 
-    rank: int
-    where: str = "starting"
-    waiting: bool = False
-    advice: str = ""
-
-    def __str__(self) -> str:
-        return f"rank {self.rank}, {self.where}"
+    is_symptom = False
+    names_place = False
+    peer: int | None = None
 
 
 @dataclass
 class _Beat:
-    """The last heartbeat of a rank and when this rank first saw it."""
+    """The last heartbeat of a rank, and for how long it has been seen to stand still."""
 
     value: bytes
-    seen_s: float
-
-    def age_s(self) -> float:
-        return time.monotonic() - self.seen_s
+    silent_s: float = 0.0
 
     @property
     def where(self) -> str:
@@ -70,68 +70,97 @@ class _Beat:
         return self.value.split(b"|", 2)[1] == b"1"
 
 
-class Watchdog:
-    """One rank's watch. Starts with the signals; `join` adds the store, `stop` ends it all.
+class _Clock:
+    """Seconds from tick to tick, but only as many as this process can have watched: it may have been stopped itself."""
 
-    Args:
-        position: this rank's, kept up to date by others.
-        store_host: who hosts the rendezvous store: a rank, or None for torchrun's agent.
+    def __init__(self, interval_s: float) -> None:
+        self._longest_s = 2 * interval_s
+        self._last_s = time.monotonic()
+
+    def tick(self) -> float:
+        now_s = time.monotonic()
+        passed_s, self._last_s = now_s - self._last_s, now_s
+        return min(passed_s, self._longest_s)
+
+
+class Watchdog:
+    """One rank's watch. It begins with the signals; `join` adds the other ranks, `stop` ends it all.
+
+    `where` is this rank's position in words and `waiting` whether it waits for another rank; whoever drives the run
+    keeps them up to date. `advice` stands behind the last message. With one process there is nothing to watch, and
+    `abort` only prints. Must be made on the main thread.
     """
 
-    def __init__(self, position: Position, *, world_size: int, timeout_s: float, store_host: int | None) -> None:
-        self._position, self._world_size, self._timeout_s = position, world_size, timeout_s
-        self._store_host = store_host
+    def __init__(self, world: World, timeout_s: float) -> None:
+        self.where = "starting"
+        self.waiting = False
+        self.advice = ""
+        self._world, self._timeout_s = world, timeout_s
         self._interval_s = min(0.5, timeout_s / 8)
-        self._store: dist.Store | None = None
+        self._store: Any = None
         self._beats: dict[int, _Beat] = {}
         self._own_cause: str | None = None
         self._cause: str | None = None
         self._exit_code = EXIT_FAILED
-        self._answered_s = time.monotonic()  # when the store last did
+        self._unanswered_s = 0.0  # how long the store has not answered
         self._all_told = threading.Event()
         self._stopping = threading.Event()
         self._wake_heart = threading.Event()
         self._leaving = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        if world.world_size == 1:
+            return
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         # The wakeup descriptor is written at C level, also while the main thread sits in a blocking call.
         self._old_wakeup_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._old_sigterm = signal.signal(signal.SIGTERM, lambda *_: None)
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def join(self, store: dist.Store) -> None:
-        """Take part in the others' watch. `store` is a client of this object's own."""
+    @property
+    def place(self) -> str:
+        return f"rank {self._world.rank}, {self.where}"
+
+    def join(self, store: Any) -> None:
+        """Watch the other ranks and be watched.
+
+        `store` is a `torch.distributed.Store`: a client of the rendezvous store for this object alone.
+        """
         self._store = store
-        self._answered_s = time.monotonic()
         self._heart.start()
 
     def stop(self) -> None:
         """End the watch; signals get the meaning back that they had before."""
         self._stopping.set()
-        self._wake()
         self._wake_heart.set()
+        self._writer.send(b"\0")
         signal.set_wakeup_fd(self._old_wakeup_fd)
         signal.signal(signal.SIGTERM, self._old_sigterm)
         self._thread.join()
-        if self._heart.is_alive():
-            self._heart.join(self._interval_s)
+        self._heart.join(self._interval_s)
 
-    def fail(self, cause: str, *, code: int = EXIT_FAILED) -> None:
-        """Publish this rank's own failure and exit. Does not return."""
-        self._exit_code = code
-        self._leave(self._publish(cause))
+    def abort(self, error: BaseException) -> NoReturn:
+        """Print the cause of the end, tell the other ranks, and end this process.
 
-    def fail_for_peer(self, peer: int | None, symptom: str) -> None:
-        """Exit for what this rank saw of another one, such as a closed connection. Does not return.
-
-        Waits a moment first: that rank may be about to say why, or it falls silent.
+        An error that is not made for users comes with its traceback. Destructors do not run: those of a process
+        group whose peer is gone may block.
         """
-        deadline = time.monotonic() + _GRACE_S
-        while self._cause is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        self._leave(self._cause or self._publish(self._blame(peer, symptom)))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        message = str(error)
+        with contextlib.suppress(OSError):  # a closed terminal must not keep the rank alive
+            sys.stdout.flush()
+            if isinstance(error, KeyboardInterrupt):
+                message, self._exit_code = "interrupted", EXIT_INTERRUPTED
+            elif not isinstance(error, (ValueError, PipelineError)):
+                message = f"{type(error).__name__}: {error}"
+                traceback.print_exception(error)
+        if self._world.world_size == 1:
+            self._leave(message)
+        if isinstance(error, PipelineError) and error.is_symptom:
+            self._leave(self._wait_for_cause() or self._publish(self._blame(error.peer, message)))
+        names_place = isinstance(error, PipelineError) and error.names_place
+        self._leave(self._publish(message if names_place else f"{self.place}: {message}"))
 
     def last_known(self, rank: int) -> str:
         """`rank 2 (last at stage 2, micro-batch 5)`, or that it has not started."""
@@ -139,59 +168,62 @@ class Watchdog:
         return f"rank {rank} (last at {beat.where})" if beat else f"rank {rank} (not started)"
 
     def _watch(self) -> None:
+        clock = _Clock(self._interval_s)
         while not self._stopping.is_set():
             ready, _, _ = select.select([self._reader], [], [], self._interval_s / 2)
             received = set(self._reader.recv(64)) if ready else set()
-            if self._stopping.is_set():
-                return
-            if signal.SIGINT in received:
-                self._interrupt()
-            if signal.SIGTERM in received:
-                self._leave(self._search_cause())
-            if self._cause is not None:
-                self._leave(self._cause)
-            silent = self._silent_ranks(self._timeout_s)
-            if silent:
-                self._leave(self._publish(f"{silent} has not answered for {self._timeout_s:g} s"))
-            if self._heart.is_alive() and time.monotonic() - self._answered_s > self._timeout_s:
-                self._leave(f"{self._store_in_words()} has not answered for {self._timeout_s:g} s")
+            self._unanswered_s += clock.tick() if self._heart.is_alive() else 0.0
+            cause = self._look(received)
+            if cause is not None and not self._stopping.is_set():
+                self._leave(cause)
 
-    def _interrupt(self) -> None:
-        """After SIGINT the main thread raises KeyboardInterrupt, unless it is blocked."""
-        time.sleep(0.5)
-        self._exit_code = EXIT_INTERRUPTED
-        self._leave(self._publish(f"{self._position}: interrupted"))
-
-    def _search_cause(self) -> str:
-        """After SIGTERM: wait for a published cause, then look for a silent rank, then give up."""
-        deadline = time.monotonic() + _SEARCH_S
-        while self._cause is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+    def _look(self, received: Container[int]) -> str | None:
+        """A reason to end, if there is one; `received` are the signals since the last look."""
+        if signal.SIGINT in received:
+            time.sleep(0.5)  # the main thread raises KeyboardInterrupt, unless it is blocked
+            self._exit_code = EXIT_INTERRUPTED
+            return self._publish(f"{self.place}: interrupted")
+        if signal.SIGTERM in received:
+            return self._wait_for_cause(_SEARCH_S) or self._publish(self._guess_cause())
         if self._cause is not None:
             return self._cause
-        missing = [str(rank) for rank in range(self._world_size) if rank not in {*self._beats, self._position.rank}]
-        cause = f"{self._position}: ended by SIGTERM"
+        silent = self._silent_ranks(self._timeout_s)
+        if silent:
+            return self._publish(f"{silent} has not answered for {self._timeout_s:g} s")
+        if self._unanswered_s > self._timeout_s:
+            return f"{self._store_in_words()} has not answered for {self._timeout_s:g} s"
+        return None
+
+    def _guess_cause(self) -> str:
+        """Why torchrun sends SIGTERM although no rank has published a cause."""
         silent = self._silent_ranks(0.8 * _SEARCH_S)
         if silent:
-            cause = f"{silent} has ended or hangs"
-        elif missing:
-            cause += f", and rank {', '.join(missing)} had not started"
-        return self._publish(cause)
+            return f"{silent} has ended or hangs"
+        missing = [str(rank) for rank in range(self._world.world_size) if rank not in {*self._beats, self._world.rank}]
+        before = f" before rank {', '.join(missing)} had joined" if missing else ""
+        return f"{self.place}: ended by SIGTERM{before}"
+
+    def _wait_for_cause(self, wait_s: float = _GRACE_S) -> str | None:
+        """The run's cause, once a rank has published one; None if none does."""
+        deadline = time.monotonic() + wait_s
+        while self._cause is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self._cause
 
     def _blame(self, peer: int | None, symptom: str) -> str:
         """Who is at fault for a link's failure: a silent peer, else the rank that keeps the others waiting."""
-        if peer in self._beats and self._beats[peer].age_s() > 0.8 * _GRACE_S:
+        if peer in self._beats and self._beats[peer].silent_s > 0.8 * _GRACE_S:
             return f"{self.last_known(peer)} is gone: {symptom}"
-        busy = [rank for rank, beat in sorted(self._beats.items()) if not beat.waiting and rank != self._position.rank]
+        busy = [rank for rank, beat in sorted(self._beats.copy().items()) if not beat.waiting and rank != self._world.rank]
         if busy:
             return f"{', '.join(map(self.last_known, busy))} keeps the others waiting: {symptom}"
-        return f"{self._position}: {symptom}"
+        return f"{self.place}: {symptom}"
 
     def _silent_ranks(self, limit_s: float) -> str:
         silent = [
             rank
             for rank, beat in sorted(self._beats.copy().items())
-            if rank != self._position.rank and beat.age_s() > limit_s
+            if rank != self._world.rank and beat.silent_s > limit_s
         ]
         return ", ".join(map(self.last_known, silent))
 
@@ -204,47 +236,45 @@ class Watchdog:
             time.sleep(0.01)
         return self._cause or cause
 
-    def _leave(self, cause: str) -> None:
-        """Print the last message and end the process; the thread that comes second waits here for the end.
-
-        Runs no destructors: those of a process group whose peer is gone may block.
-        """
+    def _leave(self, cause: str) -> NoReturn:
+        """Print the last message and end the process; the thread that comes second waits here for the end."""
         with self._leaving:
-            if self._stopping.is_set():
-                return
             try:
-                # One write, below Python's locks, which a blocked main thread may hold.
-                os.write(2, f"\nrank {self._position.rank} stops: {cause}{self._position.advice}\n".encode())
-                if self._store_host == self._position.rank and self._heart.is_alive():
+                name = f"rank {self._world.rank} stops" if self._world.world_size > 1 else "error"
+                # One write, so that lines of several ranks do not mix; and below Python's locks, which a blocked
+                # main thread may hold.
+                os.write(2, f"\n{name}: {cause}{self.advice}\n".encode(errors="replace"))
+                if self._world.hosts_store and self._heart.is_alive():
                     self._all_told.wait(_GRACE_S)
             finally:
                 os._exit(self._exit_code)
 
     def _beat(self) -> None:
         """The heartbeat thread."""
-        count = 0
+        count, clock = 0, _Clock(self._interval_s)
         try:
             while not self._stopping.is_set():
                 count += 1
-                position = self._position
-                self._store.set(f"beat/{position.rank}", f"{count}|{position.waiting:d}|{position.where}")
-                self._read_beats()
+                self._store.set(f"beat/{self._world.rank}", f"{count}|{self.waiting:d}|{self.where}")
+                self._read_beats(clock.tick())
                 if self._cause is None:
                     self._exchange_cause()
-                elif self._store_host == position.rank and self._store.check(self._keys("told")):
+                elif self._world.hosts_store and self._store.check([f"told/{rank}" for rank in self._beats]):
                     self._all_told.set()
-                self._answered_s = time.monotonic()
+                self._unanswered_s = 0.0
                 self._wake_heart.wait(0.05 if self._cause else self._interval_s)
                 self._wake_heart.clear()
         except (RuntimeError, OSError):
             if not self._stopping.is_set():
                 self._cause = self._cause or self._own_cause or f"{self._store_in_words()} has ended"
 
-    def _read_beats(self) -> None:
-        started = [rank for rank in range(self._world_size) if self._has_started(rank)]
+    def _read_beats(self, passed_s: float) -> None:
+        started = [rank for rank in range(self._world.world_size) if self._has_started(rank)]
         for rank, value in zip(started, self._store.multi_get([f"beat/{rank}" for rank in started])):
             if rank not in self._beats or self._beats[rank].value != value:
-                self._beats[rank] = _Beat(value, time.monotonic())
+                self._beats[rank] = _Beat(value)
+            else:
+                self._beats[rank].silent_s += passed_s
 
     def _has_started(self, rank: int) -> bool:
         return rank in self._beats or self._store.check([f"beat/{rank}"])
@@ -256,19 +286,11 @@ class Watchdog:
         elif self._store.check(["cause"]):
             cause = self._store.get("cause")
         if cause is not None:
-            self._store.set(f"told/{self._position.rank}", "")
+            self._store.set(f"told/{self._world.rank}", "")
             self._cause = cause.decode(errors="replace")
 
-    def _keys(self, prefix: str) -> list[str]:
-        return [f"{prefix}/{rank}" for rank in range(self._world_size)]
-
     def _store_in_words(self) -> str:
-        if self._store_host is None:
-            return "the rendezvous store of torchrun"
-        return f"{self.last_known(self._store_host)}, which hosts the rendezvous store,"
+        if self._world.store_host is None:
+            return "torchrun's rendezvous store"
+        return f"{self.last_known(self._world.store_host)}, which hosts the rendezvous store,"
 
-    def _wake(self) -> None:
-        try:
-            self._writer.send(b"\0")
-        except BlockingIOError:
-            pass  # full: the reader wakes anyway

@@ -18,12 +18,13 @@ from enum import IntEnum
 
 import torch
 
+from pipeline.watchdog import PipelineError
+
 __all__ = [
     "BadFrame",
     "Expectation",
     "FrameKind",
     "Header",
-    "PipelineError",
     "RemoteError",
     "body_checksum",
     "decode_error",
@@ -43,16 +44,14 @@ _DTYPES = {0: torch.uint8, 1: torch.float32, 2: torch.float16, 3: torch.bfloat16
 _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
-class PipelineError(RuntimeError):
-    """Ends a run while it goes on. The text is written for the user, who needs no traceback to read it."""
-
-
 class BadFrame(PipelineError):
     """Bytes that are not the frame which the plan says comes next."""
 
 
 class RemoteError(PipelineError):
     """Another rank failed and said so in a frame; the text is its message, with its rank and position."""
+
+    names_place = True
 
 
 class FrameKind(IntEnum):

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PLAIN = ["config", "plan", "schedule", "windows", "metrics", "record", "journal", "tracking", "progress", "plots", "report"]
+PLAIN = [
+    "world", "watchdog", "config", "plan", "schedule", "windows", "metrics", "record", "journal", "tracking", "progress",
+    "plots", "report",
+]  # fmt: skip
 TORCH = ["staging", "gguf_conversion", "model_source", "dataset", "hf_model", "stage", "wire"]
 PROCESS_GROUP = [
-    "mailbox", "link", "watchdog", "distributed", "compose", "plan_report", "runner", "deployment", "evaluation",
+    "mailbox", "link", "distributed", "compose", "plan_report", "runner", "deployment", "evaluation",
 ]  # fmt: skip
 ORDER = PLAIN + TORCH + PROCESS_GROUP
 
