@@ -1,20 +1,20 @@
 """Finished micro-batches of a run that has not ended yet, so that `--resume` can go on from there.
 
-One file per run digest, in the folder of the records: a line of JSON per event, appended and handed to the operating
-system at once, so that a killed process loses nothing that it finished. A torn last line is dropped on reading. The
-file is removed when the record is written.
+One file per run digest, in the folder of the records: a line per event, a CRC-32 and JSON, appended and handed to the
+operating system at once, so that a killed process loses nothing that it finished. A torn end is dropped on reading;
+damage before intact lines is an error. The file is removed when the record is written.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import fcntl
 import json
 import time
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -41,15 +41,19 @@ class FinishedMicroBatch:
 class Journal:
     """An open journal.
 
-    `finished` are micro-batches 0, 1, ...; `interrupted` those that had entered the pipeline when a session ended,
-    whose bytes are sent again; `earlier_s` the seconds of earlier sessions up to their last finished micro-batch.
+    `finished` are micro-batches 0, 1, ...; `interrupted` those that were in the pipeline when a session ended, whose
+    bytes are sent again, once per such session; `earlier_s` the seconds of earlier sessions up to their last finished
+    micro-batch.
     """
 
     path: Path
+    _file: BinaryIO
     finished: list[FinishedMicroBatch] = field(default_factory=list)
-    interrupted: set[int] = field(default_factory=set)
+    interrupted: list[int] = field(default_factory=list)
     num_sessions: int = 1
     earlier_s: float = 0.0
+    _num_started: int = 0
+    _start_s: float = field(default_factory=time.monotonic)
 
     @classmethod
     def open(cls, folder: Path, digest: str, *, resume: bool) -> Journal:
@@ -64,24 +68,21 @@ class Journal:
             raise RecordError(f"the journal {path} cannot be written: {e.strerror or e}") from e
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
+        except BlockingIOError as e:
             raise RecordError(f"{path} belongs to a run with the same config that is still going on") from e
-        journal = cls(path)
-        journal._num_started = 0
-        journal._file = file
-        journal._start_s = time.monotonic()
-        file.seek(0)
-        lines = file.read().split(b"\n")
+        except OSError as e:
+            raise RecordError(f"the journal {path} cannot be locked: {e.strerror or e}") from e
+        journal = cls(path, file)
+        kept = 0
         if resume:
-            kept = journal._replay(lines, digest)
-            file.truncate(kept)
-        else:
-            file.truncate(0)
-        if not resume or kept == 0:
-            journal._append({"format": FORMAT, "digest": digest})
-        else:
+            file.seek(0)
+            kept = journal._replay(file.read(), digest)
+        file.truncate(kept)
+        if kept:
             journal._begin_session()
             journal._append({"resumed": len(journal.finished)})
+        else:
+            journal._append({"format": FORMAT, "digest": digest})
         return journal
 
     @staticmethod
@@ -124,43 +125,51 @@ class Journal:
 
     def _begin_session(self) -> None:
         self.num_sessions += 1
-        self.interrupted.update(range(len(self.finished), self._num_started))
+        self.interrupted.extend(range(len(self.finished), self._num_started))
+        self._num_started = len(self.finished)
 
     def _append(self, event: dict[str, Any]) -> None:
+        text = json.dumps(event).encode()
         try:
-            self._file.write(json.dumps(event).encode() + b"\n")
+            self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
             self._file.flush()
         except OSError as e:
             raise RecordError(f"the journal {self.path} cannot be written: {e.strerror or e}") from e
 
-    def _replay(self, lines: list[bytes], digest: str) -> int:
-        """Take over complete lines; returns how many bytes of the file they fill."""
-        kept = 0
-        for number, line in enumerate(lines[:-1]):
-            try:
-                event = json.loads(line)
-                if number == 0:
-                    if event != {"format": FORMAT, "digest": digest}:
-                        raise RecordError(f"{self.path} was written by another version or for another config")
-                elif "started" in event:
-                    self._num_started = int(event["started"]) + 1
-                elif "resumed" in event:
-                    self._begin_session()
-                else:
-                    self._replay_finished(event)
-            except (ValueError, KeyError, TypeError, binascii.Error) as e:
-                if isinstance(e, RecordError) or number < len(lines) - 2:
-                    raise RecordError(f"{self.path}, line {number + 1}: {e}; delete it to start over") from e
-                break
-            kept += len(line) + 1
-        return kept
+    def _replay(self, data: bytes, digest: str) -> int:
+        """Take over the events; returns how many bytes of the file they fill."""
+        lines = data.split(b"\n")[:-1]  # what stands behind the last newline is torn
+        texts = [_intact(line) for line in lines]
+        while texts and texts[-1] is None:
+            texts.pop()
+        for number, text in enumerate(texts, start=1):
+            if text is None:
+                raise RecordError(f"{self.path}, line {number}, is damaged; delete the file to start over")
+            event = json.loads(text)
+            if number == 1:
+                if event != {"format": FORMAT, "digest": digest}:
+                    raise RecordError(f"{self.path} was written by another version or for another config; move it away")
+            elif "started" in event:
+                self._num_started = event["started"] + 1
+            elif "resumed" in event:
+                self._begin_session()
+            else:
+                self._replay_finished(event)
+        return sum(len(line) + 1 for line in lines[: len(texts)])
 
     def _replay_finished(self, event: dict[str, Any]) -> None:
         if event["finished"] != len(self.finished):
-            raise ValueError(f"micro-batch {event['finished']} follows {len(self.finished)} finished ones")
-        loss = np.frombuffer(base64.b64decode(event["loss"], validate=True), "<f4")
-        top1 = np.frombuffer(base64.b64decode(event["top1"], validate=True), "<i4")
-        if len(loss) != len(top1):
-            raise ValueError("losses and top-1 ids differ in number")
-        self.finished.append(FinishedMicroBatch(tuple(map(int, event["payload_bytes"])), loss, top1))
-        self.earlier_s = float(event["elapsed_s"])
+            raise RecordError(
+                f"{self.path}: micro-batch {event['finished']} stands where {len(self.finished)} is due; delete the "
+                "file to start over"
+            )
+        loss = np.frombuffer(base64.b64decode(event["loss"]), "<f4")
+        top1 = np.frombuffer(base64.b64decode(event["top1"]), "<i4")
+        self.finished.append(FinishedMicroBatch(tuple(event["payload_bytes"]), loss, top1))
+        self.earlier_s = event["elapsed_s"]
+
+
+def _intact(line: bytes) -> bytes | None:
+    """The JSON text of a line, or None unless its checksum is right."""
+    checksum, _, text = line.partition(b" ")
+    return text if checksum == b"%08x" % zlib.crc32(text) else None

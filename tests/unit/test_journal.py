@@ -1,0 +1,180 @@
+"""The journal of an unfinished run: what survives a kill, what is refused."""
+
+import errno
+import os
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.journal import FinishedMicroBatch, Journal
+from pipeline.record import RecordError
+
+DIGEST = "ab" * 32
+OTHER_DIGEST = DIGEST[:16] + "cd" * 24  # names the same file
+
+
+def result(index: int, num_tokens: int = 3) -> FinishedMicroBatch:
+    rng = np.random.default_rng(index)
+    loss = rng.normal(size=num_tokens).astype(np.float32)
+    loss[index % num_tokens] = [np.nan, np.inf, 1e-45][index % 3]  # what JSON cannot hold
+    return FinishedMicroBatch((index, 7 * index), loss, rng.integers(0, 50000, num_tokens, dtype=np.int32))
+
+
+def same(a: FinishedMicroBatch, b: FinishedMicroBatch) -> bool:
+    return (a.payload_bytes, a.loss.tobytes(), a.top1.tobytes()) == (b.payload_bytes, b.loss.tobytes(), b.top1.tobytes())
+
+
+def run(folder, *, start: int, finish: int, resume: bool = True) -> Journal:
+    """A session that starts micro-batches up to `start` and finishes those up to `finish`, then is killed."""
+    journal = Journal.open(folder, DIGEST, resume=resume)
+    for index in range(len(journal.finished), start):
+        journal.start(index)
+    for index in range(len(journal.finished), finish):
+        journal.finish(result(index))
+    journal._file.close()
+    return journal
+
+
+def resumed(folder) -> Journal:
+    journal = Journal.open(folder, DIGEST, resume=True)
+    journal._file.close()
+    return journal
+
+
+def test_finished_micro_batches_survive_bit_by_bit(tmp_path):
+    run(tmp_path, start=6, finish=4, resume=False)
+    journal = resumed(tmp_path)
+    assert len(journal.finished) == 4
+    assert all(same(done, result(index)) for index, done in enumerate(journal.finished))
+    assert journal.interrupted == [4, 5]
+    assert journal.num_sessions == 2
+
+
+def test_what_is_sent_twice_again_counts_twice(tmp_path):
+    run(tmp_path, start=6, finish=4, resume=False)  # 4 and 5 are lost
+    run(tmp_path, start=7, finish=5)  # 5 and 6 are lost
+    run(tmp_path, start=5, finish=5)  # ends before it starts any
+    journal = resumed(tmp_path)
+    assert journal.interrupted == [4, 5, 5, 6]
+    assert journal.num_sessions == 4
+
+
+def test_time_before_the_last_finished_micro_batch_counts(tmp_path):
+    clock = iter([0.0, 10.0, 100.0, 103.0])
+    with mock.patch("pipeline.journal.time.monotonic", lambda: next(clock)):
+        journal = Journal(tmp_path / "x", open(tmp_path / "x", "a+b"), _start_s=next(clock))
+        journal._append({"format": "thinwire journal 1", "digest": DIGEST})
+        journal.finish(result(0))
+    (tmp_path / "x").rename(tmp_path / f"{DIGEST[:16]}.journal")
+    assert resumed(tmp_path).earlier_s == 10.0
+
+
+def test_without_resume_it_starts_empty(tmp_path):
+    run(tmp_path, start=3, finish=3, resume=False)
+    assert Journal.exists(tmp_path, DIGEST)
+    run(tmp_path, start=0, finish=0, resume=False)
+    assert not Journal.exists(tmp_path, DIGEST)
+    assert resumed(tmp_path).finished == []
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_any_truncation_resumes_to_a_prefix_and_goes_on(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("journal")
+    finish = data.draw(st.integers(0, 4))
+    run(folder, start=data.draw(st.integers(finish, 6)), finish=finish, resume=False)
+    if data.draw(st.booleans()):
+        finish = data.draw(st.integers(finish, 6))
+        run(folder, start=finish, finish=finish)
+    path = folder / f"{DIGEST[:16]}.journal"
+    os.truncate(path, round(data.draw(st.floats(0, 1)) * path.stat().st_size))  # times in it vary in length
+    kept = resumed(folder).finished
+    assert len(kept) <= finish
+    assert all(same(done, result(index)) for index, done in enumerate(kept))
+    run(folder, start=7, finish=7)
+    assert [same(done, result(index)) for index, done in enumerate(resumed(folder).finished)] == [True] * 7
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_changed_byte_is_never_taken_over(tmp_path_factory, data):
+    """It costs the last line, or is refused."""
+    folder = tmp_path_factory.mktemp("journal")
+    run(folder, start=4, finish=4, resume=False)
+    path = folder / f"{DIGEST[:16]}.journal"
+    content = bytearray(path.read_bytes())
+    position = int(data.draw(st.floats(0, 1, exclude_max=True)) * len(content))  # times in it vary in length
+    content[position] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        kept = resumed(folder).finished
+    except RecordError:
+        return
+    assert len(kept) == 3
+    assert all(same(done, result(index)) for index, done in enumerate(kept))
+
+
+def test_a_damaged_line_before_intact_ones_is_named(tmp_path):
+    run(tmp_path, start=4, finish=4, resume=False)
+    path = tmp_path / f"{DIGEST[:16]}.journal"
+    lines = path.read_bytes().split(b"\n")
+    lines[6] = lines[6].replace(b'"loss": "', b'"loss": "A')
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(RecordError, match=r"journal, line 7, is damaged; delete the file to start over"):
+        Journal.open(tmp_path, DIGEST, resume=True)
+    assert path.read_bytes() == b"\n".join(lines)  # a refused journal is left as it was
+
+
+def test_a_missing_line_is_named(tmp_path):
+    run(tmp_path, start=4, finish=4, resume=False)
+    path = tmp_path / f"{DIGEST[:16]}.journal"
+    lines = path.read_bytes().split(b"\n")
+    del lines[6]
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(RecordError, match="micro-batch 2 stands where 1 is due; delete the file to start over"):
+        Journal.open(tmp_path, DIGEST, resume=True)
+
+
+def test_another_runs_journal_is_refused(tmp_path):
+    run(tmp_path, start=2, finish=2, resume=False)
+    with pytest.raises(RecordError, match="written by another version or for another config"):
+        Journal.open(tmp_path, OTHER_DIGEST, resume=True)
+
+
+def test_a_second_run_at_the_same_time_is_refused(tmp_path):
+    first = Journal.open(tmp_path, DIGEST, resume=False)
+    first.finish(result(0))
+    for resume in (False, True):
+        with pytest.raises(RecordError, match="belongs to a run with the same config that is still going on"):
+            Journal.open(tmp_path, DIGEST, resume=resume)
+    first._file.close()
+    assert len(resumed(tmp_path).finished) == 1
+
+
+def test_a_full_disk_is_named_and_costs_only_the_last_line(tmp_path):
+    run(tmp_path, start=2, finish=2, resume=False)
+    journal = Journal.open(tmp_path, DIGEST, resume=True)
+    full = mock.Mock(wraps=journal._file)
+    full.flush.side_effect = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    journal._file, file = full, journal._file
+    with pytest.raises(RecordError, match="journal cannot be written: No space left on device"):
+        journal.finish(result(2))
+    file.close()
+    assert all(same(done, result(index)) for index, done in enumerate(resumed(tmp_path).finished))
+
+
+def test_the_end_of_the_run_removes_it(tmp_path):
+    journal = Journal.open(tmp_path, DIGEST, resume=False)
+    journal.finish(result(0))
+    journal.remove()
+    assert not Journal.exists(tmp_path, DIGEST)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_place_is_named(tmp_path):
+    (tmp_path / f"{DIGEST[:16]}.journal").mkdir()
+    with pytest.raises(RecordError, match="journal cannot be written: Is a directory"):
+        Journal.open(tmp_path, DIGEST, resume=False)
