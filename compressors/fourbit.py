@@ -125,7 +125,8 @@ class FourBit(RowCodec):
         offset, nested_absmax, nested_codes = stored
         values = _dynamic_code().to(offset.device)[nested_codes.int()]
         scale = nested_absmax.repeat_interleave(NESTED_BLOCK)[: values.numel()]
-        return (values * scale + offset).view(shape[0], -1 if shape[0] else 0)
+        limit = torch.finfo(torch.float32).max
+        return (values * scale + offset).clamp_(-limit, limit).view(shape[0], -1 if shape[0] else 0)
 
 
 def _store_nested(absmax, offset, nested_absmax, nested_codes):

@@ -39,6 +39,11 @@ _BUILTINS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mxfp4": ("mxfp4", "MxFp4", {}),
     "hqq3": ("hqq", "Hqq", {"nbits": 3}),
     **{f"hqq{nbits}": ("hqq", "Hqq", {"nbits": nbits, "layout": "dense"}) for nbits in (1, 2, 4, 8)},
+    "block_rowcol_mean": ("block_rowcol_mean", "BlockRowColMean", {}),
+    "hadamard": ("hadamard", "Hadamard", {}),
+    "outlier": ("outlier", "Outlier", {}),
+    "topk": ("topk", "TopK", {}),
+    "zstd": ("zstd", "Zstd", {}),
 }
 
 _SHORT_FORM = re.compile(r"\s*(?P<name>[\w.]+(?::\w+)?)\s*(?:\((?P<arguments>.*)\))?\s*", re.DOTALL)
