@@ -87,7 +87,13 @@ def write_record(folder: Path, record: Mapping[str, Any], per_token: Mapping[str
     while (folder / f"{run_id}.json").exists():
         attempt += 1
         run_id = f"{record['run_id']}-{attempt}"
-    record = {"schema_version": SCHEMA_VERSION, **record, "run_id": run_id, "per_token_file": f"{run_id}.safetensors"}
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        **record,
+        "run_id": run_id,
+        "finished_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        "per_token_file": f"{run_id}.safetensors",
+    }
     finite, record = _finite(record)
     record["finite"] = finite
     path = folder / f"{run_id}.json"
@@ -130,14 +136,20 @@ def read_per_token(record_path: Path) -> dict[str, np.ndarray]:
 
 
 def codec_label(record: Mapping[str, Any]) -> str:
-    """The codec's name for tables, or the names on the links where they differ."""
-    labels = list(dict.fromkeys(_spec_label(config) for config in record["codecs"].values()))
-    return " | ".join(labels) or "unsplit"
+    """The codecs of a run for tables: what the user wrote, and what differs on single links."""
+    if not record["codecs"]:
+        return "unsplit"
+    config = record["args"]["config"]
+    own = [f"{name}: {_spec_label(spec)}" for name, spec in config["compressor_per_link"].items()]
+    return ", ".join([_spec_label(config["compressor"]), *own])
 
 
-def _spec_label(config: dict[str, Any]) -> str:
-    inner = config.get("inner")
-    return f"{config['name']}({_spec_label(inner)})" if isinstance(inner, dict) else config["name"]
+def _spec_label(spec: Any) -> str:
+    """A codec spec in its short form."""
+    if not isinstance(spec, Mapping):
+        return str(spec)
+    options = [f"{key}={_spec_label(value)}" for key, value in spec.items() if key != "name"]
+    return f"{spec['name']}({', '.join(options)})" if options else str(spec["name"])
 
 
 def _finite(value: Any) -> tuple[bool, Any]:

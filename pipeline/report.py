@@ -15,7 +15,22 @@ from pipeline.record import RecordError, codec_label, read_record
 
 __all__ = ["load_records", "print_summary", "summary_rows"]
 
+__all__ = ["load_records", "print_summary", "summary_rows"]
+
 _COLUMNS = ("codec", "perplexity", "change", "bytes/token/link", "bits/value", "header bytes", "tokens/s", "note")
+
+
+_COLUMNS = (
+    "codec",
+    "perplexity",
+    "change",
+    "bytes/token/link",
+    "bits/value",
+    "encode us/token",
+    "decode us/token",
+    "tokens/s",
+    "note",
+)
 
 
 def load_records(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -27,25 +42,33 @@ def load_records(paths: Sequence[Path]) -> list[dict[str, Any]]:
             records.append(read_record(file))
         except RecordError as e:
             print(f"skipped: {e}", file=sys.stderr)
-    return sorted(records, key=lambda record: record["run_id"])
+    return sorted(records, key=lambda record: record["finished_at"])
 
 
 def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """One row of text per record; `change` is against the first record with codec `none` and the same text."""
+    """One row of text per record.
+
+    `change` is against the first record of the same model, text and protocol with codec `none` or no links. Encode
+    and decode times are means over links, per token that crosses; tokens per second count what the model processed.
+    """
     rows = []
     for record in records:
-        results, totals = record["results"], record["traffic_totals"]
-        baseline = next((r for r in records if codec_label(r) == "none" and _comparable(r, record)), None)
-        ppl = results["avg_ppl"]
-        change = "" if baseline is None or ppl is None else f"{ppl / baseline['results']['avg_ppl'] - 1:+.2%}"
+        totals, stages = record["traffic_totals"], record["stages"].values()
+        ppl = record["results"]["avg_ppl"]
+        baseline = next(
+            (r["results"]["avg_ppl"] for r in records if codec_label(r) in ("none", "unsplit") and _comparable(r, record)),
+            None,
+        )
+        crossings = totals["total_tokens"]
         rows.append(
             {
                 "codec": codec_label(record),
-                "perplexity": "not finite" if ppl is None else f"{ppl:.4f}",
-                "change": change,
+                "perplexity": "not finite" if ppl is None else f"{ppl:.4f}" if ppl < 1e5 else f"{ppl:.3g}",
+                "change": "" if baseline is None or ppl is None else _change(ppl / baseline),
                 "bytes/token/link": _number(totals["bytes_per_token"], ".1f"),
                 "bits/value": _number(totals["bits_per_value"], ".3f"),
-                "header bytes": str(totals["header_bytes"]),
+                "encode us/token": _per_token(sum(s["compress_s"] for s in stages), crossings),
+                "decode us/token": _per_token(sum(s["decompress_s"] for s in stages), crossings),
                 "tokens/s": _number(record["tokens_per_s"], ".0f"),
                 "note": "" if record["causal"] else "not causal",
             }
@@ -68,6 +91,14 @@ def print_summary(paths: Sequence[Path]) -> None:
 def _comparable(a: dict[str, Any], b: dict[str, Any]) -> bool:
     keys = ("model", "dataset", "protocol")
     return all(a[key] == b[key] for key in keys) and a["args"]["dtype"] == b["args"]["dtype"]
+
+
+def _change(ratio: float) -> str:
+    return f"{ratio - 1:+.2%}" if ratio < 10 else f"x {ratio:.3g}"
+
+
+def _per_token(seconds: float, num_tokens: int) -> str:
+    return f"{1e6 * seconds / num_tokens:.2f}" if num_tokens else "-"
 
 
 def _number(value: float | None, form: str) -> str:

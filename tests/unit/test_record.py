@@ -92,8 +92,16 @@ def test_names_are_safe_and_digests_do_not_depend_on_order():
     assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1}) != digest_of({"a": 1, "b": [3]})
 
 
-def test_codec_labels():
-    nested = {"name": "outlier", "inner": {"name": "hadamard", "inner": {"name": "int4"}}}
-    assert codec_label({"codecs": {"x": nested, "y": nested}}) == "outlier(hadamard(int4))"
-    assert codec_label({"codecs": {"x": {"name": "nf4"}, "y": {"name": "none"}}}) == "nf4 | none"
-    assert codec_label({"codecs": {}}) == "unsplit"
+@pytest.mark.parametrize(
+    "compressor, per_link, expected",
+    [
+        ("nf4", {}, "nf4"),
+        ("outlier(channels=8, inner=int4)", {}, "outlier(channels=8, inner=int4)"),
+        ({"name": "zstd", "inner": {"name": "int4"}}, {}, "zstd(inner=int4)"),
+        ("none", {"layer:2:node0->node1": "nf4"}, "none, layer:2:node0->node1: nf4"),
+    ],
+)
+def test_codec_labels(compressor, per_link, expected):
+    args = {"config": {"compressor": compressor, "compressor_per_link": per_link}}
+    assert codec_label({"codecs": {"x": {}}, "args": args}) == expected
+    assert codec_label({"codecs": {}, "args": args}) == "unsplit"

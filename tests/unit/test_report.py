@@ -1,0 +1,45 @@
+from pipeline.report import load_records, print_summary, summary_rows
+
+
+def record(compressor, ppl, **changes):
+    base = {
+        "run_id": compressor,
+        "finished_at": compressor,
+        "args": {"dtype": "fp32", "config": {"compressor": compressor, "compressor_per_link": {}}},
+        "codecs": {"layer:0:node0->node1": {"name": compressor}},
+        "results": {"avg_ppl": ppl},
+        "traffic_totals": {"bytes_per_token": 36.0, "bits_per_value": 4.5, "total_tokens": 2000},
+        "stages": {"0": {"compress_s": 0.5, "decompress_s": 0.0}, "1": {"compress_s": 0.0, "decompress_s": 0.25}},
+        "tokens_per_s": 100.0,
+        "causal": True,
+        "model": {},
+        "dataset": {"num_tokens": 5},
+        "protocol": {},
+    }
+    return base | changes
+
+
+def test_rows_compare_with_none_on_the_same_text():
+    rows = summary_rows(
+        [
+            record("none", 10.0),
+            record("nf4", 11.5),
+            record("int2", 2e6, causal=False),
+            record("int3", None),
+            record("int4", 20.0, dataset={"num_tokens": 6}),
+        ]
+    )
+    assert [row["change"] for row in rows] == ["+0.00%", "+15.00%", "x 2e+05", "", ""]
+    assert [row["perplexity"] for row in rows] == ["10.0000", "11.5000", "2e+06", "not finite", "20.0000"]
+    assert rows[2]["note"] == "not causal"
+    assert (rows[0]["encode us/token"], rows[0]["decode us/token"]) == ("250.00", "125.00")
+
+
+def test_what_is_no_record_is_named_and_skipped(tmp_path, capsys):
+    (tmp_path / "foreign.json").write_text('{"run_id": 1}')
+    (tmp_path / "cut.json").write_text('{"run_id": ')
+    assert load_records([tmp_path]) == []
+    told = capsys.readouterr().err
+    assert "foreign.json is not a run record" in told and "cut.json is not a complete JSON file" in told
+    print_summary([tmp_path])
+    assert "records in" in capsys.readouterr().out
