@@ -124,12 +124,15 @@ class Control:
             return [value]
         self._rounds += 1
         keys = [f"gather/{self._rounds}/{rank}" for rank in range(self.world.world_size)]
+        self.watchdog.waiting = True
         try:
             self._store.set(keys[self.world.rank], json.dumps(value))
             self._store.wait(keys, self._load_timeout)
-            return [json.loads(text) for text in self._store.multi_get(keys)]
+            values = [json.loads(text) for text in self._store.multi_get(keys)]
         except RuntimeError as e:
             raise LinkError(f"waiting for the other ranks: {self._why_no_gather(keys, e)}") from e
+        self.watchdog.waiting = False
+        return values
 
     def barrier(self) -> None:
         """Wait for all ranks, up to the load timeout."""
@@ -190,7 +193,7 @@ class Control:
         except RuntimeError:
             return f"the rendezvous store has ended: {_first_line(error)}"
         waited_s = self._load_timeout.total_seconds()
-        names = ", ".join(map(self.watchdog.last_known, missing))
+        names = " and ".join(map(self.watchdog.last_known, missing))
         return f"{names} did not come within {waited_s:g} s (runtime.load_timeout_s)" if missing else _first_line(error)
 
 

@@ -14,6 +14,7 @@ What the bytes mean is `link.py`'s business.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -250,10 +251,11 @@ class PeerInbox:
 def _named(doing: str, peer: int, operation: Callable[[], T]) -> T:
     """Run a torch.distributed operation; its RuntimeError becomes a LinkError that says what was being done.
 
-    Torch appends a C++ stack to its messages; the first line says what happened.
+    Torch puts a place in its source in front of its messages, and general advice or a C++ stack behind them.
     """
     try:
         return operation()
     except RuntimeError as e:
         cause = (str(e).strip() or type(e).__name__).splitlines()[0]
+        cause = re.sub(r"^\[\S+:\d+\] ", "", cause).partition(". This is typically")[0]
         raise LinkError(f"{doing}: {cause}", peer) from e

@@ -124,8 +124,10 @@ class Runner:
         """Execute all actions.
 
         An error travels on as an ERROR frame in place of the frame that the next stage waits for, so that it
-        can say what happened. Raises StageError for an own failure, RemoteError for another rank's, BadFrame for a
-        damaged frame, LinkError when a peer is gone, RecordError when a result cannot be kept.
+        can say what happened; not so a LinkError, whose cause lies elsewhere.
+
+        Raises StageError for an own failure, RemoteError for another rank's, BadFrame for a damaged frame,
+        LinkError when a peer is gone, RecordError when a result cannot be kept.
         """
         for action in self._actions:
             place = self._report(_where(action))
@@ -134,6 +136,8 @@ class Runner:
                     self._take_result(action)
                 else:
                     self._forward(action)
+            except LinkError:
+                raise
             except RemoteError as e:
                 self._pass_on(action, str(e))
                 raise

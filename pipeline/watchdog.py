@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -37,7 +37,7 @@ __all__ = ["PipelineError", "Watchdog"]
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 # Between a sign of failure and the exit, for the cause to become known.
-_GRACE_S = 1.5
+_GRACE_S = 2.0
 # SIGTERM comes from torchrun, which has seen a rank end: wait until the dead one differs from the slow ones.
 _SEARCH_S = 3.0
 
@@ -189,7 +189,7 @@ class Watchdog:
             return self._cause
         silent = self._silent_ranks(self._timeout_s)
         if silent:
-            return self._publish(f"{silent} has not answered for {self._timeout_s:g} s")
+            return self._publish(f"no sign of life from {silent} for {self._timeout_s:g} s")
         if self._unanswered_s > self._timeout_s:
             return f"{self._store_in_words()} has not answered for {self._timeout_s:g} s"
         return None
@@ -198,7 +198,7 @@ class Watchdog:
         """Why torchrun sends SIGTERM although no rank has published a cause."""
         silent = self._silent_ranks(0.8 * _SEARCH_S)
         if silent:
-            return f"{silent} has ended or hangs"
+            return f"{self.place}: ended by SIGTERM; no sign of life from {silent}"
         missing = [str(rank) for rank in range(self._world.world_size) if rank not in {*self._beats, self._world.rank}]
         before = f" before rank {', '.join(missing)} had joined" if missing else ""
         return f"{self.place}: ended by SIGTERM{before}"
@@ -212,20 +212,21 @@ class Watchdog:
 
     def _blame(self, peer: int | None, symptom: str) -> str:
         """Who is at fault for a link's failure: a silent peer, else the rank that keeps the others waiting."""
-        if peer in self._beats and self._beats[peer].silent_s > 0.8 * _GRACE_S:
+        if peer in self._beats and self._beats[peer].silent_s > 0.6 * _GRACE_S:
             return f"{self.last_known(peer)} is gone: {symptom}"
-        busy = [rank for rank, beat in sorted(self._beats.copy().items()) if not beat.waiting and rank != self._world.rank]
+        busy = [rank for rank, beat in self._others() if not beat.waiting]
         if busy:
-            return f"{', '.join(map(self.last_known, busy))} keeps the others waiting: {symptom}"
+            return f"the others wait for {self._last_known(busy)}: {symptom}"
         return f"{self.place}: {symptom}"
 
     def _silent_ranks(self, limit_s: float) -> str:
-        silent = [
-            rank
-            for rank, beat in sorted(self._beats.copy().items())
-            if rank != self._world.rank and beat.silent_s > limit_s
-        ]
-        return ", ".join(map(self.last_known, silent))
+        return self._last_known([rank for rank, beat in self._others() if beat.silent_s > limit_s])
+
+    def _last_known(self, ranks: Iterable[int]) -> str:
+        return " and ".join(map(self.last_known, ranks))
+
+    def _others(self) -> list[tuple[int, _Beat]]:
+        return sorted(item for item in self._beats.copy().items() if item[0] != self._world.rank)
 
     def _publish(self, cause: str) -> str:
         """Offer `cause` as the run's; returns the one that was published first, as far as the store answers."""
@@ -259,7 +260,7 @@ class Watchdog:
                 self._read_beats(clock.tick())
                 if self._cause is None:
                     self._exchange_cause()
-                elif self._world.hosts_store and self._store.check([f"told/{rank}" for rank in self._beats]):
+                elif self._world.hosts_store and self._store.check(self._keys_of_told()):
                     self._all_told.set()
                 self._unanswered_s = 0.0
                 self._wake_heart.wait(0.05 if self._cause else self._interval_s)
@@ -288,6 +289,10 @@ class Watchdog:
         if cause is not None:
             self._store.set(f"told/{self._world.rank}", "")
             self._cause = cause.decode(errors="replace")
+
+    def _keys_of_told(self) -> list[str]:
+        """Of the ranks that live and will therefore ask for the cause."""
+        return [f"told/{rank}" for rank, beat in self._others() if beat.silent_s < _GRACE_S / 2]
 
     def _store_in_words(self) -> str:
         if self._world.store_host is None:

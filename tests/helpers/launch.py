@@ -1,8 +1,8 @@
 """Runs of `run_pipeline.py` in other processes: under torchrun, alone, or as ranks with arguments of their own.
 
 * `run_torchrun` and `start_torchrun` are what a user types; each rank imports torch anew (seconds).
-* `run_ranks` forks ranks from a server process that has imported everything, gives each its own arguments, and
-  sets the environment that torchrun would; rank 0 hosts the store. It starts in well under a second.
+* `run_ranks` and `start_ranks` fork ranks from a server process that has imported everything, give each its own
+  arguments, and set the environment that torchrun would; rank 0 hosts the store. They start in well under a second.
 * `call_on_ranks` does the same for any importable function.
 
 Nothing of a run outlives its timeout: what is left is killed, and the test fails with the output so far.
@@ -24,7 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "Finished", "Torchrun", "call_on_ranks", "run_alone", "run_ranks", "run_torchrun", "start_torchrun"]
+__all__ = [
+    "ROOT",
+    "Finished",
+    "Ranks",
+    "Torchrun",
+    "call_on_ranks",
+    "run_alone",
+    "run_ranks",
+    "run_torchrun",
+    "start_ranks",
+    "start_torchrun",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 _PRELOADED = ["run_pipeline", "pipeline.evaluation", "transformers.models.auto.modeling_auto"]
@@ -169,6 +180,74 @@ def call_on_ranks(
     distributed: bool = True,
 ) -> list[Finished]:
     """Call `function(rank, *arguments)` in forked processes; its return value is the exit code (None: 0)."""
+    with _fork(num_ranks, function, arguments, env, distributed) as ranks:
+        return ranks.wait(timeout_s)
+
+
+@contextlib.contextmanager
+def start_ranks(arguments: Sequence[Sequence[str]], *, env: Mapping[str, str] | None = None) -> Iterator[Ranks]:
+    """Start what `run_ranks` runs; whatever is left at the end is killed."""
+    with _fork(len(arguments), _main, (list(map(list, arguments)),), env, distributed=True) as ranks:
+        yield ranks
+
+
+class Ranks:
+    """Forked ranks that may still be going on."""
+
+    def __init__(self, processes: Sequence[Any], folder: Path) -> None:
+        self._processes, self._folder = processes, folder
+        self._start_s = time.monotonic()
+
+    def rank_pids(self) -> dict[int, int]:
+        """Process ids of the ranks that have not ended, by rank."""
+        return {rank: process.pid for rank, process in enumerate(self._processes) if process.exitcode is None}
+
+    def rank_stderr(self, rank: int) -> str:
+        """What a rank has written to stderr so far."""
+        return self._read(rank, "stderr")
+
+    def wait(self, timeout_s: float) -> list[Finished]:
+        """Wait for all ranks to end."""
+        ended_s: dict[int, float] = {}
+        while len(ended_s) < len(self._processes):
+            for rank, process in enumerate(self._processes):
+                if rank not in ended_s and process.exitcode is not None:
+                    ended_s[rank] = time.monotonic() - self._start_s
+            if time.monotonic() - self._start_s > timeout_s:
+                left = self.rank_pids()
+                self.kill()
+                told = "\n".join(f"rank {rank}:\n{self.rank_stderr(rank)}" for rank in range(len(self._processes)))
+                raise AssertionError(f"ranks {list(left)} did not end within {timeout_s} s\n{told}")
+            time.sleep(0.02)
+        return [
+            Finished(
+                returncode=process.exitcode,
+                stdout=self._read(rank, "stdout"),
+                stderr=self._read(rank, "stderr"),
+                wall_s=ended_s[rank],
+            )
+            for rank, process in enumerate(self._processes)
+        ]
+
+    def kill(self) -> None:
+        """End everything at once."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def _read(self, rank: int, name: str) -> str:
+        path = self._folder / f"{rank}.{name}"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+
+@contextlib.contextmanager
+def _fork(
+    num_ranks: int,
+    function: Callable[..., int | None],
+    arguments: Sequence[Any],
+    env: Mapping[str, str] | None,
+    distributed: bool,
+) -> Iterator[Ranks]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
@@ -188,32 +267,11 @@ def call_on_ranks(
             process = context.Process(target=_enter_rank, args=(rank, folder, variables, function, arguments))
             process.start()
             processes.append(process)
-        return _collect(processes, Path(folder), timeout_s)
-
-
-def _collect(processes: Sequence[Any], folder: Path, timeout_s: float) -> list[Finished]:
-    start_s = time.monotonic()
-    ended_s: dict[int, float] = {}
-    while len(ended_s) < len(processes) and time.monotonic() - start_s < timeout_s:
-        for rank, process in enumerate(processes):
-            if rank not in ended_s and process.exitcode is not None:
-                ended_s[rank] = time.monotonic() - start_s
-        time.sleep(0.02)
-    unfinished = [rank for rank in range(len(processes)) if rank not in ended_s]
-    for rank in unfinished:
-        processes[rank].kill()
-        processes[rank].join()
-    outputs = [
-        [(folder / f"{rank}.{name}").read_text(errors="replace") for name in ("stdout", "stderr")]
-        for rank in range(len(processes))
-    ]
-    if unfinished:
-        told = "\n".join(f"rank {rank}:\n{stdout}\n{stderr}" for rank, (stdout, stderr) in enumerate(outputs))
-        raise AssertionError(f"ranks {unfinished} did not end within {timeout_s} s\n{told}")
-    return [
-        Finished(returncode=process.exitcode, stdout=stdout, stderr=stderr, wall_s=ended_s[rank])
-        for rank, (process, (stdout, stderr)) in enumerate(zip(processes, outputs))
-    ]
+        ranks = Ranks(processes, Path(folder))
+        try:
+            yield ranks
+        finally:
+            ranks.kill()
 
 
 def _enter_rank(
