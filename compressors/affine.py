@@ -1,4 +1,4 @@
-"""intN, N = 2..8: asymmetric affine quantisation, one scale and zero point a token (or a tensor), packed codes.
+"""intN, N = 2..8: asymmetric affine quantisation, one scale and zero point a token or a tensor.
 
 With lo = min(x, 0), hi = max(x, 0) over the values that share a scale, q_min = -2^(N-1), q_max = 2^(N-1) - 1:
 
@@ -8,16 +8,19 @@ With lo = min(x, 0), hi = max(x, 0) over the values that share a scale, q_min = 
     q     = clamp(round(x * (1 / scale)) + zero, q_min, q_max)          round: ties to even
     x'    = (q - zero) * scale
 
-Source: torchao's affine primitives (`choose_qparams_affine` with ASYMMETRIC mapping, scale in bfloat16 and zero
-point in int16, then `quantize_affine` and `dequantize_affine`), in float32 whatever the input's dtype; codes and
-floats are the same as theirs for finite input. Departure: a range whose width overflows float32 is divided
-before it is subtracted, so that huge finite values keep a finite scale.
+Source: torchao's affine primitives (`choose_qparams_affine` with ASYMMETRIC mapping, scale in bfloat16 and
+zero point in int16, then `quantize_affine` and `dequantize_affine`), in float32 whatever the input's dtype;
+codes and floats are the same as theirs for finite input. Departure: a range whose width overflows float32 is
+divided before it is subtracted, so that huge finite values keep a finite scale.
 
-Side information: bf16 scale and int16 zero point, 4 bytes a token (or a tensor). Payload:
-scale [N], zero [N], codes + 2^(N-1) packed row by row (`compressors.bitpack`).
+Side information: bf16 scale and int16 zero point, 4 bytes a token (or a tensor).
+
+Payload: scale [N], zero [N], codes + 2^(N-1) packed row by row (`compressors.bitpack`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -43,9 +46,11 @@ class IntN(RowCodec):
         self.causal = granularity == "token"
         self._q_min, self._q_max = -(2 ** (nbits - 1)), 2 ** (nbits - 1) - 1
 
-    def row_shape(self, shape):
+    def row_shape(self, shape: Sequence[int]) -> tuple[int, int]:
         num_tokens, width = super().row_shape(shape)
-        return (num_tokens, width) if self.granularity == "token" else (min(num_tokens, 1), num_tokens * width)
+        if self.granularity == "token":
+            return num_tokens, width
+        return min(num_tokens, 1), num_tokens * width
 
     def sections(self, num_rows: int, width: int) -> list[Section]:
         codes = (num_rows, packed_nbytes(width, self.nbits))
@@ -75,21 +80,25 @@ class IntN(RowCodec):
     def encode_cpu(self, rows, scale, zero, codes):
         from compressors.kernels import affine
 
-        row_codes = self._scratch.get("codes", (rows.shape[1],), torch.uint8, rows.device)
+        scale_bits, row_codes = scale.view(torch.uint16), self._row_codes(rows)
         affine.encode(
-            rows.numpy(), self.nbits, scale.view(torch.uint16).numpy(), zero.numpy(), codes.numpy(), row_codes.numpy()
+            rows.numpy(), self.nbits, scale_bits.numpy(), zero.numpy(), codes.numpy(), row_codes.numpy()
         )
 
     def decode_cpu(self, rows, limit, scale, zero, codes):
         from compressors.kernels import affine
 
-        row_codes = self._scratch.get("codes", (rows.shape[1],), torch.uint8, rows.device)
+        scale_bits, row_codes = scale.view(torch.uint16), self._row_codes(rows)
         affine.decode(
             codes.numpy(),
             self.nbits,
-            scale.view(torch.uint16).numpy(),
+            scale_bits.numpy(),
             zero.numpy(),
             limit,
             rows.numpy(),
             row_codes.numpy(),
         )
+
+    def _row_codes(self, rows: torch.Tensor) -> torch.Tensor:
+        """Scratch for the unpacked codes of one row."""
+        return self._scratch.get("codes", (rows.shape[1],), torch.uint8, rows.device)

@@ -129,6 +129,12 @@ class Compressor(ABC):
         tensor of the right shape.
         """
 
+    def _data_without_meta(self, payload: Payload) -> torch.Tensor:
+        """`payload.data`, for a codec that writes no meta. Raises CorruptPayload if there is some."""
+        if payload.meta:
+            raise CorruptPayload(f"{self.name} writes no meta, got {dict(payload.meta)}")
+        return payload.data
+
     def max_nbytes(self, shape: Sequence[int]) -> int:
         """Upper bound of `Payload.nbytes` for an input of `shape`, exact when `fixed_size`.
 
@@ -189,7 +195,9 @@ def encode_meta(meta: Mapping[str, int | float]) -> bytes:
             raise ValueError(f"Payload.meta[{key!r}] = {value} does not fit into 64 bits") from e
     encoded_meta = b"".join(parts)
     if len(encoded_meta) > MAX_META_NBYTES:
-        raise ValueError(f"Payload.meta takes {len(encoded_meta)} bytes, at most {MAX_META_NBYTES} are allowed")
+        raise ValueError(
+            f"Payload.meta takes {len(encoded_meta)} bytes, at most {MAX_META_NBYTES} are allowed"
+        )
     return encoded_meta
 
 

@@ -1,14 +1,13 @@
 """Pack n-bit codes into bytes, and typed tensors into one byte buffer. Pure layout: no scales, no rounding.
 
-Used by every codec that stores codes of fewer than 8 bits. Rows are packed one by one, so a row's bytes depend
-on that row alone.
+Used by every codec that stores codes of fewer than 8 bits. Rows are packed one by one, so a row's bytes
+depend on that row alone.
 
-Layout of a row of `length` codes with `nbits` bits: the code is cut, from its low bits up, into planes of 4, 2
-and 1 bits (7 = 4 + 2 + 1, 5 = 4 + 1, 8 = 4 + 4 is stored as it is). A plane of w bits takes
-s = ceil(length * w / 8) bytes and is split, not interleaved: byte j holds the codes j, j + s, j + 2 s, ... from
-its low bits up. Contiguous reads and writes make that several times faster than interleaving neighbours, and
-3, 5, 6 and 7 bits are truly dense at widths divisible by 8 (at other widths at most 2 bytes a row above
-ceil(length * nbits / 8)). Unused bits are 0.
+Layout of a row of n codes: each code is cut, from its low bits up, into planes of 4, 2 and 1 bits (7 bits are
+4 + 2 + 1; 8 bits are stored as they are). A plane of w bits takes s = ceil(n w / 8) bytes and is split, not
+interleaved: byte j holds the codes j, j + s, j + 2 s, ..., from its low bits up. Contiguous reads and writes
+make that several times faster than interleaving neighbours. It is dense at widths divisible by 8; at others,
+3, 5, 6 and 7 bits take at most 2 bytes a row more. Unused bits are 0.
 
 `pack_pairs` is the other layout of 4-bit codes, neighbours in one byte, the first in the high half (that of
 bitsandbytes): a decoder that looks values up in a table finds two of them with one byte.
@@ -70,7 +69,8 @@ def unpack(packed: torch.Tensor, nbits: int, length: int) -> torch.Tensor:
     """Inverse of `pack`: uint8 [..., packed_nbytes(length, nbits)] to uint8 codes [..., length]."""
     if packed.shape[-1] != packed_nbytes(length, nbits):
         raise ValueError(
-            f"{length} codes of {nbits} bits take {packed_nbytes(length, nbits)} bytes, got {packed.shape[-1]}"
+            f"{length} codes of {nbits} bits take {packed_nbytes(length, nbits)} bytes, "
+            f"got {packed.shape[-1]}"
         )
     if nbits == 8:
         return packed.clone()
@@ -111,7 +111,7 @@ def _planes(packed: torch.Tensor, length: int, nbits: int) -> list[tuple[torch.T
 
 
 def pack_pairs(codes: torch.Tensor) -> torch.Tensor:
-    """Pack uint8 `codes` [..., length] below 16 to uint8 [..., ceil(length / 2)], the first of a pair high."""
+    """Pack uint8 `codes` [..., n] below 16 to uint8 [..., ceil(n / 2)], the first of a pair high."""
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     return (codes[..., ::2] << 4) | codes[..., 1::2]
@@ -135,8 +135,8 @@ def sections_nbytes(*sections: Section) -> int:
 def split_bytes(data: torch.Tensor, *sections: Section) -> list[torch.Tensor]:
     """Inverse of `concat_bytes`: cut 1-D uint8 `data` into typed tensors, one for each (dtype, shape).
 
-    The results are views where alignment allows (always, when `data` starts aligned and sections are ordered by
-    falling element size), so a writer can fill them. Raises CorruptPayload when the lengths differ.
+    The results are views where alignment allows (always, when `data` starts aligned and sections are ordered
+    by falling element size), so a writer can fill them. Raises CorruptPayload when the lengths differ.
     """
     expected = sections_nbytes(*sections)
     if data.numel() != expected:

@@ -1,7 +1,7 @@
 """Channel indices in codec options: a list in the config, or a link's entry in a calibration file.
 
-A calibration file is JSON, `{"channels": {"<link name>": [index, ...], ...}}`, each list ordered by importance.
-It is read on every rank when the codec is made, and never sent.
+A calibration file is JSON, `{"channels": {"<link name>": [index, ...], ...}}`, each list ordered by
+importance. It is read on every rank when the codec is made, and never sent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["channels_from_file", "check_channels"]
 
 
 def check_channels(codec: str, option: str, got: Any, link: LinkInfo | None) -> list[int]:
-    """`got` if it is a list of different channel indices, within the link's hidden size where one is known."""
+    """`got` if it is a list of different channel indices, all below the link's hidden size."""
     width = link.hidden_size if link else 2**31
     valid = isinstance(got, Sequence) and not isinstance(got, str) and len(got) > 0
     if not valid or not all(type(c) is int and 0 <= c < width for c in got) or len(set(got)) < len(got):
@@ -28,7 +28,9 @@ def check_channels(codec: str, option: str, got: Any, link: LinkInfo | None) -> 
 def channels_from_file(codec: str, path: str, link: LinkInfo | None) -> list[int]:
     """The list for `link` in the calibration file at `path`."""
     if link is None:
-        raise option_error(codec, "calibration", path, "a calibration file needs a link (LinkInfo) to look up")
+        raise option_error(
+            codec, "calibration", path, "a calibration file needs a link (LinkInfo) to look up"
+        )
     try:
         with open(path, encoding="utf-8") as f:
             by_link = json.load(f)["channels"]

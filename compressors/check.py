@@ -3,8 +3,9 @@
     python -m compressors.check my_package.codecs:Sketch
     python -m compressors.check "outlier(channels=8, inner=int4)"
 
-The same checks hold the built-in codecs in the tests. They use small inputs on the CPU and take seconds; how well a
-codec preserves a model is for a run of the pipeline to say. Exit status 0 means that nothing was found.
+The same checks hold the built-in codecs in the tests. They use small inputs on the CPU and take seconds; how
+well a codec preserves a model is for a run of the pipeline to say. Exit status 0 means that nothing was
+found.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Subject:
 
     def make(self, x: torch.Tensor) -> Compressor:
         """A codec as one end of a link for inputs like `x` makes it."""
-        link = LinkInfo(name="check", hidden_size=x.shape[-1], max_tokens=max(x[..., 0].numel(), 1), dtype=x.dtype)
+        link = LinkInfo(
+            name="check", hidden_size=x.shape[-1], max_tokens=max(x[..., 0].numel(), 1), dtype=x.dtype
+        )
         return make_compressor(self.spec, link)
 
     def compress(self, codec: Compressor, x: torch.Tensor) -> Payload:
@@ -98,7 +101,7 @@ def check_receiver(subject: Subject) -> Iterator[str]:
     copy = Payload(payload.data.clone(), payload.shape, dict(payload.meta))
     at_sender = sender.decompress(copy, CPU, x.dtype)
     if not torch.equal(subject.make(x).decompress(copy, CPU, x.dtype), at_sender):
-        yield "a second codec object decodes the same bytes to other values: it lacks something the first one kept"
+        yield "a second codec object decodes the same bytes to other values: it lacks what the first one kept"
 
 
 def check_frames(subject: Subject) -> Iterator[str]:
@@ -136,7 +139,11 @@ def check_causality(subject: Subject) -> Iterator[str]:
     later, row = x.clone(), x.clone()
     later[0, 5:] = hidden_states((4, 96), seed=1) * 50
     row[1] = -7.0
-    for changed, what in ((later, "later tokens"), (row, "another row"), (x[:1, :5], "whether other tokens are there")):
+    for changed, what in (
+        (later, "later tokens"),
+        (row, "another row"),
+        (x[:1, :5], "whether other tokens are there"),
+    ):
         if not torch.equal(subject.round_trip(changed)[0, :5], first):
             yield f"causal is True, but a token's reconstruction depends on {what}: set causal = False"
 
@@ -154,14 +161,16 @@ def check_extremes(subject: Subject) -> Iterator[str]:
 
 
 def check_corruption(subject: Subject) -> Iterator[str]:
-    """Bytes of a wrong length raise CorruptPayload; any others raise it or give a tensor of the right shape."""
+    """A wrong length raises CorruptPayload; other bytes raise it or give a tensor of the right shape."""
     x = hidden_states((2, 3, 96))
     codec = subject.make(x)
     payload = subject.compress(codec, x)
     data, meta = payload.data.clone(), dict(payload.meta)
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randint(0, 256, data.shape, dtype=torch.uint8, generator=generator) for _ in range(20)]
-    wrong_lengths = [data[:-1], data[:0], torch.cat([data, data[:1]])] if data.numel() else [torch.zeros_like(data[:1])]
+    wrong_lengths = (
+        [data[:-1], data[:0], torch.cat([data, data[:1]])] if data.numel() else [torch.zeros_like(data[:1])]
+    )
     cases = [(bytes_, "a wrong length") for bytes_ in wrong_lengths] + [(bytes_, "noise") for bytes_ in noise]
     for bytes_, what in cases:
         got = Payload(bytes_.clone(), payload.shape, meta)
@@ -175,7 +184,7 @@ def check_corruption(subject: Subject) -> Iterator[str]:
         if decoded.shape != x.shape:
             yield f"bytes of {what} decode to the shape {tuple(decoded.shape)} instead of {tuple(x.shape)}"
         elif what == "a wrong length" and codec.fixed_size:
-            yield f"{got.data.numel()} bytes are accepted where {data.numel()} are right: raise CorruptPayload"
+            yield f"{got.data.numel()} bytes are accepted, {data.numel()} are right: raise CorruptPayload"
 
 
 def check_alignment(subject: Subject) -> Iterator[str]:
@@ -186,7 +195,9 @@ def check_alignment(subject: Subject) -> Iterator[str]:
     for offset in (1, 2, 3):
         frame = torch.zeros(offset + payload.data.numel(), dtype=torch.uint8)
         frame[offset:] = payload.data
-        decoded = subject.make(x).decompress(Payload(frame[offset:], payload.shape, payload.meta), CPU, x.dtype)
+        decoded = subject.make(x).decompress(
+            Payload(frame[offset:], payload.shape, payload.meta), CPU, x.dtype
+        )
         if not torch.equal(decoded, expected):
             yield f"the same bytes at offset {offset} of a buffer decode to other values"
 
@@ -253,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     bits = 8 * Subject(spec).compress(codec, x).nbytes / x.numel()
     error = (Subject(spec).round_trip(x) - x).norm() / x.norm()
     kind = f"{'causal' if codec.causal else 'not causal'}, {'fixed' if codec.fixed_size else 'variable'} size"
-    print(f"{codec.name}: {kind}, {bits:.3f} bits a value and relative error {error:.4f} on made-up hidden states")
+    quality = f"{bits:.3f} bits a value and relative error {error:.4f} on made-up hidden states"
+    print(f"{codec.name}: {kind}, {quality}")
     return 0
 
 

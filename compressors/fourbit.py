@@ -5,23 +5,25 @@
     x'     = table[code] * absmax
 
 `nf4` is NormalFloat4, quantiles of the standard normal distribution with an exact zero (Dettmers et al. 2023,
-"QLoRA", section 3 and appendix E); `fp4` has 1 sign, 2 exponent and 1 mantissa bits with bitsandbytes' bias, scaled
-to [-1, 1]. Codes, their packing and absmax are those of bitsandbytes at widths divisible by 64; at other widths
-the last block of a token is shorter, where theirs would run on into the next token.
+"QLoRA", section 3 and appendix E); `fp4` has 1 sign, 2 exponent and 1 mantissa bits with bitsandbytes' bias,
+scaled to [-1, 1]. Codes, their packing and absmax are those of bitsandbytes at widths divisible by 64; at
+other widths the last block of a token is shorter, where theirs would run on into the next token.
 
 Option `absmax`, the side information:
     fp32    4 bytes a block, as bitsandbytes.
     fp16    2 bytes a block; codes as above, an absmax above 65504 saturates.
     nested  QLoRA's double quantisation, 1 byte a block: offset = mean of the frame's absmax (float32), then
             absmax - offset in blocks of 256 (across tokens) with a float32 absmax of their own and the signed
-            dynamic 8-bit code (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization", section 1.3).
-            The mean runs over the frame, so this is not causal, and a NaN spoils the whole frame.
+            dynamic 8-bit code (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization"). The
+            mean runs over the frame, so this is not causal, and a NaN spoils the whole frame.
 
-Payload: fp32 or fp16 absmax [N, blocks], or nested offset [1], absmax of absmax [ceil(N * blocks / 256)] and codes
-of absmax [N * blocks]; then codes [N, ceil(H / 2)], two in a byte.
+Payload: fp32 or fp16 absmax [N, blocks], or nested offset [1], absmax of absmax [ceil(N * blocks / 256)] and
+codes of absmax [N * blocks]; then codes [N, ceil(H / 2)], two in a byte.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -46,20 +48,21 @@ _NF4 = (
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 
+_TABLES = {
+    "nf4": torch.tensor(_NF4),
+    "fp4": torch.tensor([*_FP4_MAGNITUDES, *(-m for m in _FP4_MAGNITUDES)]) / 12,
+}
+
+
 class FourBit(RowCodec):
     """4-bit codes from a table, one absmax for each 64 values of a token."""
 
-    TABLES = {
-        "nf4": torch.tensor(_NF4),
-        "fp4": torch.tensor([*_FP4_MAGNITUDES, *(-m for m in _FP4_MAGNITUDES)]) / 12,
-    }
-
     def __init__(self, *, table: str, absmax: str = "fp32", link: LinkInfo | None = None) -> None:
         super().__init__(link=link)
-        self.name = self.table = check_choice("4-bit", "table", table, self.TABLES)
+        self.name = self.table = check_choice("4-bit", "table", table, _TABLES)
         self.absmax = check_choice(self.name, "absmax", absmax, ("fp32", "fp16", "nested"))
         self.causal = absmax != "nested"
-        self._values = self.TABLES[table]
+        self._values = _TABLES[table]
         self._bounds, self._order = nearest_bounds(self._values)
         self._value_pairs = torch.cartesian_prod(self._values, self._values).flatten()
 
@@ -79,14 +82,16 @@ class FourBit(RowCodec):
         absmax = blocks.abs().amax(2)
         lost = ~absmax.isfinite()
         scaled = blocks * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX))[:, :, None]
-        rank = torch.bucketize(scaled, self._bounds.to(rows.device))
-        code = self._order.to(rows.device)[rank].masked_fill_(lost[:, :, None], 0)
+        rank = torch.bucketize(scaled, self._scratch.constant("bounds", self._bounds, rows.device))
+        code = self._scratch.constant("order", self._order, rows.device)[rank]
+        code.masked_fill_(lost[:, :, None], 0)
         codes.copy_(pack_pairs(code.flatten(1)[:, : rows.shape[1]]))
         self._store(absmax.masked_fill_(lost, torch.nan), *stored)
 
     def decode(self, rows, limit, *sections):
         *stored, codes = sections
-        values = self._values.to(rows.device)[unpack_pairs(codes, rows.shape[1]).int()]
+        table = self._scratch.constant("values", self._values, rows.device)
+        values = table[unpack_pairs(codes, rows.shape[1]).int()]
         values = blocks_of(values, BLOCK) * self._load(rows.shape, *stored)[:, :, None]
         rows.copy_(values.flatten(1)[:, : rows.shape[1]]).clamp_(-limit, limit)
 
@@ -123,26 +128,27 @@ class FourBit(RowCodec):
         if self.absmax != "nested":
             return stored[0].float()
         offset, nested_absmax, nested_codes = stored
-        values = _dynamic_code().to(offset.device)[nested_codes.int()]
+        values = _dynamic_code(offset.device)[0][nested_codes.int()]
         scale = nested_absmax.repeat_interleave(NESTED_BLOCK)[: values.numel()]
         limit = torch.finfo(torch.float32).max
         return (values * scale + offset).clamp_(-limit, limit).view(shape[0], -1 if shape[0] else 0)
 
 
 def _store_nested(absmax, offset, nested_absmax, nested_codes):
-    """Double quantisation of `absmax` [n]; the mean is taken in float64, where no sum of finite values overflows."""
+    """Double quantisation of `absmax` [n]. The mean is taken in float64, where it cannot overflow."""
     if absmax.numel() == 0:
         return
     offset.copy_(absmax.mean(dtype=torch.float64))
     blocks = blocks_of((absmax - offset)[None], NESTED_BLOCK)[0]
     torch.amax(blocks.abs(), 1, out=nested_absmax)
     scaled = blocks * (1.0 / nested_absmax.clamp(min=SMALLEST_ABSMAX))[:, None]
-    bounds, _ = nearest_bounds(_dynamic_code().to(absmax.device))
-    nested_codes.copy_(torch.bucketize(scaled, bounds).flatten()[: absmax.numel()])
+    rank = torch.bucketize(scaled, _dynamic_code(absmax.device)[1])
+    nested_codes.copy_(rank.flatten()[: absmax.numel()])
 
 
-def _dynamic_code() -> torch.Tensor:
-    """The 256 values of the signed dynamic 8-bit code, ascending.
+@functools.cache
+def _dynamic_code(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the 256 values of the signed dynamic 8-bit code, ascending; their 255 midpoints).
 
     A zero-run of e bits gives the decade 10^-e, the remaining 6 - e bits divide it linearly.
     """
@@ -150,7 +156,8 @@ def _dynamic_code() -> torch.Tensor:
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1)
         magnitudes += ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)).tolist()
-    return torch.tensor(sorted([*magnitudes, *(-m for m in magnitudes), 0.0, 1.0]))
+    values = torch.tensor(sorted([*magnitudes, *(-m for m in magnitudes), 0.0, 1.0]))
+    return values.to(device), nearest_bounds(values)[0].to(device)
 
 
 def nearest_bounds(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,9 +4,9 @@
     code  = float8(clamp(x / scale, -max_float8, max_float8))          round to nearest, ties to even
     x'    = float(code) * scale
 
-Source: torchao's float8 primitives (`_choose_scale_float8` and `_quantize_affine_float8` with a block of one token),
-in float32 whatever the input's dtype; formats: Micikevicius et al. 2022, "FP8 formats for deep learning". Departure:
-a row of zeros, where theirs divides by zero.
+Source: torchao's float8 primitives (`_choose_scale_float8` and `_quantize_affine_float8` with a block of one
+token), in float32 whatever the input's dtype; formats: Micikevicius et al. 2022, "FP8 formats for deep
+learning". Departure: a row of zeros, where theirs divides by zero.
 
 Side information: a float32 scale, 4 bytes a token. Payload: scale [N], code [N, H].
 """
@@ -22,17 +22,17 @@ from compressors.rows import RowCodec
 
 __all__ = ["Fp8"]
 
+_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
 
 class Fp8(RowCodec):
     """8-bit floats; `variant` is "e4m3" (finite only, more precision) or "e5m2" (more range)."""
 
-    DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-
     def __init__(self, *, variant: str, link: LinkInfo | None = None) -> None:
         super().__init__(link=link)
-        self.variant = check_choice("fp8", "variant", variant, self.DTYPES)
+        self.variant = check_choice("fp8", "variant", variant, _DTYPES)
         self.name = f"fp8_{variant}"
-        self._dtype = self.DTYPES[variant]
+        self._dtype = _DTYPES[variant]
         self._max = torch.finfo(self._dtype).max
         self._values = torch.arange(256, dtype=torch.uint8).view(self._dtype).float()
 

@@ -8,20 +8,23 @@
         zero  = mean(q - (x - e') / scale)
     x'    = (fp16(q) - fp16(zero)) * fp16(scale), q from the zero with the smallest mean |e|
 
-Source: Badri and Shaji 2023, "Half-quadratic quantization of large machine learning models", and the hqq library's
-`Quantizer` (axis 1, group size 64). Departures:
+Source: Badri and Shaji 2023, "Half-quadratic quantization of large machine learning models", and the hqq
+library's `Quantizer` (axis 1, group size 64). Departures:
 
-* The library stops when the mean error of the whole tensor no longer falls, so a token's codes depend on later
-  tokens. Here each group stops by itself, after PATIENCE updates without a smaller error or ITERATIONS in all, and
-  keeps its best zero: causal, with errors as low as the library's.
-* |e|^(p - 1) is taken from the bits of the float, within 3%: it only sets how far large errors are discounted, and
+* The library stops when the mean error of the whole tensor no longer falls, so a token's codes depend on
+later
+  tokens. Here each group stops by itself, after PATIENCE updates without a smaller error or ITERATIONS in
+  all, and keeps its best zero: causal, with errors as low as the library's.
+* |e|^(p - 1) is taken from the bits of the float, within 3%: it only sets how far large errors are
+discounted, and
   it makes the same bytes on every device, which a library's pow does not.
-* The library gives a range below 1e-4 the scale 1. Here the two lower bounds on the scale, and the upper one, keep
+* The library gives a range below 1e-4 the scale 1. Here the two lower bounds on the scale, and the upper one,
+keep
   scale and zero within fp16.
 
-Side information: fp16 scale and zero, 4 bytes a group, as the library has in half precision.
-Payload: scale [N, groups], zero [N, groups], then the codes of each row, packed by `compressors.bitpack`; 3 bits in
-the library's layout of ten codes in a 32-bit word (`layout="words"`, 3.2 bits a value), or `layout="dense"`.
+Side information: fp16 scale and zero, 4 bytes a group, as the library has in half precision. Payload: scale
+[N, groups], zero [N, groups], then the codes of each row, packed by `compressors.bitpack`; 3 bits in the
+library's layout of ten codes in a 32-bit word (`layout="words"`, 3.2 bits a value), or `layout="dense"`.
 """
 
 from __future__ import annotations
@@ -55,7 +58,9 @@ class Hqq(RowCodec):
         super().__init__(link=link)
         self.name = f"hqq{nbits}"
         self.nbits = check_choice(self.name, "nbits", nbits, (1, 2, 3, 4, 8))
-        self.layout = check_choice(self.name, "layout", layout, ("words", "dense") if nbits == 3 else ("dense",))
+        self.layout = check_choice(
+            self.name, "layout", layout, ("words", "dense") if nbits == 3 else ("dense",)
+        )
         self._levels = 2**nbits - 1
 
     def sections(self, num_rows: int, width: int) -> list[Section]:
@@ -91,7 +96,7 @@ class Hqq(RowCodec):
         hqq.decode(codes.numpy(), scale.float().numpy(), zero.float().numpy(), limit, rows.numpy())
 
     def _start(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale, zero) [N, groups] before refinement, the scale already rounded to fp16; NaN where a value is."""
+        """(scale, zero) [N, groups] before refinement, the scale rounded to fp16; NaN for lost groups."""
         lo, hi = groups.amin(2), groups.amax(2)
         largest = torch.maximum(lo.abs(), hi.abs())
         scale = hi / self._levels - lo / self._levels
@@ -130,7 +135,7 @@ class Hqq(RowCodec):
 
 
 def _groups(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """([N, H] as [N, groups, 64], the last group filled up with the row's last value; which values are real)."""
+    """([N, H] as [N, groups, 64], filled up with the row's last value; which values are real)."""
     num_rows, width = rows.shape
     fill = -width % GROUP
     padded = torch.cat([rows, rows[:, -1:].expand(num_rows, fill)], dim=1) if fill else rows
@@ -147,7 +152,7 @@ def _tree_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def _pack_words(codes: torch.Tensor) -> torch.Tensor:
-    """3-bit codes [N, H] to int32 [N, W], W = ceil(H / 10); word j holds codes j, j + W, ..., from bit 27 down."""
+    """3-bit codes [N, H] to int32 [N, W = ceil(H / 10)]: word j has codes j, j + W, ..., from bit 27 down."""
     num_words = -(-codes.shape[1] // CODES_PER_WORD)
     fill = num_words * CODES_PER_WORD - codes.shape[1]
     lanes = torch.nn.functional.pad(codes, (0, fill)).view(codes.shape[0], CODES_PER_WORD, num_words).int()

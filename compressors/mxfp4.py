@@ -4,11 +4,11 @@
     code     = E2M1 nearest to x / 2^exponent, ties to even, saturating at +-6
     x'       = {0, 0.5, 1, 1.5, 2, 3, 4, 6} with sign, times 2^exponent
 
-Source: OCP Microscaling Formats (MX) Specification v1.0, sections 5.2 and 6.3; 2 is the largest exponent of E2M1.
-At widths not divisible by 32 the last block of a token is shorter.
+Source: OCP Microscaling Formats (MX) Specification v1.0, sections 5.2 and 6.3; 2 is the largest exponent of
+E2M1. At widths not divisible by 32 the last block of a token is shorter.
 
-Side information: 1 byte a block. Payload: exponents [N, blocks], codes [N, ceil(H / 2)], two in a byte, the first
-in the high half (as in compressors.fourbit).
+Side information: 1 byte a block. Payload: exponents [N, blocks], codes [N, ceil(H / 2)], two in a byte, the
+first in the high half (as in compressors.fourbit).
 """
 
 from __future__ import annotations
@@ -52,13 +52,16 @@ class MxFp4(RowCodec):
         lost = ~absmax.isfinite()
         exponent = ((absmax.view(torch.int32) >> 23) - MAX_ELEMENT_EXPONENT).clamp_(min=0)
         inverse = ((254 - exponent) << 23).view(torch.float32)
-        rank = torch.bucketize(blocks * inverse[:, :, None], self._bounds.to(rows.device))
-        code = self._order.to(rows.device)[rank].masked_fill_(lost[:, :, None], 0)
+        bounds = self._scratch.constant("bounds", self._bounds, rows.device)
+        rank = torch.bucketize(blocks * inverse[:, :, None], bounds)
+        code = self._scratch.constant("order", self._order, rows.device)[rank]
+        code.masked_fill_(lost[:, :, None], 0)
         exponents.copy_(exponent.masked_fill_(lost, E8M0_NAN))
         codes.copy_(pack_pairs(code.flatten(1)[:, : rows.shape[1]]))
 
     def decode(self, rows, limit, exponents, codes):
-        values = self._values.to(rows.device)[unpack_pairs(codes, rows.shape[1]).int()]
+        table = self._scratch.constant("values", self._values, rows.device)
+        values = table[unpack_pairs(codes, rows.shape[1]).int()]
         values = blocks_of(values, BLOCK) * _scale(exponents)[:, :, None]
         rows.copy_(values.flatten(1)[:, : rows.shape[1]]).clamp_(-limit, limit)
 
@@ -68,9 +71,7 @@ class MxFp4(RowCodec):
         width = rows.shape[1]
         code = self._scratch.get("codes", (width + width % 2,), torch.uint8, rows.device)
         bounds, order = tuple(self._bounds.numpy()), self._order.numpy()
-        fourbit.encode_mx(
-            rows.numpy(), BLOCK, bounds, order, exponents.numpy(), codes.numpy(), code.numpy()
-        )
+        fourbit.encode_mx(rows.numpy(), BLOCK, bounds, order, exponents.numpy(), codes.numpy(), code.numpy())
 
     def decode_cpu(self, rows, limit, exponents, codes):
         from compressors.kernels import fourbit
@@ -88,8 +89,8 @@ def _scale(exponents: torch.Tensor) -> torch.Tensor:
 def _bounds_with_ties_to_even(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The 15 midpoints of the sorted table and the code of each rank, for a search by `value > bound`.
 
-    That search leaves a tie with the lower neighbour, so a bound whose upper neighbour has the even code moves down
-    by one float. It moves the bound between -0 and +0 as well: zero is written as +0.
+    That search leaves a tie with the lower neighbour, so a bound whose upper neighbour has the even code
+    moves down by one float. It moves the bound between -0 and +0 as well: zero is written as +0.
     """
     order = torch.tensor([*range(15, 7, -1), *range(8)], dtype=torch.uint8)
     ranked = values[order.int()]

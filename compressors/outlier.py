@@ -1,19 +1,19 @@
 """outlier: a few channels in fp16, the others through an inner codec.
 
-Large language models have a few channels, the same for all tokens, whose values are tens to thousands of times the
-others' (Dettmers et al. 2022, "LLM.int8()", section 4; Sun et al. 2024, "Massive activations"). One of them in a
-group ruins the group's scale; sent apart, it costs 2 bytes a token.
+Large language models have a few channels, the same for all tokens, whose values are tens to thousands of
+times the others' (Dettmers et al. 2022, "LLM.int8()", section 4; Sun et al. 2024, "Massive activations"). One
+of them in a group ruins the group's scale; sent apart, it costs 2 bytes a token.
 
 `channels` and `calibration` say which:
-    channels: [3, 17]                         these
-    channels: 8, calibration: file.json       the link's first 8 in a calibration file (compressors.channels)
-    channels: 8                               the 8 with the largest |x| in the frame, whose indices are sent with it;
+    channels: [3, 17]                         these channels: 8, calibration: file.json       the link's first
+    8 in a calibration file (compressors.channels) channels: 8                               the 8 with the
+    largest |x| in the frame, whose indices are sent with it;
                                               the choice looks at all tokens, so this is not causal
 At least one channel is always left to the inner codec.
 
-fp16 saturates at +-65504; NaN and infinities keep their place. Side information: 2 bytes a token and channel, and
-4 bytes a frame and channel where the frame chooses. Payload: [indices int32 [C]], values fp16 [N, C], inner bytes of
-the other channels in their order.
+fp16 saturates at +-65504; NaN and infinities keep their place. Side information: 2 bytes a token and channel,
+and 4 bytes a frame and channel where the frame chooses. Payload: [indices int32 [C]], values fp16 [N, C],
+inner bytes of the other channels in their order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 from compressors.base import CorruptPayload, LinkInfo, Payload
 from compressors.bitpack import Section, sections_nbytes
-from compressors.cast import saturating_cast
+from compressors.cast import saturating_cast, saturating_copy_
 from compressors.channels import channels_from_file, check_channels
 from compressors.options import check_int, option_error
 from compressors.wrapper import InnerSpec, Wrapper
@@ -63,7 +63,7 @@ class Outlier(Wrapper):
         self.causal = self.inner.causal and self._fixed is not None
 
     def format_config(self) -> dict[str, Any]:
-        """The channels themselves stand for the calibration file: the bytes depend on them, not on its path."""
+        """The channels stand for the calibration file: the bytes depend on them, not on its path."""
         config = super().format_config() | {"calibration": None}
         return config | {"channels": sorted(self._fixed)} if self._fixed is not None else config
 
@@ -90,7 +90,7 @@ class Outlier(Wrapper):
         others = _complement(chosen, x.shape[-1])
         inner = self.inner.compress(rows.index_select(1, others).view(inner_shape), **side)
         payload, (*indices, values) = self._join(x.shape, inner, sections)
-        values.copy_(saturating_cast(rows.index_select(1, chosen), torch.float16))
+        saturating_copy_(values, rows.index_select(1, chosen))
         if indices:
             indices[0].copy_(chosen)
         return payload
@@ -110,7 +110,8 @@ class Outlier(Wrapper):
     def _choose(self, rows: torch.Tensor, num_channels: int) -> torch.Tensor:
         """Ascending channel indices, int64, on the device of `rows`."""
         if self._fixed is not None:
-            return torch.tensor(sorted(self._fixed[:num_channels]), dtype=torch.int64, device=rows.device)
+            fixed = torch.tensor(sorted(self._fixed[:num_channels]), dtype=torch.int64)
+            return self._scratch.constant(f"fixed {num_channels}", fixed, rows.device)
         if rows.shape[0] == 0:
             return torch.arange(num_channels, device=rows.device)
         return rows.abs().amax(0).float().topk(num_channels).indices.sort().values

@@ -1,11 +1,12 @@
-"""Codec names to codecs: built-ins, `package.module:Class` plug-ins, and the spec in a config or on a command line.
+"""Codec names to codecs: built-ins, `package.module:Class` plug-ins, and the spec in a config or on a command
+line.
 
 A spec is one of
 
-    int4                                                    a name
-    outlier(channels=8, inner=hadamard(int4))               the short form; an argument without a name is `inner`
-    {name: outlier, channels: 8, inner: {name: int4}}       a mapping, as YAML gives it
-    my_package.codecs:Sketch(rank=4)                        a plug-in class, importable on every rank
+    int4                                                    a name outlier(channels=8, inner=hadamard(int4))
+    the short form; an argument without a name is `inner` {name: outlier, channels: 8, inner: {name: int4}}
+    a mapping, as YAML gives it my_package.codecs:Sketch(rank=4)                        a plug-in class,
+    importable on every rank
 
 Values of the short form are YAML scalars or lists. Codec modules are imported when first asked for, so that
 listing names costs nothing. This module knows nothing of links beyond passing `LinkInfo` on.
@@ -112,7 +113,7 @@ def _split_arguments(arguments: str, text: str) -> list[str]:
     if depth != 0:
         raise ValueError(f"compressor {text!r}: brackets do not match")
     parts.append(arguments[start:])
-    if parts == [""] or parts[-1].strip() == "" and len(parts) == 1:
+    if len(parts) == 1 and not parts[0].strip():
         return []
     if not all(part.strip() for part in parts):
         raise ValueError(f"compressor {text!r}: an argument is empty")
@@ -167,7 +168,9 @@ def _check_options(name: str, cls: type[Compressor], options: dict[str, Any], fi
                 f"allowed: {', '.join(own) or 'none'}"
             )
         if option in fixed and value != fixed[option]:
-            raise ValueError(f"compressor {name!r}: {option} is {value!r}, but the name fixes {fixed[option]!r}")
+            raise ValueError(
+                f"compressor {name!r}: {option} is {value!r}, but the name fixes {fixed[option]!r}"
+            )
     parameters = inspect.signature(cls).parameters
     for option in own:
         if option not in options and parameters[option].default is inspect.Parameter.empty:

@@ -1,13 +1,15 @@
 """RowCodec: the frame of every codec that encodes tokens one by one, with a size that follows from the shape.
 
-It turns hidden states [B, T, H] into float32 rows [N, H], N = B * T, and hands a subclass typed views of one byte
-buffer to fill or to read; lengths, scratch memory, dtypes and devices are settled here. On the CPU `encode_cpu`
-and `decode_cpu` run (compiled loops where a codec has them), elsewhere `encode` and `decode` (torch operations
-without host synchronisation); both write the same bytes and the same floats, which the tests hold.
+It turns hidden states [B, T, H] into float32 rows [N, H], N = B * T, and hands a subclass typed views of one
+byte buffer to fill or to read; lengths, scratch memory, dtypes and devices are settled here. On the CPU
+`encode_cpu` and `decode_cpu` run (compiled loops where a codec has them), elsewhere `encode` and `decode`
+(torch operations without host synchronisation); both write the same bytes and the same floats, which the
+tests hold.
 
 Rules that all row codecs share:
 
-* A NaN or an infinity makes every value that shares its scale (a token, or a block of it) decode to NaN: a fault
+* A NaN or an infinity makes every value that shares its scale (a token, or a block of it) decode to NaN: a
+fault
   upstream stays visible and does not spread to other tokens. Codecs without a scale keep it in place.
 * Finite input decodes to finite output: what rounding pushes beyond the largest float of the target dtype is
   clamped to it.
@@ -22,7 +24,7 @@ from typing import Any
 
 import torch
 
-from compressors.base import Compressor, CorruptPayload, LinkInfo, Payload
+from compressors.base import Compressor, LinkInfo, Payload
 from compressors.bitpack import Section, sections_nbytes, split_bytes
 
 __all__ = ["RowCodec", "Scratch"]
@@ -41,6 +43,15 @@ class Scratch:
         if buffer is None or buffer.numel() < numel:
             buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
         return buffer[:numel].view(*shape)
+
+    def constant(self, name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """`tensor` on `device`, copied there once: a copy to an accelerator makes the host wait."""
+        if tensor.device == torch.device(device):
+            return tensor
+        key = (name, tensor.dtype, torch.device(device))
+        if key not in self._buffers:
+            self._buffers[key] = tensor.to(device)
+        return self._buffers[key]
 
 
 class RowCodec(Compressor):
@@ -62,7 +73,7 @@ class RowCodec(Compressor):
 
     @abstractmethod
     def encode(self, rows: torch.Tensor, *sections: torch.Tensor) -> None:
-        """Fill `sections` from float32 `rows` [N, H]; torch operations, any device. `rows` may be the input."""
+        """Fill `sections` from float32 `rows` [N, H], which may be the input; any device."""
 
     @abstractmethod
     def decode(self, rows: torch.Tensor, limit: float, *sections: torch.Tensor) -> None:
@@ -92,10 +103,8 @@ class RowCodec(Compressor):
 
     @torch.no_grad()
     def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        if payload.meta:
-            raise CorruptPayload(f"{self.name} writes no meta, got {dict(payload.meta)}")
         shape = self.row_shape(payload.shape)
-        sections = split_bytes(payload.data.to(device), *self.sections(*shape))
+        sections = split_bytes(self._data_without_meta(payload).to(device), *self.sections(*shape))
         if dtype == torch.float32:
             rows = torch.empty(shape, dtype=dtype, device=device)
         else:

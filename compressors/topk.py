@@ -1,11 +1,13 @@
 """topk: the values of largest magnitude of each token, by position; the others decode to 0.
 
-Of a token's H values, k = max(1, round(density * H)) are kept; an inner codec carries them, in the order of their
-channels, as hidden states [B, T, k]. Positions take the smaller of a bitmap (H bits) and packed indices
-(ceil(log2 H) bits each: the low 8 as bytes, the rest by compressors.bitpack). A NaN counts as the largest value.
+Of a token's H values, k = max(1, round(density * H)) are kept; an inner codec carries them, in the order of
+their channels, as hidden states [B, T, k]. Positions take the smaller of a bitmap (H bits) and packed indices
+(ceil(log2 H) bits each: the low 8 as bytes, the rest by compressors.bitpack). A NaN counts as the largest
+value.
 
-Source: magnitude sparsification, as for gradients in Aji and Heafield 2017, "Sparse communication for distributed
-gradient descent"; here for activations, token by token and without error feedback, which keeps it causal.
+Source: magnitude sparsification, as for gradients in Aji and Heafield 2017, "Sparse communication for
+distributed gradient descent"; here for activations, token by token and without error feedback, which keeps it
+causal.
 
 Side information: the positions. Payload: positions, then the inner codec's bytes.
 """
@@ -70,7 +72,9 @@ class TopK(Wrapper):
             kept = torch.zeros(rows.shape, dtype=torch.uint8, device=x.device).scatter_(1, indices, 1)
             positions[0].copy_(pack(kept, 1))
         else:
-            for part, section, nbits in zip((indices & 255, indices >> 8), positions, _index_bits(width), strict=False):
+            for part, section, nbits in zip(
+                (indices & 255, indices >> 8), positions, _index_bits(width), strict=False
+            ):
                 section.copy_(pack(part.to(torch.uint8), nbits))
         return payload
 
@@ -87,7 +91,9 @@ class TopK(Wrapper):
             rank = kept.cumsum(1) - 1
             x = values.gather(1, rank.clamp_(0, num_kept - 1)).masked_fill_(kept == 0, 0)
         else:
-            parts = [unpack(p, n, num_kept).long() for p, n in zip(positions, _index_bits(width), strict=True)]
+            parts = [
+                unpack(p, n, num_kept).long() for p, n in zip(positions, _index_bits(width), strict=True)
+            ]
             indices = sum(part << 8 * i for i, part in enumerate(parts))
             _check_on_host(indices.diff(dim=1) > 0, "a token's indices are not ascending")
             _check_on_host(indices < width, f"an index is not below {width}")
@@ -104,6 +110,6 @@ def _index_bits(width: int) -> list[int]:
 
 
 def _check_on_host(valid: torch.Tensor, message: str) -> None:
-    """Raise CorruptPayload unless all of `valid`; on a device, where a check would wait for it, do nothing."""
+    """Raise CorruptPayload unless all of `valid`; nothing on a device, where a check would wait for it."""
     if valid.device.type == "cpu" and not bool(valid.all()):
         raise CorruptPayload(f"topk: {message}")

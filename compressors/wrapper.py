@@ -1,7 +1,8 @@
 """Wrapper: the frame of codecs that stand in front of another one (hadamard, outlier, topk, zstd).
 
-The option `inner` is a codec spec. A wrapper writes sections of its own in front of the inner codec's bytes and
-hands the inner codec's `meta` and side inputs through; by default it is causal and of fixed size if the inner codec is.
+The option `inner` is a codec spec. A wrapper writes sections of its own in front of the inner codec's bytes
+and hands the inner codec's `meta` and side inputs through; by default it is causal and of fixed size if the
+inner codec is.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ class Wrapper(Compressor):
         self.needs = self.inner.needs
         self._scratch = Scratch()
 
-    def _join(self, shape: Sequence[int], inner: Payload, sections: Sequence[Section]) -> tuple[Payload, list]:
-        """(payload of `shape` with room for `sections` before the inner bytes, those sections to be filled)."""
+    def _join(
+        self, shape: Sequence[int], inner: Payload, sections: Sequence[Section]
+    ) -> tuple[Payload, list]:
+        """(payload of `shape` with `sections` before the inner bytes, those sections, to be filled)."""
         start = sections_nbytes(*sections)
         data = self._scratch.get("data", (start + inner.data.numel(),), torch.uint8, inner.data.device)
         data[start:].copy_(inner.data)
@@ -44,8 +47,8 @@ class Wrapper(Compressor):
         """Inverse of `_join`: (inner payload of `inner_shape`, sections), on `device`."""
         start = sections_nbytes(*sections)
         if payload.data.numel() < start:
-            raise CorruptPayload(f"payload has {payload.data.numel()} bytes, {self.name} needs {start} and more")
+            raise CorruptPayload(
+                f"payload has {payload.data.numel()} bytes, {self.name} needs {start} and more"
+            )
         data = payload.data.to(device)
         return Payload(data[start:], tuple(inner_shape), payload.meta), split_bytes(data[:start], *sections)
-
-

@@ -1,9 +1,10 @@
 """zstd: lossless compression of the bytes of another codec.
 
-The inner codec's bytes go through Zstandard (RFC 8878). `item_size` n > 1 first regroups them into n planes, byte 0
-of every n-byte item, then byte 1, ...: exponents of neighbouring floats are alike, their low mantissa bits are noise
-(the shuffle filter of HDF5 and Blosc). Bytes that do not shrink are stored as they are, so that a frame is at most one
-byte above the inner codec's. The size depends on the values: nothing is known of it before compressing.
+The inner codec's bytes go through Zstandard (RFC 8878). `item_size` n > 1 first regroups them into n planes,
+byte 0 of every n-byte item, then byte 1, ...: exponents of neighbouring floats are alike, their low mantissa
+bits are noise (the shuffle filter of HDF5 and Blosc). Bytes that do not shrink are stored as they are, so
+that a frame is at most one byte above the inner codec's. The size depends on the values: nothing is known of
+it before compressing.
 
 The work is done in host memory; on an accelerator the bytes are copied there, which waits for it.
 
@@ -71,11 +72,13 @@ class Zstd(Wrapper):
         return self.inner.decompress(inner, device, dtype)
 
     def _inflate(self, frame: np.ndarray, max_nbytes: int) -> np.ndarray:
-        """The content of one Zstandard frame; its length is read from the frame and checked before any allocation."""
+        """The content of one Zstandard frame; its length is checked before anything is allocated."""
         try:
             content_nbytes = zstandard.get_frame_parameters(frame).content_size
             if content_nbytes > max_nbytes:
-                raise CorruptPayload(f"zstd frame holds {content_nbytes} bytes, at most {max_nbytes} are possible")
+                raise CorruptPayload(
+                    f"zstd frame holds {content_nbytes} bytes, at most {max_nbytes} are possible"
+                )
             content = self._decompressor.decompress(frame, allow_extra_data=False)
         except zstandard.ZstdError as e:
             raise CorruptPayload(f"zstd frame cannot be read: {e}") from e

@@ -39,7 +39,7 @@ def _float_of_ordered(ordered):
 
 @jit
 def encode(rows, nbits, scale, zero, packed, codes):
-    """Rows float32 [N, H] to scale (bf16 bits) [N], zero int16 [N], packed uint8 [N, P]; codes uint8 [H] is scratch."""
+    """Rows float32 [N, H] to scale (bf16 bits), zero int16 [N], packed uint8 [N, P]; codes [H] is scratch."""
     q_min, q_max = np.float32(-(1 << (nbits - 1))), np.float32((1 << (nbits - 1)) - 1)
     levels = q_max - q_min
     for i in range(rows.shape[0]):

@@ -101,8 +101,8 @@ def _look_up(pairs, value_pairs, row):
 def decode(packed, block, value_pairs, scale, limit, rows):
     """Packed codes to float32 rows, clamped to +-limit, NaN stays.
 
-    `value_pairs` [512] holds the two table values of every byte, `scale` is float32 [N, blocks]. Look-up and scaling
-    are loops of their own, since only the second vectorises.
+    `value_pairs` [512] holds the two table values of every byte, `scale` is float32 [N, blocks]. Look-up and
+    scaling are loops of their own, since only the second vectorises.
     """
     limit, largest = np.float32(limit), np.max(np.abs(value_pairs))
     for i in range(rows.shape[0]):

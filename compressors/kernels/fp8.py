@@ -1,8 +1,8 @@
 """Kernels of compressors.fp8.
 
-Encoding rounds in integer arithmetic. A float32 with m of its 23 mantissa bits kept is rounded to nearest even by
-adding half of the last kept place, less one, plus the last kept bit. Values below the smallest normal float8 are
-rounded by adding a float whose last place is the float8's smallest step.
+Encoding rounds in integer arithmetic. A float32 with m of its 23 mantissa bits kept is rounded to nearest
+even by adding half of the last kept place, less one, plus the last kept bit. Values below the smallest normal
+float8 are rounded by adding a float whose last place is the float8's smallest step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ def _float8(value, mantissa, bias):
     sign = (bits >> np.uint32(24)) & np.uint32(0x80)
     magnitude = bits & np.uint32(0x7FFFFFFF)
     drop = np.uint32(23 - mantissa)
-    rounded = magnitude + ((np.uint32(1) << (drop - np.uint32(1))) - np.uint32(1)) + ((magnitude >> drop) & np.uint32(1))
+    rounded = (
+        magnitude
+        + ((np.uint32(1) << (drop - np.uint32(1))) - np.uint32(1))
+        + ((magnitude >> drop) & np.uint32(1))
+    )
     normal = (rounded >> drop) - np.uint32((127 - bias) << mantissa)
     step_bits = np.uint32((127 + 23 + 1 - bias - mantissa) << 23)
     subnormal = bits_of_float(float_of_bits(magnitude) + float_of_bits(step_bits)) - step_bits

@@ -61,7 +61,7 @@ def _refined_zero(values, scale, zero, levels, q, terms):
 
 @jit
 def refine(rows, levels, scale, zero, codes):
-    """Refine `zero` float32 [N, groups] in place and write codes uint8 [N, H]; a NaN scale marks a lost group."""
+    """Refine `zero` float32 [N, groups] and write codes uint8 [N, H]; a NaN scale marks a lost group."""
     q, terms = np.empty(GROUP, np.float32), np.empty(GROUP, np.float32)
     levels = np.float32(levels)
     for i in range(rows.shape[0]):
@@ -79,7 +79,7 @@ def refine(rows, levels, scale, zero, codes):
 
 @jit
 def decode(codes, scale, zero, limit, rows):
-    """Codes uint8 [N, H] to float32 rows, clamped to +-limit, NaN stays; scale and zero are float32 [N, groups]."""
+    """Codes uint8 [N, H] to float32 rows, clamped to +-limit; scale and zero are float32 [N, groups]."""
     limit = np.float32(limit)
     for i in range(rows.shape[0]):
         for g in range(scale.shape[1]):

@@ -16,7 +16,9 @@ from compressors.bitpack import (
 
 
 @settings(deadline=None, max_examples=60)
-@given(nbits=st.integers(1, 7), length=st.integers(0, 70), num_rows=st.integers(0, 3), seed=st.integers(0, 999))
+@given(
+    nbits=st.integers(1, 7), length=st.integers(0, 70), num_rows=st.integers(0, 3), seed=st.integers(0, 999)
+)
 def test_round_trip_and_both_paths_agree(nbits, length, num_rows, seed):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**nbits, (num_rows, length), dtype=torch.uint8, generator=generator)
@@ -59,7 +61,11 @@ def test_layout_is_a_format():
 
 
 def test_typed_sections():
-    tensors = [torch.tensor([1.5, -2.0]), torch.tensor([3], dtype=torch.bfloat16), torch.arange(5, dtype=torch.uint8)]
+    tensors = [
+        torch.tensor([1.5, -2.0]),
+        torch.tensor([3], dtype=torch.bfloat16),
+        torch.arange(5, dtype=torch.uint8),
+    ]
     data = concat_bytes(*tensors)
     assert data.numel() == 15
     sections = [(t.dtype, t.shape) for t in tensors]

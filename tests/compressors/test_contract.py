@@ -1,4 +1,4 @@
-"""Every built-in codec keeps the contract (compressors.check) and the stricter rules that the built-ins share."""
+"""Every built-in codec keeps the contract (compressors.check) and the built-ins' stricter rules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from compressors import CorruptPayload, Payload, builtin_names, hadamard
 from compressors.check import CHECKS, find_violations, hidden_states
+from compressors.kernels import hadamard as kernels
 from compressors.rows import RowCodec
 
 CPU = torch.device("cpu")
@@ -119,7 +120,9 @@ def test_codecs_marked_non_causal_are(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), shape=st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(3, 70)))
+@given(
+    seed=st.integers(0, 2**32 - 1), shape=st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(3, 70))
+)
 def test_any_bytes_within_the_bound_decode_to_the_right_shape_or_are_corrupt(spec, seed, shape):
     codec = make(spec, hidden_size=shape[-1])
     generator = torch.Generator().manual_seed(seed)
@@ -171,6 +174,15 @@ def test_compiled_loops_write_the_bytes_and_floats_of_the_torch_operations(spec,
 
 
 @pytest.mark.parametrize("width", [1, 2, 6, 40, 96, 576, 5120])
-def test_compiled_hadamard_rotates_as_the_torch_operations(width):
-    x, block = hidden_states((6, width)), width & -width
-    assert torch.equal(hadamard._walsh_hadamard(x.clone(), block), hadamard._butterflies(x, block))
+def test_compiled_rotation_makes_the_floats_of_the_torch_operations(width):
+    x = hidden_states((6, width))
+    x[1, 0], x[2, 0], x[3, 0] = math.nan, math.inf, 3e38
+    block, factors = hadamard._rotation(0, width, CPU)
+    rotated, back = x.clone(), x.clone()
+    kernels.rotate(rotated.numpy(), block, factors.numpy(), 1e38)
+    kernels.rotate_back(back.numpy(), block, factors.numpy())
+    expected = hadamard._rotate(x, block, factors, 1e38), hadamard._rotate_back(x, block, factors)
+    torch.testing.assert_close((rotated, back), expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        hadamard._rotate_back(rotated[:1], block, factors), x[:1], rtol=1e-4, atol=1e-4
+    )

@@ -1,8 +1,8 @@
 """Payload bytes per token at hidden size 5120 equal the original benchmark's published figures.
 
-Source: run records of github.com/XudongOliverShen/decentralized-inference-exp, Qwen3-32B, WikiText-2, `max_length`
-2048 (17 windows of the first 10,000 tokens, the last 1808 long), bytes per token per link. Its nf4, fp4 and hqq
-figures contain a code table, a few bytes a transfer, which both ends know here.
+Source: run records of github.com/XudongOliverShen/decentralized-inference-exp, Qwen3-32B, WikiText-2,
+`max_length` 2048 (17 windows of the first 10,000 tokens, the last 1808 long), bytes per token per link. Its
+nf4, fp4 and hqq figures contain a code table, a few bytes a transfer, which both ends know here.
 """
 
 from __future__ import annotations

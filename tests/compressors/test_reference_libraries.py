@@ -1,4 +1,4 @@
-"""Codes and numbers against the libraries that the codecs follow; skipped where a library is not installed."""
+"""Codes and numbers against the libraries that the codecs follow; skipped where one is not installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def awkward_rows(width, dtype=torch.float32):
-    """[37, width]: channels over nine decades, zeros, a subnormal block, a ramp that hits midpoints, one sign only."""
+    """[37, width]: channels over nine decades, zeros, subnormals, ramps that hit midpoints, one sign only."""
     x = torch.randn(37, width, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, width)
     x[3] = 0
     x[4, :64] = 1e-40

@@ -33,7 +33,9 @@ def plugin_module(monkeypatch):
     module = types.ModuleType("plugin_for_tests")
     module.Constant = Constant
     module.number = 3
-    module.Unfinished = type("Unfinished", (Compressor,), {"name": "unfinished", "compress": Constant.compress})
+    module.Unfinished = type(
+        "Unfinished", (Compressor,), {"name": "unfinished", "compress": Constant.compress}
+    )
     module.Nameless = type("Nameless", (Constant,), {"name": None})
     module.NoLink = type("NoLink", (Constant,), {"__init__": lambda self: None})
     monkeypatch.setitem(sys.modules, "plugin_for_tests", module)
@@ -60,7 +62,9 @@ def test_codec_ids_differ():
 
 
 def test_short_form_of_plugins_and_nested_codecs():
-    codec = make_compressor(" plugin_for_tests:Constant( value = 2.5 , shape=[1, 2],inner=int4(granularity=tensor)) ")
+    codec = make_compressor(
+        " plugin_for_tests:Constant( value = 2.5 , shape=[1, 2],inner=int4(granularity=tensor)) "
+    )
     assert codec.config() == {
         "name": "constant",
         "value": 2.5,
@@ -80,7 +84,10 @@ def test_short_form_of_plugins_and_nested_codecs():
         (17, "compressor is 17, expected a name"),
         ("", "is not of the form"),
         ("int4(granularity=row)", "'int4': granularity is 'row', allowed: token, tensor"),
-        ("int4(granulariti=token)", r"'int4' has no option 'granulariti' \(got 'token'\), did you mean 'granularity'"),
+        (
+            "int4(granulariti=token)",
+            r"'int4' has no option 'granulariti' \(got 'token'\), did you mean 'granularity'",
+        ),
         ("mxfp4(block=3)", "'mxfp4' has no option 'block'.*allowed: none"),
         ("int4(nbits=5)", "nbits is 5, but the name fixes 4"),
         ("int4(fp16)", "'int4' has no option 'inner'"),
