@@ -138,7 +138,8 @@ class Watchdog:
         signal.set_wakeup_fd(self._old_wakeup_fd)
         signal.signal(signal.SIGTERM, self._old_sigterm)
         self._thread.join()
-        self._heart.join(self._interval_s)
+        if self._heart.is_alive():
+            self._heart.join(self._interval_s)
 
     def abort(self, error: BaseException) -> NoReturn:
         """Print the cause of the end, tell the other ranks, and end this process.

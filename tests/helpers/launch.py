@@ -185,9 +185,11 @@ def call_on_ranks(
 
 
 @contextlib.contextmanager
-def start_ranks(arguments: Sequence[Sequence[str]], *, env: Mapping[str, str] | None = None) -> Iterator[Ranks]:
+def start_ranks(
+    arguments: Sequence[Sequence[str]], *, env: Mapping[str, str] | None = None, distributed: bool = True
+) -> Iterator[Ranks]:
     """Start what `run_ranks` runs; whatever is left at the end is killed."""
-    with _fork(len(arguments), _main, (list(map(list, arguments)),), env, distributed=True) as ranks:
+    with _fork(len(arguments), _main, (list(map(list, arguments)),), env, distributed) as ranks:
         yield ranks
 
 
@@ -254,7 +256,7 @@ def _fork(
         port = _free_port()
         processes = []
         for rank in range(num_ranks):
-            variables = {**_ENVIRONMENT, **(env or {})}
+            variables = dict(_ENVIRONMENT)
             if distributed:
                 variables |= {
                     "RANK": str(rank),
@@ -264,6 +266,7 @@ def _fork(
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 }
+            variables |= env or {}
             process = context.Process(target=_enter_rank, args=(rank, folder, variables, function, arguments))
             process.start()
             processes.append(process)

@@ -101,7 +101,7 @@ def test_any_truncation_resumes_to_a_prefix_and_goes_on(tmp_path_factory, data):
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_a_changed_byte_is_never_taken_over(tmp_path_factory, data):
-    """It costs the last line, or is refused."""
+    """It costs the last line, or two if it joins them, or is refused."""
     folder = tmp_path_factory.mktemp("journal")
     run(folder, start=4, finish=4, resume=False)
     path = folder / f"{DIGEST[:16]}.journal"
@@ -113,7 +113,7 @@ def test_a_changed_byte_is_never_taken_over(tmp_path_factory, data):
         kept = resumed(folder).finished
     except RecordError:
         return
-    assert len(kept) == 3
+    assert len(kept) in (2, 3)
     assert all(same(done, result(index)) for index, done in enumerate(kept))
 
 

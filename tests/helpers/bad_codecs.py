@@ -1,0 +1,109 @@
+"""Codecs that fail in mid-run, as plug-ins: `tests.helpers.bad_codecs:Raising(rank=2)`.
+
+Each acts like `none` until it is due: at the fourth compress call on `rank`. A rank is known by torchrun's
+variable, so that all ranks have the same config. What happens is kept out of the options, so that a repaired run is
+the same run: the file named by the variable BAD_CODEC_REPAIRED, once it exists, makes every codec behave.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+
+import torch
+
+from compressors import Compressor, Payload
+
+DUE = 4  # the call of `compress` that goes wrong
+
+
+class _Late(Compressor):
+    fixed_size = False
+
+    def __init__(self, rank: int, seconds: float = 0.0, *, link=None) -> None:
+        super().__init__(link=link)
+        self.rank, self.seconds = rank, seconds
+        self._calls = 0
+
+    def compress(self, x: torch.Tensor, **side) -> Payload:
+        self._calls += 1
+        data = x.contiguous().view(torch.uint8).reshape(-1)
+        if self._calls != DUE or os.environ.get("RANK") != str(self.rank) or _is_repaired():
+            return Payload(data, tuple(x.shape))
+        return self._go_wrong(data, tuple(x.shape))
+
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        return payload.data.clone().view(dtype).reshape(payload.shape).to(device)
+
+    def max_nbytes(self, shape) -> int:
+        return 4 * shape[0] * shape[1] * shape[2]
+
+    def _go_wrong(self, data: torch.Tensor, shape: tuple[int, ...]) -> Payload:
+        raise NotImplementedError
+
+
+class Raising(_Late):
+    name = "raising"
+
+    def _go_wrong(self, data, shape):
+        raise ArithmeticError("no more bits")
+
+
+class TooLarge(_Late):
+    name = "too_large"
+
+    def _go_wrong(self, data, shape):
+        return Payload(torch.cat([data, data[:1]]), shape)
+
+
+class WrongShape(_Late):
+    name = "wrong_shape"
+
+    def _go_wrong(self, data, shape):
+        return Payload(data, (shape[0], shape[2], shape[1]))
+
+
+class ShortBytes(_Late):
+    """Sends what its own decompress cannot read."""
+
+    name = "short_bytes"
+
+    def _go_wrong(self, data, shape):
+        return Payload(data[:-3].clone(), shape)
+
+
+class Hanging(_Late):
+    name = "hanging"
+
+    def _go_wrong(self, data, shape):
+        time.sleep(3600)
+
+
+class Slow(_Late):
+    """Takes long, and holds the interpreter lock meanwhile."""
+
+    name = "slow"
+
+    def _go_wrong(self, data, shape):
+        ctypes.PyDLL(None).usleep(int(self.seconds * 1e6))
+        return Payload(data, shape)
+
+
+class SlowToLoad(_Late):
+    """Every object takes long to make."""
+
+    name = "slow_to_load"
+
+    def __init__(self, rank: int, seconds: float = 0.0, *, link=None) -> None:
+        super().__init__(rank, seconds, link=link)
+        if link is not None and os.environ.get("RANK") == str(rank):
+            time.sleep(seconds)
+
+    def _go_wrong(self, data, shape):
+        return Payload(data, shape)
+
+
+def _is_repaired() -> bool:
+    path = os.environ.get("BAD_CODEC_REPAIRED")
+    return path is not None and os.path.exists(path)
