@@ -96,20 +96,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdicts = []
     with tempfile.TemporaryDirectory(prefix="kill_ranks_") as folder:
         bench = Bench(
-            Path(folder),
             timeout_s=arguments.timeout_s,
             load_timeout_s=arguments.load_timeout_s,
             num_tokens=arguments.num_tokens,
             by_torchrun=not arguments.without_torchrun,
         )
-        reference = bench.run_uninterrupted()
+        reference = bench.run_uninterrupted(Path(folder) / "uninterrupted")
         print(f"uninterrupted: {reference.load_s:.1f} s loading, {reference.run_s:.1f} s running", flush=True)
         while len(verdicts) < arguments.num_kills:
             kill = draw(chance)
-            verdict = bench.try_kill(kill, reference, name=str(len(verdicts)))
+            exp_dir = Path(folder) / str(len(verdicts))
+            verdict = bench.try_kill(kill, reference, exp_dir)
             if verdict is None:
                 print(f"{kill}: the run was over before; drawn again", flush=True)
                 continue
+            verdict.faults.extend(bench.check_resume(exp_dir, reference))
             verdicts.append(verdict)
             outcome = "; ".join(verdict.faults) or "as it should be"
             print(
@@ -144,14 +145,11 @@ def summary(verdicts: Sequence[Verdict]) -> str:
 class Bench:
     """Runs of one config, each in a folder of its own."""
 
-    def __init__(
-        self, folder: Path, *, timeout_s: float, load_timeout_s: float, num_tokens: int, by_torchrun: bool
-    ) -> None:
-        self._folder, self._timeout_s, self._load_timeout_s = folder, timeout_s, load_timeout_s
+    def __init__(self, *, timeout_s: float, load_timeout_s: float, num_tokens: int, by_torchrun: bool) -> None:
+        self._timeout_s, self._load_timeout_s = timeout_s, load_timeout_s
         self._num_tokens, self._by_torchrun = num_tokens, by_torchrun
 
-    def run_uninterrupted(self) -> Reference:
-        exp_dir = self._folder / "uninterrupted"
+    def run_uninterrupted(self, exp_dir: Path) -> Reference:
         with self._start(exp_dir) as run:
             _wait_until(lambda: _num_watching(run) == NUM_RANKS)
             start_s = time.monotonic()
@@ -164,9 +162,8 @@ class Bench:
             load_s=running_s - start_s, run_s=end_s - running_s, outcome=_outcome(path), losses=_losses(path)
         )
 
-    def try_kill(self, kill: Kill, reference: Reference, *, name: str) -> Verdict | None:
+    def try_kill(self, kill: Kill, reference: Reference, exp_dir: Path) -> Verdict | None:
         """Carry out one kill; None if the run ended before the moment came."""
-        exp_dir = self._folder / name
         faults: list[str] = []
         with self._start(exp_dir) as run:
             _wait_until(lambda: _num_watching(run) == NUM_RANKS)
@@ -209,13 +206,16 @@ class Bench:
         limit_s = SLACK_S + (self._load_timeout_s if "not started" in " ".join(causes) else self._timeout_s)
         if max(exits_s) > limit_s:
             faults.append("too slow")
-        num_finished = _num_finished(exp_dir)
-        faults += self._check_resume(exp_dir, reference)
         return Verdict(
-            exits_s=exits_s, limit_s=limit_s, cause=" | ".join(causes), num_finished=num_finished, faults=faults
+            exits_s=exits_s,
+            limit_s=limit_s,
+            cause=" | ".join(causes),
+            num_finished=_num_finished(exp_dir),
+            faults=faults,
         )
 
-    def _check_resume(self, exp_dir: Path, reference: Reference) -> list[str]:
+    def check_resume(self, exp_dir: Path, reference: Reference) -> list[str]:
+        """Resume a killed run; what is wrong with the outcome, in words."""
         with self._start(exp_dir, "--resume") as run:
             finished = run.wait(300)
             if any(_return_codes(finished).values()):

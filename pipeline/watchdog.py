@@ -74,7 +74,7 @@ class _Clock:
     """Seconds from tick to tick, but only as many as this process can have watched: it may have been stopped itself."""
 
     def __init__(self, interval_s: float) -> None:
-        self._longest_s = 2 * interval_s
+        self._longest_s = 4 * interval_s
         self._last_s = time.monotonic()
 
     def tick(self) -> float:
@@ -96,7 +96,7 @@ class Watchdog:
         self.waiting = False
         self.advice = ""
         self._world, self._timeout_s = world, timeout_s
-        self._interval_s = min(0.5, timeout_s / 8)
+        self._interval_s = min(0.25, timeout_s / 8)
         self._store: Any = None
         self._beats: dict[int, _Beat] = {}
         self._own_cause: str | None = None

@@ -46,7 +46,7 @@ def test_one_process_keeps_its_signals():
 def test_a_process_that_was_stopped_itself_counts_no_silence(monkeypatch):
     now_s = iter([0.0, 0.4, 900.4, 900.9])
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(now_s))
-    clock = _Clock(interval_s=0.5)
+    clock = _Clock(interval_s=0.25)
     assert [clock.tick(), clock.tick(), clock.tick()] == [pytest.approx(0.4), 1.0, pytest.approx(0.5)]
 
 

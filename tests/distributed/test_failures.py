@@ -1,0 +1,284 @@
+"""Runs that fail while they go on: killed, interrupted, hanging, with codecs that raise; and how they resume.
+
+`benchmarks/kill_ranks.py` kills at random moments and many times; here are a few chosen ones.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import time
+
+import pytest
+from tests.helpers.bad_codecs import DUE
+from tests.helpers.launch import call_on_ranks, run_alone, run_ranks, start_ranks, start_torchrun
+from tests.helpers.tiny_models import tiny_arguments
+
+from benchmarks.kill_ranks import Bench, Kill
+from pipeline.record import read_per_token, read_record
+
+NUM_RANKS = 4
+TIMEOUT_S = 3.0
+SLACK_S = 5.0
+NUM_TOKENS = 1200
+NUM_TOKENS_OF_KILLED = 6000  # long enough to be killed in the middle
+LAST_MESSAGE = re.compile(r"^(?:error|rank \d+ stops): .*$", re.MULTILINE)
+RESUME_HINT = "the same command with --resume goes on from them"
+
+
+def arguments(exp_dir, *more, num_tokens=NUM_TOKENS):
+    timeouts = ("--set", f"runtime.timeout_s={TIMEOUT_S}", "--set", "runtime.load_timeout_s=60")
+    return tiny_arguments(exp_dir, *timeouts, *more, num_tokens=num_tokens)
+
+
+def last_messages(stderrs):
+    """Each rank's last message; there must be exactly one."""
+    found = [LAST_MESSAGE.findall(stderr) for stderr in stderrs]
+    assert [len(messages) for messages in found] == [1] * len(found), found
+    return [messages[0] for messages in found]
+
+
+def wait_until(condition, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def num_finished(exp_dir):
+    return sum(path.read_bytes().count(b'{"finished"') for path in exp_dir.glob("*.journal"))
+
+
+def outcome(exp_dir):
+    """Results, traffic and losses of the folder's one record; its journal must be gone."""
+    assert list(exp_dir.glob("*.journal")) == []
+    (path,) = exp_dir.glob("*.json")
+    record = read_record(path)
+    keys = ("results", "traffic_totals", "traffic_per_link")
+    return {key: record[key] for key in keys}, read_per_token(path)["loss"].tobytes()
+
+
+def num_resent(exp_dir):
+    (path,) = exp_dir.glob("*.json")
+    resumed = read_record(path)["resumed"]
+    assert resumed["num_sessions"] == 2
+    return resumed["resent_microbatches"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Outcome of a run to which nothing happens."""
+    exp_dir = tmp_path_factory.mktemp("uninterrupted")
+    for one in run_ranks([arguments(exp_dir)] * NUM_RANKS):
+        one.check()
+    return outcome(exp_dir)
+
+
+@pytest.fixture(scope="module")
+def benches():
+    """By launcher: forked ranks of which the first hosts the store, and torchrun."""
+    common = {"timeout_s": TIMEOUT_S, "load_timeout_s": 60.0, "num_tokens": NUM_TOKENS_OF_KILLED}
+    return {"forked": Bench(by_torchrun=False, **common), "torchrun": Bench(by_torchrun=True, **common)}
+
+
+@pytest.fixture(scope="module")
+def reference(benches, tmp_path_factory):
+    return benches["forked"].run_uninterrupted(tmp_path_factory.mktemp("reference"))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "kill"),
+    [
+        ("forked", Kill(victim=2, signal=signal.SIGKILL, continued=False, loading=False, moment=0.4)),
+        ("forked", Kill(victim=0, signal=signal.SIGKILL, continued=False, loading=False, moment=0.5)),
+        ("forked", Kill(victim=0, signal=signal.SIGSTOP, continued=True, loading=False, moment=0.5)),
+        ("forked", Kill(victim=3, signal=signal.SIGSTOP, continued=False, loading=True, moment=0.8)),
+        ("torchrun", Kill(victim=1, signal=signal.SIGKILL, continued=False, loading=False, moment=0.2)),
+    ],
+    ids=str,
+)
+def test_a_killed_rank_is_named_and_the_run_resumes(launcher, kill, benches, reference, tmp_path):
+    verdict = benches[launcher].try_kill(kill, reference, tmp_path)
+    assert verdict is not None, "the run was over before the kill"
+    assert verdict.faults == []
+    if not kill.loading:
+        assert verdict.num_finished > 0
+        assert re.search(rf"rank {kill.victim} \(last at stage \d, micro-batch \d+\)", verdict.cause)
+    assert benches["forked"].check_resume(tmp_path, reference) == []
+
+
+def test_ctrl_c_under_torchrun(tmp_path, benches, reference):
+    with start_torchrun(NUM_RANKS, *arguments(tmp_path, num_tokens=NUM_TOKENS_OF_KILLED)) as torchrun:
+        wait_until(lambda: num_finished(tmp_path) > 0, timeout_s=120)
+        torchrun.interrupt()
+        start_s = time.monotonic()
+        assert torchrun.wait(60).returncode != 0
+        assert time.monotonic() - start_s < SLACK_S + 5  # torchrun's own end included
+        messages = last_messages([torchrun.rank_stderr(rank) for rank in range(NUM_RANKS)])
+    assert all("interrupted" in message and RESUME_HINT in message for message in messages)
+    assert benches["forked"].check_resume(tmp_path, reference) == []
+
+
+def test_ctrl_c_in_one_process(tmp_path, uninterrupted):
+    with start_ranks([arguments(tmp_path)], distributed=False) as alone:
+        wait_until(lambda: num_finished(tmp_path) > 0)
+        os.kill(alone.rank_pids()[0], signal.SIGINT)
+        (ended,) = alone.wait(SLACK_S)
+    assert ended.returncode == 130
+    (message,) = last_messages([ended.stderr])
+    assert message.startswith("error: interrupted") and RESUME_HINT in message
+    assert "Traceback" not in ended.stderr
+    run_alone(*arguments(tmp_path, "--resume")).check()
+    assert outcome(tmp_path) == uninterrupted
+    assert num_resent(tmp_path) <= 1
+
+
+@pytest.mark.parametrize("rank", range(NUM_RANKS))
+def test_a_codec_that_raises(rank, tmp_path, uninterrupted):
+    repaired = {"BAD_CODEC_REPAIRED": str(tmp_path / "repaired")}
+    command = arguments(tmp_path / "runs", "--compressor", f"tests.helpers.bad_codecs:Raising(rank={rank})")
+    ended = run_ranks([command] * NUM_RANKS, env=repaired, timeout_s=60)
+    messages = last_messages([one.stderr for one in ended])
+    assert all(one.returncode == 1 for one in ended)
+    cause = re.escape("ArithmeticError: no more bits")
+    expected = rf"rank \d stops: rank {rank}, stage {rank}, micro-batch {DUE - 2}: {cause}; .*{RESUME_HINT}"
+    assert [message for message in messages if not re.fullmatch(expected, message)] == []
+    # Where it was raised, only the rank that raised it tells.
+    assert [("in _go_wrong" in one.stderr) for one in ended] == [r == rank for r in range(NUM_RANKS)]
+    if rank != 2:  # once is enough
+        return
+    (tmp_path / "repaired").touch()
+    for one in run_ranks([[*command, "--resume"]] * NUM_RANKS, env=repaired):
+        one.check()
+    assert outcome(tmp_path / "runs") == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("codec", "cause"),
+    [
+        (
+            "TooLarge",
+            "rank 1, stage 1, micro-batch 2: ValueError: link layer:1:node1->node2: the payload has 16385 bytes, "
+            "its codec's max_nbytes promised at most 16384",
+        ),
+        (
+            "WrongShape",
+            "rank 1, stage 1, micro-batch 2: ValueError: link layer:1:node1->node2: Payload.shape is (1, 64, 64)",
+        ),
+        ("ShortBytes", "rank 2, stage 2, micro-batch 2: RuntimeError: "),
+    ],
+    ids=["too large", "wrong shape", "short bytes"],
+)
+def test_a_codec_that_breaks_its_word(codec, cause, tmp_path):
+    command = arguments(tmp_path, "--compressor", f"tests.helpers.bad_codecs:{codec}(rank=1)")
+    if codec == "WrongShape":  # of other width than the hidden states, so that the two differ
+        command += ["--max_length", "32"]
+        cause = cause.replace("(1, 64, 64)", "(1, 64, 32), the input had (1, 32, 64)")
+    ended = run_ranks([command] * NUM_RANKS, timeout_s=60)
+    for message, one in zip(last_messages([one.stderr for one in ended]), ended):
+        assert cause in message
+        assert one.returncode == 1
+
+
+def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
+    command = arguments(tmp_path, "--compressor", "tests.helpers.bad_codecs:Hanging(rank=2)")
+    ended = run_ranks([command] * NUM_RANKS, timeout_s=60)
+    for message, one in zip(last_messages([one.stderr for one in ended]), ended):
+        assert "the others wait for rank 2 (last at stage 2, micro-batch 2): link " in message
+        assert "Timed out" in message
+        assert one.returncode == 1
+    running_s = max(one.wall_s for one in ended) - min(one.wall_s for one in ended)
+    assert running_s < SLACK_S
+
+
+@pytest.mark.parametrize("signal_name", ["SIGSTOP", "SIGKILL"])
+def test_the_process_that_hosts_the_store_is_lost(signal_name, tmp_path):
+    """As when torchrun itself is stopped or killed: its ranks are in sessions of their own and live on."""
+    with store_process() as (host, port):
+        env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(port)}
+        with start_ranks([arguments(tmp_path)] * NUM_RANKS, env=env) as ranks:
+            wait_until(lambda: num_finished(tmp_path) > 0)
+            os.kill(host.pid, signal.Signals[signal_name])
+            start_s = time.monotonic()
+            ended = ranks.wait(60)
+            assert time.monotonic() - start_s < TIMEOUT_S + SLACK_S
+    cause = "has ended" if signal_name == "SIGKILL" else f"has not answered for {TIMEOUT_S:g} s"
+    for message, one in zip(last_messages([one.stderr for one in ended]), ended):
+        assert f"stops: torchrun's rendezvous store {cause}" in message
+        assert one.returncode == 1
+
+
+@contextlib.contextmanager
+def store_process():
+    """A process that hosts a rendezvous store, as torchrun's agent does."""
+    context = multiprocessing.get_context("forkserver")
+    reader, writer = context.Pipe(duplex=False)
+    host = context.Process(target=host_store, args=(writer,), daemon=True)
+    host.start()
+    try:
+        yield host, reader.recv()
+    finally:
+        host.kill()
+        host.join()
+
+
+def host_store(writer):
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    writer.send(store.port)
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        # Holds the interpreter lock, and with it the heartbeat, for most of the timeout.
+        "Slow(rank=1, seconds=2.0)",
+        # Twelve objects are made per rank: between two meetings of the ranks, loading takes longer than the timeout.
+        "SlowToLoad(rank=2, seconds=0.9)",
+    ],
+)
+def test_a_slow_rank_is_no_alarm(codec, tmp_path, uninterrupted):
+    command = arguments(tmp_path, "--compressor", f"tests.helpers.bad_codecs:{codec}")
+    for one in run_ranks([command] * NUM_RANKS):
+        one.check()
+    assert outcome(tmp_path) == uninterrupted
+
+
+def test_a_rank_that_starts_late_is_no_alarm(tmp_path, uninterrupted):
+    for one in call_on_ranks(NUM_RANKS, start_late, arguments(tmp_path), TIMEOUT_S + 1):
+        one.check()
+    assert outcome(tmp_path) == uninterrupted
+
+
+def start_late(rank, command, delay_s):
+    import run_pipeline
+
+    if rank == 1:
+        time.sleep(delay_s)
+    return run_pipeline.main(command)
+
+
+def test_resume_of_a_run_that_lacks_only_its_record(tmp_path, uninterrupted):
+    """Every micro-batch was finished: nothing is left to send."""
+    ended = call_on_ranks(NUM_RANKS, fail_at_the_record, arguments(tmp_path))
+    assert "rank 0, collecting results: no room" in last_messages([one.stderr for one in ended])[3]
+    assert list(tmp_path.glob("*.json")) == []
+    for one in run_ranks([arguments(tmp_path, "--resume")] * NUM_RANKS):
+        one.check()
+    assert outcome(tmp_path) == uninterrupted
+    assert num_resent(tmp_path) == 0
+
+
+def fail_at_the_record(rank, command):
+    import run_pipeline
+    from pipeline import evaluation
+    from pipeline.record import RecordError
+
+    def write_record(*_):
+        raise RecordError("no room")
+
+    evaluation.write_record = write_record
+    return run_pipeline.main(command)
