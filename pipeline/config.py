@@ -323,6 +323,8 @@ def _check_together(config: RunConfig) -> None:
         )
     if dataset.name == "text" and dataset.path is None:
         raise ConfigError("dataset.name is text, which needs dataset.path")
+    if dataset.first_k_tokens == 1:
+        raise ConfigError("dataset.first_k_tokens is 1: at least 2 tokens are needed to score one (0 means all)")
     longest_stride = dataset.max_length - (1 if dataset.bos == "window" else 0)
     if dataset.stride > longest_stride:
         raise ConfigError(

@@ -102,13 +102,21 @@ class Control:
         # A client of its own: a blocking call of the main thread must not hold up the heartbeats.
         self.watchdog.join(dist.PrefixStore("watch", self._connect(is_host=False)))
         self.barrier()  # ranks may start far apart, and the group waits no longer than for a frame
-        dist.init_process_group(
-            "gloo",
-            store=dist.PrefixStore("group", self._store),
-            rank=world.rank,
-            world_size=world.world_size,
-            timeout=datetime.timedelta(seconds=timeout_s),
-        )
+        self.report("connecting", waiting=True)
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore("group", self._store),
+                rank=world.rank,
+                world_size=world.world_size,
+                timeout=datetime.timedelta(seconds=timeout_s),
+            )
+        except RuntimeError as e:
+            used = os.environ.get("GLOO_SOCKET_IFNAME", "the default")
+            raise LinkError(
+                f"the ranks cannot connect to each other through interface {used} (runtime.interface): {_first_line(e)}"
+            ) from e
+        self.report("starting")
 
     def report(self, where: str, *, waiting: bool = False) -> str:
         """Take down what this rank is doing, and whether it waits for another; returns it with the rank's name."""

@@ -212,9 +212,10 @@ class Watchdog:
         return self._cause
 
     def _blame(self, peer: int | None, symptom: str) -> str:
-        """Who is at fault for a link's failure: a silent peer, else the rank that keeps the others waiting."""
-        if peer in self._beats and self._beats[peer].silent_s > 0.6 * _GRACE_S:
-            return f"{self.last_known(peer)} is gone: {symptom}"
+        """Who is at fault for a link's failure: a silent rank, the peer first, else one that keeps the others waiting."""
+        gone = [rank for rank, beat in self._others() if beat.silent_s > 0.6 * _GRACE_S]
+        if gone:
+            return f"lost {self._last_known([peer] if peer in gone else gone)}: {symptom}"
         busy = [rank for rank, beat in self._others() if not beat.waiting]
         if busy:
             return f"the others wait for {self._last_known(busy)}: {symptom}"

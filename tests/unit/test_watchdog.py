@@ -52,7 +52,12 @@ def test_a_process_that_was_stopped_itself_counts_no_silence(monkeypatch):
 
 def test_a_silent_peer_is_blamed_first(idle):
     idle._beats = {0: _Beat(b"8|0|stage 0, micro-batch 9"), 2: _Beat(b"4|0|stage 2, micro-batch 5", silent_s=1.9)}
-    assert idle._blame(2, "closed") == "rank 2 (last at stage 2, micro-batch 5) is gone: closed"
+    assert idle._blame(2, "closed") == "lost rank 2 (last at stage 2, micro-batch 5): closed"
+
+
+def test_a_silent_rank_is_blamed_before_a_peer_that_lives(idle):
+    idle._beats = {0: _Beat(b"8|0|stage 0, micro-batch 9"), 2: _Beat(b"4|0|loading weights", silent_s=1.9)}
+    assert idle._blame(0, "closed") == "lost rank 2 (last at loading weights): closed"
 
 
 def test_then_whoever_does_not_wait(idle):
