@@ -3,8 +3,8 @@
 The only file that knows transformers' insides. A stage is the checkpoint's own model class with a config of fewer
 layers; embedding, final norm and head become identities where they belong to another stage. Hugging Face's forward
 therefore makes the masks and positions, and a stage computes what the whole model would, bit for bit. Weights are
-read tensor by tensor, each cast to the run's dtype before the next is read; file, mapping and source tensor are gone
-by then, so that a rank never holds more than its own share.
+read in parts of a few MiB, cast to the run's dtype; file and mapping are gone before the next part is read, so that a
+rank never holds more than its own share.
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ _LAYOUTS = {"gpt_neox": _Layout("gpt_neox", "embed_in", "final_layer_norm")}
 # GPT-NeoX checkpoints store the head under another name than today's module has.
 _STORED_HEADS = ("lm_head.weight", "embed_out.weight")
 
+
+# Of a stored tensor, at most so much (or one row) is mapped beside its copy in memory.
+MAX_MAPPED_NBYTES = 16 * 2**20
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -279,7 +282,8 @@ def _stage_class(
 class _StoredTensor:
     """A tensor of a checkpoint file, read and cast when transformers asks for its contents with `[...]`.
 
-    The file is opened for this one tensor and closed again: pages of a mapping count as resident.
+    The file is opened for this one tensor, and anew for each part of a large one: pages of a mapping count as
+    resident for as long as it exists.
     """
 
     def __init__(self, path: Path, name: str, dtype: torch.dtype) -> None:
@@ -287,8 +291,17 @@ class _StoredTensor:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         with safe_open(self._path, framework="pt") as checkpoint:
-            tensor = checkpoint.get_tensor(self._name)[index]
-            return tensor.to(self._dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
+            stored = checkpoint.get_tensor(self._name)  # a mapping, of which nothing is read yet
+            tensor = torch.empty(stored.shape, dtype=self._dtype if stored.is_floating_point() else stored.dtype)
+            if stored.nbytes <= MAX_MAPPED_NBYTES:
+                return tensor.copy_(stored)[index]
+            num_rows = max(1, MAX_MAPPED_NBYTES * len(stored) // stored.nbytes)
+            del stored
+        for start in range(0, len(tensor), num_rows):
+            with safe_open(self._path, framework="pt") as checkpoint:
+                rows = slice(start, start + num_rows)
+                tensor[rows].copy_(checkpoint.get_slice(self._name)[rows])
+        return tensor[index]
 
 
 def _stage_tensors(
