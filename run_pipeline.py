@@ -112,6 +112,7 @@ def evaluate(config: RunConfig, world: World, watchdog: Watchdog, *, resume: boo
         interface=runtime.interface,
         watchdog=watchdog,
     )
+    from pipeline.allocator import keep_freed_memory
     from pipeline.compose import check_world_size
     from pipeline.deployment import deploy
     from pipeline.evaluation import Evaluation
@@ -120,7 +121,9 @@ def evaluate(config: RunConfig, world: World, watchdog: Watchdog, *, resume: boo
     check_world_size(config, world)
     if world.rank == 0:
         check_writable(Path(config.exp_dir))
-    path = Evaluation(config, deploy(config, control)).run(resume=resume)
+    deployment = deploy(config, control)
+    keep_freed_memory()
+    path = Evaluation(config, deployment).run(resume=resume)
     control.close()
     return path
 

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PLAIN = [
-    "world", "watchdog", "config", "plan", "schedule", "windows", "metrics", "record", "journal", "tracking", "progress",
-    "plots", "report",
+    "allocator", "world", "watchdog", "config", "plan", "schedule", "windows", "metrics", "record", "journal", "tracking",
+    "progress", "plots", "report",
 ]  # fmt: skip
 TORCH = ["staging", "gguf_conversion", "model_source", "dataset", "hf_model", "stage", "wire"]
 PROCESS_GROUP = [
