@@ -17,7 +17,7 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("max_mapped_nbytes", [1, 100, 700, 2**20])
+@pytest.mark.parametrize("max_mapped_nbytes", [8, 100, 700, 2**20])
 @pytest.mark.parametrize("name", TENSORS)
 def test_parts_make_the_whole(tmp_path, monkeypatch, name, max_mapped_nbytes, dtype):
     monkeypatch.setattr(hf_model, "MAX_MAPPED_NBYTES", max_mapped_nbytes)
