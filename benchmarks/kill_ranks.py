@@ -49,7 +49,7 @@ RESULT_KEYS = ("results", "traffic_totals", "traffic_per_link")
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """What is done to a run: `moment` is a fraction of the time that the uninterrupted run loaded, or ran."""
+    """What is done to a run. `moment` is a fraction: of the uninterrupted run's loading time, or of the micro-batches."""
 
     victim: int
     signal: signal.Signals
@@ -64,10 +64,11 @@ class Kill:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """An uninterrupted run: seconds from the ranks' start to the journal's, from there to the end, and its outcome."""
+    """An uninterrupted run: seconds from the ranks' start to the first result, from there to the end, and its outcome."""
 
     load_s: float
     run_s: float
+    num_microbatches: int
     outcome: dict[str, Any]
     losses: np.ndarray
 
@@ -158,8 +159,13 @@ class Bench:
             _check(run.wait(300))
             end_s = time.monotonic()
         (path,) = exp_dir.glob("*.json")
+        outcome = _outcome(path)
         return Reference(
-            load_s=running_s - start_s, run_s=end_s - running_s, outcome=_outcome(path), losses=_losses(path)
+            load_s=running_s - start_s,
+            run_s=end_s - running_s,
+            num_microbatches=outcome["results"]["num_microbatches"],
+            outcome=outcome,
+            losses=_losses(path),
         )
 
     def try_kill(self, kill: Kill, reference: Reference, exp_dir: Path) -> Verdict | None:
@@ -170,8 +176,8 @@ class Bench:
             if kill.loading:
                 time.sleep(kill.moment * reference.load_s)
             else:
-                _wait_until(lambda: _num_finished(exp_dir) > 0)
-                time.sleep(kill.moment * reference.run_s)
+                due = max(1, int(kill.moment * reference.num_microbatches))
+                _wait_until(lambda: _num_finished(exp_dir) >= due or any(exp_dir.glob("*.json")))
             pids = run.rank_pids()
             if len(pids) < NUM_RANKS:
                 _check(run.wait(60))
