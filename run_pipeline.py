@@ -112,7 +112,7 @@ def evaluate(config: RunConfig, world: World, watchdog: Watchdog, *, resume: boo
         interface=runtime.interface,
         watchdog=watchdog,
     )
-    from pipeline.allocator import keep_freed_memory
+    from pipeline.allocator import keep_freed_memory, return_freed_memory
     from pipeline.compose import check_world_size
     from pipeline.deployment import deploy
     from pipeline.evaluation import Evaluation
@@ -121,6 +121,7 @@ def evaluate(config: RunConfig, world: World, watchdog: Watchdog, *, resume: boo
     check_world_size(config, world)
     if world.rank == 0:
         check_writable(Path(config.exp_dir))
+    return_freed_memory()
     deployment = deploy(config, control)
     keep_freed_memory()
     path = Evaluation(config, deployment).run(resume=resume)
