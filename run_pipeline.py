@@ -124,7 +124,8 @@ def evaluate(config: RunConfig, world: World, watchdog: Watchdog, *, resume: boo
     return_freed_memory()
     deployment = deploy(config, control)
     keep_freed_memory()
-    path = Evaluation(config, deployment).run(resume=resume)
+    # torchrun --max_restarts repeats the command as it was, and means to go on.
+    path = Evaluation(config, deployment).run(resume=resume or world.attempt > 0)
     control.close()
     return path
 

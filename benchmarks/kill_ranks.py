@@ -29,9 +29,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ContextManager
+from typing import Any
 
 import numpy as np
 
@@ -236,7 +237,7 @@ class Bench:
             faults.append("a journal is left")
         return faults
 
-    def _start(self, exp_dir: Path, *more: str) -> ContextManager[Torchrun | Ranks]:
+    def _start(self, exp_dir: Path, *more: str) -> AbstractContextManager[Torchrun | Ranks]:
         timeouts = (f"runtime.timeout_s={self._timeout_s}", f"runtime.load_timeout_s={self._load_timeout_s}")
         overrides = [word for override in timeouts for word in ("--set", override)]
         arguments = tiny_arguments(exp_dir, *overrides, *more, num_tokens=self._num_tokens)

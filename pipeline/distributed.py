@@ -176,10 +176,10 @@ class Control:
         self.watchdog.stop()
         dist.destroy_process_group()
         # Rank 0 may host the store, so it goes last. A rank that is lost now takes nothing with it.
-        if self.world.rank != 0:
-            self._store.set(f"left/{self.world.rank}", "")
-        else:
-            with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):
+            if self.world.rank != 0:
+                self._store.set(f"left/{self.world.rank}", "")
+            else:
                 self._store.wait([f"left/{rank}" for rank in range(1, self.world.world_size)], _LEAVING_TIME)
 
     def _connect(self, *, is_host: bool) -> dist.Store:
@@ -193,7 +193,7 @@ class Control:
             doing = "opened" if is_host else "reached"
             raise LinkError(f"the rendezvous store {address}:{port} cannot be {doing}: {_first_line(e)}") from e
         # The store's values outlive an attempt when torchrun restarts the ranks.
-        return dist.PrefixStore(f"thinwire/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return dist.PrefixStore(f"thinwire/{self.world.attempt}", store)
 
     def _why_no_gather(self, keys: Sequence[str], error: RuntimeError) -> str:
         try:

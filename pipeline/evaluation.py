@@ -181,9 +181,11 @@ class _Head:
         if not resume and Journal.exists(folder, evaluation.digest):
             logger.warning("an unfinished run with this config is discarded; --resume would have continued it")
         self.journal = Journal.open(folder, evaluation.digest, resume=resume)
-        if resume:
+        if resume and self.journal.num_sessions > 1:
             done, total = len(self.journal.finished), len(evaluation.microbatches)
             logger.warning("resuming: %d of %d micro-batches were finished before", done, total)
+        elif resume:
+            logger.warning("nothing to resume: %s has no unfinished run with this config; starting anew", folder)
         codec_names = sorted({codec.name for codec in evaluation.encoders}) or ["unsplit"]
         self.run_id = make_run_id(Path(config.model.name).stem, "+".join(codec_names), evaluation.digest[:8])
         self._tracker = Tracker(config.wandb, run_id=self.run_id, config=config.as_dict(), folder=folder)

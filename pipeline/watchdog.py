@@ -218,7 +218,7 @@ class Watchdog:
             return f"lost {self._last_known([peer] if peer in gone else gone)}: {symptom}"
         busy = [rank for rank, beat in self._others() if not beat.waiting]
         if busy:
-            return f"the others wait for {self._last_known(busy)}: {symptom}"
+            return f"the others wait for {self._last_known(busy)}, or runtime.timeout_s is too short for it: {symptom}"
         return f"{self.place}: {symptom}"
 
     def _silent_ranks(self, limit_s: float) -> str:

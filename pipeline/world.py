@@ -10,13 +10,17 @@ __all__ = ["World"]
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """`local` counts within this machine. `store_host` is the rank that hosts the rendezvous store, None for torchrun."""
+    """`local` counts within this machine, `attempt` how often torchrun has started the ranks anew.
+
+    `store_host` is the rank that hosts the rendezvous store, None where torchrun does.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
     store_host: int | None = None
+    attempt: int = 0
 
     @classmethod
     def from_environment(cls) -> World:
@@ -33,6 +37,7 @@ class World:
             local_rank=int(os.environ.get("LOCAL_RANK", 0)),
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
             store_host=None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0,
+            attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
         )
 
     @property

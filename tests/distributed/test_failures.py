@@ -181,12 +181,37 @@ def test_a_codec_that_breaks_its_word(codec, cause, tmp_path):
         assert one.returncode == 1
 
 
+@pytest.mark.parametrize("damaged", ["header", "body"])
+def test_a_frame_that_is_damaged_on_the_way(damaged, tmp_path):
+    ended = call_on_ranks(NUM_RANKS, damage_a_frame, arguments(tmp_path), damaged, timeout_s=60)
+    for message, one in zip(last_messages([one.stderr for one in ended]), ended):
+        assert re.search(rf"rank 2, stage 2, micro-batch 3: link .* micro-batch 3: the {damaged}'s checksum does not", message)
+        assert one.returncode == 1
+
+
+def damage_a_frame(rank, command, damaged):
+    """Rank 1 changes a bit of its fourth frame, just before it is sent."""
+    import run_pipeline
+    from pipeline.mailbox import PeerOutbox
+
+    post, posted = PeerOutbox.post, []
+
+    def damaging_post(self, buffer, nbytes):
+        posted.append(nbytes)
+        if len(posted) == 4:
+            buffer[10 if damaged == "header" else nbytes - 10] ^= 4
+        post(self, buffer, nbytes)
+
+    if rank == 1:
+        PeerOutbox.post = damaging_post
+    return run_pipeline.main(command)
+
+
 def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
     command = arguments(tmp_path, "--compressor", "tests.helpers.bad_codecs:Hanging(rank=2)")
     ended = run_ranks([command] * NUM_RANKS, timeout_s=60)
     for message, one in zip(last_messages([one.stderr for one in ended]), ended):
-        assert "the others wait for rank 2 (last at stage 2, micro-batch 2): link " in message
-        assert "Timed out" in message
+        assert "the others wait for rank 2 (last at stage 2, micro-batch 2), or " in message
         assert one.returncode == 1
     running_s = max(one.wall_s for one in ended) - min(one.wall_s for one in ended)
     assert running_s < SLACK_S
@@ -259,6 +284,18 @@ def start_late(rank, command, delay_s):
     if rank == 1:
         time.sleep(delay_s)
     return run_pipeline.main(command)
+
+
+def test_torchrun_starts_the_ranks_anew(tmp_path, uninterrupted):
+    """As --max_restarts does: the same command, which goes on with what was finished."""
+    repaired = {"BAD_CODEC_REPAIRED": str(tmp_path / "repaired")}
+    command = arguments(tmp_path / "runs", "--compressor", "tests.helpers.bad_codecs:Raising(rank=1)")
+    assert {one.returncode for one in run_ranks([command] * NUM_RANKS, env=repaired)} == {1}
+    (tmp_path / "repaired").touch()
+    for one in run_ranks([command] * NUM_RANKS, env={**repaired, "TORCHELASTIC_RESTART_COUNT": "1"}):
+        one.check()
+    assert outcome(tmp_path / "runs") == uninterrupted
+    assert num_resent(tmp_path / "runs") > 0
 
 
 def test_resume_of_a_run_that_lacks_only_its_record(tmp_path, uninterrupted):

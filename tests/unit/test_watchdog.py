@@ -67,7 +67,9 @@ def test_then_whoever_does_not_wait(idle):
         2: _Beat(b"4|1|stage 2, micro-batch 6"),
         3: _Beat(b"4|0|stage 3, micro-batch 5"),
     }
-    assert idle._blame(2, "timed out") == "the others wait for rank 3 (last at stage 3, micro-batch 5): timed out"
+    assert idle._blame(2, "timed out") == (
+        "the others wait for rank 3 (last at stage 3, micro-batch 5), or runtime.timeout_s is too short for it: timed out"
+    )
 
 
 def test_else_the_symptom_is_told_where_it_was_seen(idle):
