@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 __all__ = [
@@ -107,8 +108,8 @@ def write_record(folder: Path, record: Mapping[str, Any], per_token: Mapping[str
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as e:
-        raise RecordError(f"the record {path} cannot be written: {e.strerror or e}") from e
+    except (OSError, SafetensorError) as e:
+        raise RecordError(f"the record {path} cannot be written: {getattr(e, 'strerror', None) or e}") from e
     return path
 
 

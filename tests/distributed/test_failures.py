@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import time
 
@@ -298,10 +299,12 @@ def test_torchrun_starts_the_ranks_anew(tmp_path, uninterrupted):
     assert num_resent(tmp_path / "runs") > 0
 
 
-def test_resume_of_a_run_that_lacks_only_its_record(tmp_path, uninterrupted):
+def test_a_disk_without_room_for_the_record(tmp_path, uninterrupted):
     """Every micro-batch was finished: nothing is left to send."""
-    ended = call_on_ranks(NUM_RANKS, fail_at_the_record, arguments(tmp_path))
-    assert "rank 0, collecting results: no room" in last_messages([one.stderr for one in ended])[3]
+    ended = call_on_ranks(NUM_RANKS, run_out_of_room_at_the_record, arguments(tmp_path))
+    for message in last_messages([one.stderr for one in ended]):
+        assert re.search(r"rank 0, collecting results: the record .* cannot be written: .*File too large", message)
+        assert RESUME_HINT in message
     assert list(tmp_path.glob("*.json")) == []
     for one in run_ranks([arguments(tmp_path, "--resume")] * NUM_RANKS):
         one.check()
@@ -309,13 +312,15 @@ def test_resume_of_a_run_that_lacks_only_its_record(tmp_path, uninterrupted):
     assert num_resent(tmp_path) == 0
 
 
-def fail_at_the_record(rank, command):
+def run_out_of_room_at_the_record(rank, command):
     import run_pipeline
     from pipeline import evaluation
-    from pipeline.record import RecordError
 
-    def write_record(*_):
-        raise RecordError("no room")
+    write_record = evaluation.write_record
 
-    evaluation.write_record = write_record
+    def write_to_a_full_disk(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
+        return write_record(*arguments)
+
+    evaluation.write_record = write_to_a_full_disk
     return run_pipeline.main(command)
