@@ -3,16 +3,16 @@
     python -m benchmarks.kill_ranks --num_kills 20 --seed 1
     python -m benchmarks.kill_ranks --num_kills 20 --seed 1 --without_torchrun
 
-Each kill starts a run of a tiny random model and sends SIGKILL or SIGSTOP to a random rank at a random moment of
-loading or running. Then:
+Each kill starts a run of a tiny random model and sends SIGKILL or SIGSTOP to a random rank at a random moment
+of loading or running. Then:
 
 * every live rank prints exactly one last message, which names the victim, and exits non-zero in time;
-* no process is left. A stopped rank is continued in half of the cases, and has to end by itself then; otherwise
-  torchrun kills it after its 30 s;
+* no process is left. A stopped rank is continued in half of the cases, and has to end by itself then;
+  otherwise torchrun kills it after its 30 s;
 * `--resume` ends with the results, traffic and per-token losses of an uninterrupted run.
 
-Without torchrun, ranks are forked with imports done, rank 0 hosts the rendezvous store, and nobody sends SIGTERM to
-the survivors: what a rank's end looks like from another machine.
+Without torchrun, ranks are forked with imports done, rank 0 hosts the rendezvous store, and nobody sends
+SIGTERM to the survivors: what a rank's end looks like from another machine.
 
 Prints a line per kill and a summary with the slowest exit; exit code 1 if anything was not as it should be.
 """
@@ -50,7 +50,7 @@ RESULT_KEYS = ("results", "traffic_totals", "traffic_per_link")
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """What is done to a run. `moment` is a fraction: of the uninterrupted run's loading time, or of the micro-batches."""
+    """A signal to a rank; `moment` is a fraction of the usual loading time, or of the micro-batches."""
 
     victim: int
     signal: signal.Signals
@@ -60,12 +60,13 @@ class Kill:
 
     def __str__(self) -> str:
         name = self.signal.name + ("+SIGCONT" if self.continued else "")
-        return f"{name} to rank {self.victim} at {self.moment:.2f} of {'loading' if self.loading else 'running'}"
+        phase = "loading" if self.loading else "running"
+        return f"{name} to rank {self.victim} at {self.moment:.2f} of {phase}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """An uninterrupted run: seconds from the ranks' start to the first result, from there to the end, and its outcome."""
+    """An uninterrupted run: seconds until the first result, from there to the end, and the outcome."""
 
     load_s: float
     run_s: float
@@ -91,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--without_torchrun", action="store_true")
     parser.add_argument("--timeout_s", type=float, default=6.0, help="runtime.timeout_s of the runs")
-    parser.add_argument("--load_timeout_s", type=float, default=30.0, help="runtime.load_timeout_s of the runs")
+    parser.add_argument(
+        "--load_timeout_s", type=float, default=30.0, help="runtime.load_timeout_s of the runs"
+    )
     parser.add_argument("--num_tokens", type=int, default=20000, help="of the text: how long a run is")
     arguments = parser.parse_args(argv)
     chance = random.Random(arguments.seed)
@@ -117,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome = "; ".join(verdict.faults) or "as it should be"
             print(
                 f"{len(verdicts)}. {kill}: exits after {', '.join(f'{s:.1f}' for s in verdict.exits_s)} s "
-                f"(limit {verdict.limit_s:g}), {verdict.num_finished} micro-batches kept: {outcome}\n   {verdict.cause}",
+                f"(limit {verdict.limit_s:g}), {verdict.num_finished} micro-batches kept: {outcome}\n"
+                f"   {verdict.cause}",
                 flush=True,
             )
     print(summary(verdicts))
@@ -147,7 +151,9 @@ def summary(verdicts: Sequence[Verdict]) -> str:
 class Bench:
     """Runs of one config, each in a folder of its own."""
 
-    def __init__(self, *, timeout_s: float, load_timeout_s: float, num_tokens: int, by_torchrun: bool) -> None:
+    def __init__(
+        self, *, timeout_s: float, load_timeout_s: float, num_tokens: int, by_torchrun: bool
+    ) -> None:
         self._timeout_s, self._load_timeout_s = timeout_s, load_timeout_s
         self._num_tokens, self._by_torchrun = num_tokens, by_torchrun
 
@@ -194,7 +200,7 @@ class Bench:
                 os.kill(pids[kill.victim], signal.SIGKILL)
             codes = _return_codes(run.wait(300))
             messages = {rank: LAST_MESSAGE.findall(run.rank_stderr(rank)) for rank in pids}
-        if not any(messages[rank] for rank in live) and not any(codes[rank] for rank in live if rank in codes):
+        if not any(messages[rank] or codes.get(rank) for rank in live):
             return None  # the victim had done its part
         if kill.continued and len(messages[kill.victim]) != 1:
             faults.append(f"the continued rank printed {len(messages[kill.victim])} last messages")
@@ -230,7 +236,11 @@ class Bench:
         faults = []
         for path in exp_dir.glob("*.json"):  # two, if the kill came after the record was written
             outcome = _outcome(path)
-            faults += [f"{key} differs after --resume" for key in RESULT_KEYS if outcome[key] != reference.outcome[key]]
+            faults += [
+                f"{key} differs after --resume"
+                for key in RESULT_KEYS
+                if outcome[key] != reference.outcome[key]
+            ]
             if not np.array_equal(_losses(path), reference.losses):
                 faults.append("losses differ after --resume")
         if list(exp_dir.glob("*.journal")):
@@ -241,7 +251,9 @@ class Bench:
         timeouts = (f"runtime.timeout_s={self._timeout_s}", f"runtime.load_timeout_s={self._load_timeout_s}")
         overrides = [word for override in timeouts for word in ("--set", override)]
         arguments = tiny_arguments(exp_dir, *overrides, *more, num_tokens=self._num_tokens)
-        return start_torchrun(NUM_RANKS, *arguments) if self._by_torchrun else start_ranks([arguments] * NUM_RANKS)
+        if self._by_torchrun:
+            return start_torchrun(NUM_RANKS, *arguments)
+        return start_ranks([arguments] * NUM_RANKS)
 
 
 def _return_codes(finished: Finished | Sequence[Finished]) -> dict[int | str, int]:

@@ -1,7 +1,8 @@
 """Process group, devices, and what ranks tell each other beside the links.
 
-`Control` is a run's second channel: ranks compare their configs, wait for each other and exchange small JSON values
-through the rendezvous store, never through pickled objects. What watches for ranks that die or hang is `watchdog.py`.
+`Control` is a run's second channel: ranks compare their configs, wait for each other and exchange small JSON
+values through the rendezvous store, never through pickled objects. What watches for ranks that die or hang is
+`watchdog.py`.
 
 The groups have neither authentication nor encryption; see the README.
 """
@@ -114,12 +115,13 @@ class Control:
         except RuntimeError as e:
             used = os.environ.get("GLOO_SOCKET_IFNAME", "the default")
             raise LinkError(
-                f"the ranks cannot connect to each other through interface {used} (runtime.interface): {_first_line(e)}"
+                f"the ranks cannot connect to each other through interface {used} (runtime.interface): "
+                f"{_first_line(e)}"
             ) from e
         self.report("starting")
 
     def report(self, where: str, *, waiting: bool = False) -> str:
-        """Take down what this rank is doing, and whether it waits for another; returns it with the rank's name."""
+        """Take down what this rank does and whether it waits for another; returns it with the rank's name."""
         self.watchdog.where, self.watchdog.waiting = where, waiting
         return self.watchdog.place
 
@@ -157,7 +159,7 @@ class Control:
                     )
 
     def broadcast_ids(self, ids: torch.Tensor | None) -> torch.Tensor:
-        """Rank 0's int64 token ids on every rank; sent once, as int32, before anything is timed or counted."""
+        """Rank 0's int64 token ids on every rank; sent once, as int32, before anything is counted."""
         if self.world.world_size == 1:
             return ids
         count = self.gather(None if ids is None else ids.numel())[0]
@@ -183,7 +185,7 @@ class Control:
                 self._store.wait([f"left/{rank}" for rank in range(1, self.world.world_size)], _LEAVING_TIME)
 
     def _connect(self, *, is_host: bool) -> dist.Store:
-        """A client of the rendezvous store, and on its host the store itself, if torchrun does not hold it."""
+        """A client of the rendezvous store, and on its host, if that is a rank, the store itself."""
         address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         try:
             store = dist.TCPStore(
@@ -191,7 +193,9 @@ class Control:
             )
         except RuntimeError as e:
             doing = "opened" if is_host else "reached"
-            raise LinkError(f"the rendezvous store {address}:{port} cannot be {doing}: {_first_line(e)}") from e
+            raise LinkError(
+                f"the rendezvous store {address}:{port} cannot be {doing}: {_first_line(e)}"
+            ) from e
         # The store's values outlive an attempt when torchrun restarts the ranks.
         return dist.PrefixStore(f"thinwire/{self.world.attempt}", store)
 
@@ -202,7 +206,8 @@ class Control:
             return f"the rendezvous store has ended: {_first_line(error)}"
         waited_s = self._load_timeout.total_seconds()
         names = " and ".join(map(self.watchdog.last_known, missing))
-        return f"{names} did not come within {waited_s:g} s (runtime.load_timeout_s)" if missing else _first_line(error)
+        late = f"{names} did not come within {waited_s:g} s (runtime.load_timeout_s)"
+        return late if missing else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
@@ -211,7 +216,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _set_interface(interface: str | None, world: World) -> None:
-    """Choose the interface that Gloo and NCCL bind to: the user's, or loopback when all ranks are on one machine.
+    """Choose the interface that Gloo and NCCL bind to: the user's, or loopback for ranks on one machine.
 
     Left alone when the user has set the libraries' own variables.
     """

@@ -2,15 +2,16 @@
 
 Two threads per rank, which the main thread's blocking calls do not hold up:
 
-* The heartbeat alone talks to the rendezvous store. It writes this rank's position (stage, micro-batch), reads those
-  of the others, publishes this rank's failure and reads the run's: the first cause that was published is what every
-  rank prints. A store whose process is stopped blocks it for good.
-* The watchdog itself never blocks. It waits for signals and for a cause, and looks at how long each heartbeat,
-  its own included, has stood still. SIGTERM, which torchrun sends to the survivors of a dead rank, starts a short
-  search for the cause, also while the main thread sits in a receive, where Python runs no signal handlers.
+* The heartbeat alone talks to the rendezvous store. It writes this rank's position (stage, micro-batch),
+  reads those of the others, publishes this rank's failure and reads the run's: the first cause that was
+  published is what every rank prints. A store whose process is stopped blocks it for good.
+* The watchdog itself never blocks. It waits for signals and for a cause, and looks at how long each
+  heartbeat, its own included, has stood still. SIGTERM, which torchrun sends to the survivors of a dead rank,
+  starts a short search for the cause, also while the main thread sits in a receive, where Python runs no
+  signal handlers.
 
-A rank counts as silent once its heartbeat has not changed for the timeout, however long it works on a micro-batch:
-only a stopped or dead process is silent, or one that holds the interpreter lock all that time.
+A rank counts as silent once its heartbeat has not changed for the timeout, however long it works on a
+micro-batch: only a stopped or dead process is silent, or one that holds the interpreter lock all that time.
 
 No torch here, so that the watch begins before torch is imported; the store is handed in later.
 """
@@ -45,8 +46,8 @@ _SEARCH_S = 3.0
 class PipelineError(RuntimeError):
     """Ends a run while it goes on. The text is written for the user, who needs no traceback to read it.
 
-    `is_symptom`: another rank is to blame, `peer` where that is known. `names_place`: the text tells the failed
-    rank's position itself.
+    `is_symptom`: another rank is to blame, `peer` where that is known. `names_place`: the text tells the
+    failed rank's position itself.
     """
 
     is_symptom = False
@@ -71,7 +72,7 @@ class _Beat:
 
 
 class _Clock:
-    """Seconds from tick to tick, but only as many as this process can have watched: it may have been stopped itself."""
+    """Seconds between ticks, at most what this process can have watched: it may have been stopped itself."""
 
     def __init__(self, interval_s: float) -> None:
         self._longest_s = 4 * interval_s
@@ -86,9 +87,9 @@ class _Clock:
 class Watchdog:
     """One rank's watch. It begins with the signals; `join` adds the other ranks, `stop` ends it all.
 
-    `where` is this rank's position in words and `waiting` whether it waits for another rank; whoever drives the run
-    keeps them up to date. `advice` stands behind the last message. With one process there is nothing to watch, and
-    `abort` only prints. Must be made on the main thread.
+    `where` is this rank's position in words and `waiting` whether it waits for another rank; whoever drives
+    the run keeps them up to date. `advice` stands behind the last message. With one process there is nothing
+    to watch, and `abort` only prints. Must be made on the main thread.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
@@ -144,8 +145,8 @@ class Watchdog:
     def abort(self, error: BaseException) -> NoReturn:
         """Print the cause of the end, tell the other ranks, and end this process.
 
-        An error that is not made for users comes with its traceback. Destructors do not run: those of a process
-        group whose peer is gone may block.
+        An error that is not made for users comes with its traceback. Destructors do not run: those of a
+        process group whose peer is gone may block.
         """
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         message = str(error)
@@ -200,7 +201,11 @@ class Watchdog:
         silent = self._silent_ranks(0.8 * _SEARCH_S)
         if silent:
             return f"{self.place}: ended by SIGTERM; no sign of life from {silent}"
-        missing = [str(rank) for rank in range(self._world.world_size) if rank not in {*self._beats, self._world.rank}]
+        missing = [
+            str(rank)
+            for rank in range(self._world.world_size)
+            if rank not in {*self._beats, self._world.rank}
+        ]
         before = f" before rank {', '.join(missing)} had joined" if missing else ""
         return f"{self.place}: ended by SIGTERM{before}"
 
@@ -212,13 +217,14 @@ class Watchdog:
         return self._cause
 
     def _blame(self, peer: int | None, symptom: str) -> str:
-        """Who is at fault for a link's failure: a silent rank, the peer first, else one that keeps the others waiting."""
+        """Who is at fault for a link's failure: a silent rank, the peer first, else who does not wait."""
         gone = [rank for rank, beat in self._others() if beat.silent_s > 0.6 * _GRACE_S]
         if gone:
             return f"lost {self._last_known([peer] if peer in gone else gone)}: {symptom}"
         busy = [rank for rank, beat in self._others() if not beat.waiting]
         if busy:
-            return f"the others wait for {self._last_known(busy)}, or runtime.timeout_s is too short for it: {symptom}"
+            who = self._last_known(busy)
+            return f"the others wait for {who}, or runtime.timeout_s is too short for it: {symptom}"
         return f"{self.place}: {symptom}"
 
     def _silent_ranks(self, limit_s: float) -> str:
@@ -231,7 +237,7 @@ class Watchdog:
         return sorted(item for item in self._beats.copy().items() if item[0] != self._world.rank)
 
     def _publish(self, cause: str) -> str:
-        """Offer `cause` as the run's; returns the one that was published first, as far as the store answers."""
+        """Offer `cause` as the run's; returns the one that was published first, if the store answers."""
         self._own_cause = cause
         self._wake_heart.set()
         deadline = time.monotonic() + _GRACE_S
@@ -244,8 +250,8 @@ class Watchdog:
         with self._leaving:
             try:
                 name = f"rank {self._world.rank} stops" if self._world.world_size > 1 else "error"
-                # One write, so that lines of several ranks do not mix; and below Python's locks, which a blocked
-                # main thread may hold.
+                # One write, so that lines of several ranks do not mix; and below Python's locks, which a
+                # blocked main thread may hold.
                 os.write(2, f"\n{name}: {cause}{self.advice}\n".encode(errors="replace"))
                 if self._world.hosts_store and self._heart.is_alive():
                     self._all_told.wait(_GRACE_S)
@@ -300,4 +306,3 @@ class Watchdog:
         if self._world.store_host is None:
             return "torchrun's rendezvous store"
         return f"{self.last_known(self._world.store_host)}, which hosts the rendezvous store,"
-

@@ -1,4 +1,4 @@
-"""A process's place among the ranks, from torchrun's environment. No torch: it is asked for before torch loads."""
+"""A process's place among the ranks, from torchrun's environment. Needed before torch, so without it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """As torchrun's variables say; one process without them. Raises ValueError for half an environment."""
+        """What torchrun's variables say; one process without them. Raises ValueError for half of them."""
         if "WORLD_SIZE" not in os.environ:
             return cls()
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
-            raise ValueError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start the ranks with torchrun")
+            raise ValueError(
+                f"WORLD_SIZE is set but {', '.join(missing)} is not; start the ranks with torchrun"
+            )
         world_size = int(os.environ["WORLD_SIZE"])
         return cls(
             rank=int(os.environ["RANK"]),

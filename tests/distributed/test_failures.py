@@ -12,12 +12,12 @@ import signal
 import time
 
 import pytest
-from tests.helpers.bad_codecs import DUE
-from tests.helpers.launch import call_on_ranks, run_alone, run_ranks, start_ranks, start_torchrun
-from tests.helpers.tiny_models import tiny_arguments
 
 from benchmarks.kill_ranks import Bench, Kill
 from pipeline.record import read_per_token, read_record
+from tests.helpers.bad_codecs import DUE
+from tests.helpers.launch import call_on_ranks, run_alone, run_ranks, start_ranks, start_torchrun
+from tests.helpers.tiny_models import tiny_arguments
 
 NUM_RANKS = 4
 TIMEOUT_S = 3.0
@@ -160,12 +160,13 @@ def test_a_codec_that_raises(rank, tmp_path, uninterrupted):
     [
         (
             "TooLarge",
-            "rank 1, stage 1, micro-batch 2: ValueError: link layer:1:node1->node2: the payload has 16385 bytes, "
-            "its codec's max_nbytes promised at most 16384",
+            "rank 1, stage 1, micro-batch 2: ValueError: link layer:1:node1->node2: "
+            "the payload has 16385 bytes, its codec's max_nbytes promised at most 16384",
         ),
         (
             "WrongShape",
-            "rank 1, stage 1, micro-batch 2: ValueError: link layer:1:node1->node2: Payload.shape is (1, 64, 64)",
+            "rank 1, stage 1, micro-batch 2: ValueError: link layer:1:node1->node2: "
+            "Payload.shape is (1, 64, 64)",
         ),
         ("ShortBytes", "rank 2, stage 2, micro-batch 2: RuntimeError: "),
     ],
@@ -186,7 +187,10 @@ def test_a_codec_that_breaks_its_word(codec, cause, tmp_path):
 def test_a_frame_that_is_damaged_on_the_way(damaged, tmp_path):
     ended = call_on_ranks(NUM_RANKS, damage_a_frame, arguments(tmp_path), damaged, timeout_s=60)
     for message, one in zip(last_messages([one.stderr for one in ended]), ended):
-        assert re.search(rf"rank 2, stage 2, micro-batch 3: link .* micro-batch 3: the {damaged}'s checksum does not", message)
+        assert re.search(
+            rf"rank 2, stage 2, micro-batch 3: link .* micro-batch 3: the {damaged}'s checksum does not",
+            message,
+        )
         assert one.returncode == 1
 
 
@@ -262,7 +266,7 @@ def host_store(writer):
     [
         # Holds the interpreter lock, and with it the heartbeat, for most of the timeout.
         "Slow(rank=1, seconds=2.0)",
-        # Twelve objects are made per rank: between two meetings of the ranks, loading takes longer than the timeout.
+        # Four objects are made between two meetings of the ranks: that takes longer than the timeout.
         "SlowToLoad(rank=2, seconds=0.9)",
     ],
 )
@@ -303,7 +307,9 @@ def test_a_disk_without_room_for_the_record(tmp_path, uninterrupted):
     """Every micro-batch was finished: nothing is left to send."""
     ended = call_on_ranks(NUM_RANKS, run_out_of_room_at_the_record, arguments(tmp_path))
     for message in last_messages([one.stderr for one in ended]):
-        assert re.search(r"rank 0, collecting results: the record .* cannot be written: .*File too large", message)
+        assert re.search(
+            r"rank 0, collecting results: the record .* cannot be written: .*File too large", message
+        )
         assert RESUME_HINT in message
     assert list(tmp_path.glob("*.json")) == []
     for one in run_ranks([arguments(tmp_path, "--resume")] * NUM_RANKS):

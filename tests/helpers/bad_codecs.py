@@ -1,8 +1,9 @@
 """Codecs that fail in mid-run, as plug-ins: `tests.helpers.bad_codecs:Raising(rank=2)`.
 
 Each acts like `none` until it is due: at the fourth compress call on `rank`. A rank is known by torchrun's
-variable, so that all ranks have the same config. What happens is kept out of the options, so that a repaired run is
-the same run: the file named by the variable BAD_CODEC_REPAIRED, once it exists, makes every codec behave.
+variable, so that all ranks have the same config. What happens is kept out of the options, so that a repaired
+run is the same run: the file named by the variable BAD_CODEC_REPAIRED, once it exists, makes every codec
+behave.
 """
 
 from __future__ import annotations

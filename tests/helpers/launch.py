@@ -1,8 +1,9 @@
-"""Runs of `run_pipeline.py` in other processes: under torchrun, alone, or as ranks with arguments of their own.
+"""Runs of `run_pipeline.py` in other processes: under torchrun, alone, or as ranks with own arguments.
 
 * `run_torchrun` and `start_torchrun` are what a user types; each rank imports torch anew (seconds).
-* `run_ranks` and `start_ranks` fork ranks from a server process that has imported everything, give each its own
-  arguments, and set the environment that torchrun would; rank 0 hosts the store. They start in well under a second.
+* `run_ranks` and `start_ranks` fork ranks from a server process that has imported everything, give each its
+  own arguments, and set the environment that torchrun would; rank 0 hosts the store. They start in well under
+  a second.
 * `call_on_ranks` does the same for any importable function.
 
 Nothing of a run outlives its timeout: what is left is killed, and the test fails with the output so far.
@@ -117,10 +118,18 @@ class Torchrun:
 
 
 @contextlib.contextmanager
-def start_torchrun(num_ranks: int, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Torchrun]:
+def start_torchrun(
+    num_ranks: int, *arguments: str, env: Mapping[str, str] | None = None
+) -> Iterator[Torchrun]:
     """Start `run_pipeline.py` on `num_ranks` ranks of this machine; whatever is left at the end is killed."""
     with tempfile.TemporaryDirectory(prefix="torchrun_") as logs:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={num_ranks}",
+        ]
         process = subprocess.Popen(
             [*command, "--log-dir", logs, "--redirects", "3", "run_pipeline.py", *arguments],
             cwd=ROOT,
@@ -142,7 +151,7 @@ def start_torchrun(num_ranks: int, *arguments: str, env: Mapping[str, str] | Non
 def run_torchrun(
     num_ranks: int, *arguments: str, timeout_s: float = 120, env: Mapping[str, str] | None = None
 ) -> Finished:
-    """Run `run_pipeline.py` on `num_ranks` ranks of this machine to its end; all ranks' output in rank order."""
+    """Run `run_pipeline.py` on `num_ranks` ranks of this machine; all ranks' output in rank order."""
     with start_torchrun(num_ranks, *arguments, env=env) as torchrun:
         finished = torchrun.wait(timeout_s)
         return Finished(
@@ -165,9 +174,14 @@ def run_ranks(
     env: Mapping[str, str] | None = None,
     distributed: bool = True,
 ) -> list[Finished]:
-    """Run `run_pipeline.main` once per entry of `arguments`, as the ranks of one run; outcomes in rank order."""
+    """Run `run_pipeline.main` once per entry of `arguments`, as the ranks of one run; in rank order."""
     return call_on_ranks(
-        len(arguments), _main, list(map(list, arguments)), timeout_s=timeout_s, env=env, distributed=distributed
+        len(arguments),
+        _main,
+        list(map(list, arguments)),
+        timeout_s=timeout_s,
+        env=env,
+        distributed=distributed,
     )
 
 
@@ -218,7 +232,9 @@ class Ranks:
             if time.monotonic() - self._start_s > timeout_s:
                 left = self.rank_pids()
                 self.kill()
-                told = "\n".join(f"rank {rank}:\n{self.rank_stderr(rank)}" for rank in range(len(self._processes)))
+                told = "\n".join(
+                    f"rank {rank}:\n{self.rank_stderr(rank)}" for rank in range(len(self._processes))
+                )
                 raise AssertionError(f"ranks {list(left)} did not end within {timeout_s} s\n{told}")
             time.sleep(0.02)
         return [
@@ -278,7 +294,11 @@ def _fork(
 
 
 def _enter_rank(
-    rank: int, folder: str, variables: Mapping[str, str], function: Callable[..., int | None], arguments: Sequence[Any]
+    rank: int,
+    folder: str,
+    variables: Mapping[str, str],
+    function: Callable[..., int | None],
+    arguments: Sequence[Any],
 ) -> None:
     """First thing in a forked process: output to files, environment, then `function`."""
     for number, name in ((1, "stdout"), (2, "stderr")):

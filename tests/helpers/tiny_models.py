@@ -35,7 +35,7 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
 
 
 def tiny_arguments(exp_dir: Path, *more: str, model_type: str = "llama", num_tokens: int = 700) -> list[str]:
-    """Command line of a run of a second: windows of 64 tokens, stride 32, one thread per rank; `more` overrides."""
+    """Command line of a short run: windows of 64 tokens, stride 32, one thread per rank; `more` overrides."""
     text = _session_folder() / f"text-{num_tokens}"
     if not text.exists():
         write_text(text, num_tokens)
@@ -107,7 +107,9 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<bos>", "<eos>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS_ID)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", BOS_ID)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
 
 

@@ -24,7 +24,11 @@ def result(index: int, num_tokens: int = 3) -> FinishedMicroBatch:
 
 
 def same(a: FinishedMicroBatch, b: FinishedMicroBatch) -> bool:
-    return (a.payload_bytes, a.loss.tobytes(), a.top1.tobytes()) == (b.payload_bytes, b.loss.tobytes(), b.top1.tobytes())
+    return (a.payload_bytes, a.loss.tobytes(), a.top1.tobytes()) == (
+        b.payload_bytes,
+        b.loss.tobytes(),
+        b.top1.tobytes(),
+    )
 
 
 def run(folder, *, start: int, finish: int, resume: bool = True) -> Journal:
@@ -134,7 +138,9 @@ def test_a_missing_line_is_named(tmp_path):
     lines = path.read_bytes().split(b"\n")
     del lines[6]
     path.write_bytes(b"\n".join(lines))
-    with pytest.raises(RecordError, match="micro-batch 2 stands where 1 is due; delete the file to start over"):
+    with pytest.raises(
+        RecordError, match="micro-batch 2 stands where 1 is due; delete the file to start over"
+    ):
         Journal.open(tmp_path, DIGEST, resume=True)
 
 

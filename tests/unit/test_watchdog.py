@@ -1,4 +1,4 @@
-"""What the watchdog does to a process, and whom it blames. Whole runs are in tests/distributed/test_failures.py."""
+"""What the watchdog does to a process, and whom it blames. Whole runs: distributed/test_failures.py."""
 
 import os
 import re
@@ -7,11 +7,11 @@ import threading
 import time
 
 import pytest
-from tests.helpers.launch import call_on_ranks
 
 from pipeline import watchdog
 from pipeline.watchdog import PipelineError, Watchdog, _Beat, _Clock
 from pipeline.world import World
+from tests.helpers.launch import call_on_ranks
 
 WORLD = World(rank=1, world_size=4)
 
@@ -51,7 +51,10 @@ def test_a_process_that_was_stopped_itself_counts_no_silence(monkeypatch):
 
 
 def test_a_silent_peer_is_blamed_first(idle):
-    idle._beats = {0: _Beat(b"8|0|stage 0, micro-batch 9"), 2: _Beat(b"4|0|stage 2, micro-batch 5", silent_s=1.9)}
+    idle._beats = {
+        0: _Beat(b"8|0|stage 0, micro-batch 9"),
+        2: _Beat(b"4|0|stage 2, micro-batch 5", silent_s=1.9),
+    }
     assert idle._blame(2, "closed") == "lost rank 2 (last at stage 2, micro-batch 5): closed"
 
 
@@ -68,7 +71,8 @@ def test_then_whoever_does_not_wait(idle):
         3: _Beat(b"4|0|stage 3, micro-batch 5"),
     }
     assert idle._blame(2, "timed out") == (
-        "the others wait for rank 3 (last at stage 3, micro-batch 5), or runtime.timeout_s is too short for it: timed out"
+        "the others wait for rank 3 (last at stage 3, micro-batch 5), "
+        "or runtime.timeout_s is too short for it: timed out"
     )
 
 
@@ -111,7 +115,8 @@ def end_in(rank: int, how: str) -> None:
         (
             "sigterm",
             1,
-            "rank 1 stops: rank 1, stage 1, micro-batch 7: ended by SIGTERM before rank 0, 2, 3 had joined; mend it",
+            "rank 1 stops: rank 1, stage 1, micro-batch 7: "
+            "ended by SIGTERM before rank 0, 2, 3 had joined; mend it",
         ),
         ("closed stderr", 1, None),
     ],
