@@ -113,12 +113,10 @@ def evaluate(config: RunConfig, world: World, watchdog: Watchdog, *, resume: boo
         watchdog=watchdog,
     )
     from pipeline.allocator import keep_freed_memory, return_freed_memory
-    from pipeline.compose import check_world_size
     from pipeline.deployment import deploy
     from pipeline.evaluation import Evaluation
     from pipeline.record import check_writable
 
-    check_world_size(config, world)
     if world.rank == 0:
         check_writable(Path(config.exp_dir))
     return_freed_memory()

@@ -3,10 +3,14 @@ line.
 
 A spec is one of
 
-    int4                                                    a name outlier(channels=8, inner=hadamard(int4))
-    the short form; an argument without a name is `inner` {name: outlier, channels: 8, inner: {name: int4}}
-    a mapping, as YAML gives it my_package.codecs:Sketch(rank=4)                        a plug-in class,
-    importable on every rank
+    int4
+        a name
+    outlier(channels=8, inner=hadamard(int4))
+        the short form; an argument without a name is `inner`
+    {name: outlier, channels: 8, inner: {name: int4}}
+        a mapping, as YAML gives it
+    my_package.codecs:Sketch(rank=4)
+        a plug-in class, importable on every rank
 
 Values of the short form are YAML scalars or lists. Codec modules are imported when first asked for, so that
 listing names costs nothing. This module knows nothing of links beyond passing `LinkInfo` on.

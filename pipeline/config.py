@@ -2,7 +2,7 @@
 
 First step of the flow. One default per value, here; a YAML file says only what differs. Unknown keys and bad
 values raise ConfigError naming key, value and what is allowed. Nothing of the runtime is imported: dtype,
-device and codec stay strings (or plain mappings) until `run_pipeline.py` composes them.
+device and codec stay strings (or plain mappings) until `compose.py` uses them.
 """
 
 from __future__ import annotations
@@ -216,6 +216,8 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
     for name in parents:
         child = node.get(name)
         if name == "compressor" and isinstance(child, str):
+            if "(" in child:
+                raise ConfigError(f"{dotted}: compressor is {child!r}; give the option inside its brackets")
             child = {"name": child}
         if child is None:
             child = {}

@@ -6,6 +6,7 @@ and only then weights.
 
 from __future__ import annotations
 
+import datetime
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,7 @@ def deploy(config: RunConfig, control: Control) -> Deployment:
             load_in_8bit=model.load_in_8bit,
             load_in_4bit=model.load_in_4bit,
             trust_remote_code=model.trust_remote_code,
-            embedding=embedding,
+            embedding=embedding if embedding is not None and embedding.weight.device == device else None,
         )
         embedding = stage_model.embedding if stage_model.embedding is not None else embedding
         stages[index] = Stage(plan.stages[index], stage_model, device, model_config.vocab_size)
@@ -171,5 +172,21 @@ def _open_groups(
     if backend == "nccl":
         for link in plan.links:
             ranks = [rank_of(link.src_node, world), rank_of(link.dst_node, world)]
-            groups[link.index] = dist.new_group(ranks, backend="nccl")
+            groups[link.index] = dist.new_group(
+                ranks, backend="nccl", timeout=datetime.timedelta(seconds=config.runtime.timeout_s)
+            )
+            _connect(groups[link.index], *ranks, world.rank, device)
     return backend, groups
+
+
+def _connect(group: dist.ProcessGroup, src: int, dst: int, rank: int, device: torch.device) -> None:
+    """Send one byte over a new NCCL group.
+
+    NCCL connects a pair at its first operation, which blocks until both sides have called it. Receives are posted
+    before anything is sent, so without this every rank would wait in its first one.
+    """
+    byte = torch.zeros(1, dtype=torch.uint8, device=device)
+    if rank == src:
+        dist.send(byte, dst, group=group)
+    elif rank == dst:
+        dist.recv(byte, src, group=group)

@@ -1,6 +1,6 @@
 """One evaluation on a deployed model: windows -> micro-batches -> runner -> sums -> record.
 
-Every rank calls `evaluate`; rank 0 keeps journal, progress and record.
+Every rank makes an `Evaluation`; rank 0 keeps journal, progress and record.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.deployment import Deployment
 from pipeline.hf_model import TORCH_DTYPES
 from pipeline.journal import FinishedMicroBatch, Journal
 from pipeline.progress import Progress
-from pipeline.record import digest_of, make_run_id, software_versions, write_record
+from pipeline.record import digest_of, make_run_id, model_label, software_versions, write_record
 from pipeline.runner import Runner
 from pipeline.schedule import dry_run, make_schedule
 from pipeline.stage import Scores, TokenWindows
@@ -66,6 +66,7 @@ class Evaluation:
                 "compressor_per_link": None,
                 "checkpoint": deployment.checkpoint_digest,
                 "ids": text.ids_sha256,
+                "bos_id": text.bos_id,
             }
         )
 
@@ -157,13 +158,13 @@ class Evaluation:
     def _rank_report(self, runner: Runner, links: LinkEnds) -> dict[str, Any]:
         """What this rank tells rank 0 at the end, as JSON."""
         devices = self.deployment.devices
-        gpu = next((device for device in devices.values() if device.type == "cuda"), None)
+        gpus = {device for device in devices.values() if device.type == "cuda"}
         return {
             "rank": self.control.world.rank,
             "host": self.control.host,
             "threads": self.deployment.threads,
             "peak_rss_bytes": metrics.peak_rss_bytes(),
-            "peak_cuda_bytes": torch.cuda.max_memory_allocated(gpu) if gpu else None,
+            "peak_cuda_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
             "stages": {
                 str(index): {"device": str(devices[index]), **times.as_dict()} for index, times in runner.times.items()
             },
@@ -179,7 +180,9 @@ class _Head:
         config, deployment = evaluation.config, evaluation.deployment
         folder = Path(config.exp_dir)
         if not resume and Journal.exists(folder, evaluation.digest):
-            logger.warning("an unfinished run with this config is discarded; --resume would have continued it")
+            logger.warning(
+                "an unfinished run with this config is set aside as *.journal.old; --resume would have continued it"
+            )
         self.journal = Journal.open(folder, evaluation.digest, resume=resume)
         if resume and self.journal.num_sessions > 1:
             done, total = len(self.journal.finished), len(evaluation.microbatches)
@@ -187,7 +190,7 @@ class _Head:
         elif resume:
             logger.warning("nothing to resume: %s has no unfinished run with this config; starting anew", folder)
         codec_names = sorted({codec.name for codec in evaluation.encoders}) or ["unsplit"]
-        self.run_id = make_run_id(Path(config.model.name).stem, "+".join(codec_names), evaluation.digest[:8])
+        self.run_id = make_run_id(model_label(config.model.name), "+".join(codec_names), evaluation.digest[:8])
         self._tracker = Tracker(config.wandb, run_id=self.run_id, config=config.as_dict(), folder=folder)
         self._folder = folder
         self._source = deployment.text
@@ -271,8 +274,10 @@ class _Head:
                 "num_microbatches": len(evaluation.microbatches),
             },
             "traffic_totals": metrics.traffic_totals(traffic, hidden_size=hidden_size, num_scored=num_scored),
+            "traffic_other": self._other_traffic(reports),
             "traffic_per_link": {name: metrics.per_link_record(t, hidden_size) for name, t in traffic.items()},
             "time_run_s": time_run_s,
+            "timed_tokens": num_fresh,
             "tokens_per_s": num_fresh / (time_run_s - journal.earlier_s),
             "causal": all(codec.causal for codec in evaluation.encoders) and not config.model.load_in_8bit,
             "notes": self._notes(),
@@ -311,6 +316,19 @@ class _Head:
                 "bos": config.dataset.bos,
             },
             "versions": software_versions(),
+        }
+
+    def _other_traffic(self, reports: Sequence[dict[str, Any]]) -> dict[str, int]:
+        """Bytes beside the hidden states, of this session: losses on their way to rank 0, END frames, token ids."""
+        evaluation = self._evaluation
+        hidden = {link.name for link in evaluation.plan.links}
+        results = [t for report in reports for name, t in report["sent"].items() if name not in hidden]
+        num_ends = sum(len(report["sent"]) for report in reports)
+        num_ids = evaluation.deployment.text.ids.numel()
+        return {
+            "result_bytes": sum(t["payload_bytes"] + t["header_bytes"] for t in results),
+            "end_bytes": sum(header_nbytes(index) for index in range(num_ends)),
+            "setup_bytes": 4 * num_ids * (evaluation.control.world.world_size - 1),
         }
 
     def _notes(self) -> list[str]:

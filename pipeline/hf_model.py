@@ -10,7 +10,6 @@ rank never holds more than its own share.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,12 +34,13 @@ __all__ = [
     "stage_parameter_bytes",
 ]
 
-logger = logging.getLogger(__name__)
-
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Model types whose stages the tests compare with the unsplit model, bit for bit.
-VERIFIED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "gemma3_text", "gpt_neox")
+VERIFIED_MODEL_TYPES = (
+    *("llama", "qwen2", "qwen3", "gemma3_text", "gpt_neox"),
+    *("gemma", "gemma2", "mistral", "mixtral", "olmo2", "phi3", "qwen3_moe", "starcoder2"),
+)
 
 
 class ModelError(ValueError):
@@ -109,13 +109,19 @@ def load_model_config(
             found = getattr(config, key, None)
             if found != value:
                 raise ModelError(f"model.architecture.{key} is {value!r}, the checkpoint's config.json has {found!r}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            "the checkpoint's weights are quantised already (config.json has a quantization_config), which stages "
+            "cannot be cut from; take the unquantised checkpoint, with model.load_in_8bit or load_in_4bit"
+        )
     if not hasattr(config, "num_hidden_layers") or not hasattr(config, "hidden_size"):
         raise ModelError(f"model type {config.model_type!r} is not a plain decoder: it has no num_hidden_layers")
     if config.model_type not in VERIFIED_MODEL_TYPES:
-        logger.warning(
-            "model type %r is not among those whose stages are tested for equality (%s)",
-            config.model_type,
-            ", ".join(VERIFIED_MODEL_TYPES),
+        # Many others would run, some of them wrongly and without a word: scaled embeddings or logits, say.
+        raise ModelError(
+            f"model type {config.model_type!r} is not among those whose stages are tested to compute what the whole "
+            f"model does: {', '.join(VERIFIED_MODEL_TYPES)}. To add one, extend VERIFIED_MODEL_TYPES in "
+            "pipeline/hf_model.py and the equality tests"
         )
     return config
 

@@ -1,8 +1,8 @@
 """Finished micro-batches of a run that has not ended yet, so that `--resume` can go on from there.
 
-One file per run digest, in the folder of the records: a line per event, a CRC-32 and JSON, appended and handed to the
-operating system at once, so that a killed process loses nothing that it finished. A torn end is dropped on reading;
-damage before intact lines is an error. The file is removed when the record is written.
+One file per run digest, in the folder of the records: a line per event, a CRC-32 and JSON, appended and
+handed to the operating system at once, so that a killed process loses nothing that it finished. A torn end is
+dropped on reading; damage before intact lines is an error. The file is removed when the record is written.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import json
+import shutil
 import time
 import zlib
 from dataclasses import dataclass, field
@@ -41,9 +42,9 @@ class FinishedMicroBatch:
 class Journal:
     """An open journal.
 
-    `finished` are micro-batches 0, 1, ...; `interrupted` those that were in the pipeline when a session ended, whose
-    bytes are sent again, once per such session; `earlier_s` the seconds of earlier sessions up to their last finished
-    micro-batch.
+    `finished` are micro-batches 0, 1, ...; `interrupted` those that were in the pipeline when a session
+    ended, whose bytes are sent again, once per such session; `earlier_s` the seconds of earlier sessions up
+    to their last finished micro-batch.
     """
 
     path: Path
@@ -58,6 +59,8 @@ class Journal:
     @classmethod
     def open(cls, folder: Path, digest: str, *, resume: bool) -> Journal:
         """Open the journal of the run with this digest; with `resume`, take over what it holds.
+
+        Without, an unfinished run's journal is set aside as `.journal.old`.
 
         Raises RecordError when another process has it open or it cannot be written or read.
         """
@@ -77,6 +80,8 @@ class Journal:
         if resume:
             file.seek(0)
             kept = journal._replay(file.read(), digest)
+        elif cls.exists(folder, digest):
+            shutil.copyfile(path, path.with_suffix(".journal.old"))
         file.truncate(kept)
         if kept:
             journal._begin_session()
@@ -148,7 +153,9 @@ class Journal:
             event = json.loads(text)
             if number == 1:
                 if event != {"format": FORMAT, "digest": digest}:
-                    raise RecordError(f"{self.path} was written by another version or for another config; move it away")
+                    raise RecordError(
+                        f"{self.path} was written by another version or for another config; move it away"
+                    )
             elif "started" in event:
                 self._num_started = event["started"] + 1
             elif "resumed" in event:
@@ -160,8 +167,8 @@ class Journal:
     def _replay_finished(self, event: dict[str, Any]) -> None:
         if event["finished"] != len(self.finished):
             raise RecordError(
-                f"{self.path}: micro-batch {event['finished']} stands where {len(self.finished)} is due; delete the "
-                "file to start over"
+                f"{self.path}: micro-batch {event['finished']} stands where {len(self.finished)} is due; "
+                "delete the file to start over"
             )
         loss = np.frombuffer(base64.b64decode(event["loss"]), "<f4")
         top1 = np.frombuffer(base64.b64decode(event["top1"]), "<i4")

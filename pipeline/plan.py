@@ -109,7 +109,7 @@ def explicit_plan(num_layers: int, layers_of_node: Sequence[Sequence[tuple[int, 
     )
     for node, own in enumerate(layers_of_node):
         if not own:
-            raise PlanError(f"partition.nodes[{node}].layers is empty; give at least one range, [0, 0] for none")
+            raise PlanError(f"partition.nodes[{node}].layers is empty; for no layers give [k, k], where k is the first layer behind it")
     position = 0
     for node, start, end in ranges:
         if end < start:

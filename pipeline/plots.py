@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from pipeline.record import codec_label  # noqa: E402
+from pipeline.record import codec_label, model_label  # noqa: E402
 
 __all__ = ["plot_rate_quality"]
 
@@ -48,7 +48,7 @@ def plot_rate_quality(records: Sequence[dict[str, Any]], path: Path) -> None:
     first = records[0]
     protocol = first["protocol"]
     axes.set_title(
-        f"{Path(first['args']['model_name']).stem}, {first['dataset']['num_tokens']} tokens, "
+        f"{model_label(first['args']['model_name'])}, {first['dataset']['num_tokens']} tokens, "
         f"windows {protocol['max_length']}/{protocol['stride']}",
         fontsize=10,
     )

@@ -28,6 +28,7 @@ __all__ = [
     "codec_label",
     "digest_of",
     "make_run_id",
+    "model_label",
     "read_per_token",
     "read_record",
     "software_versions",
@@ -134,6 +135,11 @@ def read_per_token(record_path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except Exception as e:  # safetensors raises its own type for a damaged file
         raise RecordError(f"{path} cannot be read: {e}") from e
+
+
+def model_label(name: str) -> str:
+    """The last part of a model's name or path, without `.gguf`."""
+    return Path(name).name.removesuffix(".gguf")
 
 
 def codec_label(record: Mapping[str, Any]) -> str:

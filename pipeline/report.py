@@ -1,6 +1,6 @@
 """Tables from run records; nothing else is read.
 
-    python -m pipeline.report results/
+    python -m pipeline.report results/demo
 """
 
 from __future__ import annotations
@@ -14,11 +14,6 @@ from typing import Any
 from pipeline.record import RecordError, codec_label, read_record
 
 __all__ = ["load_records", "print_summary", "summary_rows"]
-
-__all__ = ["load_records", "print_summary", "summary_rows"]
-
-_COLUMNS = ("codec", "perplexity", "change", "bytes/token/link", "bits/value", "header bytes", "tokens/s", "note")
-
 
 _COLUMNS = (
     "codec",
@@ -59,7 +54,7 @@ def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             (r["results"]["avg_ppl"] for r in records if codec_label(r) in ("none", "unsplit") and _comparable(r, record)),
             None,
         )
-        crossings = totals["total_tokens"]
+        crossings = record["timed_tokens"] * len(record["traffic_per_link"])
         rows.append(
             {
                 "codec": codec_label(record),
@@ -89,8 +84,10 @@ def print_summary(paths: Sequence[Path]) -> None:
 
 
 def _comparable(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    keys = ("model", "dataset", "protocol")
-    return all(a[key] == b[key] for key in keys) and a["args"]["dtype"] == b["args"]["dtype"]
+    arguments = ("dtype", "load_in_8bit", "load_in_4bit")
+    return all(a[key] == b[key] for key in ("model", "dataset", "protocol")) and all(
+        a["args"][key] == b["args"][key] for key in arguments
+    )
 
 
 def _change(ratio: float) -> str:

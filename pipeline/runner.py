@@ -8,7 +8,9 @@ i + 1; the link after the last stage carries losses back to node 0 where that is
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from pipeline.record import RecordError
 from pipeline.schedule import Action, ActionKind
 from pipeline.stage import Scores, Stage, TokenWindows
 from pipeline.watchdog import PipelineError
-from pipeline.wire import RemoteError
+from pipeline.wire import BadFrame, RemoteError
 
 __all__ = ["OnResult", "Report", "Runner", "StageError", "StageTimes"]
 
@@ -48,7 +50,8 @@ class StageError(PipelineError):
 class StageTimes:
     """Seconds that one stage spent, by phase.
 
-    On a GPU the phases are read from events of its stream, `wait` from the host's clock everywhere.
+    `wait` is for frames, their framing and checksums included, by the host's clock. On a GPU the other phases are read
+    from events of its stream.
     """
 
     compute_s: float = 0.0
@@ -62,9 +65,9 @@ class StageTimes:
         """Add the enclosed work to `phase` ("compute", ...). GPU events are read later, by `as_dict`."""
         if device.type == "cuda" and phase != "wait":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            start.record(torch.cuda.current_stream(device))
             yield
-            end.record()
+            end.record(torch.cuda.current_stream(device))
             self._events.append((f"{phase}_s", start, end))
         else:
             start_s = time.perf_counter()
@@ -129,6 +132,7 @@ class Runner:
         Raises StageError for an own failure, RemoteError for another rank's, BadFrame for a damaged frame,
         LinkError when a peer is gone, RecordError when a result cannot be kept.
         """
+        remaining = Counter(action.stage_index for action in self._actions)
         for action in self._actions:
             place = self._report(_where(action))
             try:
@@ -149,9 +153,11 @@ class Runner:
                 logger.exception("%s: a stage or codec raised", place)
                 self._pass_on(action, f"{place}: {cause}")
                 raise StageError(cause) from e
+            remaining[action.stage_index] -= 1
+            if not remaining[action.stage_index] and action.stage_index in self._senders:
+                # At once: this rank may go on for long with a later stage, and the next rank waits for END.
+                self._senders[action.stage_index].end()
         self._report("finishing", waiting=True)
-        for sender in self._senders.values():
-            sender.end()
         for receiver in self._receivers.values():
             receiver.finish()
         for sender in self._senders.values():
@@ -204,6 +210,8 @@ class Runner:
         side = {"token_ids": self._tokens.input_ids(microbatch_index)} if "token_ids" in codec.needs else {}
         with times.measure("compress", stage.device):
             payload = codec.compress(hidden_states, **side)
+        if stage.device.type == "cuda":
+            torch.cuda.synchronize(stage.device)  # else the copy to the host counts the GPU's work as waiting
         with times.measure("wait", stage.device), self._waiting(action):
             self._senders[index].send(microbatch_index, payload, trail)
 
@@ -211,6 +219,8 @@ class Runner:
         receiver = self._receivers[action.stage_index - 1]
         with self._waiting(action):
             header, payload = receiver.receive(action.microbatch_index)
+        if payload.data.numel() != 4 * math.prod(payload.shape):
+            raise BadFrame(f"result of {payload.data.numel()} bytes for {payload.shape[1]} scored tokens")
         scores = _scores_from_payload(payload)
         receiver.release()
         self._on_result(action.microbatch_index, scores, header.trail)

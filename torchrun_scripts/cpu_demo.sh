@@ -3,7 +3,7 @@
 # Offline once the packages are installed. `make demo` calls this.
 set -eu
 cd "$(dirname "$0")/.."
-folder=results/demo
+folder=results/cpu_demo
 rm -rf "$folder"
 for compressor in none int8 nf4; do
     echo "==> torchrun --nproc_per_node=4 run_pipeline.py --config demo.yaml --compressor $compressor"

@@ -5,10 +5,12 @@ def record(compressor, ppl, **changes):
     base = {
         "run_id": compressor,
         "finished_at": compressor,
-        "args": {"dtype": "fp32", "config": {"compressor": compressor, "compressor_per_link": {}}},
+        "args": {"dtype": "fp32", "load_in_8bit": False, "load_in_4bit": False, "config": {"compressor": compressor, "compressor_per_link": {}}},
         "codecs": {"layer:0:node0->node1": {"name": compressor}},
         "results": {"avg_ppl": ppl},
-        "traffic_totals": {"bytes_per_token": 36.0, "bits_per_value": 4.5, "total_tokens": 2000},
+        "traffic_totals": {"bytes_per_token": 36.0, "bits_per_value": 4.5, "total_tokens": 4000},
+        "traffic_per_link": {"layer:0:node0->node1": {}},
+        "timed_tokens": 2000,  # of 4,000: the others were timed by an interrupted session
         "stages": {"0": {"compress_s": 0.5, "decompress_s": 0.0}, "1": {"compress_s": 0.0, "decompress_s": 0.25}},
         "tokens_per_s": 100.0,
         "causal": True,
@@ -27,10 +29,11 @@ def test_rows_compare_with_none_on_the_same_text():
             record("int2", 2e6, causal=False),
             record("int3", None),
             record("int4", 20.0, dataset={"num_tokens": 6}),
+            record("int5", 20.0, args={**record("int5", 1)["args"], "load_in_8bit": True}),
         ]
     )
-    assert [row["change"] for row in rows] == ["+0.00%", "+15.00%", "x 2e+05", "", ""]
-    assert [row["perplexity"] for row in rows] == ["10.0000", "11.5000", "2e+06", "not finite", "20.0000"]
+    assert [row["change"] for row in rows] == ["+0.00%", "+15.00%", "x 2e+05", "", "", ""]
+    assert [row["perplexity"] for row in rows] == ["10.0000", "11.5000", "2e+06", "not finite", "20.0000", "20.0000"]
     assert rows[2]["note"] == "not causal"
     assert (rows[0]["encode us/token"], rows[0]["decode us/token"]) == ("250.00", "125.00")
 

@@ -1,0 +1,85 @@
+"""Stages of every verified model type against the whole model, in one process."""
+
+import pytest
+import torch
+from tests.helpers.tiny_models import MODEL_TYPES, VOCAB_SIZE, save_tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.hf_model import VERIFIED_MODEL_TYPES, ModelError, load_model_config, load_stage
+from pipeline.plan import default_plan
+
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+OWN_SIZES = {
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 8},
+    "mistral": {"head_dim": 16, "sliding_window": 8},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+
+
+@pytest.mark.parametrize("model_type", sorted(set(VERIFIED_MODEL_TYPES) - set(MODEL_TYPES)))
+@pytest.mark.parametrize("num_nodes", [1, 4])
+def test_logits_are_bit_equal(model_type, num_nodes, tmp_path):
+    torch.manual_seed(0)
+    made = AutoConfig.for_model(model_type, **SIZES | OWN_SIZES.get(model_type, {}))
+    AutoModelForCausalLM.from_config(made, dtype=torch.float32).save_pretrained(tmp_path)
+    ids = torch.randint(0, VOCAB_SIZE, (2, 24))
+    config = load_model_config(tmp_path, {})
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()(input_ids=ids).logits
+        embedding, states = None, None
+        for stage in default_plan(5, num_nodes).stages:
+            part = load_stage(
+                tmp_path,
+                config,
+                stage,
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+                embedding=embedding if stage.node == 0 else None,
+            )
+            embedding = part.embedding if part.embedding is not None else embedding
+            inputs = {"input_ids": ids} if stage.is_first else {"inputs_embeds": states}
+            states = part.decoder(**inputs, use_cache=False).last_hidden_state
+        assert torch.equal(part.head(states), expected)
+
+
+@pytest.mark.parametrize("model_type", ["granite", "cohere", "gpt2", "mamba"])
+def test_other_types_are_refused_not_run_wrongly(model_type):
+    with pytest.raises(ModelError, match=f"'{model_type}' is not .*(tested|plain decoder)"):
+        load_model_config(None, {"model_type": model_type})
+
+
+def test_quantised_checkpoints_are_refused():
+    with pytest.raises(ModelError, match="quantised already"):
+        load_model_config(None, {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}})
+
+
+@pytest.mark.parametrize(
+    "architecture, words",
+    [
+        ({}, "has no model_type"),
+        ({"hidden_size": 4}, "has no model_type"),
+        ({"model_type": "no_such_model"}, "is not a transformers config"),
+    ],
+)
+def test_an_architecture_that_says_too_little(architecture, words):
+    with pytest.raises(ModelError, match=words):
+        load_model_config(None, architecture)
+
+
+def test_the_architecture_must_agree_with_the_checkpoint(tmp_path):
+    save_tiny_model(tmp_path, "llama", num_layers=2)
+    with pytest.raises(ModelError, match="architecture.hidden_size is 65, the checkpoint's config.json has 64"):
+        load_model_config(tmp_path, {"model_type": "llama", "hidden_size": 65})
