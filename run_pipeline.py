@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,6 +102,8 @@ def run(config: RunConfig, *, resume: bool) -> int:
 
 def evaluate(config: RunConfig, world: World, watchdog: Watchdog, *, resume: bool) -> Path | None:
     """Path of the record on rank 0, None elsewhere."""
+    # Torch's C++ stacks for a lost connection would bury the message that names the lost rank.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from pipeline.distributed import Control
 
     # Joined before the imports of seconds: from here on, what goes wrong on one rank is known to all.

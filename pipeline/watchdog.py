@@ -139,6 +139,8 @@ class Watchdog:
         signal.set_wakeup_fd(self._old_wakeup_fd)
         signal.signal(signal.SIGTERM, self._old_sigterm)
         self._thread.join()
+        self._reader.close()
+        self._writer.close()
         if self._heart.is_alive():
             self._heart.join(self._interval_s)
 
@@ -158,7 +160,7 @@ class Watchdog:
                 message = f"{type(error).__name__}: {error}"
                 traceback.print_exception(error)
         if self._world.world_size == 1:
-            self._leave(message)
+            self._leave(f"{self.where}: {message}" if isinstance(error, PipelineError) else message)
         if isinstance(error, PipelineError) and error.is_symptom:
             self._leave(self._wait_for_cause() or self._publish(self._blame(error.peer, message)))
         names_place = isinstance(error, PipelineError) and error.names_place
@@ -304,5 +306,5 @@ class Watchdog:
 
     def _store_in_words(self) -> str:
         if self._world.store_host is None:
-            return "torchrun's rendezvous store"
+            return f"{self.place}: torchrun's rendezvous store"
         return f"{self.last_known(self._world.store_host)}, which hosts the rendezvous store,"

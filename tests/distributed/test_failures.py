@@ -155,6 +155,14 @@ def test_a_codec_that_raises(rank, tmp_path, uninterrupted):
     assert outcome(tmp_path / "runs") == uninterrupted
 
 
+def test_a_codec_that_raises_in_one_process(tmp_path):
+    command = arguments(tmp_path, "--compressor", "tests.helpers.bad_codecs:Raising(rank=0)")
+    ended = run_alone(*command, env={"RANK": "0"})
+    assert ended.returncode == 1 and "in _go_wrong" in ended.stderr
+    (message,) = last_messages([ended.stderr])
+    assert message.startswith(f"error: stage 0, micro-batch {DUE - 2}: ArithmeticError: no more bits; ")
+
+
 @pytest.mark.parametrize(
     ("codec", "cause"),
     [
@@ -235,7 +243,7 @@ def test_the_process_that_hosts_the_store_is_lost(signal_name, tmp_path):
             assert time.monotonic() - start_s < TIMEOUT_S + SLACK_S
     cause = "has ended" if signal_name == "SIGKILL" else f"has not answered for {TIMEOUT_S:g} s"
     for message, one in zip(last_messages([one.stderr for one in ended]), ended):
-        assert f"stops: torchrun's rendezvous store {cause}" in message
+        assert re.search(rf"rank (\d) stops: rank \1, .*: torchrun's rendezvous store {cause}", message)
         assert one.returncode == 1
 
 
