@@ -1,13 +1,13 @@
-"""Speed and memory of the codecs on one CPU thread, as ratios to a plain copy and to bitsandbytes in the same
-run.
+"""Speed and memory of the codecs on one CPU thread, beside a plain copy and bitsandbytes in the same run.
 
     python benchmarks/codecs.py                        # the published methods
     python benchmarks/codecs.py "outlier(channels=8, inner=int4)" int8 --json codecs.json
 
-The input is (2048, 2048) float32 with outlier channels. Every round times the copy, each codec and
-bitsandbytes once, and the figures are medians of the rounds' ratios, so that a noisy machine disturbs both
-sides alike. The copy goes into memory that has been touched before; results of decompress are fresh tensors,
-freed before the next call, as in the runner. GB/s count the float32 side.
+The input is (2048, 2048) float32 with outlier channels. Every round times each codec once, a copy right
+before it and bitsandbytes right after nf4, in CPU seconds of the process; the figures are medians of the
+rounds' ratios. Both keep other work on the machine from favouring a side. The copy goes into memory that has
+been touched before; results of decompress are fresh tensors, freed before the next call, as in the runner.
+GB/s count the float32 side.
 
 Before any timing, the bytes of compiled loops are compared with those of the torch operations, and nf4 and
 fp4 with bitsandbytes. The first call of each codec is timed apart: it compiles, because the benchmark starts
@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SHAPE = (1, 2048, 2048)
+BITSANDBYTES = "bitsandbytes nf4"
 DEFAULT_SPECS = [
     *("none", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2", *(f"int{n}" for n in range(8, 1, -1))),
     *("nf4", "fp4", "mxfp4", "hqq4", "hqq3", "hqq2", "hqq1"),
@@ -58,11 +59,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def seconds(call) -> float:
-    """Wall time of one call; its result is freed after the clock stops."""
-    start = time.perf_counter()
+def cpu_seconds(call) -> float:
+    """CPU time of one call; its result is freed after the clock stops."""
+    start = time.process_time()
     result = call()
-    elapsed = time.perf_counter() - start
+    elapsed = time.process_time() - start
     del result
     return elapsed
 
@@ -137,8 +138,8 @@ def measure(specs: list[str], rounds: int) -> dict:
     codecs, payloads = {}, {}
     for spec in specs:
         codecs[spec] = make_compressor(spec)
-        first_s = seconds(lambda s=spec: codecs[s].decompress(codecs[s].compress(x), x.device, x.dtype))
-        figures[spec] = {"first_call_s": first_s, "compress_s": [], "decompress_s": []}
+        first_s = cpu_seconds(lambda s=spec: codecs[s].decompress(codecs[s].compress(x), x.device, x.dtype))
+        figures[spec] = {"first_call_s": first_s}
     check_results(x, specs)
     for spec in specs:
         fresh = make_compressor(spec)
@@ -150,24 +151,29 @@ def measure(specs: list[str], rounds: int) -> dict:
         )
         figures[spec] |= {"bits_per_value": 8 * payload.nbytes / x.numel(), "causal": fresh.causal}
         payloads[spec] = payload
+    contenders = {
+        spec: (
+            lambda s=spec: codecs[s].compress(x),
+            lambda s=spec: codecs[s].decompress(payloads[s], x.device, x.dtype),
+        )
+        for spec in specs
+    }
     functional = bitsandbytes_functional()
-    figures["copy"] = {"copy_s": []}
-    if functional:
-        figures["bitsandbytes nf4"] = {"compress_s": [], "decompress_s": []}
+    if functional and "nf4" in specs:
         packed, state = functional.quantize_4bit(x[0], quant_type="nf4", blocksize=64)
-    for _ in range(rounds):
-        figures["copy"]["copy_s"].append(seconds(lambda: copy_target.copy_(x)))
-        for spec in specs:
-            figures[spec]["compress_s"].append(seconds(lambda s=spec: codecs[s].compress(x)))
-            figures[spec]["decompress_s"].append(
-                seconds(lambda s=spec: codecs[s].decompress(payloads[s], x.device, x.dtype))
-            )
-        if functional:
-            theirs = figures["bitsandbytes nf4"]
-            theirs["compress_s"].append(
-                seconds(lambda: functional.quantize_4bit(x[0], quant_type="nf4", blocksize=64))
-            )
-            theirs["decompress_s"].append(seconds(lambda: functional.dequantize_4bit(packed, state)))
+        contenders[BITSANDBYTES] = (
+            lambda: functional.quantize_4bit(x[0], quant_type="nf4", blocksize=64),
+            lambda: functional.dequantize_4bit(packed, state),
+        )
+        figures[BITSANDBYTES] = {}
+    order = sorted(contenders, key=lambda name: "nf4" in name)  # bitsandbytes right after nf4
+    for direction, calls in enumerate(("compress", "decompress")):
+        for name in order:
+            figures[name] |= {f"{calls}_s": [], f"{calls}_copy_s": []}
+        for _ in range(rounds):
+            for name in order:
+                figures[name][f"{calls}_copy_s"].append(cpu_seconds(lambda: copy_target.copy_(x)))
+                figures[name][f"{calls}_s"].append(cpu_seconds(contenders[name][direction]))
     return figures
 
 
@@ -178,30 +184,32 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
 
 def compare(figures: dict) -> dict[str, float]:
     """The ratios that TARGETS names, as far as they were measured."""
-    copy_s, ratios = figures["copy"]["copy_s"], {}
+    ratios = {}
     for direction in ("compress", "decompress"):
         if "int8" in figures:
-            ratios[f"int8 {direction}, times the copy"] = median_ratio(
-                copy_s, figures["int8"][f"{direction}_s"]
-            )
-        if "nf4" in figures and "bitsandbytes nf4" in figures:
+            ratios[f"int8 {direction}, times the copy"] = times_copy(figures["int8"], direction)
+        if BITSANDBYTES in figures:
             ratios[f"nf4 {direction}, times bitsandbytes"] = median_ratio(
-                figures["bitsandbytes nf4"][f"{direction}_s"], figures["nf4"][f"{direction}_s"]
+                figures[BITSANDBYTES][f"{direction}_s"], figures["nf4"][f"{direction}_s"]
             )
     return ratios
 
 
+def times_copy(figures: dict, direction: str) -> float:
+    """Speed of `direction` as a multiple of the copy's."""
+    return median_ratio(figures[f"{direction}_copy_s"], figures[f"{direction}_s"])
+
+
 def print_table(figures: dict) -> None:
-    copy_s, nbytes = figures["copy"]["copy_s"], 4 * SHAPE[1] * SHAPE[2]
-    print(f"copy: {nbytes / statistics.median(copy_s) / 1e9:.2f} GB/s, {nbytes / 2**20:.0f} MiB of float32")
+    nbytes = 4 * SHAPE[1] * SHAPE[2]
+    copy_s = statistics.median(t for f in figures.values() for t in f["compress_copy_s"])
+    print(f"copy: {nbytes / copy_s / 1e9:.2f} GB/s, {nbytes / 2**20:.0f} MiB of float32")
     titles = ("first call", "compress", "decompress", "compress", "decompress", "peak extra", "peak extra")
     units = ("s", "x copy", "x copy", "GB/s", "GB/s", "MiB", "MiB")
     for row in (("codec", "bits", *titles), ("", "a value", *units)):
         print(f"{row[0]:52} {row[1]:>8}" + "".join(f" {column:>10}" for column in row[2:]))
     for spec, f in figures.items():
-        if "compress_s" not in f:
-            continue
-        ratios = [median_ratio(copy_s, f[f"{d}_s"]) for d in ("compress", "decompress")]
+        ratios = [times_copy(f, direction) for direction in ("compress", "decompress")]
         speeds = [nbytes / statistics.median(f[f"{d}_s"]) / 1e9 for d in ("compress", "decompress")]
         peaks = [f.get("compress_peak_mib"), f.get("decompress_peak_mib")]
         columns = [f.get("first_call_s"), *ratios, *speeds, *peaks]

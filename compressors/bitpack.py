@@ -9,8 +9,8 @@ interleaved: byte j holds the codes j, j + s, j + 2 s, ..., from its low bits up
 make that several times faster than interleaving neighbours. It is dense at widths divisible by 8; at others,
 3, 5, 6 and 7 bits take at most 2 bytes a row more. Unused bits are 0.
 
-`pack_pairs` is the other layout of 4-bit codes, neighbours in one byte, the first in the high half (that of
-bitsandbytes): a decoder that looks values up in a table finds two of them with one byte.
+`pack_pairs` is the other layout of 4-bit codes, neighbours in one byte, the first in the high half: that of
+bitsandbytes, for codes that stand for table values.
 
 `compressors.kernels` writes the same bytes in compiled loops.
 """
@@ -135,18 +135,21 @@ def sections_nbytes(*sections: Section) -> int:
 def split_bytes(data: torch.Tensor, *sections: Section) -> list[torch.Tensor]:
     """Inverse of `concat_bytes`: cut 1-D uint8 `data` into typed tensors, one for each (dtype, shape).
 
-    The results are views where alignment allows (always, when `data` starts aligned and sections are ordered
-    by falling element size), so a writer can fill them. Raises CorruptPayload when the lengths differ.
+    The results are views where alignment allows (always, when `data` is a tensor of its own and sections are
+    ordered by falling element size), so a writer can fill them. Raises CorruptPayload when lengths differ.
     """
     expected = sections_nbytes(*sections)
     if data.numel() != expected:
         raise CorruptPayload(f"payload has {data.numel()} bytes, its shape needs {expected}")
-    tensors, start = [], 0
+    tensors, start, offset = [], 0, data.storage_offset()
+    aligned = data.data_ptr() % 16 == 0
     for dtype, shape in sections:
-        nbytes = dtype.itemsize * math.prod(shape)
-        part = data[start : start + nbytes]
-        if part.data_ptr() % dtype.itemsize or part.storage_offset() % dtype.itemsize:
-            part = part.clone()
-        tensors.append(part.view(dtype).view(*shape))
-        start += nbytes
+        stop = start + dtype.itemsize * math.prod(shape)
+        part = data[start:stop]
+        if dtype != torch.uint8:
+            if not aligned or (offset + start) % dtype.itemsize or start % dtype.itemsize:
+                part = part.clone()
+            part = part.view(dtype)
+        tensors.append(part.view(*shape))
+        start = stop
     return tensors

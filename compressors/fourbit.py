@@ -64,7 +64,6 @@ class FourBit(RowCodec):
         self.causal = absmax != "nested"
         self._values = _TABLES[table]
         self._bounds, self._order = nearest_bounds(self._values)
-        self._value_pairs = torch.cartesian_prod(self._values, self._values).flatten()
 
     def sections(self, num_rows: int, width: int) -> list[Section]:
         num_blocks = -(-width // BLOCK)
@@ -110,8 +109,8 @@ class FourBit(RowCodec):
         from compressors.kernels import fourbit
 
         *stored, codes = sections
-        absmax, pairs = self._load(rows.shape, *stored), self._value_pairs.numpy()
-        fourbit.decode(codes.numpy(), BLOCK, pairs, absmax.numpy(), limit, rows.numpy())
+        absmax, table = self._load(rows.shape, *stored), self._values.numpy()
+        fourbit.decode(codes.numpy(), BLOCK, table, absmax.numpy(), limit, rows.numpy())
 
     def _store(self, absmax: torch.Tensor, *stored: torch.Tensor) -> None:
         """Write float32 `absmax` [N, blocks] into the sections before the codes."""

@@ -10,8 +10,9 @@ Source: Ashkboos et al. 2024, "QuaRot", section 3; Tseng et al. 2024, "QuIP#", s
 Departure: they fold rotations into the weights; here both ends compute them.
 
 The rotation runs in float32 with additions in a fixed order, so every device makes the same values. Values
-beyond 1.7e38 / b are clamped to that first; a NaN or an infinity makes its block NaN. Side information: none.
-Payload: the inner codec's, of the rotated float32 values.
+beyond 1.7e38 / b are clamped to that first; a NaN or an infinity makes its block NaN.
+
+Side information: none. Payload: the inner codec's, of the rotated float32 values.
 """
 
 from __future__ import annotations

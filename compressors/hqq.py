@@ -6,25 +6,24 @@
         e     = x - (q - zero) * scale
         e'    = sign(e) * max(|e| - |e|^(p - 1) / beta, 0)             p = 0.7, beta = 10
         zero  = mean(q - (x - e') / scale)
-    x'    = (fp16(q) - fp16(zero)) * fp16(scale), q from the zero with the smallest mean |e|
+    x'    = (q - fp16(zero)) * fp16(scale), with the zero that had the smallest mean |e|
 
 Source: Badri and Shaji 2023, "Half-quadratic quantization of large machine learning models", and the hqq
 library's `Quantizer` (axis 1, group size 64). Departures:
 
 * The library stops when the mean error of the whole tensor no longer falls, so a token's codes depend on
-later
-  tokens. Here each group stops by itself, after PATIENCE updates without a smaller error or ITERATIONS in
-  all, and keeps its best zero: causal, with errors as low as the library's.
+  later tokens. Here each group stops by itself, after PATIENCE updates without a smaller error or ITERATIONS
+  in all, and keeps its best zero: causal, with errors as low as the library's.
 * |e|^(p - 1) is taken from the bits of the float, within 3%: it only sets how far large errors are
-discounted, and
-  it makes the same bytes on every device, which a library's pow does not.
-* The library gives a range below 1e-4 the scale 1. Here the two lower bounds on the scale, and the upper one,
-keep
-  scale and zero within fp16.
+  discounted, and it makes the same bytes on every device, which a library's pow does not.
+* The library gives a range below 1e-4 the scale 1. Here two lower bounds and an upper one keep scale and zero
+  within fp16.
 
-Side information: fp16 scale and zero, 4 bytes a group, as the library has in half precision. Payload: scale
-[N, groups], zero [N, groups], then the codes of each row, packed by `compressors.bitpack`; 3 bits in the
-library's layout of ten codes in a 32-bit word (`layout="words"`, 3.2 bits a value), or `layout="dense"`.
+Side information: fp16 scale and zero, 4 bytes a group, as the library has in half precision.
+
+Payload: scale [N, groups], zero [N, groups], then the codes of each row, packed by `compressors.bitpack`;
+3 bits in the library's layout of ten codes in a 32-bit word (`layout="words"`, 3.2 bits a value), or dense
+(`layout="dense"`).
 """
 
 from __future__ import annotations

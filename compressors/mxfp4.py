@@ -39,7 +39,6 @@ class MxFp4(RowCodec):
     def __init__(self, *, link: LinkInfo | None = None) -> None:
         super().__init__(link=link)
         self._values = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)])
-        self._value_pairs = torch.cartesian_prod(self._values, self._values).flatten()
         self._bounds, self._order = _bounds_with_ties_to_even(self._values)
 
     def sections(self, num_rows: int, width: int) -> list[Section]:
@@ -76,8 +75,8 @@ class MxFp4(RowCodec):
     def decode_cpu(self, rows, limit, exponents, codes):
         from compressors.kernels import fourbit
 
-        scale, pairs = _scale(exponents).numpy(), self._value_pairs.numpy()
-        fourbit.decode(codes.numpy(), BLOCK, pairs, scale, limit, rows.numpy())
+        scale, table = _scale(exponents).numpy(), self._values.numpy()
+        fourbit.decode(codes.numpy(), BLOCK, table, scale, limit, rows.numpy())
 
 
 def _scale(exponents: torch.Tensor) -> torch.Tensor:

@@ -5,15 +5,18 @@ times the others' (Dettmers et al. 2022, "LLM.int8()", section 4; Sun et al. 202
 of them in a group ruins the group's scale; sent apart, it costs 2 bytes a token.
 
 `channels` and `calibration` say which:
-    channels: [3, 17]                         these channels: 8, calibration: file.json       the link's first
-    8 in a calibration file (compressors.channels) channels: 8                               the 8 with the
-    largest |x| in the frame, whose indices are sent with it;
-                                              the choice looks at all tokens, so this is not causal
-At least one channel is always left to the inner codec.
 
-fp16 saturates at +-65504; NaN and infinities keep their place. Side information: 2 bytes a token and channel,
-and 4 bytes a frame and channel where the frame chooses. Payload: [indices int32 [C]], values fp16 [N, C],
-inner bytes of the other channels in their order.
+    channels: [3, 17]                         these
+    channels: 8, calibration: file.json       the link's first 8 in a file (see compressors.channels)
+    channels: 8                               the 8 with the largest |x| in the frame, whose indices are sent
+                                              with it; this looks at all tokens, so it is not causal
+
+At least one channel is always left to the inner codec. fp16 saturates at +-65504; NaN and infinities keep
+their place.
+
+Side information: 2 bytes a token and channel, and 4 bytes a frame and channel where the frame chooses.
+
+Payload: [indices int32 [C]], values fp16 [N, C], the inner codec's bytes of the other channels in order.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ tests hold.
 Rules that all row codecs share:
 
 * A NaN or an infinity makes every value that shares its scale (a token, or a block of it) decode to NaN: a
-fault
-  upstream stays visible and does not spread to other tokens. Codecs without a scale keep it in place.
+  fault upstream stays visible and does not spread to other tokens.
 * Finite input decodes to finite output: what rounding pushes beyond the largest float of the target dtype is
   clamped to it.
 """
@@ -41,7 +40,8 @@ class Scratch:
         key, numel = (name, dtype, torch.device(device)), math.prod(shape)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < numel:
-            buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # else it could not be written to outside inference mode
+                buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
         return buffer[:numel].view(*shape)
 
     def constant(self, name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -90,7 +90,6 @@ class RowCodec(Compressor):
     def max_nbytes(self, shape: Sequence[int]) -> int:
         return sections_nbytes(*self.sections(*self.row_shape(shape)))
 
-    @torch.no_grad()
     def compress(self, x: torch.Tensor, **side: Any) -> Payload:
         shape = self.row_shape(x.shape)
         rows = x.detach().reshape(shape)
@@ -101,14 +100,13 @@ class RowCodec(Compressor):
         encode(rows, *split_bytes(data, *self.sections(*shape)))
         return Payload(data, tuple(x.shape))
 
-    @torch.no_grad()
     def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        shape = self.row_shape(payload.shape)
+        shape, device = self.row_shape(payload.shape), torch.device(device)
         sections = split_bytes(self._data_without_meta(payload).to(device), *self.sections(*shape))
         if dtype == torch.float32:
             rows = torch.empty(shape, dtype=dtype, device=device)
         else:
             rows = self._scratch.get("decoded", shape, torch.float32, device)
-        decode = self.decode_cpu if torch.device(device).type == "cpu" else self.decode
+        decode = self.decode_cpu if device.type == "cpu" else self.decode
         decode(rows, torch.finfo(dtype).max, *sections)
         return rows.to(dtype).view(payload.shape)

@@ -8,7 +8,7 @@ from compressors.kernels.bits import (
     QUIET_NAN_BF16,
     bf16_of_float,
     bits_of_float,
-    clamp_row,
+    clamp,
     float_of_bf16,
     float_of_bits,
     jit,
@@ -71,7 +71,7 @@ def encode(rows, nbits, scale, zero, packed, codes):
 @jit
 def decode(packed, nbits, scale, zero, limit, rows, codes):
     """Inverse of `encode`; values are clamped to +-limit, NaN stays."""
-    levels, q_min, limit = np.float32((1 << nbits) - 1), np.float32(-(1 << (nbits - 1))), np.float32(limit)
+    levels, q_min, in_range = np.float32((1 << nbits) - 1), np.float32(-(1 << (nbits - 1))), True
     for i in range(rows.shape[0]):
         row, row_codes = rows[i], (packed[i] if nbits == 8 else codes)
         if nbits < 8:
@@ -79,5 +79,6 @@ def decode(packed, nbits, scale, zero, limit, rows, codes):
         row_scale, offset = float_of_bf16(scale[i]), np.float32(zero[i]) - q_min
         for j in range(row.size):
             row[j] = (np.float32(row_codes[j]) - offset) * row_scale
-        if not max(abs(offset), abs(levels - offset)) * abs(row_scale) <= limit:
-            clamp_row(row, limit)
+        in_range &= max(abs(offset), abs(levels - offset)) * abs(row_scale) <= limit
+    if not in_range:
+        clamp(rows, limit)

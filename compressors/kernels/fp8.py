@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compressors.kernels.bits import INFINITY_BITS, absmax_bits, bits_of_float, clamp_row, float_of_bits, jit
+from compressors.kernels.bits import INFINITY_BITS, absmax_bits, bits_of_float, clamp, float_of_bits, jit
 
 __all__ = ["decode", "encode_e4m3", "encode_e5m2"]
 
@@ -66,10 +66,11 @@ def encode_e5m2(rows, scale, codes):
 @jit
 def decode(codes, scale, values, limit, rows):
     """Codes to float32 rows through the table `values` [256]; clamped to +-limit, NaN stays."""
-    limit, largest = np.float32(limit), np.nanmax(values[np.isfinite(values)])
+    largest, in_range = np.max(values[np.isfinite(values)]), True
     for i in range(rows.shape[0]):
         row, row_codes, row_scale = rows[i], codes[i], scale[i]
         for j in range(row.size):
             row[j] = values[row_codes[j]] * row_scale
-        if not largest * abs(row_scale) <= limit:
-            clamp_row(row, limit)
+        in_range &= largest * abs(row_scale) <= limit
+    if not in_range:
+        clamp(rows, limit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from compressors.hqq import BETA, GROUP, ITERATIONS, PATIENCE, POWER, POWER_OFFSET
-from compressors.kernels.bits import bits_of_float, clamp_row, float_of_bits, jit
+from compressors.kernels.bits import bits_of_float, clamp, float_of_bits, jit
 
 __all__ = ["decode", "refine"]
 
@@ -80,11 +80,13 @@ def refine(rows, levels, scale, zero, codes):
 @jit
 def decode(codes, scale, zero, limit, rows):
     """Codes uint8 [N, H] to float32 rows, clamped to +-limit; scale and zero are float32 [N, groups]."""
-    limit = np.float32(limit)
+    in_range = True
     for i in range(rows.shape[0]):
         for g in range(scale.shape[1]):
-            values = rows[i, g * GROUP : (g + 1) * GROUP]
+            values, group_scale, group_zero = rows[i, g * GROUP : (g + 1) * GROUP], scale[i, g], zero[i, g]
             group_codes = codes[i, g * GROUP : g * GROUP + values.size]
             for j in range(values.size):
-                values[j] = (np.float32(group_codes[j]) - zero[i, g]) * scale[i, g]
-        clamp_row(rows[i], limit)
+                values[j] = (np.float32(group_codes[j]) - group_zero) * group_scale
+            in_range &= (np.float32(255) + abs(group_zero)) * abs(group_scale) <= limit
+    if not in_range:
+        clamp(rows, limit)

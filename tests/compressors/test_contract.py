@@ -173,6 +173,39 @@ def test_compiled_loops_write_the_bytes_and_floats_of_the_torch_operations(spec,
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+def test_accelerator_path_never_reads_a_value_on_the_host(spec, dtype):
+    """The meta device has shapes but no values: an operation that would make the host wait raises there."""
+    x = torch.empty(2, 9, 576, device="meta", dtype=dtype)
+    sender, receiver = make(spec, dtype, 576), make(spec, dtype, 576)
+    if spec.startswith("zstd"):
+        with pytest.raises(NotImplementedError, match="no data"):
+            sender.compress(x)
+        return
+    payload = sender.compress(x)
+    assert payload.data.device == x.device and payload.nbytes == sender.max_nbytes(x.shape)
+    decoded = receiver.decompress(payload, x.device, dtype)
+    assert decoded.device == x.device and decoded.shape == x.shape and decoded.dtype == dtype
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_inference_mode_and_gradients_make_no_difference(spec):
+    codec, x = make(spec, hidden_size=96), hidden_states((2, 6, 96))
+    with torch.inference_mode():
+        first = codec.decompress(codec.compress(x), CPU, x.dtype).clone()
+    second = codec.decompress(codec.compress(x.clone().requires_grad_()), CPU, x.dtype)
+    assert torch.equal(first, second)
+    assert not second.requires_grad and not second.is_inference()
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s != "none"])
+def test_scratch_is_reused(spec):
+    codec, x = make(spec, hidden_size=96), hidden_states((2, 6, 96))
+    address = codec.compress(x).data.data_ptr()
+    assert codec.compress(x[:, :4]).data.data_ptr() == address
+
+
 @pytest.mark.parametrize("width", [1, 2, 6, 40, 96, 576, 5120])
 def test_compiled_rotation_makes_the_floats_of_the_torch_operations(width):
     x = hidden_states((6, width))
