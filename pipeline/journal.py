@@ -60,8 +60,7 @@ class Journal:
     def open(cls, folder: Path, digest: str, *, resume: bool) -> Journal:
         """Open the journal of the run with this digest; with `resume`, take over what it holds.
 
-        Without, an unfinished run's journal is set aside as `.journal.old`.
-
+        Without, an unfinished run's journal is set aside as `.journal.old`. Renamed back, it can be resumed.
         Raises RecordError when another process has it open or it cannot be written or read.
         """
         path = folder / f"{digest[:16]}.journal"
@@ -81,7 +80,7 @@ class Journal:
             file.seek(0)
             kept = journal._replay(file.read(), digest)
         elif cls.exists(folder, digest):
-            shutil.copyfile(path, path.with_suffix(".journal.old"))
+            journal._set_aside()
         file.truncate(kept)
         if kept:
             journal._begin_session()
@@ -127,6 +126,13 @@ class Journal:
         """The record is written; nothing is left to resume."""
         self.path.unlink()
         self._file.close()
+
+    def _set_aside(self) -> None:
+        old = self.path.with_suffix(".journal.old")
+        try:
+            shutil.copyfile(self.path, old)
+        except OSError as e:
+            raise RecordError(f"the unfinished run's journal cannot be copied to {old}: {e.strerror or e}") from e
 
     def _begin_session(self) -> None:
         self.num_sessions += 1

@@ -76,12 +76,23 @@ def test_time_before_the_last_finished_micro_batch_counts(tmp_path):
     assert resumed(tmp_path).earlier_s == 10.0
 
 
-def test_without_resume_it_starts_empty(tmp_path):
+def test_without_resume_it_starts_empty_and_sets_the_old_one_aside(tmp_path):
     run(tmp_path, start=3, finish=3, resume=False)
     assert Journal.exists(tmp_path, DIGEST)
     run(tmp_path, start=0, finish=0, resume=False)
     assert not Journal.exists(tmp_path, DIGEST)
     assert resumed(tmp_path).finished == []
+    path = tmp_path / f"{DIGEST[:16]}.journal"
+    path.with_suffix(".journal.old").rename(path)
+    assert len(resumed(tmp_path).finished) == 3
+
+
+def test_what_cannot_be_set_aside_is_not_lost(tmp_path):
+    run(tmp_path, start=3, finish=3, resume=False)
+    (tmp_path / f"{DIGEST[:16]}.journal.old").mkdir()
+    with pytest.raises(RecordError, match="journal cannot be copied to .*journal.old: Is a directory"):
+        Journal.open(tmp_path, DIGEST, resume=False)
+    assert len(resumed(tmp_path).finished) == 3
 
 
 @settings(deadline=None, max_examples=200)
