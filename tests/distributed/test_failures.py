@@ -142,6 +142,7 @@ def test_a_codec_that_raises(rank, tmp_path, uninterrupted):
     ended = run_ranks([command] * NUM_RANKS, env=repaired, timeout_s=60)
     messages = last_messages([one.stderr for one in ended])
     assert all(one.returncode == 1 for one in ended)
+    assert max(one.wall_s for one in ended) - min(one.wall_s for one in ended) < TIMEOUT_S
     cause = re.escape("ArithmeticError: no more bits")
     expected = rf"rank \d stops: rank {rank}, stage {rank}, micro-batch {DUE - 2}: {cause}; .*{RESUME_HINT}"
     assert [message for message in messages if not re.fullmatch(expected, message)] == []
@@ -274,8 +275,8 @@ def host_store(writer):
     [
         # Holds the interpreter lock, and with it the heartbeat, for most of the timeout.
         "Slow(rank=1, seconds=2.0)",
-        # Four objects are made between two meetings of the ranks: that takes longer than the timeout.
-        "SlowToLoad(rank=2, seconds=0.9)",
+        # Loads for longer than the timeout, while the others wait.
+        "SlowToLoad(rank=2, seconds=4.0)",
     ],
 )
 def test_a_slow_rank_is_no_alarm(codec, tmp_path, uninterrupted):
