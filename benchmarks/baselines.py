@@ -1,0 +1,254 @@
+"""What the pipeline is measured against: torch.distributed.pipelining, one plain process, the hook method.
+
+Each computes the loss of every scored token of the same windows, or their sum where its method knows no more. `serve`
+runs them on demand in processes beside the pipeline's ranks, so that neither side's memory allocator, threads or
+process group are the other's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
+from transformers import AutoModelForCausalLM
+
+from compressors import Compressor
+from pipeline.compose import available_cores
+from pipeline.config import RunConfig
+from pipeline.deployment import deploy
+from pipeline.distributed import Control
+from pipeline.evaluation import Evaluation
+from pipeline.hf_model import TORCH_DTYPES
+from pipeline.metrics import sum_nll
+from pipeline.model_source import resolve_model
+from pipeline.plan import Plan
+from pipeline.schedule import Action, make_schedule
+from pipeline.stage import Stage, TokenWindows
+from pipeline.world import World
+
+__all__ = ["BASELINES", "Run", "serve"]
+
+BASELINES = ("pipelining", "plain", "hooks")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One computation of all windows: seconds from a barrier to the last result, total NLL in nats, its summands.
+
+    `losses` (float32, one per scored token) is None where a method knows only the sum.
+    """
+
+    seconds: float
+    total_nll: float
+    losses: np.ndarray | None
+
+
+class PlainModel:
+    """The unsplit model as transformers has it; only scored positions pass the head."""
+
+    def __init__(self, model: nn.Module, tokens: TokenWindows) -> None:
+        self._model, self._tokens = model, tokens
+
+    @torch.inference_mode()
+    def __call__(self) -> torch.Tensor:
+        """Losses, float32 [number of scored tokens]."""
+        losses = []
+        for index in range(len(self._tokens.microbatches)):
+            hidden_states = self._model.base_model(self._tokens.input_ids(index), use_cache=False).last_hidden_state
+            rows, columns, targets = self._tokens.scored(index)
+            logits = self._model.get_output_embeddings()(hidden_states[rows, columns]).float()
+            losses.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
+        return torch.cat(losses)
+
+
+class HookedModel:
+    """The original benchmark's method: forward hooks code each link's hidden states, the head sees every position.
+
+    The loss is the mean that transformers computes from `labels`, so only the sum over a window is known.
+    """
+
+    def __init__(self, model: nn.Module, tokens: TokenWindows, plan: Plan, codecs: Sequence[Compressor]) -> None:
+        self._model, self._tokens = model, tokens
+        layers, embedding = model.base_model.layers, model.get_input_embeddings()
+        sources = [layers[stage.end - 1] if stage.end else embedding for stage in plan.stages[:-1]]
+        self._links = list(zip(sources, codecs, strict=True))
+
+    @torch.inference_mode()
+    def __call__(self) -> float:
+        """Total NLL of all scored tokens, in nats."""
+        total = 0.0
+        with self._hooks():
+            for index in range(len(self._tokens.microbatches)):
+                ids = self._tokens.input_ids(index)
+                rows, columns, targets = self._tokens.scored(index)
+                labels = torch.full_like(ids, -100)
+                labels[rows, columns + 1] = targets
+                total += self._model(ids, labels=labels, use_cache=False).loss.item() * targets.numel()
+        return total
+
+    @contextlib.contextmanager
+    def _hooks(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for layer, codec in self._links:
+                handle = layer.register_forward_hook(lambda module, inputs, x, codec=codec: _through(codec, x))
+                stack.callback(handle.remove)
+            yield
+
+
+def _through(codec: Compressor, hidden_states: torch.Tensor) -> torch.Tensor:
+    return codec.decompress(codec.compress(hidden_states), hidden_states.device, hidden_states.dtype)
+
+
+class TorchPipelining:
+    """torch.distributed.pipelining with our stages, plan and order of actions, so that only the runtime differs.
+
+    Its runtime takes any list of actions, but insists on a backward for each FORWARD; they stand at the end and
+    `eval` makes nothing of them. Receive shapes are fixed, hence windows of one length only.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        actions: Sequence[Sequence[Action]],
+        tokens: TokenWindows,
+        *,
+        num_stages: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        shapes = {microbatch.shape for microbatch in tokens.microbatches}
+        if len(shapes) != 1:
+            raise ValueError(f"torch.distributed.pipelining needs micro-batches of one shape, got {sorted(shapes)}")
+        (shape,) = shapes
+        self._tokens = tokens
+        self._holds_first = any(stage.plan.is_first for stage in stages)
+        hidden_states = torch.empty(*shape, hidden_size, dtype=dtype)
+        parts = [
+            PipelineStage(
+                _StageModule(stage, tokens),
+                stage.plan.stage_index,
+                num_stages,
+                stage.device,
+                input_args=tokens.input_ids(0) if stage.plan.is_first else hidden_states,
+                output_args=torch.empty(0) if stage.plan.is_last else hidden_states,
+            )
+            for stage in stages
+        ]
+        self._schedule = _PipelineScheduleRuntime(parts, len(tokens.microbatches))
+        self._schedule._prepare_schedule_with_comms({rank: _with_backwards(own) for rank, own in enumerate(actions)})
+
+    @torch.inference_mode()
+    def __call__(self) -> torch.Tensor | None:
+        """Losses, float32 [number of scored tokens], on the rank of the last stage, None elsewhere."""
+        indices = range(len(self._tokens.microbatches))
+        ids = [torch.cat([self._tokens.input_ids(m) for m in indices])] if self._holds_first else []
+        return self._schedule.eval(*ids, microbatch_index=torch.tensor(indices))
+
+
+class _StageModule(nn.Module):
+    """One of our stages as pipelining wants it; the last one returns the losses."""
+
+    def __init__(self, stage: Stage, tokens: TokenWindows) -> None:
+        super().__init__()
+        self._stage, self._tokens = stage, tokens
+
+    def forward(self, inputs: torch.Tensor, microbatch_index: torch.Tensor) -> torch.Tensor:
+        hidden_states = self._stage.forward(inputs)
+        if not self._stage.plan.is_last:
+            return hidden_states
+        return self._stage.score(hidden_states, *self._tokens.scored(int(microbatch_index))).loss
+
+
+def _with_backwards(actions: Sequence[Action]) -> list[_Action]:
+    kinds = (_ComputationType.FORWARD, _ComputationType.FULL_BACKWARD)
+    last_stage_first = sorted(actions, key=lambda a: (a.microbatch_index, -a.stage_index))
+    return [
+        _Action(a.stage_index, kind, a.microbatch_index)
+        for kind, own in zip(kinds, (actions, last_stage_first))
+        for a in own
+    ]
+
+
+def serve(connection: Connection, config: RunConfig, master_port: int, names: Sequence[str]) -> None:
+    """Main function of the process beside each rank: load, say so, then run what is asked for until told to end.
+
+    The processes form a group of their own through `master_port`. For a name it answers with a Run (None without
+    a part in it) and the seconds of CPU time that it took here.
+    """
+    os.environ["MASTER_PORT"] = str(master_port)
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    runtime = config.runtime
+    control = Control(
+        World.from_environment(),
+        timeout_s=runtime.timeout_s,
+        load_timeout_s=runtime.load_timeout_s,
+        interface=runtime.interface,
+    )
+    try:
+        baselines = _load(config, control, names)
+        connection.send(None)
+        while (name := connection.recv()) is not None:
+            control.barrier()
+            cpu_s = time.process_time()
+            run = _timed(baselines[name]) if name in baselines else None
+            connection.send((run, time.process_time() - cpu_s))
+        control.close()
+    except (Exception, KeyboardInterrupt) as e:
+        control.watchdog.abort(e)
+
+
+def _load(config: RunConfig, control: Control, names: Sequence[str]) -> dict[str, Callable[[], Any]]:
+    """The baselines that this rank has a part in. Rank 0 is the one that computes alone where one process does."""
+    deployment = deploy(config, control)
+    evaluation = Evaluation(config, deployment)
+    plan, dtype = deployment.plan, TORCH_DTYPES[config.model.dtype]
+    tokens = TokenWindows(deployment.text.ids, evaluation.microbatches, deployment.text.bos_id)
+    baselines: dict[str, Callable[[], Any]] = {}
+    if "pipelining" in names:
+        num_ranks = control.world.world_size
+        baselines["pipelining"] = TorchPipelining(
+            list(deployment.stages.values()),
+            make_schedule(plan, len(tokens.microbatches), world_size=num_ranks, in_flight=evaluation.in_flight),
+            tokens,
+            num_stages=len(plan.stages),
+            hidden_size=evaluation.hidden_size,
+            dtype=dtype,
+        )
+    if control.world.rank == 0 and {"plain", "hooks"} & set(names):
+        model_dir = resolve_model(config.model.name, cache_dir=config.model.dir, stage_to=None, show_progress=False)
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
+        baselines["plain"] = _on_all_cores(PlainModel(model, tokens), deployment.threads)
+        baselines["hooks"] = _on_all_cores(HookedModel(model, tokens, plan, evaluation.encoders), deployment.threads)
+    return baselines
+
+
+def _on_all_cores(compute: Callable[[], Any], threads_otherwise: int) -> Callable[[], Any]:
+    def wrapped() -> Any:
+        torch.set_num_threads(available_cores())
+        try:
+            return compute()
+        finally:
+            torch.set_num_threads(threads_otherwise)
+
+    return wrapped
+
+
+def _timed(compute: Callable[[], torch.Tensor | float | None]) -> Run | None:
+    start_s = time.perf_counter()
+    result = compute()
+    seconds = time.perf_counter() - start_s
+    if isinstance(result, torch.Tensor):
+        losses = result.numpy()
+        return Run(seconds, sum_nll(map(float, losses)), losses)
+    return None if result is None else Run(seconds, result, None)
