@@ -71,16 +71,14 @@ class Torchrun:
 
     def rank_pids(self) -> dict[int, int]:
         """Process ids of the ranks that have started and not ended, by rank."""
-        children = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True
-        ).stdout.split()
+        if self.process.poll() is not None:
+            return {}
         found = {}
-        for pid in map(int, children):
-            with contextlib.suppress(OSError):
-                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                ranks = [entry[5:] for entry in environment if entry.startswith(b"RANK=")]
-                if ranks:
-                    found[int(ranks[0])] = pid
+        main_thread = Path(f"/proc/{self.process.pid}/task/{self.process.pid}")
+        for pid in map(int, _read(main_thread / "children").split()):
+            for entry in _read(Path(f"/proc/{pid}/environ")).split(b"\0"):
+                if entry.startswith(b"RANK="):
+                    found[int(entry[5:])] = pid
         return found
 
     def rank_stderr(self, rank: int) -> str:
@@ -111,9 +109,10 @@ class Torchrun:
 
     def kill(self) -> None:
         """End everything at once. Ranks are in sessions of their own and outlive a killed torchrun."""
-        for pid in [*self.rank_pids().values(), self.process.pid]:
+        for pid in self.rank_pids().values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        self.process.kill()
         self.process.wait()
 
 
@@ -313,6 +312,14 @@ def _main(rank: int, arguments: Sequence[Sequence[str]]) -> int:
     import run_pipeline
 
     return run_pipeline.main(arguments[rank])
+
+
+def _read(path: Path) -> bytes:
+    """A file of /proc; nothing if its process has ended meanwhile."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _free_port() -> int:
