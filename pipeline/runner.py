@@ -133,6 +133,8 @@ class Runner:
         LinkError when a peer is gone, RecordError when a result cannot be kept.
         """
         remaining = Counter(action.stage_index for action in self._actions)
+        for index in self._senders.keys() - remaining.keys():
+            self._senders[index].end()  # a resumed run may have nothing left to send
         for action in self._actions:
             place = self._report(_where(action))
             try:
