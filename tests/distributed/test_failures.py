@@ -121,18 +121,21 @@ def test_ctrl_c_under_torchrun(tmp_path, benches, reference):
     assert benches["forked"].check_resume(tmp_path, reference) == []
 
 
-def test_ctrl_c_in_one_process(tmp_path, uninterrupted):
-    with start_ranks([arguments(tmp_path)], distributed=False) as alone:
-        wait_until(lambda: num_finished(tmp_path) > 0)
+def test_ctrl_c_in_one_process(tmp_path):
+    """A longer text than elsewhere: one process is through the short one before the signal comes."""
+    interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
+    with start_ranks([arguments(interrupted, num_tokens=NUM_TOKENS_OF_KILLED)], distributed=False) as alone:
+        wait_until(lambda: num_finished(interrupted) > 0)
         os.kill(alone.rank_pids()[0], signal.SIGINT)
         (ended,) = alone.wait(SLACK_S)
     assert ended.returncode == 130
     (message,) = last_messages([ended.stderr])
     assert message.startswith("error: interrupted") and RESUME_HINT in message
     assert "Traceback" not in ended.stderr
-    run_alone(*arguments(tmp_path, "--resume")).check()
-    assert outcome(tmp_path) == uninterrupted
-    assert num_resent(tmp_path) <= 1
+    for folder in (interrupted, whole):
+        run_alone(*arguments(folder, "--resume", num_tokens=NUM_TOKENS_OF_KILLED)).check()
+    assert outcome(interrupted) == outcome(whole)
+    assert num_resent(interrupted) <= 1
 
 
 @pytest.mark.parametrize("rank", range(NUM_RANKS))
