@@ -6,7 +6,7 @@
 The input is (2048, 2048) float32 with outlier channels. Every round times each codec once, a copy right
 before it and bitsandbytes right after nf4, in CPU seconds of the process; the figures are medians of the
 rounds' ratios. Both keep other work on the machine from favouring a side. The copy goes into memory that has
-been touched before; results of decompress are fresh tensors, freed before the next call, as in the runner.
+been touched before; results of decompress are fresh tensors, freed before the next call, as in a runner.
 GB/s count the float32 side.
 
 Before any timing, the bytes of compiled loops are compared with those of the torch operations, and nf4 and
@@ -79,6 +79,21 @@ def peak_growth_mib(call) -> float | None:
         return resident_mib("VmHWM") - before
     except OSError:
         return None
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed, as a process that has run for a while mostly does.
+
+    Its thresholds move with the sizes that it has seen: without this, whichever codec is timed first after one
+    of their moves pays page faults for its result.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    mmap_threshold, trim_threshold = -3, -1
+    libc.mallopt(mmap_threshold, 1 << 30)
+    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def resident_mib(field: str) -> float:
@@ -221,6 +236,7 @@ def print_table(figures: dict) -> None:
 def main() -> None:
     arguments = parse_arguments()
     os.environ["OMP_NUM_THREADS"] = "1"
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as cache:
         if not arguments.warm:
             os.environ["NUMBA_CACHE_DIR"] = cache

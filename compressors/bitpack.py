@@ -138,18 +138,14 @@ def split_bytes(data: torch.Tensor, *sections: Section) -> list[torch.Tensor]:
     The results are views where alignment allows (always, when `data` is a tensor of its own and sections are
     ordered by falling element size), so a writer can fill them. Raises CorruptPayload when lengths differ.
     """
-    expected = sections_nbytes(*sections)
-    if data.numel() != expected:
-        raise CorruptPayload(f"payload has {data.numel()} bytes, its shape needs {expected}")
-    tensors, start, offset = [], 0, data.storage_offset()
-    aligned = data.data_ptr() % 16 == 0
-    for dtype, shape in sections:
-        stop = start + dtype.itemsize * math.prod(shape)
-        part = data[start:stop]
+    sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in sections]
+    if data.numel() != sum(sizes):
+        raise CorruptPayload(f"payload has {data.numel()} bytes, its shape needs {sum(sizes)}")
+    tensors = []
+    for part, (dtype, shape) in zip(data.split_with_sizes(sizes), sections, strict=True):
         if dtype != torch.uint8:
-            if not aligned or (offset + start) % dtype.itemsize or start % dtype.itemsize:
+            if part.data_ptr() % dtype.itemsize or part.storage_offset() % dtype.itemsize:
                 part = part.clone()
             part = part.view(dtype)
-        tensors.append(part.view(*shape))
-        start = stop
+        tensors.append(part.view(shape))
     return tensors

@@ -64,6 +64,7 @@ class FourBit(RowCodec):
         self.causal = absmax != "nested"
         self._values = _TABLES[table]
         self._bounds, self._order = nearest_bounds(self._values)
+        self._kernel_bounds = tuple(self._bounds.numpy())
 
     def sections(self, num_rows: int, width: int) -> list[Section]:
         num_blocks = -(-width // BLOCK)
@@ -101,7 +102,7 @@ class FourBit(RowCodec):
         num_rows, width = rows.shape
         absmax = self._scratch.get("absmax", (num_rows, -(-width // BLOCK)), torch.float32, rows.device)
         code = self._scratch.get("codes", (width + width % 2,), torch.uint8, rows.device)
-        bounds, order = tuple(self._bounds.numpy()), self._order.numpy()
+        bounds, order = self._kernel_bounds, self._order.numpy()
         fourbit.encode(rows.numpy(), BLOCK, bounds, order, absmax.numpy(), codes.numpy(), code.numpy())
         self._store(absmax, *stored)
 

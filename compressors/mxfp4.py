@@ -40,6 +40,7 @@ class MxFp4(RowCodec):
         super().__init__(link=link)
         self._values = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)])
         self._bounds, self._order = _bounds_with_ties_to_even(self._values)
+        self._kernel_bounds = tuple(self._bounds.numpy())
 
     def sections(self, num_rows: int, width: int) -> list[Section]:
         exponents, codes = (num_rows, -(-width // BLOCK)), (num_rows, -(-width // 2))
@@ -69,7 +70,7 @@ class MxFp4(RowCodec):
 
         width = rows.shape[1]
         code = self._scratch.get("codes", (width + width % 2,), torch.uint8, rows.device)
-        bounds, order = tuple(self._bounds.numpy()), self._order.numpy()
+        bounds, order = self._kernel_bounds, self._order.numpy()
         fourbit.encode_mx(rows.numpy(), BLOCK, bounds, order, exponents.numpy(), codes.numpy(), code.numpy())
 
     def decode_cpu(self, rows, limit, exponents, codes):
