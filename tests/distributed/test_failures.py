@@ -23,7 +23,7 @@ NUM_RANKS = 4
 TIMEOUT_S = 3.0
 SLACK_S = 5.0
 NUM_TOKENS = 1200
-NUM_TOKENS_OF_KILLED = 6000  # long enough to be killed in the middle
+NUM_TOKENS_OF_KILLED = 4000  # long enough to be killed in the middle
 LAST_MESSAGE = re.compile(r"^(?:error|rank \d+ stops): .*$", re.MULTILINE)
 RESUME_HINT = "the same command with --resume goes on from them"
 
