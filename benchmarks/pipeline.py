@@ -11,7 +11,8 @@ All take the same token windows, and their losses are compared before anything i
 contender once a round, in turn. The clock runs from a barrier to the last result; start and loading are left out.
 A ratio is a contender's time divided by ours in the same round, and the median over rounds is reported, so that a
 slow machine slows both sides. Rounds in which other programs took more than a twentieth of the cores are told apart:
-one process with several threads suffers from company more than ranks with one thread each.
+one process with several threads suffers from company more than ranks with one thread each. `--patience` lets each
+round wait until the cores are idle.
 
 `pipelining` and `plain` know no codecs: with a lossy one, they still compute the uncompressed model, and what differs
 between `thinwire` and `hooks` is what a rounding difference in front of a quantiser grows to.
@@ -47,6 +48,7 @@ from pipeline.world import World
 
 OURS = "thinwire"
 QUIET = 0.05  # share of all cores that other programs may take in a quiet round
+IDLE_S = 6.0  # how long the cores must have been idle before a round that waits for it
 
 # Largest difference from our results without a lossy codec: of one token's loss (nats), and relative, of the total NLL.
 MAX_LOSS_DIFFERENCE = 1e-3
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--windows", type=int, default=16, help="full windows that each contender computes")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--patience", type=float, default=0, help="seconds that a round may wait for idle cores")
     parser.add_argument("--only", nargs="+", default=list(BASELINES), choices=BASELINES)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--out", type=Path, help="JSON file; rounds under the same conditions that it has are kept")
@@ -106,6 +109,9 @@ def _benchmark(config: RunConfig, control: Control, arguments: argparse.Namespac
             conditions = _conditions(config, deployment)
             report = _begin_report(arguments.out, conditions, _differences(first, conditions["codecs"]))
         for _ in range(arguments.rounds):
+            if on_rank_0:
+                _wait_for_idle_cores(arguments.patience)
+            control.barrier()
             measured = {name: _measure(run, control)[1] for name, run in contenders.items()}
             if on_rank_0:
                 report["rounds"].append(measured)
@@ -164,6 +170,16 @@ def _measure(
     others_s = max(0.0, _busy_s() - busy_s - cpu_s)
     share = others_s / (time.perf_counter() - start_s) / available_cores()
     return result, {"seconds": result.seconds, "cpu_seconds": cpu_s, "share_of_others": share}
+
+
+def _wait_for_idle_cores(patience_s: float) -> None:
+    idle_s, step_s = 0.0, 2.0
+    end_s = time.monotonic() + patience_s
+    while idle_s < IDLE_S and time.monotonic() < end_s:
+        busy_s = _busy_s()
+        time.sleep(step_s)
+        idle = _busy_s() - busy_s <= QUIET * step_s * available_cores()
+        idle_s = idle_s + step_s if idle else 0.0
 
 
 def _busy_s() -> float:

@@ -103,10 +103,11 @@ class RowCodec(Compressor):
     def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         shape, device = self.row_shape(payload.shape), torch.device(device)
         sections = split_bytes(self._data_without_meta(payload).to(device), *self.sections(*shape))
+        x = torch.empty(payload.shape, dtype=dtype, device=device)
         if dtype == torch.float32:
-            rows = torch.empty(shape, dtype=dtype, device=device)
+            rows = x.view(shape)
         else:
             rows = self._scratch.get("decoded", shape, torch.float32, device)
         decode = self.decode_cpu if device.type == "cpu" else self.decode
         decode(rows, torch.finfo(dtype).max, *sections)
-        return rows.to(dtype).view(payload.shape)
+        return x if dtype == torch.float32 else x.copy_(rows.view(payload.shape))
