@@ -6,6 +6,7 @@ Running the parts is `evaluation.py`'s business.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,16 @@ from pipeline.plan import Plan, default_plan, explicit_plan
 from pipeline.windows import MicroBatch
 from pipeline.world import World
 
-__all__ = ["LinkEnds", "check_model_limits", "choose_threads", "make_codecs", "make_links", "make_plan", "stage_devices"]
+__all__ = [
+    "LinkEnds",
+    "check_model_limits",
+    "choose_threads",
+    "make_codecs",
+    "make_gradient_links",
+    "make_links",
+    "make_plan",
+    "stage_devices",
+]
 
 SEND_DEPTH = 2  # frames of a link that may be on their way while the next one is made
 SIDE_INPUTS = ("token_ids",)
@@ -133,36 +143,89 @@ def make_links(
     `groups` has one NCCL group per link where the backend is nccl. Losses always travel over Gloo.
     """
     specs = _frame_specs(plan, codecs, microbatches, hidden_size, dtype)
-    hops = [(link.src_node, link.dst_node) for link in plan.links]
+    hops = {}
+    for link, codec in zip(plan.links, codecs):
+        if backend != "nccl":
+            size_rule = SizeRule.SHORTER_ALLOWED
+        else:
+            size_rule = SizeRule.EXACT if codec.fixed_size else SizeRule.HEADER_FIRST
+        i = link.index
+        hops[i] = _Hop(
+            specs[i], link.src_node, link.dst_node, devices.get(i), devices.get(i + 1), size_rule, groups.get(i)
+        )
     if plan.last_node != 0:
-        hops.append((plan.last_node, 0))
+        end = len(plan.links)
+        hops[end] = _Hop(specs[end], plan.last_node, 0, devices.get(end))
+    return _open(hops, world, receives_ahead=receives_ahead, first_microbatch=first_microbatch)
+
+
+def make_gradient_links(
+    plan: Plan,
+    microbatches: Sequence[MicroBatch],
+    world: World,
+    *,
+    hidden_size: int,
+    dtype: torch.dtype,
+    devices: Mapping[int, torch.device],
+) -> LinkEnds:
+    """Links for raw hidden states forward and raw float32 gradients back, always over Gloo.
+
+    With S stages, link i < S - 1 leads from stage i to stage i + 1, and link S - 1 + i from there back.
+    """
+    shapes = [(*m.shape, hidden_size) for m in microbatches]
+    num_links = len(plan.links)
+    hops = {}
+    for link in plan.links:
+        ends = [(link.src_node, devices.get(link.index)), (link.dst_node, devices.get(link.index + 1))]
+        for index, what, its_dtype, (src, dst) in (
+            (link.index, "raw", dtype, ends),
+            (num_links + link.index, "gradient", torch.float32, ends[::-1]),
+        ):
+            spec = FrameSpec(
+                name=f"{what}:{link.name}",
+                stage_index=index,
+                num_trail=0,
+                codec_id=0,
+                dtype=its_dtype,
+                shapes=shapes,
+                max_nbytes=[its_dtype.itemsize * math.prod(shape) for shape in shapes],
+            )
+            hops[index] = _Hop(spec, src[0], dst[0], src[1], dst[1])
+    return _open(hops, world, receives_ahead=1, first_microbatch=0)
+
+
+@dataclass(frozen=True)
+class _Hop:
+    """One direction of one link; devices are known for this rank's stages only."""
+
+    spec: FrameSpec
+    src_node: int
+    dst_node: int
+    src_device: torch.device | None = None
+    dst_device: torch.device | None = None
+    size_rule: SizeRule = SizeRule.SHORTER_ALLOWED
+    group: dist.ProcessGroup | None = None
+
+
+def _open(hops: Mapping[int, _Hop], world: World, *, receives_ahead: int, first_microbatch: int) -> LinkEnds:
+    """This rank's ends, receives posted."""
     senders: dict[int, FrameSender] = {}
     receivers: dict[int, FrameReceiver] = {}
-    for index, (src_node, dst_node) in enumerate(hops):
-        src, dst, spec = rank_of(src_node, world), rank_of(dst_node, world), specs[index]
+    for index, hop in hops.items():
+        src, dst, spec = rank_of(hop.src_node, world), rank_of(hop.dst_node, world), hop.spec
         if src == dst == world.rank:
             loopback = Loopback(spec)
             senders[index], receivers[index] = FrameSender(spec, loopback), FrameReceiver(spec, loopback)
             continue
-        on_gpu = backend == "nccl" and index < len(plan.links)
-        if not on_gpu:
-            size_rule = SizeRule.SHORTER_ALLOWED
-        else:
-            size_rule = SizeRule.EXACT if codecs[index].fixed_size else SizeRule.HEADER_FIRST
-        common: dict[str, Any] = {"tag": index, "group": groups.get(index) if on_gpu else None, "size_rule": size_rule}
+        common: dict[str, Any] = {"tag": index, "group": hop.group, "size_rule": hop.size_rule}
+        on_gpu = hop.group is not None
         if src == world.rank:
-            outbox = PeerOutbox(
-                spec, peer=dst, depth=SEND_DEPTH, **common, **_buffer_place(devices.get(index), on_gpu)
-            )
-            senders[index] = FrameSender(spec, outbox)
+            place = _buffer_place(hop.src_device, on_gpu)
+            senders[index] = FrameSender(spec, PeerOutbox(spec, peer=dst, depth=SEND_DEPTH, **common, **place))
         if dst == world.rank:
+            place = _buffer_place(hop.dst_device, on_gpu)
             inbox = PeerInbox(
-                spec,
-                peer=src,
-                depth=receives_ahead,
-                first_microbatch=first_microbatch,
-                **common,
-                **_buffer_place(devices.get(index + 1), on_gpu),
+                spec, peer=src, depth=receives_ahead, first_microbatch=first_microbatch, **common, **place
             )
             receivers[index] = FrameReceiver(spec, inbox)
     return LinkEnds(senders, receivers)

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -27,7 +27,7 @@ from pipeline.stage import Scores, Stage, TokenWindows
 from pipeline.watchdog import PipelineError
 from pipeline.wire import BadFrame, RemoteError
 
-__all__ = ["OnResult", "Report", "Runner", "StageError", "StageTimes"]
+__all__ = ["OnResult", "Report", "Runner", "StageError", "StageTimes", "describe", "execute"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,63 @@ class StageTimes:
         setattr(self, name, getattr(self, name) + seconds)
 
 
+def execute(
+    actions: Sequence[Action],
+    perform: Callable[[Action], None],
+    *,
+    senders: Mapping[tuple[ActionKind, int], FrameSender],
+    receivers: Iterable[FrameReceiver],
+    report: Report,
+) -> None:
+    """Perform a rank's actions in order, then see its links through to their END frames.
+
+    `senders` has the link end behind each kind of action and stage that sends. An error travels on as an ERROR frame
+    in place of the frame that the next action waits for, so that it can say what happened; not so a LinkError, whose
+    cause lies elsewhere.
+
+    Raises StageError for an own failure, RemoteError for another rank's, BadFrame for a damaged frame, LinkError when
+    a peer is gone.
+    """
+    remaining = Counter((action.kind, action.stage_index) for action in actions)
+    for key in senders.keys() - remaining.keys():
+        senders[key].end()  # a resumed run may have nothing left to send
+    for action in actions:
+        key = (action.kind, action.stage_index)
+        place = report(describe(action))
+        try:
+            perform(action)
+        except LinkError:
+            raise
+        except RemoteError as e:
+            _pass_on(senders.get(key), action, str(e))
+            raise
+        except (PipelineError, RecordError) as e:
+            _pass_on(senders.get(key), action, f"{place}: {e}")
+            raise
+        except Exception as e:
+            cause = f"{type(e).__name__}: {e}"
+            logger.exception("%s: a stage or codec raised", place)
+            _pass_on(senders.get(key), action, f"{place}: {cause}")
+            raise StageError(cause) from e
+        remaining[key] -= 1
+        if not remaining[key] and key in senders:
+            # At once: this rank may go on for long with a later stage, and the next rank waits for END.
+            senders[key].end()
+    report("finishing", waiting=True)
+    for receiver in receivers:
+        receiver.finish()
+    for sender in senders.values():
+        sender.flush()
+
+
+def _pass_on(sender: FrameSender | None, action: Action, cause: str) -> None:
+    if sender is not None:
+        try:
+            sender.send_error(action.microbatch_index, cause)
+        except LinkError:
+            pass  # the next stage is gone, too; the first cause is already being raised
+
+
 class Runner:
     """One rank's share of a run.
 
@@ -126,44 +183,15 @@ class Runner:
     def run(self) -> None:
         """Execute all actions.
 
-        An error travels on as an ERROR frame in place of the frame that the next stage waits for, so that it
-        can say what happened; not so a LinkError, whose cause lies elsewhere.
-
-        Raises StageError for an own failure, RemoteError for another rank's, BadFrame for a damaged frame,
-        LinkError when a peer is gone, RecordError when a result cannot be kept.
+        Raises as `execute`, and RecordError when a result cannot be kept.
         """
-        remaining = Counter(action.stage_index for action in self._actions)
-        for index in self._senders.keys() - remaining.keys():
-            self._senders[index].end()  # a resumed run may have nothing left to send
-        for action in self._actions:
-            place = self._report(_where(action))
-            try:
-                if action.kind is ActionKind.RESULT:
-                    self._take_result(action)
-                else:
-                    self._forward(action)
-            except LinkError:
-                raise
-            except RemoteError as e:
-                self._pass_on(action, str(e))
-                raise
-            except (PipelineError, RecordError) as e:
-                self._pass_on(action, f"{place}: {e}")
-                raise
-            except Exception as e:
-                cause = f"{type(e).__name__}: {e}"
-                logger.exception("%s: a stage or codec raised", place)
-                self._pass_on(action, f"{place}: {cause}")
-                raise StageError(cause) from e
-            remaining[action.stage_index] -= 1
-            if not remaining[action.stage_index] and action.stage_index in self._senders:
-                # At once: this rank may go on for long with a later stage, and the next rank waits for END.
-                self._senders[action.stage_index].end()
-        self._report("finishing", waiting=True)
-        for receiver in self._receivers.values():
-            receiver.finish()
-        for sender in self._senders.values():
-            sender.flush()
+        execute(
+            self._actions,
+            lambda action: self._take_result(action) if action.kind is ActionKind.RESULT else self._forward(action),
+            senders={(ActionKind.FORWARD, index): sender for index, sender in self._senders.items()},
+            receivers=self._receivers.values(),
+            report=self._report,
+        )
 
     def _forward(self, action: Action) -> None:
         index, microbatch_index = action.stage_index, action.microbatch_index
@@ -230,21 +258,15 @@ class Runner:
     @contextmanager
     def _waiting(self, action: Action) -> Iterator[None]:
         """Report that this rank waits for another. After an error it is left at that."""
-        self._report(_where(action), waiting=True)
+        self._report(describe(action), waiting=True)
         yield
-        self._report(_where(action))
-
-    def _pass_on(self, action: Action, cause: str) -> None:
-        sender = self._senders.get(action.stage_index)
-        if sender is not None:
-            try:
-                sender.send_error(action.microbatch_index, cause)
-            except LinkError:
-                pass  # the next stage is gone, too; the first cause is already being raised
+        self._report(describe(action))
 
 
-def _where(action: Action) -> str:
-    return f"stage {action.stage_index}, micro-batch {action.microbatch_index}"
+def describe(action: Action) -> str:
+    """For messages; a BACKWARD says so."""
+    backward = ", backward" if action.kind is ActionKind.BACKWARD else ""
+    return f"stage {action.stage_index}, micro-batch {action.microbatch_index}{backward}"
 
 
 def _scores_to_payload(scores: Scores) -> Payload:

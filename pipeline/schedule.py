@@ -2,7 +2,7 @@
 
 An action names a stage and a micro-batch; where its input comes from and its output goes follows from the plan.
 FORWARD receives (or embeds), computes and sends; RESULT, on node 0 only, takes the losses of a last stage that
-lives on another node. A stage that is not the first waits for the link before it, so the order of the actions
+lives on another node; BACKWARD takes the gradient of a stage's output and sends that of its input. A stage that is not the first waits for the link before it, so the order of the actions
 on one rank decides whether the ring keeps moving.
 
 The rank that holds both ends of the chain alternates `last stage of i - D, then first stage of i`, with D
@@ -18,7 +18,7 @@ from enum import Enum
 
 from pipeline.plan import Plan
 
-__all__ = ["Action", "ActionKind", "ScheduleError", "dry_run", "make_schedule"]
+__all__ = ["Action", "ActionKind", "ScheduleError", "dry_run", "make_gradient_schedule", "make_schedule"]
 
 
 class ScheduleError(ValueError):
@@ -28,6 +28,7 @@ class ScheduleError(ValueError):
 class ActionKind(Enum):
     FORWARD = "forward"
     RESULT = "result"
+    BACKWARD = "backward"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,25 @@ def make_schedule(
             order = [(m, -negative_slot, kind) for _, negative_slot, m, kind in sorted(steps, key=lambda s: s[:3])]
         schedule.append([Action(kind, slot, m) for m, slot, kind in order])
     return schedule
+
+
+def make_gradient_schedule(plan: Plan, num_microbatches: int, *, world_size: int) -> list[list[Action]]:
+    """Actions of each rank, in order, for one micro-batch after the other forward through all stages and back.
+
+    All ranks' actions are parts of one total order in which each action needs only the one before it, so this cannot
+    deadlock.
+    """
+    chain = [(stage.node, stage.stage_index, ActionKind.FORWARD) for stage in plan.stages]
+    chain += [(node, index, ActionKind.BACKWARD) for node, index, _ in reversed(chain)]
+    return [
+        [
+            Action(kind, index, m)
+            for m in range(num_microbatches)
+            for node, index, kind in chain
+            if world_size == 1 or node == rank
+        ]
+        for rank in range(world_size)
+    ]
 
 
 def dry_run(schedule: Sequence[Sequence[Action]], *, receives_ahead: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import nn
@@ -16,10 +17,17 @@ from pipeline.hf_model import StageModel
 from pipeline.plan import StagePlan
 from pipeline.windows import MicroBatch
 
-__all__ = ["Scores", "Stage", "TokenWindows"]
+__all__ = ["Objective", "Scores", "Stage", "TokenWindows"]
 
 # Logits of one chunk of scored positions take at most this many bytes (or one position's, if that is more).
 MAX_LOGITS_NBYTES = 64 * 2**20
+
+
+class Objective(Enum):
+    """What gradients are taken of, summed over scored positions: the loss, or the logit of the true next token."""
+
+    NLL = "nll"
+    TARGET_LOGIT = "target_logit"
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,13 @@ class Stage:
         self._head = model.head
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Token ids int64 [B, T] (first stage) or hidden states [B, T, H] to hidden states [B, T, H]."""
-        name = "input_ids" if self.plan.is_first else "inputs_embeds"
+        """Token ids int64 [B, T] (first stage), their embeddings or hidden states [B, T, H] to hidden states [B, T, H]."""
+        name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
         return self._decoder(**{name: inputs.to(self.device)}, use_cache=False).last_hidden_state
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids int64 [B, T] to embeddings [B, T, H], on the first stage; `forward` takes either."""
+        return self._decoder.get_input_embeddings()(input_ids.to(self.device))
 
     def score(
         self, hidden_states: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor
@@ -93,6 +105,35 @@ class Stage:
             losses.append(nn.functional.cross_entropy(logits, target, reduction="none").cpu())
             top1.append(_argmax(logits).to(torch.int32).cpu())
         return Scores(torch.cat(losses), torch.cat(top1))
+
+
+    def objective_gradient(
+        self,
+        hidden_states: torch.Tensor,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+        targets: torch.Tensor,
+        objective: Objective,
+    ) -> tuple[float, torch.Tensor]:
+        """Value of an objective, summed over the scored positions, and its gradient [B, T, H] at the stage's output.
+
+        Only the scored positions pass the head, in chunks, so that one chunk's logits are held at a time.
+        """
+        rows, columns, targets = rows.to(self.device), columns.to(self.device), targets.to(self.device)
+        selected = hidden_states.detach()[rows, columns]
+        value, gradients = 0.0, [selected[:0]]
+        for part, target in zip(selected.split(self._chunk), targets.split(self._chunk)):
+            part = part.detach().requires_grad_()
+            logits = self._head(part).float()
+            if objective is Objective.NLL:
+                total = nn.functional.cross_entropy(logits, target, reduction="sum")
+            else:
+                total = logits.gather(1, target[:, None]).sum()
+            gradients += torch.autograd.grad(total, part)
+            value += total.item()
+        gradient = torch.zeros_like(hidden_states)
+        gradient[rows, columns] = torch.cat(gradients)
+        return value, gradient
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.plan import default_plan, explicit_plan
-from pipeline.schedule import ActionKind, ScheduleError, dry_run, make_schedule
+from pipeline.schedule import Action, ActionKind, ScheduleError, dry_run, make_gradient_schedule, make_schedule
 
 
 def steps(actions):
@@ -71,3 +71,20 @@ def test_a_stage_out_of_order_is_caught():
     schedule[0].sort(key=lambda a: -a.stage_index)
     with pytest.raises(ScheduleError, match="rank 0 waits to receive for stage 2, micro-batch 0"):
         dry_run(schedule, receives_ahead=2)
+
+
+@pytest.mark.parametrize("num_nodes, wrap", [(1, True), (2, False), (4, True)])
+def test_gradient_schedule_is_one_total_order(num_nodes, wrap):
+    plan = default_plan(8, num_nodes, wrap=wrap)
+    ranks = make_gradient_schedule(plan, 3, world_size=num_nodes)
+    (whole,) = make_gradient_schedule(plan, 3, world_size=1)
+    stages = range(len(plan.stages))
+    expected = [
+        Action(kind, stage, m)
+        for m in range(3)
+        for kind, order in ((ActionKind.FORWARD, stages), (ActionKind.BACKWARD, reversed(stages)))
+        for stage in order
+    ]
+    assert whole == expected
+    for rank, actions in enumerate(ranks):
+        assert actions == [a for a in expected if plan.stages[a.stage_index].node == rank]
