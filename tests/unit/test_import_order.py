@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PLAIN = [
     "allocator", "world", "watchdog", "config", "plan", "schedule", "windows", "metrics", "record", "journal", "tracking",
-    "progress", "plots", "report",
+    "progress", "layer_analysis", "plots", "report",
 ]  # fmt: skip
 TORCH = ["staging", "gguf_conversion", "model_source", "dataset", "hf_model", "stage", "wire"]
 PROCESS_GROUP = [
