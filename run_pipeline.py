@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import FLAG_KEYS, ConfigError, RunConfig, find_config, load_config, parse_override
-from pipeline.watchdog import Watchdog
-from pipeline.world import World
+from pipeline.start import on_deployment
+
+if TYPE_CHECKING:
+    from pipeline.deployment import Deployment
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -83,52 +85,19 @@ def show_plan(config: RunConfig) -> int:
 
 
 def run(config: RunConfig, *, resume: bool) -> int:
-    try:
-        world = World.from_environment()
-    except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    watchdog = Watchdog(world, config.runtime.timeout_s)
-    try:
-        path = evaluate(config, world, watchdog, resume=resume)
-    except (Exception, KeyboardInterrupt) as e:
-        watchdog.abort(e)
+    def evaluate(deployment: Deployment) -> Path | None:
+        from pipeline.evaluation import Evaluation
+
+        # torchrun --max_restarts repeats the command as it was, and means to go on.
+        restarted = deployment.control.world.attempt > 0
+        return Evaluation(config, deployment).run(resume=resume or restarted)
+
+    path = on_deployment(config, Path(config.exp_dir), evaluate)
     if path is not None:
         from pipeline.report import print_summary
 
         print_summary([path])
     return 0
-
-
-def evaluate(config: RunConfig, world: World, watchdog: Watchdog, *, resume: bool) -> Path | None:
-    """Path of the record on rank 0, None elsewhere."""
-    # Torch's C++ stacks for a lost connection would bury the message that names the lost rank.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from pipeline.distributed import Control
-
-    # Joined before the imports of seconds: from here on, what goes wrong on one rank is known to all.
-    runtime = config.runtime
-    control = Control(
-        world,
-        timeout_s=runtime.timeout_s,
-        load_timeout_s=runtime.load_timeout_s,
-        interface=runtime.interface,
-        watchdog=watchdog,
-    )
-    from pipeline.allocator import keep_freed_memory, return_freed_memory
-    from pipeline.deployment import deploy
-    from pipeline.evaluation import Evaluation
-    from pipeline.record import check_writable
-
-    if world.rank == 0:
-        check_writable(Path(config.exp_dir))
-    return_freed_memory()
-    deployment = deploy(config, control)
-    keep_freed_memory()
-    # torchrun --max_restarts repeats the command as it was, and means to go on.
-    path = Evaluation(config, deployment).run(resume=resume or world.attempt > 0)
-    control.close()
-    return path
 
 
 if __name__ == "__main__":

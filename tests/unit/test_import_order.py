@@ -14,7 +14,7 @@ PLAIN = [
 ]  # fmt: skip
 TORCH = ["staging", "gguf_conversion", "model_source", "dataset", "hf_model", "stage", "wire"]
 PROCESS_GROUP = [
-    "mailbox", "link", "distributed", "compose", "plan_report", "runner", "deployment", "gradients", "evaluation",
+    "mailbox", "link", "distributed", "compose", "plan_report", "runner", "deployment", "start", "gradients", "evaluation",
 ]  # fmt: skip
 ORDER = PLAIN + TORCH + PROCESS_GROUP
 
