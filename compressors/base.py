@@ -26,7 +26,7 @@ import math
 import re
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -104,7 +104,8 @@ class Compressor(ABC):
         fixed_size: the payload's size follows from the shape and equals `max_nbytes(shape)`.
         needs: side inputs that `compress` takes as keywords, from `("importance", "token_ids")`. They exist
             at the sender only.
-    `causal` and `fixed_size` may be set per instance where they depend on options.
+        importance_metric: name of the metric that computes the importance, for a codec that needs it.
+    `causal`, `fixed_size`, `needs` and `importance_metric` may be set per instance where they depend on options.
     """
 
     name: ClassVar[str]
@@ -112,6 +113,7 @@ class Compressor(ABC):
     causal: bool = True
     fixed_size: bool = False
     needs: tuple[str, ...] = ()
+    importance_metric: str | None = None
     link: LinkInfo | None
 
     def __init__(self, *, link: LinkInfo | None = None) -> None:
@@ -147,23 +149,33 @@ class Compressor(ABC):
         """Canonical options, defaults included, JSON types only: `{"name": ..., "group_size": 64, ...}`."""
         config: dict[str, Any] = {"name": self.name}
         for option in option_names(type(self)):
-            value = getattr(self, option)
-            config[option] = value.config() if isinstance(value, Compressor) else value
+            config[option] = _map_codecs(getattr(self, option), lambda codec: codec.config())
         return config
 
     def format_config(self) -> dict[str, Any]:
         """`config()` with the format version of every codec inside: all that determines the bytes."""
         config = self.config() | {"format_version": self.format_version}
         for option in option_names(type(self)):
-            value = getattr(self, option)
-            if isinstance(value, Compressor):
-                config[option] = value.format_config()
+            if _holds_codecs(value := getattr(self, option)):
+                config[option] = _map_codecs(value, lambda codec: codec.format_config())
         return config
 
     def codec_id(self) -> int:
         """64-bit digest of `format_config()`; in every frame's header, so that both ends must agree."""
         canonical = json.dumps(self.format_config(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "little")
+
+
+def _holds_codecs(value: Any) -> bool:
+    """Whether an option is a codec or a list with codecs in it."""
+    return isinstance(value, Compressor) or (isinstance(value, list) and any(map(_holds_codecs, value)))
+
+
+def _map_codecs(value: Any, describe: Callable[[Compressor], dict[str, Any]]) -> Any:
+    """An option's value with every codec replaced by its description."""
+    if isinstance(value, Compressor):
+        return describe(value)
+    return [_map_codecs(item, describe) for item in value] if _holds_codecs(value) else value
 
 
 def option_names(cls: type[Compressor]) -> list[str]:

@@ -12,8 +12,9 @@ A spec is one of
     my_package.codecs:Sketch(rank=4)
         a plug-in class, importable on every rank
 
-Values of the short form are YAML scalars or lists. Codec modules are imported when first asked for, so that
-listing names costs nothing. This module knows nothing of links beyond passing `LinkInfo` on.
+Values of the short form are YAML scalars, codecs in short form, or lists of either. Codec modules are imported
+when first asked for, so that listing names costs nothing. This module knows nothing of links beyond passing
+`LinkInfo` on.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ _BUILTINS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "outlier": ("outlier", "Outlier", {}),
     "topk": ("topk", "TopK", {}),
     "zstd": ("zstd", "Zstd", {}),
+    "token_mixed": ("token_mixed", "TokenMixed", {}),
+    "token_graded": ("token_mixed", "TokenGraded", {}),
 }
 
 _SHORT_FORM = re.compile(r"\s*(?P<name>[\w.]+(?::\w+)?)\s*(?:\((?P<arguments>.*)\))?\s*", re.DOTALL)
@@ -98,10 +101,18 @@ def _parse_short_form(text: str) -> tuple[str, dict[str, Any]]:
         if key in options:
             raise ValueError(f"compressor {text!r}: option {key} is given twice")
         try:
-            options[key] = yaml.safe_load(value)
+            options[key] = _parse_value(value)
         except yaml.YAMLError as e:
             raise ValueError(f"compressor {text!r}: {key}={value.strip()!r} is not a YAML value") from e
     return match["name"], options
+
+
+def _parse_value(text: str) -> Any:
+    """A YAML scalar, or a list, whose items may be codecs in short form: YAML alone would cut at their commas."""
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        return [_parse_value(item) for item in _split_arguments(text[1:-1], text)]
+    return yaml.safe_load(text)
 
 
 def _split_arguments(arguments: str, text: str) -> list[str]:

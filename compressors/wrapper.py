@@ -29,7 +29,7 @@ class Wrapper(Compressor):
         super().__init__(link=link)
         self.inner = make_compressor(inner, inner_link)
         self.causal, self.fixed_size = self.inner.causal, self.inner.fixed_size
-        self.needs = self.inner.needs
+        self.needs, self.importance_metric = self.inner.needs, self.inner.importance_metric
         self._scratch = Scratch()
 
     def _join(

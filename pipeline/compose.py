@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ import torch.distributed as dist
 from compressors import Compressor, LinkInfo, make_compressor
 from pipeline.config import ConfigError, RunConfig
 from pipeline.distributed import choose_device
-from pipeline.hf_model import TORCH_DTYPES
+from pipeline.hf_model import TORCH_DTYPES, check_attention_readable
+from pipeline.importance import METRICS, Metric, MetricSetting
+from pipeline.importance_files import file_digest, read_head_relevance, read_token_importance
 from pipeline.link import FrameReceiver, FrameSender
 from pipeline.mailbox import FrameSpec, Loopback, PeerInbox, PeerOutbox, SizeRule
-from pipeline.plan import Plan, default_plan, explicit_plan
-from pipeline.windows import MicroBatch
+from pipeline.plan import Plan, StagePlan, default_plan, explicit_plan
+from pipeline.windows import MicroBatch, Window, make_windows
 from pipeline.world import World
 
 __all__ = [
@@ -32,12 +35,14 @@ __all__ = [
     "make_codecs",
     "make_gradient_links",
     "make_links",
+    "make_metrics",
     "make_plan",
+    "make_run_windows",
     "stage_devices",
 ]
 
 SEND_DEPTH = 2  # frames of a link that may be on their way while the next one is made
-SIDE_INPUTS = ("token_ids",)
+SIDE_INPUTS = ("importance", "token_ids")
 
 
 def make_plan(config: RunConfig, num_layers: int) -> Plan:
@@ -112,8 +117,84 @@ def make_codecs(
         missing = sorted(set(codec.needs) - set(SIDE_INPUTS))
         if missing:
             raise ConfigError(f"codec {codec.name} needs {', '.join(missing)}, which no stage computes")
+        if "importance" in codec.needs and codec.importance_metric not in METRICS:
+            raise ConfigError(
+                f"codec {codec.name} wants the importance metric {codec.importance_metric!r}; there are: {', '.join(METRICS)}"
+            )
         codecs.append(codec)
     return codecs
+
+
+def make_run_windows(config: RunConfig, ids: torch.Tensor, bos_id: int | None) -> list[Window]:
+    """The windows over the text's ids, int64 [num_tokens]."""
+    return make_windows(
+        ids.numel(),
+        config.dataset.max_length,
+        config.dataset.stride,
+        window_bos=config.dataset.bos == "window",
+        text_has_bos=bos_id is not None and ids[0].item() == bos_id,
+    )
+
+
+def make_metrics(
+    config: RunConfig,
+    plan: Plan,
+    codecs: Sequence[Compressor],
+    microbatches: Sequence[MicroBatch],
+    *,
+    model_config: Any,
+    checkpoint_digest: str,
+    ids_sha256: str,
+) -> dict[int, Metric]:
+    """What computes the importance for the codecs that need it, by link index.
+
+    Raises ConfigError or another ValueError for what this model, plan, text or kernel cannot give.
+    """
+    metrics = {}
+    for link, codec in zip(plan.links, codecs):
+        if "importance" not in codec.needs:
+            continue
+        cls, stage, section = METRICS[codec.importance_metric], plan.stages[link.index], config.importance
+        options: dict[str, Any] = {"seed": section.seed, "microbatches": microbatches, "first_layer": stage.start}
+        if "layers" in cls.setting_keys:
+            check_attention_readable(model_config, trust_remote_code=config.model.trust_remote_code)
+            options["layers"] = _layers_to_read(section.layers, stage, cls.name)
+        for key in {"head_weights", "oracle"}.intersection(cls.setting_keys):
+            if getattr(section, key) is None:
+                raise ConfigError(f"metric {cls.name} needs a file: set importance.{key}")
+            path = Path(getattr(section, key))
+            options["file_digest"] = file_digest(path)
+            if key == "head_weights":
+                options["head_relevance"] = read_head_relevance(
+                    path,
+                    checkpoint_fingerprint=checkpoint_digest,
+                    num_layers=plan.num_layers,
+                    num_heads=model_config.num_attention_heads,
+                )
+            else:
+                options["token_importance"] = read_token_importance(
+                    path,
+                    link.name,
+                    checkpoint_fingerprint=checkpoint_digest,
+                    ids_sha256=ids_sha256,
+                    max_length=config.dataset.max_length,
+                    stride=config.dataset.stride,
+                    bos=config.dataset.bos,
+                )
+        metrics[link.index] = cls(MetricSetting(**options))
+    return metrics
+
+
+def _layers_to_read(setting: str | Sequence[int], stage: StagePlan, metric: str) -> list[int]:
+    """Of the sending stage's layers, those that `importance.layers` asks for."""
+    own = range(stage.start, stage.end)
+    chosen = list(own[-1:] if setting == "last" else own if setting == "all" else sorted(set(setting) & set(own)))
+    if not chosen:
+        holds = f"layers {stage.start} to {stage.end - 1}" if own else "no layers"
+        raise ConfigError(
+            f"metric {metric} reads attention, but stage {stage.stage_index} holds {holds}, and importance.layers is {setting!r}"
+        )
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,16 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportanceConfig:
+    """What importance metrics take beside their codec's options; which metric runs is the codec's choice."""
+
+    layers: str | Sequence[int] = "last"  # last or all of the sending stage, or indices in the model
+    seed: int = _key(0, minimum=0)
+    head_weights: str | None = None
+    oracle: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """How the run is carried out; nothing here changes a number or a payload byte."""
 
@@ -131,6 +141,7 @@ class RunConfig:
     dataset: DatasetConfig = DatasetConfig()
     compressor: str | Mapping[str, Any] = "none"
     compressor_per_link: Mapping[str, Any] = _key(default_factory=dict)
+    importance: ImportanceConfig = ImportanceConfig()
     batch_size: int = _key(1, minimum=1)
     exp_dir: str = "results"
     runtime: RuntimeConfig = RuntimeConfig()
@@ -158,6 +169,8 @@ class RunConfig:
             "dataset.stride": self.dataset.stride,
             "dataset.first_k_tokens": self.dataset.first_k_tokens,
             "batch_size": self.batch_size,
+            "importance.layers": _plain(self.importance.layers),
+            "importance.seed": self.importance.seed,
             "compressor": _plain(self.compressor),
             "compressor_per_link": _plain(self.compressor_per_link),
         }
@@ -327,6 +340,11 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError("dataset.name is text, which needs dataset.path")
     if dataset.first_k_tokens == 1:
         raise ConfigError("dataset.first_k_tokens is 1: at least 2 tokens are needed to score one (0 means all)")
+    layers = config.importance.layers
+    if layers not in ("last", "all") and (
+        isinstance(layers, str) or not layers or not all(type(n) is int and n >= 0 for n in layers)
+    ):
+        raise ConfigError(f"importance.layers must be last, all or a list of layer numbers, got {layers!r}")
     longest_stride = dataset.max_length - (1 if dataset.bos == "window" else 0)
     if dataset.stride > longest_stride:
         raise ConfigError(

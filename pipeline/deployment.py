@@ -20,7 +20,9 @@ from pipeline.compose import (
     check_world_size,
     choose_threads,
     make_codecs,
+    make_metrics,
     make_plan,
+    make_run_windows,
     rank_of,
     stage_devices,
 )
@@ -31,6 +33,7 @@ from pipeline.hf_model import TORCH_DTYPES, load_model_config, load_stage
 from pipeline.model_source import checkpoint_fingerprint, resolve_model
 from pipeline.plan import Plan
 from pipeline.stage import Stage
+from pipeline.windows import make_microbatches
 
 __all__ = ["Deployment", "TokenizedText", "deploy"]
 
@@ -90,7 +93,17 @@ def deploy(config: RunConfig, control: Control) -> Deployment:
     control.report("tokenising")
     text = _tokenize_once(config, control, model_dir)
     check_model_limits(config, model_config, text.bos_id)
-    make_codecs(config, plan, hidden_size=model_config.hidden_size, max_tokens=config.dataset.max_length)
+    codecs = make_codecs(config, plan, hidden_size=model_config.hidden_size, max_tokens=config.dataset.max_length)
+    metrics = make_metrics(
+        config,
+        plan,
+        codecs,
+        make_microbatches(make_run_windows(config, text.ids, text.bos_id), config.batch_size),
+        model_config=model_config,
+        checkpoint_digest=checkpoint_digest,
+        ids_sha256=text.ids_sha256,
+    )
+    control.agree("importance", {plan.links[index].name: metric.describe() for index, metric in metrics.items()})
     backend, groups = _open_groups(config, control, plan, devices)
     control.report("loading weights")
     stages: dict[int, Stage] = {}

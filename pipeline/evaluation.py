@@ -16,7 +16,7 @@ import torch
 
 from compressors import Compressor
 from pipeline import metrics
-from pipeline.compose import LinkEnds, make_codecs, make_links
+from pipeline.compose import LinkEnds, make_codecs, make_links, make_metrics, make_run_windows
 from pipeline.config import RunConfig
 from pipeline.deployment import Deployment
 from pipeline.hf_model import TORCH_DTYPES
@@ -27,7 +27,7 @@ from pipeline.runner import Runner
 from pipeline.schedule import dry_run, make_schedule
 from pipeline.stage import Scores, TokenWindows
 from pipeline.tracking import Tracker
-from pipeline.windows import make_microbatches, make_windows
+from pipeline.windows import make_microbatches
 from pipeline.wire import header_nbytes
 
 __all__ = ["Evaluation"]
@@ -48,22 +48,26 @@ class Evaluation:
         self.config, self.deployment = config, deployment
         self.plan, self.control = deployment.plan, deployment.control
         self.hidden_size = deployment.model_config.hidden_size
-        text, dataset = deployment.text, config.dataset
-        self.windows = make_windows(
-            text.ids.numel(),
-            dataset.max_length,
-            dataset.stride,
-            window_bos=dataset.bos == "window",
-            text_has_bos=text.bos_id is not None and text.ids[0].item() == text.bos_id,
-        )
+        text = deployment.text
+        self.windows = make_run_windows(config, text.ids, text.bos_id)
         self.microbatches = make_microbatches(self.windows, config.batch_size)
         self.encoders, self.decoders = self._make_codecs(), self._make_codecs()
+        self.metrics = make_metrics(
+            config,
+            self.plan,
+            self.encoders,
+            self.microbatches,
+            model_config=deployment.model_config,
+            checkpoint_digest=deployment.checkpoint_digest,
+            ids_sha256=text.ids_sha256,
+        )
         self.in_flight = config.runtime.in_flight or self.plan.num_nodes + 2
         self.digest = digest_of(
             {
                 **config.numerics(),
                 "compressor": [codec.format_config() for codec in self.encoders],
                 "compressor_per_link": None,
+                "importance": {str(index): metric.describe() for index, metric in self.metrics.items()},
                 "checkpoint": deployment.checkpoint_digest,
                 "ids": text.ids_sha256,
                 "bos_id": text.bos_id,
@@ -129,6 +133,7 @@ class Evaluation:
             tokens=TokenWindows(text.ids, self.microbatches, text.bos_id),
             encoders=dict(enumerate(self.encoders)),
             decoders=dict(enumerate(self.decoders)),
+            metrics=self.metrics,
             senders=links.senders,
             receivers=links.receivers,
             dtype=dtype,
@@ -150,7 +155,8 @@ class Evaluation:
             device = self.deployment.devices.get(index, self.deployment.devices.get(index + 1))
             if device is not None:
                 encoder = self.encoders[index]
-                side = {"token_ids": torch.zeros(shape[:2], dtype=torch.int64)} if "token_ids" in encoder.needs else {}
+                side = {"importance": torch.zeros(shape[:2], device=device), "token_ids": torch.zeros(shape[:2]).long()}
+                side = {name: side[name] for name in encoder.needs}
                 payload = encoder.compress(torch.ones(shape, dtype=dtype, device=device), **side)
                 self.decoders[index].decompress(payload, device, dtype)
         return time.perf_counter() - start_s
@@ -282,6 +288,7 @@ class _Head:
             "causal": all(codec.causal for codec in evaluation.encoders) and not config.model.load_in_8bit,
             "notes": self._notes(),
             "codecs": {link.name: codec.config() for link, codec in zip(plan.links, evaluation.encoders)},
+            "importance": {plan.links[i].name: metric.describe() for i, metric in evaluation.metrics.items()},
             "plan": [
                 {"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in plan.stages
             ],

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from pipeline.attention import make_readable
 from pipeline.model_source import weight_files
 from pipeline.plan import StagePlan
 
@@ -28,6 +29,7 @@ __all__ = [
     "TORCH_DTYPES",
     "ModelError",
     "StageModel",
+    "check_attention_readable",
     "embedding_bytes",
     "load_model_config",
     "load_stage",
@@ -192,6 +194,14 @@ def load_stage(
         head=head,
         embedding=getattr(model.base_model, layout.embedding) if stage.is_first else None,
     )
+
+
+def check_attention_readable(config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:
+    """Raise AttentionError unless `attention` can read the layers' weights. Loads nothing."""
+    first_layer = StagePlan(stage_index=0, node=0, start=0, end=min(1, config.num_hidden_layers), is_first=True, is_last=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_stage_config(config, first_layer), trust_remote_code=trust_remote_code)
+    make_readable(model.base_model)
 
 
 def stage_parameter_bytes(

@@ -19,6 +19,8 @@ from typing import Protocol
 import torch
 
 from compressors.base import Compressor, Payload
+from pipeline.attention import Attention, AttentionReader
+from pipeline.importance import AttentionMetric, Metric
 from pipeline.link import FrameReceiver, FrameSender
 from pipeline.mailbox import LinkError
 from pipeline.record import RecordError
@@ -51,38 +53,44 @@ class StageTimes:
     """Seconds that one stage spent, by phase.
 
     `wait` is for frames, their framing and checksums included, by the host's clock. On a GPU the other phases are read
-    from events of its stream.
+    from events of its stream. `importance` is what side inputs take, apart from `compute` although it interrupts that.
     """
 
     compute_s: float = 0.0
+    importance_s: float = 0.0
     compress_s: float = 0.0
     decompress_s: float = 0.0
     wait_s: float = 0.0
-    _events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
+    _events: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
 
     @contextmanager
-    def measure(self, phase: str, device: torch.device) -> Iterator[None]:
-        """Add the enclosed work to `phase` ("compute", ...). GPU events are read later, by `as_dict`."""
+    def measure(self, phase: str, device: torch.device, *, within: str | None = None) -> Iterator[None]:
+        """Add the enclosed work to `phase` ("compute", ...), and not to the phase `within` which it happens.
+
+        GPU events are read later, by `as_dict`.
+        """
         if device.type == "cuda" and phase != "wait":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record(torch.cuda.current_stream(device))
             yield
             end.record(torch.cuda.current_stream(device))
-            self._events.append((f"{phase}_s", start, end))
+            self._events.append((phase, within, start, end))
         else:
             start_s = time.perf_counter()
             yield
-            self._add(f"{phase}_s", time.perf_counter() - start_s)
+            self._add(phase, within, time.perf_counter() - start_s)
 
     def as_dict(self) -> dict[str, float]:
-        for name, start, end in self._events:
+        for phase, within, start, end in self._events:
             end.synchronize()
-            self._add(name, start.elapsed_time(end) / 1e3)
+            self._add(phase, within, start.elapsed_time(end) / 1e3)
         self._events.clear()
-        return {name: getattr(self, name) for name in ("compute_s", "compress_s", "decompress_s", "wait_s")}
+        return {name: getattr(self, name) for name in ("compute_s", "importance_s", "compress_s", "decompress_s", "wait_s")}
 
-    def _add(self, name: str, seconds: float) -> None:
-        setattr(self, name, getattr(self, name) + seconds)
+    def _add(self, phase: str, within: str | None, seconds: float) -> None:
+        setattr(self, f"{phase}_s", getattr(self, f"{phase}_s") + seconds)
+        if within is not None:
+            self._add(within, None, -seconds)
 
 
 def execute(
@@ -150,6 +158,7 @@ class Runner:
         actions: what to do, in order (`schedule.make_schedule`).
         tokens: ids of all micro-batches; every rank has them.
         encoders, decoders: the codec objects of this rank's link ends, by link index.
+        metrics: what computes the importance for encoders that need it, by link index.
         senders, receivers: the link ends of this rank, by link index.
         dtype: of the hidden states.
         on_start: told on node 0 that a micro-batch enters the pipeline.
@@ -165,6 +174,7 @@ class Runner:
         tokens: TokenWindows,
         encoders: Mapping[int, Compressor],
         decoders: Mapping[int, Compressor],
+        metrics: Mapping[int, Metric],
         senders: Mapping[int, FrameSender],
         receivers: Mapping[int, FrameReceiver],
         dtype: torch.dtype,
@@ -174,7 +184,7 @@ class Runner:
     ) -> None:
         self.times = {index: StageTimes() for index in stages}
         self._stages, self._actions, self._tokens = stages, actions, tokens
-        self._encoders, self._decoders = encoders, decoders
+        self._encoders, self._decoders, self._metrics = encoders, decoders, metrics
         self._senders, self._receivers = senders, receivers
         self._dtype, self._report = dtype, report
         self._on_start, self._on_result = on_start, on_result
@@ -203,7 +213,7 @@ class Runner:
         else:
             inputs, trail = self._receive_hidden(action)
         with times.measure("compute", stage.device):
-            output = stage.forward(inputs)
+            output = stage.forward(inputs, self._attention_reader(index))
         if not stage.plan.is_last:
             self._send_hidden(action, output, trail)
             return
@@ -215,6 +225,18 @@ class Runner:
                 self._senders[index].send(microbatch_index, _scores_to_payload(scores), trail)
         else:
             self._on_result(microbatch_index, scores, trail)
+
+    def _attention_reader(self, index: int) -> AttentionReader | None:
+        """What takes in the attention of a stage, where the link behind it has a metric that reads it."""
+        metric, times, device = self._metrics.get(index), self.times[index], self._stages[index].device
+        if not isinstance(metric, AttentionMetric):
+            return None
+
+        def read(stage_layer: int, attention: Attention) -> None:
+            with times.measure("importance", device, within="compute"):
+                metric.read(stage_layer, attention)
+
+        return read
 
     def _receive_hidden(self, action: Action) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Hidden states [B, T, H] of the link before the action's stage, and all payload bytes up to here."""
@@ -237,7 +259,12 @@ class Runner:
     def _send_hidden(self, action: Action, hidden_states: torch.Tensor, trail: tuple[int, ...]) -> None:
         index, microbatch_index = action.stage_index, action.microbatch_index
         codec, stage, times = self._encoders[index], self._stages[index], self.times[index]
-        side = {"token_ids": self._tokens.input_ids(microbatch_index)} if "token_ids" in codec.needs else {}
+        side = {}
+        with times.measure("importance", stage.device):
+            if "token_ids" in codec.needs:
+                side["token_ids"] = self._tokens.input_ids(microbatch_index)
+            if index in self._metrics:
+                side["importance"] = self._metrics[index].importance(hidden_states, microbatch_index)
         with times.measure("compress", stage.device):
             payload = codec.compress(hidden_states, **side)
         if stage.device.type == "cuda":

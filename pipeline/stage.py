@@ -13,6 +13,7 @@ from enum import Enum
 import torch
 from torch import nn
 
+from pipeline.attention import AttentionReader, make_readable
 from pipeline.hf_model import StageModel
 from pipeline.plan import StagePlan
 from pipeline.windows import MicroBatch
@@ -81,10 +82,16 @@ class Stage:
         self._decoder: nn.Module = model.decoder
         self._head = model.head
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Token ids int64 [B, T] (first stage), their embeddings or hidden states [B, T, H] to hidden states [B, T, H]."""
-        name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
-        return self._decoder(**{name: inputs.to(self.device)}, use_cache=False).last_hidden_state
+    def forward(self, inputs: torch.Tensor, attention_reader: AttentionReader | None = None) -> torch.Tensor:
+        """Token ids int64 [B, T] (first stage), their embeddings or hidden states [B, T, H] to hidden states [B, T, H].
+
+        `attention_reader` is shown the attention of every layer, which changes nothing in the result.
+        """
+        arguments = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs.to(self.device)}
+        if attention_reader is not None:
+            make_readable(self._decoder)
+            arguments["attention_reader"] = attention_reader
+        return self._decoder(**arguments, use_cache=False).last_hidden_state
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token ids int64 [B, T] to embeddings [B, T, H], on the first stage; `forward` takes either."""

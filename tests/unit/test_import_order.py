@@ -12,7 +12,7 @@ PLAIN = [
     "allocator", "world", "watchdog", "config", "plan", "schedule", "windows", "metrics", "record", "journal", "tracking",
     "progress", "layer_analysis", "plots", "report",
 ]  # fmt: skip
-TORCH = ["staging", "gguf_conversion", "model_source", "dataset", "hf_model", "stage", "relevance", "wire"]
+TORCH = ["staging", "gguf_conversion", "model_source", "dataset", "attention", "hf_model", "stage", "importance", "importance_files", "relevance", "wire"]
 PROCESS_GROUP = [
     "mailbox", "link", "distributed", "compose", "plan_report", "runner", "deployment", "start", "gradients", "evaluation",
 ]  # fmt: skip
