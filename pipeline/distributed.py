@@ -169,6 +169,12 @@ class Control:
         dist.broadcast(buffer, src=0)
         return buffer.to(torch.int64)
 
+    def sum_over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's `x`, of one shape and dtype on the CPU, on every rank; `x` itself is overwritten."""
+        if self.world.world_size > 1:
+            dist.all_reduce(x)
+        return x
+
     def close(self) -> None:
         """End a successful run: wait for the others, then take down watch and group."""
         if self.world.world_size == 1:

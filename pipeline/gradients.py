@@ -7,11 +7,13 @@ Nothing is trained: weights need no gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
 from compressors.base import Payload
+from pipeline.attention import AttentionReader
 from pipeline.compose import make_gradient_links
 from pipeline.deployment import Deployment
 from pipeline.link import FrameReceiver, FrameSender
@@ -33,9 +35,10 @@ class GradientPass:
     Args:
         deployment: the loaded stages; every rank makes a pass alike.
         microbatches: of the deployment's text.
-        objective: what is differentiated, summed over scored positions.
+        objective: what is differentiated, summed over scored positions; None: forward only, for the readers' sake.
         on_gradient: takes hidden states and gradients at this rank's outgoing links.
-        on_finished: told on node 0 that a micro-batch is done, by its index.
+        on_finished: told on node 0 that a micro-batch is done (forward only: has entered), by its index.
+        attention_readers: of stages, by stage index, as `Stage.forward` takes them.
     """
 
     def __init__(
@@ -44,14 +47,16 @@ class GradientPass:
         microbatches: Sequence[MicroBatch],
         *,
         dtype: torch.dtype,
-        objective: Objective = Objective.NLL,
-        on_gradient: OnGradient,
+        objective: Objective | None = Objective.NLL,
+        on_gradient: OnGradient = lambda *_: None,
         on_finished: Callable[[int], None] = lambda microbatch_index: None,
+        attention_readers: Mapping[int, AttentionReader] = MappingProxyType({}),
     ) -> None:
         text, plan = deployment.text, deployment.plan
         self._deployment, self._microbatches = deployment, microbatches
         self._dtype, self._objective = dtype, objective
         self._on_gradient, self._on_finished = on_gradient, on_finished
+        self._attention_readers = attention_readers
         self._tokens = TokenWindows(text.ids, microbatches, text.bos_id)
         self._num_links = len(plan.links)
         self._links = make_gradient_links(
@@ -66,7 +71,7 @@ class GradientPass:
         self._value = 0.0
 
     def run(self) -> float:
-        """The whole pass; returns the objective's sum, on every rank. Raises as `runner.execute`."""
+        """The whole pass; returns the objective's sum (0 without one), on every rank. Raises as `runner.execute`."""
         control = self._deployment.control
         schedule = make_gradient_schedule(
             self._deployment.plan, len(self._microbatches), world_size=control.world.world_size
@@ -77,9 +82,12 @@ class GradientPass:
             else (ActionKind.BACKWARD, index - self._num_links + 1): sender
             for index, sender in self._links.senders.items()
         }
-        with torch.enable_grad():
+        actions = schedule[control.world.rank]
+        if self._objective is None:
+            actions = [action for action in actions if action.kind is ActionKind.FORWARD]
+        with torch.set_grad_enabled(self._objective is not None):
             execute(
-                schedule[control.world.rank],
+                actions,
                 lambda action: self._forward(action) if action.kind is ActionKind.FORWARD else self._backward(action),
                 senders=senders,
                 receivers=self._links.receivers.values(),
@@ -94,9 +102,11 @@ class GradientPass:
             x = stage.embed(self._tokens.input_ids(m)).detach()
         else:
             x = self._receive(self._links.receivers[index - 1], action).to(stage.device)
-        x.requires_grad_()
-        output = stage.forward(x)
-        self._graphs[index] = x, output
+        output = stage.forward(x.requires_grad_(), self._attention_readers.get(index))
+        if self._objective is not None:
+            self._graphs[index] = x, output
+        elif stage.plan.is_first:
+            self._on_finished(m)
         if not stage.plan.is_last:
             self._send(self._links.senders[index], action, output.detach())
 

@@ -1,4 +1,4 @@
-"""How alike are layers in which tokens they find important? Statistics and a figure; plain NumPy and SciPy.
+"""How alike are layers in which tokens they find important? Statistics, with NumPy and SciPy alone.
 
 Takes the importance of tokens by layer, as `analyse.py` collects it, and compares every pair of layers, window by
 window, in five ways; each result is the mean over windows:
@@ -14,24 +14,14 @@ window, in five ways; each result is the mean over windows:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
-__all__ = ["MEASURES", "compare_layers", "early_and_late", "plot_layers"]
+__all__ = ["MEASURES", "compare_layers", "early_and_late"]
 
 MEASURES = ("spearman", "kendall", "top_k_overlap", "jensen_shannon", "wasserstein")
-_TITLES = {
-    "spearman": "Spearman correlation",
-    "kendall": "Kendall's tau",
-    "top_k_overlap": "overlap of the top {top:.0%}",
-    "jensen_shannon": "Jensen-Shannon distance",
-    "wasserstein": "Wasserstein distance (share of the window)",
-}
-_CORRELATIONS = ("spearman", "kendall")
 
 
 def compare_layers(windows: Sequence[np.ndarray], top_fraction: float) -> dict[str, np.ndarray]:
@@ -99,35 +89,3 @@ def early_and_late(matrices: Mapping[str, np.ndarray]) -> dict[str, dict[str, fl
             "neighbours": float(np.diagonal(matrix, 1).mean()) if len(matrix) > 1 else float("nan"),
         }
     return summary
-
-
-def plot_layers(analysis: Mapping[str, Any], metric: str, path: Path) -> None:
-    """One heatmap per measure, and each layer's likeness to the last one, as PNG.
-
-    `analysis` is the JSON that `analyse.py layers` writes.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    measures = {name: np.array(matrix, dtype=float) for name, matrix in analysis["metrics"][metric]["pairs"].items()}
-    figure = Figure(figsize=(13.5, 8.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3).ravel()
-    for axis, (name, matrix) in zip(axes, measures.items()):
-        limits = {"vmin": -1, "vmax": 1, "cmap": "RdBu"} if name in _CORRELATIONS else {"vmin": 0, "cmap": "viridis"}
-        if name in ("top_k_overlap", "jensen_shannon"):
-            limits["vmax"] = 1
-        image = axis.imshow(matrix, origin="lower", **limits)
-        figure.colorbar(image, ax=axis, shrink=0.85)
-        axis.set(title=_TITLES[name].format(top=analysis["top_fraction"]), xlabel="layer", ylabel="layer")
-    last = axes[-1]
-    for name in ("spearman", "kendall", "top_k_overlap"):
-        last.plot(measures[name][:-1, -1], marker=".", label=_TITLES[name].format(top=analysis["top_fraction"]))
-    last.set(title="each layer against the last one", xlabel="layer", ylim=(min(-0.05, last.get_ylim()[0]), 1.02))
-    last.grid(alpha=0.3)
-    last.legend()
-    figure.suptitle(
-        f"Which tokens are important? Layers of {analysis['model']['label']} compared "
-        f"(metric: {metric}, {analysis['num_windows']} windows of up to {analysis['protocol']['max_length']} tokens)"
-    )
-    figure.savefig(path, dpi=110)

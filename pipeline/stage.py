@@ -79,7 +79,7 @@ class Stage:
         self.plan = plan
         self._chunk = max(1, MAX_LOGITS_NBYTES // (4 * vocab_size))
         self.device = device
-        self._decoder: nn.Module = model.decoder
+        self.decoder: nn.Module = model.decoder
         self._head = model.head
 
     def forward(self, inputs: torch.Tensor, attention_reader: AttentionReader | None = None) -> torch.Tensor:
@@ -89,13 +89,13 @@ class Stage:
         """
         arguments = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs.to(self.device)}
         if attention_reader is not None:
-            make_readable(self._decoder)
+            make_readable(self.decoder)
             arguments["attention_reader"] = attention_reader
-        return self._decoder(**arguments, use_cache=False).last_hidden_state
+        return self.decoder(**arguments, use_cache=False).last_hidden_state
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token ids int64 [B, T] to embeddings [B, T, H], on the first stage; `forward` takes either."""
-        return self._decoder.get_input_embeddings()(input_ids.to(self.device))
+        return self.decoder.get_input_embeddings()(input_ids.to(self.device))
 
     def score(
         self, hidden_states: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor
