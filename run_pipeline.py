@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import FLAG_KEYS, ConfigError, RunConfig, find_config, load_config, parse_override
+from pipeline.points import Sweep, find_sweep, load_sweep
 from pipeline.start import on_deployment
 
 if TYPE_CHECKING:
     from pipeline.deployment import Deployment
+    from pipeline.sweep import SweepResult
+
+EXIT_POINTS_FAILED = 3
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -29,6 +33,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--plan", action="store_true", help="print stages, links, bytes and memory; load nothing")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from its journal")
+    parser.add_argument(
+        "--sweep", metavar="YAML", help="run every point of a sweep, a path or a name in configs/sweeps/"
+    )
     original = parser.add_argument_group("flags of the original benchmark")
     flags = {
         "model_name": {"metavar": "ID|DIR|FILE"},
@@ -51,9 +58,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_config(arguments: argparse.Namespace) -> RunConfig:
-    """YAML, then flags, then --set."""
-    overrides = [
+def read_config(arguments: argparse.Namespace, sweep: Sweep | None) -> RunConfig:
+    """YAML, then the sweep's base, then flags, then --set."""
+    overrides = [("measure_error", True), *sweep.base] if sweep else []
+    overrides += [
         (key, getattr(arguments, flag)) for flag, key in FLAG_KEYS.items() if getattr(arguments, flag) is not None
     ]
     overrides += [parse_override(text) for text in arguments.overrides]
@@ -64,12 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        config = read_config(arguments)
+        sweep = load_sweep(find_sweep(arguments.sweep)) if arguments.sweep else None
+        config = read_config(arguments, sweep)
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     if arguments.plan:
         return show_plan(config)
+    if sweep:
+        return run_sweep(sweep, config)
     return run(config, resume=arguments.resume)
 
 
@@ -98,6 +109,24 @@ def run(config: RunConfig, *, resume: bool) -> int:
 
         print_summary([path])
     return 0
+
+
+def run_sweep(sweep: Sweep, config: RunConfig) -> int:
+    """Returns 3 when points have failed, on every rank."""
+
+    def run_points(deployment: Deployment) -> SweepResult:
+        from pipeline.sweep import run_points
+
+        return run_points(sweep, config, deployment)
+
+    result = on_deployment(sweep.deployed(config), Path(config.exp_dir), run_points)
+    if result.paths:
+        from pipeline.report import print_summary
+
+        print_summary(result.paths)
+    for label, error in result.failures:
+        print(f"failed: {label}: {error}", file=sys.stderr)
+    return EXIT_POINTS_FAILED if result.num_failed else 0
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ __all__ = [
     "LinkEnds",
     "check_model_limits",
     "choose_threads",
+    "frame_specs",
     "make_codecs",
     "make_gradient_links",
     "make_links",
@@ -208,22 +209,19 @@ class LinkEnds:
 def make_links(
     plan: Plan,
     codecs: Sequence[Compressor],
-    microbatches: Sequence[MicroBatch],
+    specs: Sequence[FrameSpec],
     world: World,
     *,
-    hidden_size: int,
-    dtype: torch.dtype,
     devices: Mapping[int, torch.device],
     backend: str,
     receives_ahead: int,
     first_microbatch: int,
     groups: Mapping[int, dist.ProcessGroup],
 ) -> LinkEnds:
-    """Open this rank's link ends and post their receives.
+    """Open this rank's link ends, of which `specs` come from `frame_specs`, and post their receives.
 
     `groups` has one NCCL group per link where the backend is nccl. Losses always travel over Gloo.
     """
-    specs = _frame_specs(plan, codecs, microbatches, hidden_size, dtype)
     hops = {}
     for link, codec in zip(plan.links, codecs):
         if backend != "nccl":
@@ -296,24 +294,28 @@ def _open(hops: Mapping[int, _Hop], world: World, *, receives_ahead: int, first_
         src, dst, spec = rank_of(hop.src_node, world), rank_of(hop.dst_node, world), hop.spec
         if src == dst == world.rank:
             loopback = Loopback(spec)
-            senders[index], receivers[index] = FrameSender(spec, loopback), FrameReceiver(spec, loopback)
+            senders[index] = FrameSender(spec, loopback, first_microbatch=first_microbatch)
+            receivers[index] = FrameReceiver(spec, loopback, first_microbatch=first_microbatch)
             continue
         common: dict[str, Any] = {"tag": index, "group": hop.group, "size_rule": hop.size_rule}
         on_gpu = hop.group is not None
         if src == world.rank:
             place = _buffer_place(hop.src_device, on_gpu)
-            senders[index] = FrameSender(spec, PeerOutbox(spec, peer=dst, depth=SEND_DEPTH, **common, **place))
+            outbox = PeerOutbox(spec, peer=dst, depth=SEND_DEPTH, **common, **place)
+            senders[index] = FrameSender(
+                spec, outbox, first_microbatch=first_microbatch, receives_ahead=receives_ahead
+            )
         if dst == world.rank:
             place = _buffer_place(hop.dst_device, on_gpu)
             inbox = PeerInbox(
                 spec, peer=src, depth=receives_ahead, first_microbatch=first_microbatch, **common, **place
             )
-            receivers[index] = FrameReceiver(spec, inbox)
+            receivers[index] = FrameReceiver(spec, inbox, first_microbatch=first_microbatch)
     return LinkEnds(senders, receivers)
 
 
-def _frame_specs(
-    plan: Plan, codecs: Sequence[Compressor], microbatches: Sequence[MicroBatch], hidden_size: int, dtype: torch.dtype
+def frame_specs(
+    plan: Plan, codecs: Sequence[Compressor], microbatches: Sequence[MicroBatch], *, hidden_size: int, dtype: torch.dtype
 ) -> list[FrameSpec]:
     """What both ends know of each link's frames; the last spec is that of the losses."""
     shapes = [(*m.shape, hidden_size) for m in microbatches]

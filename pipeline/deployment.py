@@ -6,6 +6,7 @@ and only then weights.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import logging
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from pipeline.distributed import Control, link_backend
 from pipeline.hf_model import TORCH_DTYPES, load_model_config, load_stage
 from pipeline.model_source import checkpoint_fingerprint, resolve_model
 from pipeline.plan import Plan
+from pipeline.probes import time_one_token
 from pipeline.stage import Stage
 from pipeline.windows import make_microbatches
 
@@ -50,10 +52,21 @@ class TokenizedText:
     text_sha256: str
     ids_sha256: str
 
+    def cut(self, first_k_tokens: int) -> TokenizedText:
+        """The first k tokens (0: all) as a text of their own."""
+        ids = self.ids[: first_k_tokens or None]
+        if ids.numel() == self.ids.numel():
+            return self
+        return dataclasses.replace(self, ids=ids, ids_sha256=ids_digest(ids.numpy()))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """What outlives one evaluation. `groups` has an NCCL group per link where the links use NCCL."""
+    """What outlives one evaluation.
+
+    `groups` has an NCCL group per link where the links use NCCL, `one_token_compute_s` the seconds that each stage of
+    this rank takes for a single token.
+    """
 
     control: Control
     plan: Plan
@@ -65,6 +78,7 @@ class Deployment:
     backend: str
     groups: dict[int, dist.ProcessGroup]
     threads: int
+    one_token_compute_s: dict[int, float]
 
 
 def deploy(config: RunConfig, control: Control) -> Deployment:
@@ -123,6 +137,13 @@ def deploy(config: RunConfig, control: Control) -> Deployment:
         embedding = stage_model.embedding if stage_model.embedding is not None else embedding
         stages[index] = Stage(plan.stages[index], stage_model, device, model_config.vocab_size)
     control.barrier()
+    control.report("timing a token")
+    one_token_compute_s = control.in_turn(
+        lambda: {
+            index: time_one_token(stage, model_config.hidden_size, TORCH_DTYPES[model.dtype])
+            for index, stage in stages.items()
+        }
+    )
     return Deployment(
         control=control,
         plan=plan,
@@ -134,6 +155,7 @@ def deploy(config: RunConfig, control: Control) -> Deployment:
         backend=backend,
         groups=groups,
         threads=threads,
+        one_token_compute_s=one_token_compute_s,
     )
 
 

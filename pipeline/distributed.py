@@ -14,8 +14,8 @@ import datetime
 import json
 import os
 import socket
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,8 @@ from pipeline.watchdog import Watchdog
 from pipeline.world import World
 
 __all__ = ["AgreementError", "Control", "World", "choose_device", "link_backend"]
+
+T = TypeVar("T")
 
 _MAX_TOKENS = 2**30
 _LEAVING_TIME = datetime.timedelta(seconds=5)
@@ -96,6 +98,7 @@ class Control:
         self.watchdog = watchdog or Watchdog(world, timeout_s)
         self._load_timeout = datetime.timedelta(seconds=load_timeout_s)
         self._rounds = 0
+        self._posted: dict[str, Any] = {}  # with one process
         if world.world_size == 1:
             return
         _set_interface(interface, world)
@@ -144,9 +147,41 @@ class Control:
         self.watchdog.waiting = False
         return values
 
+    def post(self, key: str, value: Any) -> None:
+        """Leave a JSON value for a rank that will `take` it; does not wait. Keys are valid until the next `gather`."""
+        if self.world.world_size == 1:
+            self._posted[key] = value
+            return
+        try:
+            self._store.set(f"post/{self._rounds}/{key}", json.dumps(value))
+        except RuntimeError as e:
+            raise LinkError(f"the rendezvous store has ended: {_first_line(e)}") from e
+
+    def take(self, keys: Sequence[str]) -> list[Any]:
+        """The values that ranks have posted, once they have."""
+        if self.world.world_size == 1:
+            return [self._posted.pop(key) for key in keys]
+        stored = [f"post/{self._rounds}/{key}" for key in keys]
+        try:
+            self._store.wait(stored, self._load_timeout)
+            values = [json.loads(text) for text in self._store.multi_get(stored)]
+            for key in stored:
+                self._store.delete_key(key)
+        except RuntimeError as e:
+            raise LinkError(f"waiting for what other ranks post: {_first_line(e)}") from e
+        return values
+
     def barrier(self) -> None:
         """Wait for all ranks, up to the load timeout."""
         self.gather(None)
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Do something on one rank after the other, so that ranks on one machine do not slow each other down."""
+        for rank in range(self.world.world_size):
+            if rank == self.world.rank:
+                result = work()
+            self.barrier()
+        return result
 
     def agree(self, what: str, value: dict[str, Any]) -> None:
         """Raise AgreementError, naming rank and key, unless every rank has the same flat mapping."""

@@ -6,29 +6,34 @@ Every rank makes an `Evaluation`; rank 0 keeps journal, progress and record.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from compressors import Compressor
+from compressors import Compressor, Payload
 from pipeline import metrics
-from pipeline.compose import LinkEnds, make_codecs, make_links, make_metrics, make_run_windows
+from pipeline.compose import LinkEnds, frame_specs, make_codecs, make_links, make_metrics, make_run_windows
 from pipeline.config import RunConfig
 from pipeline.deployment import Deployment
 from pipeline.hf_model import TORCH_DTYPES
 from pipeline.journal import FinishedMicroBatch, Journal
+from pipeline.mailbox import FrameSpec
+from pipeline.probes import blank_side_inputs, squared_error, time_codec
 from pipeline.progress import Progress
-from pipeline.record import digest_of, make_run_id, model_label, software_versions, write_record
-from pipeline.runner import Runner
-from pipeline.schedule import dry_run, make_schedule
+from pipeline.record import RecordError, digest_of, make_run_id, model_label, software_versions, write_record
+from pipeline.runner import Probe, Runner, StageError
+from pipeline.schedule import Action, dry_run, make_schedule
 from pipeline.stage import Scores, TokenWindows
 from pipeline.tracking import Tracker
+from pipeline.watchdog import PipelineError
 from pipeline.windows import make_microbatches
-from pipeline.wire import header_nbytes
+from pipeline.wire import RemoteError, header_nbytes
 
 __all__ = ["Evaluation"]
 
@@ -48,7 +53,7 @@ class Evaluation:
         self.config, self.deployment = config, deployment
         self.plan, self.control = deployment.plan, deployment.control
         self.hidden_size = deployment.model_config.hidden_size
-        text = deployment.text
+        self.text = text = deployment.text.cut(config.dataset.first_k_tokens)
         self.windows = make_run_windows(config, text.ids, text.bos_id)
         self.microbatches = make_microbatches(self.windows, config.batch_size)
         self.encoders, self.decoders = self._make_codecs(), self._make_codecs()
@@ -74,37 +79,76 @@ class Evaluation:
             }
         )
 
-    def run(self, *, resume: bool = False) -> Path | None:
+    def run(self, *, resume: bool = False, sweep: str | None = None) -> Path | None:
         """Run to the end and write the record; returns its path on rank 0, None elsewhere.
 
         With `resume`, micro-batches that an interrupted run's journal holds are taken over and the others are run.
+        `sweep` names the sweep that this is a point of.
+
+        Raises StageError on every rank when a stage or codec has raised on one; the deployment stays usable.
         """
+        head = _Head(self, resume, sweep) if self.control.world.rank == 0 else None
+        try:
+            return self._run(head, in_sweep=sweep is not None)
+        finally:
+            if head:
+                head.close()
+
+    def _run(self, head: _Head | None, *, in_sweep: bool) -> Path | None:
         control = self.control
-        head = _Head(self, resume) if control.world.rank == 0 else None
         first = control.gather(len(head.journal.finished) if head else None)[0]
-        control.watchdog.advice = ADVICE
-        runner, links = self._make_runner(head, first)
+        if not in_sweep:
+            control.watchdog.advice = ADVICE
         control.report("warming up codecs")
-        warm_up_s = self._warm_up()
+        start_s = time.perf_counter()
+        with self._failing_alike():
+            self._warm_up()
+            schedule, specs = self._make_schedule(first), self._frame_specs()
+        warm_up_s = time.perf_counter() - start_s
+        runner, links = self._make_runner(head, first, schedule, specs)
         control.barrier()
         if head:
             head.begin()
-        runner.run()
+        with self._failing_alike():
+            runner.run()
+        control.report("timing a token")
+        one_token = control.in_turn(lambda: self._one_token(runner))
         control.report("collecting results", waiting=True)
-        reports = control.gather({**self._rank_report(runner, links), "warm_up_s": warm_up_s})
+        reports = control.gather(
+            {**self._rank_report(runner, links), "warm_up_s": warm_up_s, "one_token": one_token}
+        )
         if not head:
             return None
         path = head.finish(reports, first)
-        control.watchdog.advice = f"; the record was written before: {path}"
+        if not in_sweep:
+            control.watchdog.advice = f"; the record was written before: {path}"
         return path
+
+    @contextmanager
+    def _failing_alike(self) -> Iterator[None]:
+        """Make a stage's or codec's failure on any rank in the enclosed work a StageError on all."""
+        failure = None
+        try:
+            yield
+        except (StageError, RemoteError) as e:
+            failure = str(e)
+        except (PipelineError, RecordError):
+            raise
+        except Exception as e:
+            place = self.control.watchdog.place
+            logger.exception("%s: a codec raised", place)
+            failure = f"{place}: {type(e).__name__}: {e}"
+        failures = [told for told in self.control.gather(failure) if told is not None]
+        if failures:
+            raise StageError(failures[0])
 
     def _make_codecs(self) -> list[Compressor]:
         max_tokens = max(m.num_tokens for m in self.microbatches)
         return make_codecs(self.config, self.plan, hidden_size=self.hidden_size, max_tokens=max_tokens)
 
-    def _make_runner(self, head: _Head | None, first: int) -> tuple[Runner, LinkEnds]:
-        runtime, world = self.config.runtime, self.control.world
-        dtype = TORCH_DTYPES[self.config.model.dtype]
+    def _make_schedule(self, first: int) -> list[Action]:
+        """This rank's actions."""
+        world = self.control.world
         schedule = make_schedule(
             self.plan,
             len(self.microbatches),
@@ -112,54 +156,92 @@ class Evaluation:
             in_flight=self.in_flight,
             first_microbatch=first,
         )
-        dry_run(schedule, receives_ahead=runtime.receives_ahead)
+        dry_run(schedule, receives_ahead=self.config.runtime.receives_ahead)
+        return schedule[world.rank]
+
+    def _frame_specs(self) -> list[FrameSpec]:
+        dtype = TORCH_DTYPES[self.config.model.dtype]
+        return frame_specs(self.plan, self.encoders, self.microbatches, hidden_size=self.hidden_size, dtype=dtype)
+
+    def _make_runner(
+        self, head: _Head | None, first: int, actions: Sequence[Action], specs: Sequence[FrameSpec]
+    ) -> tuple[Runner, LinkEnds]:
+        deployment = self.deployment
         links = make_links(
             self.plan,
             self.encoders,
-            self.microbatches,
-            world,
-            hidden_size=self.hidden_size,
-            dtype=dtype,
-            devices=self.deployment.devices,
-            backend=self.deployment.backend,
-            receives_ahead=runtime.receives_ahead,
+            specs,
+            self.control.world,
+            devices=deployment.devices,
+            backend=deployment.backend,
+            receives_ahead=self.config.runtime.receives_ahead,
             first_microbatch=first,
-            groups=self.deployment.groups,
+            groups=deployment.groups,
         )
-        text = self.deployment.text
         runner = Runner(
-            stages=self.deployment.stages,
-            actions=schedule[world.rank],
-            tokens=TokenWindows(text.ids, self.microbatches, text.bos_id),
+            stages=deployment.stages,
+            actions=actions,
+            tokens=TokenWindows(self.text.ids, self.microbatches, self.text.bos_id),
             encoders=dict(enumerate(self.encoders)),
             decoders=dict(enumerate(self.decoders)),
             metrics=self.metrics,
             senders=links.senders,
             receivers=links.receivers,
-            dtype=dtype,
+            dtype=TORCH_DTYPES[self.config.model.dtype],
             on_start=head.journal.start if head else _only_on_rank_0,
             on_result=head.take if head else _only_on_rank_0,
             report=self.control.report,
+            probes=self._make_probes(),
         )
         return runner, links
 
-    def _warm_up(self) -> float:
-        """Run this rank's codecs once on a small tensor, so that compiling kernels is not timed with the run.
+    def _make_probes(self) -> dict[int, Probe]:
+        """What measures the reconstruction at this rank's sending ends, with decoders of their own."""
+        if not self.config.measure_error:
+            return {}
 
-        Returns seconds.
-        """
-        start_s = time.perf_counter()
+        def make_probe(index: int, decoder: Compressor) -> Probe:
+            def probe(microbatch_index: int, hidden_states: torch.Tensor, payload: Payload) -> None:
+                self.control.post(error_key(index, microbatch_index), squared_error(decoder, payload, hidden_states))
+
+            return probe
+
+        own = self.deployment.stages
+        return {index: make_probe(index, codec) for index, codec in enumerate(self._make_codecs()) if index in own}
+
+    def _one_token(self, runner: Runner) -> dict[str, Any]:
+        """What a frame of one token costs at this rank's stages and sending ends; see docs/design.md, Records."""
+        dtype = TORCH_DTYPES[self.config.model.dtype]
+        stages, links = {}, {}
+        for index, compute_s in self.deployment.one_token_compute_s.items():
+            device, times = self.deployment.devices[index], {"compute_s": compute_s, "compress_s": 0.0, "decompress_s": 0.0}
+            for link in self.plan.links:
+                if index not in (link.index, link.index + 1):
+                    continue
+                token = runner.last_tokens.get(link.index)
+                if token is None:  # every micro-batch was finished in an earlier session
+                    token = torch.ones((1, 1, self.hidden_size), dtype=dtype, device=device)
+                codecs = self.encoders[link.index], self.decoders[link.index]
+                compress_s, decompress_s, payload_bytes = time_codec(*codecs, token)
+                if index == link.index:
+                    times["compress_s"] = compress_s
+                    links[link.name] = {"payload_bytes": payload_bytes, "header_bytes": header_nbytes(link.index)}
+                else:
+                    times["decompress_s"] = decompress_s
+            stages[str(index)] = times
+        return {"stages": stages, "links": links}
+
+    def _warm_up(self) -> None:
+        """Run this rank's codecs once on a small tensor, so that compiling kernels is not timed with the run."""
         dtype = TORCH_DTYPES[self.config.model.dtype]
         for index in range(len(self.plan.links)):
             shape = (1, 2, self.hidden_size)
             device = self.deployment.devices.get(index, self.deployment.devices.get(index + 1))
             if device is not None:
                 encoder = self.encoders[index]
-                side = {"importance": torch.zeros(shape[:2], device=device), "token_ids": torch.zeros(shape[:2]).long()}
-                side = {name: side[name] for name in encoder.needs}
-                payload = encoder.compress(torch.ones(shape, dtype=dtype, device=device), **side)
+                x = torch.ones(shape, dtype=dtype, device=device)
+                payload = encoder.compress(x, **blank_side_inputs(encoder, x))
                 self.decoders[index].decompress(payload, device, dtype)
-        return time.perf_counter() - start_s
 
     def _rank_report(self, runner: Runner, links: LinkEnds) -> dict[str, Any]:
         """What this rank tells rank 0 at the end, as JSON."""
@@ -181,15 +263,19 @@ class Evaluation:
 class _Head:
     """Rank 0's part: journal, progress, record."""
 
-    def __init__(self, evaluation: Evaluation, resume: bool) -> None:
+    def __init__(self, evaluation: Evaluation, resume: bool, sweep: str | None) -> None:
         self._evaluation = evaluation
-        config, deployment = evaluation.config, evaluation.deployment
+        config = evaluation.config
         folder = Path(config.exp_dir)
         if not resume and Journal.exists(folder, evaluation.digest):
             logger.warning(
                 "an unfinished run with this config is set aside as *.journal.old; --resume would have continued it"
             )
         self.journal = Journal.open(folder, evaluation.digest, resume=resume)
+        if config.measure_error and any(done.squared_error is None for done in self.journal.finished):
+            logger.warning("the unfinished run was started without measure_error; it starts over")
+            self.journal.close()
+            self.journal = Journal.open(folder, evaluation.digest, resume=False)
         if resume and self.journal.num_sessions > 1:
             done, total = len(self.journal.finished), len(evaluation.microbatches)
             logger.warning("resuming: %d of %d micro-batches were finished before", done, total)
@@ -197,17 +283,20 @@ class _Head:
             logger.warning("nothing to resume: %s has no unfinished run with this config; starting anew", folder)
         codec_names = sorted({codec.name for codec in evaluation.encoders}) or ["unsplit"]
         self.run_id = make_run_id(model_label(config.model.name), "+".join(codec_names), evaluation.digest[:8])
-        self._tracker = Tracker(config.wandb, run_id=self.run_id, config=config.as_dict(), folder=folder)
-        self._folder = folder
-        self._source = deployment.text
+        self._tracker = Tracker(
+            config.wandb, run_id=self.run_id, config=config.as_dict(), folder=folder, group=sweep
+        )
+        self._folder, self._sweep = folder, sweep
+        self._progress: Progress | None = None
 
     def begin(self) -> None:
         """The run proper begins: show progress, and start the clock."""
         evaluation = self._evaluation
         self._progress = Progress(
             num_tokens=sum(m.num_tokens for m in evaluation.microbatches),
-            num_links=len(evaluation.plan.links),
+            link_names=[link.name for link in evaluation.plan.links],
             tracker=self._tracker,
+            in_sweep=self._sweep is not None,
         )
         for microbatch, done in zip(evaluation.microbatches, self.journal.finished):
             self._progress.add(
@@ -218,7 +307,11 @@ class _Head:
     def take(self, microbatch_index: int, scores: Scores, payload_bytes: tuple[int, ...]) -> None:
         """One micro-batch is finished (`runner.OnResult`)."""
         loss, top1 = scores.loss.numpy(), scores.top1.numpy()
-        self.journal.finish(FinishedMicroBatch(payload_bytes, loss, top1))
+        squared_error = None
+        if self._evaluation.config.measure_error:
+            keys = [error_key(index, microbatch_index) for index in range(len(payload_bytes))]
+            squared_error = tuple(map(tuple, self._evaluation.control.take(keys)))
+        self.journal.finish(FinishedMicroBatch(payload_bytes, loss, top1, squared_error))
         microbatch = self._evaluation.microbatches[microbatch_index]
         self._progress.add(num_tokens=microbatch.num_tokens, loss=loss, payload_bytes=payload_bytes)
 
@@ -232,6 +325,13 @@ class _Head:
         self.journal.remove()
         self._tracker.finish(record["results"] | record["traffic_totals"])
         return path
+
+    def close(self) -> None:
+        """Let go of what a run that has failed leaves open."""
+        if self._progress is not None:
+            self._progress.close()
+        self.journal.close()
+        self._tracker.finish({}, exit_code=1)
 
     def _check_traffic(self, reports: Sequence[dict[str, Any]], first: int) -> None:
         """What the frames told rank 0 must be what the senders counted."""
@@ -298,6 +398,10 @@ class _Head:
                 "resent_payload_bytes_at_most": sum(sum(journal.finished[m].payload_bytes) for m in journal.interrupted),
             },
             "stages": {index: stage for report in reports for index, stage in sorted(report["stages"].items())},
+            "one_token": {
+                part: {name: value for report in reports for name, value in report["one_token"][part].items()}
+                for part in ("stages", "links")
+            },
             "ranks": [
                 {key: report[key] for key in ("rank", "host", "threads", "peak_rss_bytes", "peak_cuda_bytes", "warm_up_s")}
                 for report in reports
@@ -311,10 +415,10 @@ class _Head:
                 "checkpoint_fingerprint": deployment.checkpoint_digest,
             },
             "dataset": {
-                "description": deployment.text.description,
-                "num_tokens": deployment.text.ids.numel(),
-                "text_sha256": deployment.text.text_sha256,
-                "ids_sha256": deployment.text.ids_sha256,
+                "description": evaluation.text.description,
+                "num_tokens": evaluation.text.ids.numel(),
+                "text_sha256": evaluation.text.text_sha256,
+                "ids_sha256": evaluation.text.ids_sha256,
             },
             "protocol": {
                 "name": "token perplexity, sliding window",
@@ -323,7 +427,19 @@ class _Head:
                 "bos": config.dataset.bos,
             },
             "versions": software_versions(),
+            **self._reconstruction(),
         }
+
+    def _reconstruction(self) -> dict[str, Any]:
+        """Relative squared error of each link over all frames, where it was measured."""
+        if not self._evaluation.config.measure_error:
+            return {}
+        errors = {}
+        for link in self._evaluation.plan.links:
+            error, power = zip(*(done.squared_error[link.index] for done in self.journal.finished))
+            total, power = math.fsum(error), math.fsum(power)
+            errors[link.name] = {"relative_squared_error": total / power if power else None}
+        return {"reconstruction": errors}
 
     def _other_traffic(self, reports: Sequence[dict[str, Any]]) -> dict[str, int]:
         """Bytes beside the hidden states, of this session: losses on their way to rank 0, END frames, token ids."""
@@ -348,6 +464,11 @@ class _Head:
         if self._evaluation.config.model.load_in_8bit:
             notes.append("8-bit bitsandbytes weights mix tokens inside the model: hidden states are not causal")
         return notes
+
+
+def error_key(link_index: int, microbatch_index: int) -> str:
+    """Under which a sender posts the squared error of a frame."""
+    return f"squared_error/{link_index}/{microbatch_index}"
 
 
 def _only_on_rank_0(*_: Any) -> None:

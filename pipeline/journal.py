@@ -31,11 +31,13 @@ class FinishedMicroBatch:
     """What one micro-batch contributes to the record.
 
     `payload_bytes` has one entry per link, `loss` (float32) and `top1` (int32) one per scored token.
+    `squared_error`, where it was measured, has (sum of (x - x')^2, sum of x^2) per link.
     """
 
     payload_bytes: tuple[int, ...]
     loss: np.ndarray
     top1: np.ndarray
+    squared_error: tuple[tuple[float, float], ...] | None = None
 
 
 @dataclass
@@ -107,6 +109,7 @@ class Journal:
                 "finished": len(self.finished),
                 "elapsed_s": self.elapsed_s,
                 "payload_bytes": result.payload_bytes,
+                "squared_error": result.squared_error,
                 "loss": base64.b64encode(result.loss.astype("<f4").tobytes()).decode(),
                 "top1": base64.b64encode(result.top1.astype("<i4").tobytes()).decode(),
             }
@@ -125,6 +128,10 @@ class Journal:
     def remove(self) -> None:
         """The record is written; nothing is left to resume."""
         self.path.unlink()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the journal to another session."""
         self._file.close()
 
     def _set_aside(self) -> None:
@@ -178,7 +185,9 @@ class Journal:
             )
         loss = np.frombuffer(base64.b64decode(event["loss"]), "<f4")
         top1 = np.frombuffer(base64.b64decode(event["top1"]), "<i4")
-        self.finished.append(FinishedMicroBatch(tuple(event["payload_bytes"]), loss, top1))
+        measured = event.get("squared_error")
+        squared_error = None if measured is None else tuple(map(tuple, measured))
+        self.finished.append(FinishedMicroBatch(tuple(event["payload_bytes"]), loss, top1, squared_error))
         self.earlier_s = event["elapsed_s"]
 
 

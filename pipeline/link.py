@@ -2,13 +2,16 @@
 
 A link has two ends. The sending end copies a payload behind a header into a mailbox's buffer; the receiving end
 checks each header against the plan and gives the payload back as a view of its buffer until `release`. Bytes are
-counted where they are handed to send. A failure travels as an ERROR frame in place of the frame that is due, the
-end of a stream as an END frame.
+counted where they are handed to send. A stream ends with END, or, when a stage or codec has failed, with ERROR in place
+of the frame that is due; a receiver that has failed itself drains the stream up to there, so that nothing of it is left
+for the next evaluation on the same process group.
 
 This module knows neither models nor codecs' insides, and does not decide when anything is sent.
 """
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 
@@ -30,12 +33,22 @@ __all__ = ["FrameReceiver", "FrameSender"]
 
 
 class FrameSender:
-    """The sending end of a link."""
+    """The sending end of a link.
 
-    def __init__(self, spec: FrameSpec, outbox: Outbox) -> None:
+    Args:
+        first_microbatch: with which the stream begins.
+        receives_ahead: how many receives the other end keeps posted.
+    """
+
+    def __init__(
+        self, spec: FrameSpec, outbox: Outbox, *, first_microbatch: int = 0, receives_ahead: int = 1
+    ) -> None:
         self.spec = spec
         self.traffic = LinkTraffic()
         self._outbox = outbox
+        self._following = first_microbatch  # the place of the next frame
+        self._receives_ahead = 1 if outbox.size_rule is SizeRule.HEADER_FIRST else receives_ahead
+        self._closed = False
 
     def send(self, microbatch_index: int, payload: Payload, trail: tuple[int, ...]) -> int:
         """Frame one payload and hand it to a non-blocking send; returns the payload's bytes.
@@ -75,6 +88,7 @@ class FrameSender:
             trail=trail,
         )
         self._post(buffer, header, microbatch_index)
+        self._following = microbatch_index + 1
         self.traffic.add(
             num_tokens=payload.shape[0] * payload.shape[1],
             payload_bytes=nbytes,
@@ -82,25 +96,36 @@ class FrameSender:
         )
         return nbytes
 
-    def send_error(self, microbatch_index: int, message: str) -> None:
-        """Tell the next stage, in place of the frame that it waits for, why there will be none."""
-        body = encode_error(message)
-        if self._outbox.size_rule is SizeRule.EXACT:
-            body = body[: self.spec.exact_nbytes(microbatch_index) - self.spec.header_nbytes]
-        buffer = self._outbox.acquire()
-        start = self.spec.header_nbytes
-        buffer[start : start + len(body)].copy_(torch.frombuffer(bytearray(body or b" "), dtype=torch.uint8)[: len(body)])
-        self._post(buffer, self._control_header(FrameKind.ERROR, microbatch_index, len(body)), microbatch_index)
-        self._outbox.flush()
+    def send_error(self, message: str) -> None:
+        """Tell the next stage, in place of the frame that it waits for, why there will be none.
+
+        Every receive that the other end has posted gets the frame, so that none is left over. Does not wait (`flush`
+        does), and does nothing when the stream has ended.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        end = len(self.spec.shapes)
+        for place in range(self._following, min(self._following + self._receives_ahead, end + 1)):
+            self._post_error(place, encode_error(message))
 
     def end(self) -> None:
         """Send END: no more micro-batches follow."""
         end = len(self.spec.shapes)
         self._post(self._outbox.acquire(), self._control_header(FrameKind.END, end, 0), end)
+        self._closed = True
 
     def flush(self) -> None:
         """Wait until every frame has left."""
         self._outbox.flush()
+
+    def _post_error(self, place: int, body: bytes) -> None:
+        if self._outbox.size_rule is SizeRule.EXACT:
+            body = body[: self.spec.exact_nbytes(place) - self.spec.header_nbytes]
+        buffer = self._outbox.allocate()
+        start = self.spec.header_nbytes
+        buffer[start : start + len(body)].copy_(torch.frombuffer(bytearray(body or b" "), dtype=torch.uint8)[: len(body)])
+        self._post(buffer, self._control_header(FrameKind.ERROR, place, len(body)), place)
 
     def _control_header(self, kind: FrameKind, microbatch_index: int, nbytes: int) -> Header:
         return Header(
@@ -125,11 +150,13 @@ class FrameSender:
 
 
 class FrameReceiver:
-    """The receiving end of a link."""
+    """The receiving end of a link; `first_microbatch` is that with which the stream begins."""
 
-    def __init__(self, spec: FrameSpec, inbox: Inbox) -> None:
+    def __init__(self, spec: FrameSpec, inbox: Inbox, *, first_microbatch: int = 0) -> None:
         self.spec = spec
         self._inbox = inbox
+        self._following = first_microbatch  # the place of the next frame
+        self._closed = False
         self._expectation = Expectation(
             stage_index=spec.stage_index, num_trail=spec.num_trail, codec_id=spec.codec_id, dtype=spec.dtype
         )
@@ -165,11 +192,25 @@ class FrameReceiver:
             raise BadFrame(f"link {self.spec.name}: a frame came after the last micro-batch, {end - 1}")
         self.release()
 
+    def drain(self) -> None:
+        """Drop what the sender has sent and will send, up to and with its END or ERROR.
+
+        Raises BadFrame for a damaged frame, LinkError when the peer is gone.
+        """
+        if self._taken is not None and not self._closed:
+            self.release()
+        while not self._closed:
+            with contextlib.suppress(RemoteError):
+                self._take(self._following)
+                self.release()
+        self._inbox.discard()
+
     def _take(self, microbatch_index: int) -> tuple[Header, torch.Tensor]:
         spec = self.spec
         at_end = microbatch_index >= len(spec.shapes)
         buffer = self._inbox.take(microbatch_index)
         self._taken = (buffer, microbatch_index)
+        self._following = microbatch_index + 1
         try:
             header = self._expectation.decode(
                 bytes(buffer[: spec.header_nbytes].cpu().numpy()),
@@ -179,6 +220,7 @@ class FrameReceiver:
             )
         except BadFrame as e:
             raise BadFrame(f"link {spec.name}, micro-batch {microbatch_index}: {e}") from e
+        self._closed = header.kind is not FrameKind.DATA
         self._inbox.complete(buffer, header.body_nbytes)
         body = buffer[spec.header_nbytes : spec.header_nbytes + header.body_nbytes]
         if header.kind is FrameKind.ERROR:

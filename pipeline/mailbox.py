@@ -86,6 +86,9 @@ class Outbox(Protocol):
     def acquire(self) -> torch.Tensor:
         """A free buffer of the link's size; waits for the oldest send when there is none."""
 
+    def allocate(self) -> torch.Tensor:
+        """One more buffer, for what may not wait."""
+
     def post(self, buffer: torch.Tensor, nbytes: int) -> None:
         """Send the first `nbytes` of an acquired buffer without waiting."""
 
@@ -103,6 +106,9 @@ class Inbox(Protocol):
     def recycle(self, buffer: torch.Tensor, microbatch_index: int) -> None:
         """Give back the buffer that held this micro-batch's frame."""
 
+    def discard(self) -> None:
+        """Wait for the frames that receives are posted for, and drop them."""
+
 
 class Loopback:
     """Outbox and inbox in one, for stages of one process."""
@@ -115,7 +121,10 @@ class Loopback:
         self._posted: deque[torch.Tensor] = deque()
 
     def acquire(self) -> torch.Tensor:
-        return self._free.popleft() if self._free else torch.empty(self._spec.buffer_nbytes, dtype=torch.uint8)
+        return self._free.popleft() if self._free else self.allocate()
+
+    def allocate(self) -> torch.Tensor:
+        return torch.empty(self._spec.buffer_nbytes, dtype=torch.uint8)
 
     def post(self, buffer: torch.Tensor, nbytes: int) -> None:
         self._posted.append(buffer)
@@ -133,6 +142,9 @@ class Loopback:
 
     def recycle(self, buffer: torch.Tensor, microbatch_index: int) -> None:
         self._free.append(buffer)
+
+    def discard(self) -> None:
+        pass
 
 
 def _allocate(nbytes: int, device: torch.device, pin: bool) -> torch.Tensor:
@@ -159,13 +171,17 @@ class PeerOutbox:
     ) -> None:
         self.size_rule = size_rule
         self._spec, self._peer, self._tag, self._group = spec, peer, tag, group
-        self._free = deque(_allocate(spec.buffer_nbytes, device, pin_memory) for _ in range(depth))
+        self._device, self._pin_memory = device, pin_memory
+        self._free = deque(self.allocate() for _ in range(depth))
         self._pending: deque[tuple[torch.Tensor, list[dist.Work]]] = deque()
 
     def acquire(self) -> torch.Tensor:
         if not self._free:
             self._wait_oldest()
         return self._free.popleft()
+
+    def allocate(self) -> torch.Tensor:
+        return _allocate(self._spec.buffer_nbytes, self._device, self._pin_memory)
 
     def post(self, buffer: torch.Tensor, nbytes: int) -> None:
         header = self._spec.header_nbytes
@@ -233,6 +249,11 @@ class PeerInbox:
         following = microbatch_index + self._depth
         if following <= self._last:
             self._post(buffer, following)
+
+    def discard(self) -> None:
+        while self._pending:
+            _, work = self._pending.popleft()
+            self._guard(work.wait, "what follows an error")
 
     def _post(self, buffer: torch.Tensor, microbatch_index: int) -> None:
         if self._size_rule is SizeRule.HEADER_FIRST:

@@ -26,16 +26,21 @@ __all__ = [
     "RecordError",
     "check_writable",
     "codec_label",
+    "config_label",
     "digest_of",
+    "failure_path",
     "make_run_id",
     "model_label",
+    "read_failure",
     "read_per_token",
     "read_record",
     "software_versions",
+    "write_failure",
     "write_record",
 ]
 
 SCHEMA_VERSION = 1
+FAILURE_KIND = "failed point"
 _REQUIRED_KEYS = ("schema_version", "run_id", "args", "results", "traffic_totals", "traffic_per_link", "time_run_s")
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "tokenizers", "numpy", "numba")
 
@@ -103,14 +108,9 @@ def write_record(folder: Path, record: Mapping[str, Any], per_token: Mapping[str
         partial = folder / f".{run_id}.safetensors.partial"
         save_file(dict(per_token), partial)
         os.replace(partial, folder / f"{run_id}.safetensors")
-        partial = folder / f".{run_id}.json.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except (OSError, SafetensorError) as e:
         raise RecordError(f"the record {path} cannot be written: {getattr(e, 'strerror', None) or e}") from e
+    _write_json(path, record)
     return path
 
 
@@ -137,6 +137,51 @@ def read_per_token(record_path: Path) -> dict[str, np.ndarray]:
         raise RecordError(f"{path} cannot be read: {e}") from e
 
 
+def write_failure(folder: Path, failure: Mapping[str, Any]) -> Path:
+    """Write `failed-<failure_id>.json`: that a point of a sweep has failed, and why; replaces an older one.
+
+    `failure` has `failure_id`, `label`, `error` and `args`. Raises RecordError.
+    """
+    path = failure_path(folder, failure["failure_id"])
+    _write_json(
+        path,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "kind": FAILURE_KIND,
+            **failure,
+            "finished_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        },
+    )
+    return path
+
+
+def failure_path(folder: Path, failure_id: str) -> Path:
+    """Where `write_failure` puts a failure."""
+    return folder / f"failed-{failure_id}.json"
+
+
+def read_failure(path: Path) -> dict[str, Any] | None:
+    """What `write_failure` wrote; None for any other file."""
+    try:
+        failure = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return failure if isinstance(failure, dict) and failure.get("kind") == FAILURE_KIND else None
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a strict JSON file that appears whole or not at all. Raises RecordError."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as e:
+        raise RecordError(f"the record {path} cannot be written: {e.strerror or e}") from e
+
+
 def model_label(name: str) -> str:
     """The last part of a model's name or path, without `.gguf`."""
     return Path(name).name.removesuffix(".gguf")
@@ -144,9 +189,11 @@ def model_label(name: str) -> str:
 
 def codec_label(record: Mapping[str, Any]) -> str:
     """The codecs of a run for tables: what the user wrote, and what differs on single links."""
-    if not record["codecs"]:
-        return "unsplit"
-    config = record["args"]["config"]
+    return config_label(record["args"]["config"]) if record["codecs"] else "unsplit"
+
+
+def config_label(config: Mapping[str, Any]) -> str:
+    """`codec_label` of a config that has not been run."""
     own = [f"{name}: {_spec_label(spec)}" for name, spec in config["compressor_per_link"].items()]
     return ", ".join([_spec_label(config["compressor"]), *own])
 

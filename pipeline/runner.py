@@ -12,7 +12,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,12 +30,14 @@ from pipeline.stage import Scores, Stage, TokenWindows
 from pipeline.watchdog import PipelineError
 from pipeline.wire import BadFrame, RemoteError
 
-__all__ = ["OnResult", "Report", "Runner", "StageError", "StageTimes", "describe", "execute"]
+__all__ = ["OnResult", "Probe", "Report", "Runner", "StageError", "StageTimes", "describe", "execute"]
 
 logger = logging.getLogger(__name__)
 
 # Called on node 0 once per micro-batch, in order: index, scores, payload bytes of each link.
 OnResult = Callable[[int, Scores, tuple[int, ...]], None]
+# Called at the sending end of a link: micro-batch, hidden states [B, T, H], what the codec made of them.
+Probe = Callable[[int, torch.Tensor, Payload], None]
 
 
 class Report(Protocol):
@@ -45,7 +48,12 @@ class Report(Protocol):
 
 
 class StageError(PipelineError):
-    """A stage or codec raised; its traceback has been logged."""
+    """A stage or codec raised on some rank, which has logged the traceback. The text names rank and position.
+
+    The links have been drained: the ranks may go on with another evaluation.
+    """
+
+    names_place = True
 
 
 @dataclass
@@ -53,7 +61,8 @@ class StageTimes:
     """Seconds that one stage spent, by phase.
 
     `wait` is for frames, their framing and checksums included, by the host's clock. On a GPU the other phases are read
-    from events of its stream. `importance` is what side inputs take, apart from `compute` although it interrupts that.
+    from events of its stream. `importance` is what side inputs take, apart from `compute` although it interrupts that;
+    `measure` is for the record alone.
     """
 
     compute_s: float = 0.0
@@ -61,6 +70,7 @@ class StageTimes:
     compress_s: float = 0.0
     decompress_s: float = 0.0
     wait_s: float = 0.0
+    measure_s: float = 0.0
     _events: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
 
     @contextmanager
@@ -85,7 +95,8 @@ class StageTimes:
             end.synchronize()
             self._add(phase, within, start.elapsed_time(end) / 1e3)
         self._events.clear()
-        return {name: getattr(self, name) for name in ("compute_s", "importance_s", "compress_s", "decompress_s", "wait_s")}
+        names = ("compute_s", "importance_s", "compress_s", "decompress_s", "wait_s", "measure_s")
+        return {name: getattr(self, name) for name in names}
 
     def _add(self, phase: str, within: str | None, seconds: float) -> None:
         setattr(self, f"{phase}_s", getattr(self, f"{phase}_s") + seconds)
@@ -103,13 +114,30 @@ def execute(
 ) -> None:
     """Perform a rank's actions in order, then see its links through to their END frames.
 
-    `senders` has the link end behind each kind of action and stage that sends. An error travels on as an ERROR frame
-    in place of the frame that the next action waits for, so that it can say what happened; not so a LinkError, whose
-    cause lies elsewhere.
+    `senders` has the link end behind each kind of action and stage that sends. When a stage or codec raises, this
+    rank's streams end with ERROR frames that say so, and what is still to come is drained. The next rank does the
+    same, and so the news goes around the ring until every rank's streams have ended. A rank may be through with its
+    actions before it hears of it.
 
     Raises StageError for an own failure, RemoteError for another rank's, BadFrame for a damaged frame, LinkError when
-    a peer is gone.
+    a peer is gone; after the latter two the links are of no more use.
     """
+    try:
+        _perform_all(actions, perform, senders=senders, receivers=receivers, report=report)
+    except (StageError, RemoteError) as e:
+        report("ending the links after a failure", waiting=True)
+        _end_streams(list(senders.values()), list(receivers), str(e))
+        raise
+
+
+def _perform_all(
+    actions: Sequence[Action],
+    perform: Callable[[Action], None],
+    *,
+    senders: Mapping[tuple[ActionKind, int], FrameSender],
+    receivers: Iterable[FrameReceiver],
+    report: Report,
+) -> None:
     remaining = Counter((action.kind, action.stage_index) for action in actions)
     for key in senders.keys() - remaining.keys():
         senders[key].end()  # a resumed run may have nothing left to send
@@ -118,19 +146,14 @@ def execute(
         place = report(describe(action))
         try:
             perform(action)
-        except LinkError:
-            raise
-        except RemoteError as e:
-            _pass_on(senders.get(key), action, str(e))
+        except (LinkError, RemoteError):
             raise
         except (PipelineError, RecordError) as e:
-            _pass_on(senders.get(key), action, f"{place}: {e}")
+            _pass_on(senders.get(key), f"{place}: {e}")
             raise
         except Exception as e:
-            cause = f"{type(e).__name__}: {e}"
             logger.exception("%s: a stage or codec raised", place)
-            _pass_on(senders.get(key), action, f"{place}: {cause}")
-            raise StageError(cause) from e
+            raise StageError(f"{place}: {type(e).__name__}: {e}") from e
         remaining[key] -= 1
         if not remaining[key] and key in senders:
             # At once: this rank may go on for long with a later stage, and the next rank waits for END.
@@ -142,12 +165,28 @@ def execute(
         sender.flush()
 
 
-def _pass_on(sender: FrameSender | None, action: Action, cause: str) -> None:
+def _end_streams(senders: Sequence[FrameSender], receivers: Sequence[FrameReceiver], cause: str) -> None:
+    """Leave no frame and no posted receive behind.
+
+    Nothing is waited for before all errors are on their way, and all links are drained at once, each by a thread:
+    a peer that blocks on one of them could not end the others.
+    """
+    for sender in senders:
+        sender.send_error(cause)
+    if receivers:
+        with ThreadPoolExecutor(len(receivers)) as threads:
+            for draining in [threads.submit(receiver.drain) for receiver in receivers]:
+                draining.result()
+    for sender in senders:
+        sender.flush()
+
+
+def _pass_on(sender: FrameSender | None, cause: str) -> None:
+    """Tell the next stage why the run ends; if it is gone, too, the first cause is already being raised."""
     if sender is not None:
-        try:
-            sender.send_error(action.microbatch_index, cause)
-        except LinkError:
-            pass  # the next stage is gone, too; the first cause is already being raised
+        with suppress(LinkError):
+            sender.send_error(cause)
+            sender.flush()
 
 
 class Runner:
@@ -164,6 +203,9 @@ class Runner:
         on_start: told on node 0 that a micro-batch enters the pipeline.
         on_result: takes the scores on node 0.
         report: takes this rank's position, for failure messages and heartbeats.
+        probes: told of what this rank sends, by link index, outside the phases that are timed.
+
+    `last_tokens` has the hidden states [1, 1, H] of the last token that passed each link end of this rank.
     """
 
     def __init__(
@@ -181,6 +223,7 @@ class Runner:
         on_start: Callable[[int], None],
         on_result: OnResult,
         report: Report,
+        probes: Mapping[int, Probe],
     ) -> None:
         self.times = {index: StageTimes() for index in stages}
         self._stages, self._actions, self._tokens = stages, actions, tokens
@@ -188,6 +231,8 @@ class Runner:
         self._senders, self._receivers = senders, receivers
         self._dtype, self._report = dtype, report
         self._on_start, self._on_result = on_start, on_result
+        self._probes = probes
+        self.last_tokens: dict[int, torch.Tensor] = {}
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -254,6 +299,7 @@ class Runner:
                 f"{tuple(hidden_states.shape)}, expected {self._dtype} {payload.shape}"
             )
         receiver.release()
+        self.last_tokens[index - 1] = hidden_states[:1, -1:].clone()
         return hidden_states, (*header.trail, header.body_nbytes)
 
     def _send_hidden(self, action: Action, hidden_states: torch.Tensor, trail: tuple[int, ...]) -> None:
@@ -269,6 +315,10 @@ class Runner:
             payload = codec.compress(hidden_states, **side)
         if stage.device.type == "cuda":
             torch.cuda.synchronize(stage.device)  # else the copy to the host counts the GPU's work as waiting
+        if index in self._probes:
+            with times.measure("measure", stage.device):
+                self._probes[index](microbatch_index, hidden_states, payload)
+        self.last_tokens[index] = hidden_states[:1, -1:].clone()
         with times.measure("wait", stage.device), self._waiting(action):
             self._senders[index].send(microbatch_index, payload, trail)
 

@@ -121,7 +121,7 @@ class Watchdog:
 
     @property
     def place(self) -> str:
-        return f"rank {self._world.rank}, {self.where}"
+        return f"rank {self._world.rank}, {self.where}" if self._world.world_size > 1 else self.where
 
     def join(self, store: Any) -> None:
         """Watch the other ranks and be watched.
@@ -159,11 +159,12 @@ class Watchdog:
             elif not isinstance(error, (ValueError, PipelineError)):
                 message = f"{type(error).__name__}: {error}"
                 traceback.print_exception(error)
+        names_place = isinstance(error, PipelineError) and error.names_place
         if self._world.world_size == 1:
-            self._leave(f"{self.where}: {message}" if isinstance(error, PipelineError) else message)
+            has_place = isinstance(error, PipelineError) and not names_place
+            self._leave(f"{self.where}: {message}" if has_place else message)
         if isinstance(error, PipelineError) and error.is_symptom:
             self._leave(self._wait_for_cause() or self._publish(self._blame(error.peer, message)))
-        names_place = isinstance(error, PipelineError) and error.names_place
         self._leave(self._publish(message if names_place else f"{self.place}: {message}"))
 
     def last_known(self, rank: int) -> str:

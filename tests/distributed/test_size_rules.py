@@ -41,7 +41,8 @@ def exchange(rank, rule_name, depth, error_at=None):
         sender = FrameSender(spec(bounds), PeerOutbox(spec(bounds), peer=1, **place, **memory))
         for i, nbytes in enumerate(sizes):
             if i == error_at:
-                sender.send_error(i, f"stage 0, micro-batch {i}: out of luck")
+                sender.send_error(f"stage 0, micro-batch {i}: out of luck")
+                sender.flush()
                 break
             sender.send(i, make_payload(i, nbytes), trail=())
         else:

@@ -9,12 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PLAIN = [
-    "allocator", "world", "watchdog", "config", "plan", "schedule", "windows", "metrics", "record", "journal", "tracking",
-    "progress", "layer_analysis", "plots", "report",
+    "allocator", "world", "watchdog", "config", "points", "plan", "schedule", "windows", "metrics", "record", "journal", "tracking",
+    "progress", "layer_analysis", "layer_plots", "plots", "report",
 ]  # fmt: skip
-TORCH = ["staging", "gguf_conversion", "model_source", "dataset", "attention", "hf_model", "stage", "importance", "importance_files", "relevance", "wire"]
+TORCH = ["staging", "gguf_conversion", "model_source", "dataset", "attention", "hf_model", "stage", "probes", "importance", "importance_files", "relevance", "wire"]
 PROCESS_GROUP = [
-    "mailbox", "link", "distributed", "compose", "plan_report", "runner", "deployment", "start", "gradients", "evaluation",
+    "mailbox", "link", "distributed", "compose", "plan_report", "runner", "deployment", "start", "gradients", "model_analysis", "analyse", "evaluation", "sweep",
 ]  # fmt: skip
 ORDER = PLAIN + TORCH + PROCESS_GROUP
 

@@ -85,11 +85,11 @@ def test_a_codec_that_breaks_its_promises_is_named():
 
 def test_errors_and_ends():
     sender, receiver = pair()
-    sender.send_error(0, "rank 1, stage 1, micro-batch 0: the codec raised")
+    sender.send_error("rank 1, stage 1, micro-batch 0: the codec raised")
     with pytest.raises(RemoteError, match="rank 1, stage 1, micro-batch 0: the codec raised"):
         receiver.receive(0)
     sender, receiver = pair()
-    sender.send_error(0, "x" * 10_000)
+    sender.send_error("x" * 10_000)
     with pytest.raises(RemoteError, match="^x{4096}$"):
         receiver.receive(0)
     sender, receiver = pair()

@@ -31,7 +31,7 @@ def test_a_failure_switches_it_off(tmp_path, monkeypatch, caplog, failing):
         raise OSError("no route to host")
 
     run = types.SimpleNamespace(
-        log=lambda *_: None, finish=lambda: None, define_metric=lambda *_, **__: None, summary={}
+        log=lambda *_: None, finish=lambda **_: None, define_metric=lambda *_, **__: None, summary={}
     )
     wandb = types.SimpleNamespace(init=lambda **_: run)
     setattr(wandb if failing == "init" else run, failing, fail)
