@@ -1,19 +1,24 @@
-"""Tables from run records; nothing else is read.
+"""Reports from run records; nothing else is read.
 
-    python -m pipeline.report results/demo
+    python -m pipeline.report results/demo                      # a table on the console
+    python -m pipeline.report results/demo -o report.html       # a page, and report.md and report.csv beside it
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.record import RecordError, codec_label, read_record
+from pipeline.html_report import html_page
+from pipeline.outlook import Outlook, recommendation_text
+from pipeline.record import codec_label
+from pipeline.results import is_uncompressed, load_records, read_results, setting_key
+from pipeline.text_report import csv_table, markdown_page
 
-__all__ = ["load_records", "print_summary", "summary_rows"]
+__all__ = ["load_records", "print_summary", "summary_rows", "write_report"]
 
 _COLUMNS = (
     "codec",
@@ -28,32 +33,20 @@ _COLUMNS = (
 )
 
 
-def load_records(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Records in `paths` (files, or folders of them), oldest first. What is no record is named and skipped."""
-    files = [f for path in paths for f in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
-    records = []
-    for file in files:
-        try:
-            records.append(read_record(file))
-        except RecordError as e:
-            print(f"skipped: {e}", file=sys.stderr)
-    return sorted(records, key=lambda record: record["finished_at"])
-
-
 def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """One row of text per record.
 
-    `change` is against the first record of the same model, text and protocol with codec `none` or no links. Encode
-    and decode times are means over links, per token that crosses; tokens per second count what the model processed.
+    `change` is against the first uncompressed record of the same model, text and protocol. Encode and decode times are
+    means over links, per token that crosses; tokens per second count what the model processed.
     """
+    baselines: dict[str, float | None] = {}
+    for record in records:
+        if is_uncompressed(record):
+            baselines.setdefault(setting_key(record), record["results"]["avg_ppl"])
     rows = []
     for record in records:
         totals, stages = record["traffic_totals"], record["stages"].values()
-        ppl = record["results"]["avg_ppl"]
-        baseline = next(
-            (r["results"]["avg_ppl"] for r in records if codec_label(r) in ("none", "unsplit") and _comparable(r, record)),
-            None,
-        )
+        ppl, baseline = record["results"]["avg_ppl"], baselines.get(setting_key(record))
         crossings = record["timed_tokens"] * len(record["traffic_per_link"])
         rows.append(
             {
@@ -72,9 +65,8 @@ def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def print_summary(paths: Sequence[Path]) -> None:
-    """Print the table of `paths` and where the records lie."""
-    records = load_records(paths)
-    rows = summary_rows(records)
+    """Print the table of `paths` and where the records lie. What is no record is named on standard error."""
+    rows = summary_rows(load_records(paths))
     widths = {c: max(len(c), *(len(row[c]) for row in rows)) if rows else len(c) for c in _COLUMNS}
     print("  ".join(c.ljust(widths[c]) for c in _COLUMNS).rstrip())
     for row in rows:
@@ -83,11 +75,19 @@ def print_summary(paths: Sequence[Path]) -> None:
         print(f"record{'s in' if path.is_dir() else ''}: {path}")
 
 
-def _comparable(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    arguments = ("dtype", "load_in_8bit", "load_in_4bit")
-    return all(a[key] == b[key] for key in ("model", "dataset", "protocol")) and all(
-        a["args"][key] == b["args"][key] for key in arguments
-    )
+def write_report(paths: Sequence[Path], page: Path, outlook: Outlook) -> None:
+    """Write `page` (HTML), and Markdown and CSV of the same name beside it."""
+    results = read_results(paths)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in (
+        (page, html_page(results, outlook)),
+        (page.with_suffix(".md"), markdown_page(results, outlook)),
+        (page.with_suffix(".csv"), csv_table(results)),
+    ):
+        path.write_text(text, encoding="utf-8")
+        print(f"report: {path}")
+    for setting in results.settings:
+        print(f"{setting.title}: {recommendation_text(setting, outlook)}")
 
 
 def _change(ratio: float) -> str:
@@ -102,12 +102,55 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Print the table of run records.")
+def _share(text: str) -> float:
+    """`1%` or `0.01`."""
+    value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(text)
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(text)
+    return value
+
+
+_share.__name__, _positive.__name__ = "share (1% or 0.01)", "number above 0"  # argparse's messages use them
+
+
+def make_parser() -> argparse.ArgumentParser:
+    defaults = Outlook()
+    parser = argparse.ArgumentParser(description="Tables and a page from run records.")
     parser.add_argument("paths", nargs="+", type=Path, help="records, or folders of them")
+    parser.add_argument("-o", "--output", type=Path, metavar="HTML", help="write a page, with .md and .csv beside it")
     parser.add_argument("--png", type=Path, help="also draw perplexity against bytes per token")
+    parser.add_argument("--mbits", nargs="+", type=_positive, metavar="MBIT/S", default=defaults.bandwidths_mbits)
+    parser.add_argument("--rtt-ms", nargs="+", type=_positive, metavar="MS", default=defaults.rtts_ms)
+    parser.add_argument(
+        "--max-ppl-increase",
+        type=_share,
+        default=defaults.max_ppl_increase,
+        help="recommend the cheapest codec within this (default 1%%)",
+    )
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     arguments = parser.parse_args()
+    missing = [str(path) for path in arguments.paths if not path.exists()]
+    if missing:
+        parser.error(f"no such file or folder: {', '.join(missing)}")
+    outlook = Outlook(
+        bandwidths_mbits=tuple(arguments.mbits),
+        rtts_ms=tuple(arguments.rtt_ms),
+        max_ppl_increase=arguments.max_ppl_increase,
+    )
     print_summary(arguments.paths)
+    if arguments.output:
+        write_report(arguments.paths, arguments.output, outlook)
     if arguments.png:
         from pipeline.plots import plot_rate_quality
 

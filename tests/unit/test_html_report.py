@@ -1,0 +1,217 @@
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pipeline.charts import ChartPoint, pareto_front, trade_off_svg
+from pipeline.columns import percent, significant
+from pipeline.html_report import html_page
+from pipeline.outlook import Outlook
+from pipeline.published import read_published
+from pipeline.record import write_failure
+from pipeline.results import read_results
+from pipeline.text_report import csv_table, markdown_page
+from tests.helpers.records import losses, write_point
+
+ROOT = Path(__file__).parents[2]
+NASTY = "my.codecs:Odd(note=</script><img src=x onerror='alert(1)'>|\"&)"
+VOID = {"meta", "input", "img", "br", "link"}
+
+
+class Checker(HTMLParser):
+    """Collects tags, attributes and what is left open."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.attributes = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+
+def check(page):
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_point(tmp_path)
+    write_point(tmp_path, "int8", loss=losses(0.004, spread=0.01), nbytes=66)
+    write_point(tmp_path, NASTY, loss=losses(0.3), nbytes=36, causal=False, codec="odd")
+    write_point(tmp_path, "int2", loss=losses(9.0), nbytes=20)
+    (tmp_path / "cut<b>.json").write_text('{"run_id": ')
+    write_failure(tmp_path, {"failure_id": "1", "label": "nf5", "error": "no codec <nf5>", "args": {}})
+    return tmp_path
+
+
+def test_the_page_is_whole_and_asks_for_nothing_from_outside(folder):
+    page = html_page(read_results([folder]), Outlook())
+    checker = check(page)
+    assert {"img", "link", "iframe", "object"}.isdisjoint(checker.tags)
+    assert not {"src", "href", "srcset", "action"} & {name for name, _ in checker.attributes}
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|https?:", page)
+    assert "default-src 'none'" in page
+    ids = [value for name, value in checker.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) and {"points", "link", "traffic", "times", "provenance"} <= set(ids)
+
+
+def test_what_the_user_typed_is_text(folder):
+    page = html_page(read_results([folder]), Outlook())
+    assert "<img" not in page and "cut&lt;b&gt;.json" in page and "no codec &lt;nf5&gt;" in page
+    assert page.count("</script>") == 2
+    assert "my.codecs:Odd(note=&lt;/script&gt;&lt;img" in page
+
+
+def test_the_page_tells_points_that_are_not_causal_failed_or_skipped(folder):
+    page = html_page(read_results([folder]), Outlook())
+    assert "not causal" in page and 'class="point leaky"' in page
+    assert "<b>failed</b>: nf5" in page and "<b>skipped</b>" in page
+
+
+def test_a_page_without_points_or_links(tmp_path):
+    check(html_page(read_results([tmp_path]), Outlook()))
+    write_point(tmp_path, traffic_per_link={}, codecs={}, traffic_totals={"bytes_per_token": None, "bits_per_value": None})
+    page = html_page(read_results([tmp_path]), Outlook())
+    check(page)
+    assert "unsplit" in page and "nothing to draw" in page
+
+
+def test_measures_that_a_record_lacks_are_absent(tmp_path):
+    path = write_point(tmp_path)
+    record = json.loads(path.read_text())
+    del record["one_token"], record["reconstruction"]
+    path.write_text(json.dumps(record))
+    page = html_page(read_results([tmp_path]), Outlook())
+    assert "Not measured: these runs timed no one-token forward." in page and "worst link" not in page.split("How to read")[0]
+
+
+def test_markdown_keeps_its_cells(folder):
+    text = markdown_page(read_results([folder]), Outlook())
+    rows = [line for line in text.splitlines() if line.startswith("|") and "Odd" in line]
+    assert rows and all("\\|" in row and "&lt;/script>" in row for row in rows)
+    for table in text.split("\n\n"):
+        if table.startswith("|"):
+            assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+    assert "- failed: nf5" in text and "Within +1% perplexity the cheapest is int8" in text
+
+
+def test_csv_has_raw_values(folder):
+    results = read_results([folder])
+    rows = list(csv.DictReader(io.StringIO(csv_table(results))))
+    assert [row["codec"] for row in rows] == ["none", "int8", NASTY, "int2"]
+    int8 = results.points[1]
+    assert float(rows[1]["perplexity"]) == int8.ppl
+    assert float(rows[1]["ppl_change_high"]) == int8.quality.ppl_interval[1] - 1
+    assert rows[2]["note"] == "not causal"
+
+
+def test_command_writes_three_files_and_says_what_it_skips(folder):
+    page = folder / "out" / "report.html"
+    command = [sys.executable, "-m", "pipeline.report", folder, "-o", page, "--max-ppl-increase", "0.5%", "--mbits", "42"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert sorted(p.name for p in page.parent.iterdir()) == ["report.csv", "report.html", "report.md"]
+    assert "Within +0.5% perplexity the cheapest is int8" in done.stdout
+    assert "42 Mbit/s" in page.with_suffix(".md").read_text(encoding="utf-8")
+    assert "skipped: " in done.stderr and "failed point: nf5" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("--max-ppl-increase", "-1%"), ("--max-ppl-increase", "nan"), ("--mbits", "0"), ("--rtt-ms", "x")],
+)
+def test_command_refuses_bad_values(folder, option, value):
+    command = [sys.executable, "-m", "pipeline.report", folder, f"{option}={value}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and option in done.stderr and value in done.stderr
+
+
+def test_command_refuses_a_folder_that_is_not_there(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "pipeline.report", tmp_path / "nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no such file or folder" in done.stderr
+
+
+def chart_point(label, bits, ppl, causal=True):
+    return ChartPoint(label=label, bits_per_value=bits, ppl=ppl, causal=causal, detail=label)
+
+
+def test_the_front_holds_what_no_causal_point_beats():
+    points = [
+        chart_point("none", 32, 10.0),
+        chart_point("int8", 8, 10.1),
+        chart_point("worse", 9, 10.2),
+        chart_point("leaky", 4, 9.0, causal=False),
+        chart_point("int4", 4, 12.0),
+        chart_point("int2", 2, None),
+    ]
+    assert [p.label for p in pareto_front(points)] == ["int4", "int8", "none"]
+
+
+def label_boxes(svg):
+    for x, y, text in re.findall(r'<text class="label" x="([-\d.]+)" y="([-\d.]+)">([^<]*)</text>', svg):
+        yield float(x), float(y) - 10, float(x) + 6.6 * len(text), float(y) + 3
+
+
+@pytest.mark.parametrize("width", [350, 556])
+def test_labels_of_the_published_points_do_not_collide(width):
+    figures = read_published()
+    points = [chart_point(p.method, p.bits_per_value, p.ppl, p.causal) for p in figures.points if p.first_k_tokens == 10_000]
+    svg = trade_off_svg(points, hidden_size=5120, base_ppl=7.15, width=width, height=400, title="t")
+    boxes = list(label_boxes(svg))
+    assert len(boxes) >= len(points) // 2 and svg.count('class="hit"') == len(points) == 23
+    for i, a in enumerate(boxes):
+        assert a[0] >= 0 and a[2] <= width
+        for b in boxes[:i]:
+            assert not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]), (a, b)
+
+
+def test_ruinous_and_infinite_points_stand_in_the_band_and_leave_the_scale_alone():
+    fine = [chart_point("none", 32, 10.0), chart_point("int8", 8, 10.1)]
+    spots = re.compile(r'<circle class="mark" cx="([\d.]+)" cy="([\d.]+)"')
+    svg = trade_off_svg(
+        [*fine, chart_point("int2", 2, 1e9), chart_point("int1", 1.5, None)], hidden_size=64, base_ppl=10.0, width=556, height=400, title="t"
+    )
+    y_none, y_int8 = (float(y) for _, y in spots.findall(svg))
+    assert y_none - y_int8 > 50 and 'class="band"' in svg and svg.count('<path class="mark"') == 2
+    assert 'class="band"' not in trade_off_svg(fine, hidden_size=64, base_ppl=10.0, width=556, height=400, title="t")
+
+
+def test_published_figures():
+    figures = read_published()
+    by_method = {(p.method, p.first_k_tokens): p for p in figures.points}
+    assert len(figures.points) == len(by_method) == 62
+    nf4 = by_method["bnb_nf4", 0]
+    assert round(nf4.ppl, 3) == 6.768 and round(nf4.bits_per_value, 2) == 4.5 and nf4.causal
+    assert not by_method["BlockRowColMean_Tb2Fb2", 10_000].causal
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(1234.5, "1,230"), (99.96, "100"), (12.34, "12.3"), (0.012345, "0.0123"), (0.0, "0"), (None, "–"), (float("inf"), "not finite")],
+)
+def test_three_digits(value, text):
+    assert significant(value) == text
+
+
+@pytest.mark.parametrize("value, text", [(0.0127, "+1.27%"), (-0.001, "-0.10%"), (7.67, "× 8.67"), (None, "–")])
+def test_changes(value, text):
+    assert percent(value) == text

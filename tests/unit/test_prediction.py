@@ -1,0 +1,149 @@
+"""The prediction against a simulated pipeline, event by event, that follows the runner's own schedule."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.plan import default_plan
+from pipeline.prediction import Network, PipelineCosts, predict_decode, predict_prefill
+from pipeline.schedule import ActionKind, make_schedule
+
+
+def simulate(plan, stage_s, frame_bytes, network, num_microbatches, in_flight):
+    """Times at which node 0 has finished each micro-batch.
+
+    A rank works through its actions in order and computes one stage at a time; a link carries one frame at a time and
+    delivers it half a round trip after its last bit left. Losses return in frames without size.
+    """
+    schedule = make_schedule(plan, num_microbatches, world_size=plan.num_nodes, in_flight=in_flight)
+    clock = [0.0] * plan.num_nodes
+    link_free = [0.0] * len(plan.stages)
+    arrived: dict[tuple[int, int], float] = {}
+    finished = [None] * num_microbatches
+    position = [0] * plan.num_nodes
+    progress = True
+    while progress:
+        progress = False
+        for rank, actions in enumerate(schedule):
+            while position[rank] < len(actions):
+                action = actions[position[rank]]
+                slot, m = action.stage_index, action.microbatch_index
+                if slot > 0 and (slot, m) not in arrived:
+                    break
+                clock[rank] = max(clock[rank], arrived.get((slot, m), 0.0))
+                if action.kind is ActionKind.FORWARD:
+                    clock[rank] += stage_s[slot]
+                    if slot + 1 < len(plan.stages):
+                        link_free[slot] = max(link_free[slot], clock[rank]) + 8 * frame_bytes[slot] / network.bits_per_s
+                        arrived[slot + 1, m] = link_free[slot] + network.rtt_s / 2
+                    elif plan.last_node != 0:
+                        arrived[slot + 1, m] = clock[rank] + network.rtt_s / 2
+                if slot == (len(plan.stages) if plan.last_node != 0 else len(plan.stages) - 1):
+                    finished[m] = clock[rank]
+                position[rank] += 1
+                progress = True
+    assert None not in finished
+    return finished
+
+
+def record_of(plan, stage_s, frame_bytes, microbatch_tokens, in_flight):
+    """What a run would have recorded, with the seconds spread over phases."""
+    num_microbatches = 3
+    tokens = num_microbatches * microbatch_tokens
+    times = [
+        {"compute_s": 0.5 * s, "compress_s": 0.2 * s, "decompress_s": 0.2 * s, "importance_s": 0.1 * s, "wait_s": 9.0}
+        for s in stage_s[: len(plan.stages)]
+    ]
+    return {
+        "plan": [{"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in plan.stages],
+        "timed_tokens": tokens,
+        "results": {"total_processed_tokens": tokens, "num_microbatches": num_microbatches},
+        "stages": {str(i): {k: num_microbatches * v for k, v in t.items()} for i, t in enumerate(times)},
+        "traffic_per_link": {
+            link.name: {
+                "bytes": num_microbatches * (frame_bytes[link.index] - 60),
+                "header_bytes": num_microbatches * 50,
+                "padding_bytes": num_microbatches * 10,
+                "tokens": tokens,
+            }
+            for link in plan.links
+        },
+        "schedule": {"in_flight": in_flight},
+        "one_token": {
+            "stages": {str(i): t for i, t in enumerate(times)},
+            "links": {n.name: {"payload_bytes": frame_bytes[n.index] - 60, "header_bytes": 60} for n in plan.links},
+        },
+    }
+
+
+seconds = st.floats(0.001, 0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_nodes=st.integers(2, 4),
+    wrap=st.booleans(),
+    stage_s=st.lists(seconds, min_size=5, max_size=5),
+    frame_bytes=st.lists(st.integers(100, 500_000), min_size=5, max_size=5),
+    mbits=st.sampled_from([10, 100, 1000]),
+    rtt_s=st.sampled_from([0.0, 0.001, 0.04, 0.3]),
+    in_flight=st.integers(1, 7),
+)
+def test_prefill_is_the_simulated_rate(num_nodes, wrap, stage_s, frame_bytes, mbits, rtt_s, in_flight):
+    plan = default_plan(8, num_nodes, wrap=wrap)
+    network = Network(bits_per_s=mbits * 1e6, rtt_s=rtt_s)
+    costs = PipelineCosts.of(record_of(plan, stage_s, frame_bytes, 512, in_flight))
+    finished = simulate(plan, stage_s, frame_bytes, network, 600, in_flight)
+    num_measured = 420  # a multiple of every in_flight: the pipeline's rhythm repeats with it
+    end = len(finished) - 1 - in_flight  # after that the pipeline drains
+    rate = 512 * num_measured / (finished[end] - finished[end - num_measured])
+    assert predict_prefill(costs, network).tokens_per_s == pytest.approx(rate, rel=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_nodes=st.integers(2, 4),
+    wrap=st.booleans(),
+    stage_s=st.lists(seconds, min_size=5, max_size=5),
+    frame_bytes=st.lists(st.integers(100, 5000), min_size=5, max_size=5),
+    mbits=st.sampled_from([1, 10, 1000]),
+    rtt_s=st.sampled_from([0.0, 0.001, 0.04, 0.3]),
+)
+def test_decode_is_the_simulated_latency_of_one_token_after_another(num_nodes, wrap, stage_s, frame_bytes, mbits, rtt_s):
+    plan = default_plan(8, num_nodes, wrap=wrap)
+    network = Network(bits_per_s=mbits * 1e6, rtt_s=rtt_s)
+    costs = PipelineCosts.of(record_of(plan, stage_s, frame_bytes, 1, 1))
+    finished = simulate(plan, stage_s, frame_bytes, network, 6, in_flight=1)
+    assert predict_decode(costs, network).total_s == pytest.approx(finished[-1] - finished[-2])
+
+
+COSTS = PipelineCosts(
+    node_s={"node 0": 2e-3, "node 1": 1e-3},
+    link_bytes={"a": 1000.0, "b": 500.0},
+    microbatch_tokens=100,
+    in_flight=4,
+    num_hops=2,
+    one_token=None,
+)
+
+
+def test_what_binds_is_named():
+    assert predict_prefill(COSTS, Network(bits_per_s=1e9, rtt_s=0.0)).binds == "node 0"
+    slow = predict_prefill(COSTS, Network(bits_per_s=1e6, rtt_s=0.0))
+    assert (slow.binds, slow.tokens_per_s) == ("a", pytest.approx(125))
+    assert predict_prefill(COSTS, Network(bits_per_s=1e9, rtt_s=2.0)).binds == "in flight"
+
+
+def test_stages_of_a_node_add_up():
+    plan = default_plan(8, 4)
+    costs = PipelineCosts.of(record_of(plan, [0.1, 0.2, 0.3, 0.4, 0.5], [1000] * 5, 10, 6))
+    expected = {"node 0": 0.06, "node 1": 0.02, "node 2": 0.03, "node 3": 0.04}
+    assert costs.node_s == pytest.approx(expected)
+    assert costs.num_hops == 4 and costs.link_bytes[plan.links[0].name] == pytest.approx(100)
+
+
+def test_without_a_one_token_forward_there_is_no_latency():
+    assert predict_decode(COSTS, Network(bits_per_s=1e9, rtt_s=0.0)) is None
+    record = record_of(default_plan(8, 4), [0.1] * 5, [1000] * 5, 10, 6)
+    del record["one_token"]
+    assert PipelineCosts.of(record).one_token is None

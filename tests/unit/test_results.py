@@ -1,0 +1,117 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from pipeline.outlook import Outlook, fastest, recommendation_text, within_budget
+from pipeline.prediction import Network
+from pipeline.record import write_failure
+from pipeline.results import read_results, recommend
+from tests.helpers.records import losses, write_point
+
+
+def test_points_of_equal_model_text_and_protocol_share_a_setting_and_its_baseline(tmp_path):
+    write_point(tmp_path)
+    write_point(tmp_path, "int8", loss=losses(0.05), nbytes=66)
+    write_point(tmp_path, "nf4", num_tokens=300)
+    first, second = read_results([tmp_path]).settings
+    assert [p.label for p in first.points] == ["none", "int8"] and first.baseline.label == "none"
+    assert first.points[1].quality.ppl_ratio == pytest.approx(math.exp(0.05), rel=1e-6)
+    assert first.points[1].ppl / first.baseline.ppl == pytest.approx(first.points[1].quality.ppl_ratio, rel=1e-9)
+    assert (first.name, second.name) == ("1", "2")
+    assert second.baseline is None and second.points[0].quality is None
+    assert second.points[0].quality_note == "no uncompressed point of the same model, text and protocol"
+
+
+def test_a_link_alone_compressed_is_no_baseline(tmp_path):
+    write_point(tmp_path, "none", codecs={"layer:0:node0->node1": {"name": "none"}, "layer:2:node1->node2": {"name": "nf4"}})
+    assert read_results([tmp_path]).settings[0].baseline is None
+
+
+def test_what_is_no_record_is_named_and_skipped_and_failed_points_are_listed(tmp_path):
+    whole = write_point(tmp_path)
+    (tmp_path / "cut.json").write_text(whole.read_text()[:1000])
+    (tmp_path / "foreign.json").write_text('{"run_id": 1}')
+    (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    hollow = json.loads(whole.read_text())
+    del hollow["plan"]
+    (tmp_path / "hollow.json").write_text(json.dumps(hollow | {"per_token_file": "x"}))
+    odd = json.loads(whole.read_text()) | {"codecs": ["none"]}
+    (tmp_path / "odd.json").write_text(json.dumps(odd))
+    write_failure(tmp_path, {"failure_id": "1", "label": "nf5", "error": "no such codec", "args": {}})
+    results = read_results([tmp_path])
+    assert [p.label for p in results.points] == ["none"]
+    assert [(f.label, f.error) for f in results.failed] == [("nf5", "no such codec")]
+    told = "\n".join(results.skipped)
+    for name in ("cut", "foreign", "list", "binary", "hollow", "odd"):
+        assert told.count(f"{name}.json") == 1, name
+    assert "hollow.json is not a complete run record: KeyError: 'plan'" in told
+
+
+def test_a_missing_or_foreign_per_token_file_costs_the_quality_only(tmp_path):
+    write_point(tmp_path)
+    write_point(tmp_path, "int8").with_suffix(".safetensors").unlink()
+    other = write_point(tmp_path, "int4").with_suffix(".safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    short = write_point(tmp_path / "elsewhere", loss=losses()[:80])
+    other.write_bytes(short.with_suffix(".safetensors").read_bytes())
+    by_label = {p.label: p for p in read_results([tmp_path]).points}
+    assert by_label["int8"].quality is None and "cannot be read" in by_label["int8"].quality_note
+    assert by_label["int4"].quality is None and "has 80 tokens, its record 400" in by_label["int4"].quality_note
+    assert by_label["none"].quality.top1_agreement == 1.0
+
+
+def test_a_run_that_only_wrote_its_record_has_no_costs(tmp_path):
+    write_point(tmp_path, timed_tokens=0)
+    assert read_results([tmp_path]).points[0].costs is None
+
+
+@pytest.fixture
+def setting(tmp_path):
+    write_point(tmp_path)
+    write_point(tmp_path, "int8", loss=losses(0.001), nbytes=66)
+    write_point(tmp_path, "int6", loss=losses(0.009, spread=0.1), nbytes=50)
+    write_point(tmp_path, "nf4", loss=losses(0.05), nbytes=36)
+    write_point(tmp_path, "mean4", loss=losses(0.0), nbytes=20, causal=False)
+    return read_results([tmp_path]).settings[0]
+
+
+def test_the_cheapest_causal_point_within_the_budget_is_recommended(setting):
+    best = recommend(setting, 0.06)
+    assert (best.cheapest.label, best.certain.label) == ("nf4", "nf4")
+    best = recommend(setting, 0.01)
+    assert (best.cheapest.label, best.certain.label) == ("int6", "int8")
+    assert recommend(setting, 0.0).cheapest.label == "none"
+
+
+def test_the_recommendation_in_words(setting):
+    text = recommendation_text(setting, Outlook(max_ppl_increase=0.06))
+    assert text.startswith("Within +6% perplexity the cheapest is nf4: 36.0 bytes per token and link, 7.1 times fewer")
+    assert "perplexity +5.13%" in text and text.endswith("Its whole 95% interval is within.")
+    text = recommendation_text(setting, Outlook(max_ppl_increase=0.01))
+    assert "cheapest is int6" in text and "the cheapest whose interval is: int8: 66.0" in text
+    assert recommendation_text(setting, Outlook(max_ppl_increase=0.0)).startswith("No compressed causal point")
+
+
+def test_the_fastest_point_depends_on_the_network(tmp_path):
+    write_point(tmp_path)
+    slow = {"compute_s": 3.0, "compress_s": 0.0, "decompress_s": 0.0, "wait_s": 0.0}
+    write_point(tmp_path, "int8", nbytes=66, stages={str(i): slow for i in range(5)})
+    setting = read_results([tmp_path]).settings[0]
+    outlook = Outlook()
+    labels = [
+        fastest(setting.points, Network(bits_per_s=mbits * 1e6, rtt_s=0.0), outlook, decode=False).label
+        for mbits in (0.01, 1000)
+    ]
+    assert labels == ["int8", "none"]
+    assert all(within_budget(point, outlook) for point in setting.points)
+
+
+def test_losses_that_are_not_finite(tmp_path):
+    write_point(tmp_path)
+    write_point(tmp_path, "int2", loss=np.full(400, np.nan, np.float32), nbytes=20)
+    setting = read_results([tmp_path]).settings[0]
+    assert setting.points[1].ppl is None and math.isnan(setting.points[1].quality.ppl_ratio)
+    assert recommend(setting, 10.0).cheapest.label == "none"
