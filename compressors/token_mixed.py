@@ -134,9 +134,10 @@ class _TokenLevels(Compressor):
 
     def _by_rank(self, num_tokens: int, like: torch.Tensor) -> torch.Tensor:
         """Levels of the tokens from the most important to the least, uint8 [B, T]."""
-        levels = torch.arange(len(self._levels), dtype=torch.uint8, device=like.device)
-        repeats = torch.tensor(self._counts(num_tokens), device=like.device)
-        return levels.repeat_interleave(repeats, output_size=num_tokens).expand(like.shape)
+        levels = torch.empty(num_tokens, dtype=torch.uint8, device=like.device)
+        for level, part in enumerate(levels.split(self._counts(num_tokens))):
+            part.fill_(level)
+        return levels.expand(like.shape)
 
     def _split(self, codes: torch.Tensor) -> list[torch.Tensor]:
         """Positions int64 [B, n] of each level that has tokens, ascending."""

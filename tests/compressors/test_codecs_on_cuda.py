@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from codec_cases import DTYPES, SPECS, make
+from codec_cases import DTYPES, SPECS, compress, make
 
 from compressors import Payload
-from compressors.check import hidden_states
+from compressors.check import hidden_states, side_inputs
 from compressors.rows import RowCodec
 
 # a nested absmax holds a mean, whose rounding depends on the order of the sum
@@ -32,7 +32,7 @@ def test_bytes_and_values_are_those_of_the_cpu(spec, dtype):
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_frame_decodes_on_either_side(spec):
     x = hidden_states((2, 33, 576))
-    payload = make(spec, hidden_size=576).compress(x.cuda())
+    payload = compress(make(spec, hidden_size=576), x.cuda())
     on_cuda = make(spec, hidden_size=576).decompress(payload, torch.device("cuda"), x.dtype)
     copied = Payload(payload.data.cpu(), payload.shape, payload.meta)
     on_cpu = make(spec, hidden_size=576).decompress(copied, torch.device("cpu"), x.dtype)
@@ -43,9 +43,10 @@ def test_a_frame_decodes_on_either_side(spec):
 def test_the_host_does_not_wait(spec):
     x = hidden_states((2, 33, 576)).cuda()
     codec = make(spec, hidden_size=576)
-    codec.decompress(codec.compress(x), x.device, x.dtype)  # constants reach the device once
+    side = side_inputs(codec, x)
+    codec.decompress(compress(codec, x), x.device, x.dtype)  # constants reach the device once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        codec.decompress(codec.compress(x), x.device, x.dtype)
+        codec.decompress(codec.compress(x, **side), x.device, x.dtype)
     finally:
         torch.cuda.set_sync_debug_mode("default")

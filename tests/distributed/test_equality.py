@@ -46,6 +46,8 @@ def evaluate_all(rank: int, cases: dict[str, dict]) -> None:
     score = Stage.score
     for case in cases.values():
         config = load_config(None, list(case.items()))
+        Stage.score = score  # a deployment times a token, which is none of the run
+        deployment = deploy(config, control)
         kept: list[torch.Tensor] = []
 
         def keep_and_score(stage, hidden_states, *scored, kept=kept):
@@ -53,7 +55,7 @@ def evaluate_all(rank: int, cases: dict[str, dict]) -> None:
             return score(stage, hidden_states, *scored)
 
         Stage.score = keep_and_score
-        Evaluation(config, deploy(config, control)).run()
+        Evaluation(config, deployment).run()
         if kept:
             save_file({str(i): hidden for i, hidden in enumerate(kept)}, Path(case["exp_dir"]) / "hidden")
     control.close()
