@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
-__all__ = ["MEASURES", "compare_layers", "early_and_late"]
+__all__ = ["MEASURES", "compare_layers", "early_and_late", "position_correlation"]
 
 MEASURES = ("spearman", "kendall", "top_k_overlap", "jensen_shannon", "wasserstein")
 
@@ -74,6 +74,15 @@ def _compare(window: np.ndarray, top_fraction: float) -> dict[str, np.ndarray]:
             ):
                 matrices[name][i, j] = matrices[name][j, i] = value
     return matrices
+
+
+def position_correlation(windows: Sequence[np.ndarray]) -> np.ndarray:
+    """Spearman correlation of each layer's importance with the position, [L] float64, mean over windows.
+
+    What layers agree on may be no more than that: some metrics favour early or late tokens whatever they are.
+    """
+    ranks = [stats.rankdata(window, axis=1) for window in windows]
+    return np.mean([[np.corrcoef(row, np.arange(len(row)))[0, 1] for row in window] for window in ranks], axis=0)
 
 
 def early_and_late(matrices: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:

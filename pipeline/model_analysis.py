@@ -24,7 +24,7 @@ from pipeline.gradients import GradientPass
 from pipeline.hf_model import TORCH_DTYPES, check_attention_readable
 from pipeline.importance import METRICS, MetricSetting
 from pipeline.importance_files import write_head_relevance, write_token_importance
-from pipeline.layer_analysis import compare_layers, early_and_late
+from pipeline.layer_analysis import compare_layers, early_and_late, position_correlation
 from pipeline.layer_plots import plot_heads, plot_layers
 from pipeline.plan import StagePlan
 from pipeline.record import model_label, software_versions
@@ -73,10 +73,12 @@ def analyse_layers(config: RunConfig, deployment: Deployment, out: Path) -> None
         return
     analysis = _origin(config, deployment, "layer analysis") | {"top_fraction": TOP_FRACTION, "metrics": {}}
     for number, name in enumerate(LAYER_METRICS):
-        pairs = compare_layers([window[number] for window in windows if window.shape[-1] > 1], TOP_FRACTION)
+        own = [window[number] for window in windows if window.shape[-1] > 1]
+        pairs = compare_layers(own, TOP_FRACTION)
         summary = early_and_late(pairs)
         analysis["metrics"][name] = {
             "summary": summary,
+            "spearman_with_position": position_correlation(own).tolist(),
             "pairs": {measure: matrix.tolist() for measure, matrix in pairs.items()},
         }
         plot_layers(analysis, name, out / f"layers_{name}.png")

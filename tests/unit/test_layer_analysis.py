@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.layer_analysis import MEASURES, compare_layers, early_and_late
+from pipeline.layer_analysis import MEASURES, compare_layers, early_and_late, position_correlation
 
 
 def random_window(num_layers=4, num_tokens=30, seed=0):
@@ -71,3 +71,9 @@ def test_summary_names_early_and_late():
 def test_what_cannot_be_compared_is_named(windows, top, message):
     with pytest.raises(ValueError, match=message):
         compare_layers(windows, top)
+
+
+def test_position_correlation_is_the_mean_over_windows():
+    rising, falling = np.arange(1.0, 9), np.arange(8.0, 0, -1)
+    windows = [np.stack([rising, falling]), np.stack([rising, rising])]
+    np.testing.assert_allclose(position_correlation(windows), [1, 0], atol=1e-12)
