@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PLAIN = [
     "allocator", "world", "watchdog", "config", "points", "plan", "schedule", "windows", "metrics", "record", "journal", "tracking",
     "progress", "layer_analysis", "layer_plots", "quality", "prediction",
-    "results", "columns", "outlook", "charts", "published", "html_report", "text_report", "plots", "report",
+    "results", "importance_curves", "columns", "outlook", "charts", "published", "html_parts", "html_costs", "html_prediction", "html_report", "text_report", "plots", "report",
 ]  # fmt: skip
 TORCH = ["staging", "gguf_conversion", "model_source", "dataset", "attention", "hf_model", "stage", "probes", "importance", "importance_files", "relevance", "wire"]
 PROCESS_GROUP = [
