@@ -30,7 +30,8 @@ from pipeline.world import World
 
 __all__ = [
     "LinkEnds",
-    "check_model_limits",
+    "check_bos",
+    "check_max_length",
     "choose_threads",
     "frame_specs",
     "make_codecs",
@@ -66,13 +67,17 @@ def check_world_size(config: RunConfig, world: World) -> None:
         )
 
 
-def check_model_limits(config: RunConfig, model_config: Any, bos_id: int | None) -> None:
-    """Raise ConfigError where the windows do not fit the model."""
+def check_max_length(config: RunConfig, model_config: Any) -> None:
+    """Raise ConfigError where the windows are longer than the model's positions."""
     longest = getattr(model_config, "max_position_embeddings", None)
     if longest is not None and config.dataset.max_length > longest:
         raise ConfigError(
             f"dataset.max_length is {config.dataset.max_length}, the model has positions for {longest} tokens"
         )
+
+
+def check_bos(config: RunConfig, bos_id: int | None) -> None:
+    """Raise ConfigError where windows are to begin with a token that the model has not."""
     if config.dataset.bos == "window" and bos_id is None:
         raise ConfigError("dataset.bos is window, but the model's tokenizer has no BOS token")
 

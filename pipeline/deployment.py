@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from pipeline.compose import (
     available_cores,
-    check_model_limits,
+    check_bos,
+    check_max_length,
     check_world_size,
     choose_threads,
     make_codecs,
@@ -100,13 +101,14 @@ def deploy(config: RunConfig, control: Control) -> Deployment:
         show_progress=world.local_rank == 0,
     )
     model_config = load_model_config(model_dir, model.architecture, trust_remote_code=model.trust_remote_code)
+    check_max_length(config, model_config)
     plan = make_plan(config, model_config.num_hidden_layers)
     devices = stage_devices(config, plan, world)
     checkpoint_digest = checkpoint_fingerprint(model_dir)
     control.agree("checkpoint", {"fingerprint": checkpoint_digest})
     control.report("tokenising")
     text = _tokenize_once(config, control, model_dir)
-    check_model_limits(config, model_config, text.bos_id)
+    check_bos(config, text.bos_id)
     codecs = make_codecs(config, plan, hidden_size=model_config.hidden_size, max_tokens=config.dataset.max_length)
     metrics = make_metrics(
         config,

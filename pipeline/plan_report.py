@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.compose import SEND_DEPTH, make_codecs, make_plan
+from pipeline.compose import SEND_DEPTH, check_max_length, make_codecs, make_plan
 from pipeline.config import RunConfig
 from pipeline.hf_model import TORCH_DTYPES, embedding_bytes, load_model_config, stage_parameter_bytes
 from pipeline.stage import MAX_LOGITS_NBYTES
@@ -23,6 +23,7 @@ def plan_text(config: RunConfig) -> str:
     """The plan as text. Raises ValueError where the config cannot be run or says too little."""
     model_dir = Path(config.model.name) if Path(config.model.name).is_dir() else None
     model_config = load_model_config(model_dir, config.model.architecture)
+    check_max_length(config, model_config)
     plan = make_plan(config, model_config.num_hidden_layers)
     dtype = TORCH_DTYPES[config.model.dtype]
     shape = (config.batch_size, config.dataset.max_length, model_config.hidden_size)

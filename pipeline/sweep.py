@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.compose import check_model_limits
+from pipeline.compose import check_max_length
 from pipeline.config import RunConfig, with_overrides
 from pipeline.deployment import Deployment
 from pipeline.evaluation import Evaluation
@@ -82,7 +82,7 @@ def _run_point(
     evaluation, error = None, None
     try:
         point_config = with_overrides(config, point.overrides)
-        check_model_limits(point_config, deployment.model_config, deployment.text.bos_id)
+        check_max_length(point_config, deployment.model_config)
         evaluation = Evaluation(point_config, deployment)
     except PipelineError:
         raise
