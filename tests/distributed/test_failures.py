@@ -289,6 +289,15 @@ def test_a_slow_rank_is_no_alarm(codec, tmp_path, uninterrupted):
     assert outcome(tmp_path) == uninterrupted
 
 
+def test_a_rank_hears_at_once_that_nothing_more_comes(tmp_path):
+    """Rank 0 decodes for longer than the timeout after its first stage has sent its last frame."""
+    codecs = '{"layer:4:node3->node0": "tests.helpers.bad_codecs:SlowToDecode(rank=0, seconds=0.9)"}'
+    command = arguments(tmp_path, "--stride", "64", "--first_k_tokens", "400", "--set", f"compressor_per_link={codecs}")
+    for one in run_ranks([command] * NUM_RANKS):
+        one.check()
+        assert one.wall_s > 2 * TIMEOUT_S
+
+
 def test_a_rank_that_starts_late_is_no_alarm(tmp_path, uninterrupted):
     for one in call_on_ranks(NUM_RANKS, start_late, arguments(tmp_path), TIMEOUT_S + 1):
         one.check()

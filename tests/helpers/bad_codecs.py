@@ -51,6 +51,44 @@ class Raising(_Late):
         raise ArithmeticError("no more bits")
 
 
+class RaisingWhere(Compressor):
+    """Raises in `method` ("compress" or "decompress") at its `call`-th call; call 1 is the warm-up's.
+
+    Which rank that is, is settled by the link that the codec is put on.
+    """
+
+    name = "raising_where"
+
+    def __init__(self, method: str, call: int, *, link=None) -> None:
+        super().__init__(link=link)
+        self.method, self.call = method, call
+        self._calls = {"compress": 0, "decompress": 0}
+
+    def compress(self, x: torch.Tensor, **side) -> Payload:
+        self._count("compress")
+        return Payload(x.contiguous().view(torch.uint8).reshape(-1), tuple(x.shape))
+
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        self._count("decompress")
+        return payload.data.clone().view(dtype).reshape(payload.shape).to(device)
+
+    def _count(self, method: str) -> None:
+        self._calls[method] += 1
+        if method == self.method and self._calls[method] == self.call and not _is_repaired():
+            raise ArithmeticError(f"no more {method}")
+
+
+class Unmakeable(_Late):
+    """Cannot be made on one rank."""
+
+    name = "unmakeable"
+
+    def __init__(self, rank: int, *, link=None) -> None:
+        super().__init__(rank, link=link)
+        if os.environ.get("RANK") == str(rank) and not _is_repaired():
+            raise OSError("no such device")
+
+
 class TooLarge(_Late):
     name = "too_large"
 
@@ -88,6 +126,20 @@ class Slow(_Late):
 
     def _go_wrong(self, data, shape):
         ctypes.PyDLL(None).usleep(int(self.seconds * 1e6))
+        return Payload(data, shape)
+
+
+class SlowToDecode(_Late):
+    """Takes long for every frame on `rank`."""
+
+    name = "slow_to_decode"
+
+    def decompress(self, payload, device, dtype):
+        if os.environ.get("RANK") == str(self.rank):
+            time.sleep(self.seconds)
+        return super().decompress(payload, device, dtype)
+
+    def _go_wrong(self, data, shape):
         return Payload(data, shape)
 
 
