@@ -105,7 +105,7 @@ class Compressor(ABC):
         needs: side inputs that `compress` takes as keywords, from `("importance", "token_ids")`. They exist
             at the sender only.
         importance_metric: name of the metric that computes the importance, for a codec that needs it.
-    `causal`, `fixed_size`, `needs` and `importance_metric` may be set per instance where they depend on options.
+    All but the first two may be set per instance where they depend on options.
     """
 
     name: ClassVar[str]

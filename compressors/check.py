@@ -38,7 +38,8 @@ def hidden_states(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed
 def side_inputs(codec: Compressor, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """What `codec` needs beside `x`, made up.
 
-    The importance follows the values, as metrics' do, unless the codec is causal: then its metric must know places only.
+    The importance follows the values, as metrics' do, unless the codec is causal: then its metric must know
+    places only.
     """
     batch, num_tokens, _ = x.shape
     by_place = (torch.arange(num_tokens, device=x.device) * 7 % 11).float().expand(batch, num_tokens)

@@ -3,20 +3,20 @@
     token_mixed(metric=column, fraction=0.25, high=int8, low=int4)
     token_graded(metric=norm, fractions=[0.1, 0.4], codecs=[fp16, int8, int4])
 
-In every row (sequence) of T tokens, those with the largest importance form level 0, the next ones level 1, and so on:
-with cumulative fractions P_i, levels 0 to i hold round(P_i T) tokens together. Each level goes, in the order of its tokens,
-through its own codec. The importance is a side input of the sender, which the pipeline computes by the `metric` named
-here; among equal values earlier tokens rank higher, and NaN ranks lowest.
+In every row (sequence) of T tokens, those with the largest importance form level 0, the next ones level 1, and
+so on: with cumulative fractions P_i, levels 0 to i hold round(P_i T) tokens together. Each level goes, in the
+order of its tokens, through its own codec. The importance is a side input of the sender, which the pipeline
+computes by the `metric` named here; among equal values earlier tokens rank higher, and NaN ranks lowest.
 
-The receiver knows how many tokens each level has, and reads from the payload which they are. What decides over a token's bits is
-its rank in the frame, so every metric that looks at content makes later tokens matter to earlier ones, the norm of
-single tokens too: such a codec is not causal. With a metric of places alone (random, uniform) the choice depends on
-T and on nothing else.
+The receiver knows how many tokens each level has, and reads from the payload which they are. What decides over a
+token's bits is its rank in the row, so every metric that looks at content makes later tokens matter to earlier
+ones, the norm of single tokens too: such a codec is not causal. With a metric of places alone (random, uniform)
+the choice depends on T and on nothing else.
 
 Side information: ceil(log2 n) bits per token for n levels, if more than one has tokens, and 8 bytes for each
 codec whose size depends on the values.
-Payload: the levels of each row's tokens (packed by `bitpack`), the sizes (int64) of codecs without a fixed size, the
-codecs' bytes in the order of the levels; a level without tokens takes none.
+Payload: the levels of each row's tokens (packed by `bitpack`), the sizes (int64) of codecs without a fixed size,
+the codecs' bytes in the order of the levels; a level without tokens takes none.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from compressors.wrapper import InnerSpec
 
 __all__ = ["CAUSAL_METRICS", "TokenGraded", "TokenMixed"]
 
+Level = tuple[Compressor, tuple[int, int, int]]  # a codec and the shape [B, n, H] that goes through it
+
 # Metrics that look at windows and positions only. All others see content, and so later tokens.
 CAUSAL_METRICS = ("random", "uniform")
 
@@ -45,15 +47,15 @@ class _TokenLevels(Compressor):
     def _set_levels(self, metric: str, levels: Mapping[str, Compressor], fractions: Sequence[float]) -> None:
         """`levels` are codecs by the option that they came from, `fractions` of all but the last."""
         if not isinstance(metric, str):
-            raise option_error(self.name, "metric", metric, "the name of an importance metric, column for example")
+            raise option_error(self.name, "metric", metric, "the name of an importance metric, such as column")
         self.importance_metric = metric
         self._levels = list(levels.values())
         self._cumulative = [sum(fractions[: i + 1]) for i in range(len(fractions))] + [1.0]
         needs = {"importance"}
         for option, codec in levels.items():
             if codec.importance_metric not in (None, metric):
-                inner = codec.importance_metric
-                raise option_error(self.name, option, codec.name, f"codecs by the same metric {metric!r}, not {inner!r}")
+                allowed = f"codecs by the same metric {metric!r}, not {codec.importance_metric!r}"
+                raise option_error(self.name, option, codec.name, allowed)
             needs |= set(codec.needs)
         self.needs = tuple(sorted(needs))
         chooses = sum(end > start for start, end in zip([0.0, *self._cumulative], self._cumulative)) > 1
@@ -68,8 +70,8 @@ class _TokenLevels(Compressor):
         bounds = [0, *(min(int(p * num_tokens + 0.5), num_tokens) for p in self._cumulative)]
         return [end - start for start, end in zip(bounds, bounds[1:])]
 
-    def _layout(self, shape: Sequence[int]) -> tuple[list[Section], list[tuple[Compressor, tuple[int, ...]]]]:
-        """Sections in front, and (codec, shape) of the levels that have tokens, for hidden states [B, T, H]."""
+    def _layout(self, shape: Sequence[int]) -> tuple[list[Section], list[Level]]:
+        """Sections in front and the levels that have tokens, for hidden states [B, T, H]."""
         batch, num_tokens, width = shape
         counts = self._counts(num_tokens)
         parts = [(codec, (batch, n, width)) for codec, n in zip(self._levels, counts) if batch * n]
@@ -84,7 +86,8 @@ class _TokenLevels(Compressor):
     @torch.no_grad()
     def compress(self, x: torch.Tensor, *, importance: torch.Tensor, **side: Any) -> Payload:
         if importance.shape != x.shape[:2]:
-            raise ValueError(f"{self.name}: importance is {tuple(importance.shape)}, expected {tuple(x.shape[:2])}")
+            expected = tuple(x.shape[:2])
+            raise ValueError(f"{self.name}: importance is {tuple(importance.shape)}, expected {expected}")
         batch, num_tokens, width = x.shape
         sections, parts = self._layout(x.shape)
         start = sections_nbytes(*sections)
@@ -99,7 +102,7 @@ class _TokenLevels(Compressor):
             part = x.gather(1, index[..., None].expand(shape))
             payload = codec.compress(part, **{name: side[name].gather(1, index) for name in codec.needs})
             if payload.meta:
-                raise ValueError(f"{self.name}: codec {codec.name} writes meta, which has no place in these bytes")
+                raise ValueError(f"{self.name}: codec {codec.name} writes meta, which has no place here")
             end = start + payload.data.numel()
             data[start:end].copy_(payload.data)
             start = end
@@ -145,8 +148,8 @@ class _TokenLevels(Compressor):
         return [part for part in order.split(self._counts(codes.shape[1]), dim=1) if part.numel()]
 
     def _received_codes(self, section: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        """Levels uint8 [B, T] from a payload. Bytes in host memory are checked; elsewhere a check would wait for the
-        device, and `_split` makes some choice of the right size from any bytes."""
+        """Levels uint8 [B, T] from a payload. Bytes in host memory are checked; elsewhere a check would wait for
+        the device, and `_split` makes some choice of the right size from any bytes."""
         batch, num_tokens, _ = shape
         if not section.numel():
             return torch.zeros(batch, num_tokens, dtype=torch.uint8, device=section.device)
@@ -154,12 +157,11 @@ class _TokenLevels(Compressor):
         if codes.device.type == "cpu":
             expected = self._by_rank(num_tokens, codes)
             if not torch.equal(codes.sort(dim=1).values, expected):
-                raise CorruptPayload(f"{self.name}: the levels of a row do not have {self._counts(num_tokens)} tokens")
+                counts = self._counts(num_tokens)
+                raise CorruptPayload(f"{self.name}: the levels of a row do not have {counts} tokens")
         return codes
 
-    def _sizes(
-        self, parts: Sequence[tuple[Compressor, tuple[int, ...]]], section: torch.Tensor, total: int
-    ) -> list[int]:
+    def _sizes(self, parts: Sequence[Level], section: torch.Tensor, total: int) -> list[int]:
         """Bytes of each level. Raises CorruptPayload unless they are possible and add up to `total`."""
         told = iter(section.clone().view(torch.int64).tolist() if section.numel() else [])
         sizes = []
@@ -167,7 +169,8 @@ class _TokenLevels(Compressor):
             bound = codec.max_nbytes(shape)
             nbytes = bound if codec.fixed_size else next(told)
             if not 0 <= nbytes <= bound:
-                raise CorruptPayload(f"{self.name}: {nbytes} bytes for {codec.name}, at most {bound} are possible")
+                told_of = f"{nbytes} bytes for {codec.name}"
+                raise CorruptPayload(f"{self.name}: {told_of}, at most {bound} are possible")
             sizes.append(nbytes)
         if sum(sizes) != total:
             raise CorruptPayload(f"{self.name}: {total} bytes behind the levels, expected {sum(sizes)}")
@@ -196,8 +199,8 @@ class TokenMixed(_TokenLevels):
 
 
 class TokenGraded(_TokenLevels):
-    """The `fractions[0]` of most important tokens through `codecs[0]`, the next `fractions[1]` through `codecs[1]`, ...;
-    what is left through the last one."""
+    """The `fractions[0]` of most important tokens through `codecs[0]`, the next `fractions[1]` through
+    `codecs[1]`, ...; what is left through the last one."""
 
     name = "token_graded"
 
@@ -211,9 +214,10 @@ class TokenGraded(_TokenLevels):
     ) -> None:
         super().__init__(link=link)
         if isinstance(codecs, str) or not isinstance(codecs, Sequence) or not 2 <= len(codecs) <= 16:
-            raise option_error(self.name, "codecs", codecs, "a list of 2 to 16 codecs, [fp16, int8, int4] for example")
+            raise option_error(self.name, "codecs", codecs, "a list of 2 to 16 codecs, such as [fp16, int8, int4]")
         if not isinstance(fractions, Sequence) or len(fractions) != len(codecs) - 1:
-            raise option_error(self.name, "fractions", fractions, f"a list of {len(codecs) - 1}, one less than codecs")
+            allowed = f"a list of {len(codecs) - 1}, one less than codecs"
+            raise option_error(self.name, "fractions", fractions, allowed)
         self.metric = metric
         self.fractions = [_check_fraction(self.name, "fractions", fraction) for fraction in fractions]
         if sum(self.fractions) > 1 + 1e-9:

@@ -1,13 +1,13 @@
 """Attention weights of chosen layers, read beside transformers' sdpa kernel without changing what it computes.
 
-A fused kernel never forms the weights, and switching a layer to the eager kernel would take its mask away. This module
-therefore registers an attention function, with sdpa's own masks, that returns exactly what sdpa returns and then lets
-a reader recompute what it wants from the same queries, keys and mask, a few query rows at a time:
+A fused kernel never forms the weights, and switching a layer to the eager kernel would take its mask away. This
+module therefore registers an attention function, with sdpa's own masks, that returns exactly what sdpa returns and
+then lets a reader recompute what it wants from the same queries, keys and mask, a few query rows at a time:
 
     A_hij = softmax_j(scaling * <q_hi, k_hj> + mask_ij)
 
-in float32, at most `MAX_CHUNK_NBYTES` at once (or one row). A stage switches to it when a reader first asks. Left out: caches
-(queries and keys have one length), kernels with logit soft-capping or position biases, gradients.
+in float32, at most `MAX_CHUNK_NBYTES` at once (or one row). A stage switches to it when a reader first asks. Left
+out: caches (queries and keys have one length), kernels with logit soft-capping or position biases, gradients.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class AttentionError(ValueError):
 class Attention:
     """One layer's attention, not computed yet.
 
-    `query` [B, heads, T, D], `key` [B, heads / n, T, D] where n query heads share a key head; `mask` [B or 1, heads or 1,
-    T, T] is boolean (True: seen), additive, or None for plain causal attention.
+    `query` [B, heads, T, D], `key` [B, heads / n, T, D] where n query heads share a key head; `mask` [B or 1, heads or
+    1, T, T] is boolean (True: seen), additive, or None for plain causal attention.
     """
 
     query: torch.Tensor

@@ -124,9 +124,8 @@ def make_codecs(
         if missing:
             raise ConfigError(f"codec {codec.name} needs {', '.join(missing)}, which no stage computes")
         if "importance" in codec.needs and codec.importance_metric not in METRICS:
-            raise ConfigError(
-                f"codec {codec.name} wants the importance metric {codec.importance_metric!r}; there are: {', '.join(METRICS)}"
-            )
+            wanted = f"the importance metric {codec.importance_metric!r}"
+            raise ConfigError(f"codec {codec.name} wants {wanted}; there are: {', '.join(METRICS)}")
         codecs.append(codec)
     return codecs
 
@@ -168,7 +167,7 @@ def make_metrics(
         for key in {"head_weights", "oracle"}.intersection(cls.setting_keys):
             if getattr(section, key) is None:
                 raise ConfigError(f"metric {cls.name} needs a file: set importance.{key}")
-            path = Path(getattr(section, key))
+            path = Path(getattr(section, key)).expanduser()
             options["file_digest"] = file_digest(path)
             if key == "head_weights":
                 options["head_relevance"] = read_head_relevance(
@@ -198,7 +197,8 @@ def _layers_to_read(setting: str | Sequence[int], stage: StagePlan, metric: str)
     if not chosen:
         holds = f"layers {stage.start} to {stage.end - 1}" if own else "no layers"
         raise ConfigError(
-            f"metric {metric} reads attention, but stage {stage.stage_index} holds {holds}, and importance.layers is {setting!r}"
+            f"metric {metric} reads attention, but stage {stage.stage_index} holds {holds}, and importance.layers "
+            f"is {setting!r}"
         )
     return chosen
 

@@ -198,9 +198,12 @@ def load_stage(
 
 def check_attention_readable(config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:
     """Raise AttentionError unless `attention` can read the layers' weights. Loads nothing."""
-    first_layer = StagePlan(stage_index=0, node=0, start=0, end=min(1, config.num_hidden_layers), is_first=True, is_last=True)
+    end = min(1, config.num_hidden_layers)
+    first_layer = StagePlan(stage_index=0, node=0, start=0, end=end, is_first=True, is_last=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_stage_config(config, first_layer), trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            _stage_config(config, first_layer), trust_remote_code=trust_remote_code
+        )
     make_readable(model.base_model)
 
 

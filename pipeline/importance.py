@@ -2,18 +2,18 @@
 
 A codec that names a metric (`token_mixed(metric=column, ...)`) gets its result as side input: the stage in front of
 the link computes it, from its own layers and output, while the micro-batch passes. In the formulas A_hij is the
-attention of row (query) i to column (key) j in head h of a layer, T the number of rows; a metric over several layers is
-the mean of their results. What is made from gradients comes from a file; `importance_files` reads those.
+attention of row (query) i to column (key) j in head h of a layer, T the number of rows; a metric over several layers
+is the mean of their results. What is made from gradients comes from a file; `importance_files` reads those.
 
-A metric is `causal` when a token's importance depends on nothing but its place: codecs that pick the top tokens of a frame by
-any other metric look at later tokens.
+A metric is `causal` when a token's importance depends on nothing but its place: codecs that pick the top tokens of a
+frame by any other metric look at later tokens.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -209,16 +209,17 @@ def _splitmix64(z: np.ndarray) -> np.ndarray:
 
 
 class Uniform(_ByPlace):
-    """No token matters more. So that a codec's choice is spread evenly over the positions, I_j is van der Corput's sequence:
-    the bits of j mirrored behind the binary point.
+    """No token matters more. So that a codec's choice is spread evenly over the positions, I_j is van der Corput's
+    sequence: the bits of j mirrored behind the binary point.
     """
 
     name = "uniform"
 
     def _row(self, window_index: int, positions: np.ndarray) -> np.ndarray:
         mirrored = np.zeros(len(positions), np.float32)
-        for bit in range(24):
-            mirrored += ((positions >> np.uint64(bit)) & np.uint64(1)).astype(np.float32) * np.float32(0.5 ** (bit + 1))
+        for bit in range(24):  # of the significand
+            is_set = (positions >> np.uint64(bit)) & np.uint64(1)
+            mirrored += is_set.astype(np.float32) * np.float32(0.5 ** (bit + 1))
         return mirrored
 
 

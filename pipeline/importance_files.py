@@ -1,11 +1,11 @@
 """Importance that was computed beforehand: two kinds of safetensors files, written and read back with checks.
 
-* token importance: a float32 tensor per link, named as the link, with one value per input token of every window (BOS
-  included where windows have one), windows in order. It holds for one model, text and sliding window.
+* token importance: a float32 tensor per link, named as the link, with one value per input token of every window
+  (BOS included where windows have one), windows in order. It holds for one model, text and sliding window.
 * head relevance: "head_relevance", float32 [layers of the model, heads], none negative. It holds for one model.
 
-The metadata says what a file belongs to, and reading refuses any other deployment. Runs identify a file by its content,
-so that its path may change.
+The metadata says what a file belongs to, and reading refuses any other deployment. Runs identify a file by its
+content, so that its path may change.
 """
 
 from __future__ import annotations
@@ -55,16 +55,13 @@ def write_token_importance(
     """
     for link, values in by_link.items():
         if values.dim() != 1 or values.dtype != torch.float32 or values.isnan().any():
-            raise ValueError(f"importance on {link} must be 1-D float32 without NaN, got {values.dtype} {tuple(values.shape)}")
-    if len({values.numel() for values in by_link.values()}) != 1:
-        raise ValueError(f"importance must have as many values on every link: { {k: v.numel() for k, v in by_link.items()} }")
-    _write(
-        path,
-        TOKEN_IMPORTANCE,
-        by_link,
-        _token_owner(checkpoint_fingerprint, ids_sha256, max_length, stride, bos),
-        notes,
-    )
+            got = f"{values.dtype} {tuple(values.shape)}"
+            raise ValueError(f"importance on {link} must be 1-D float32 without NaN, got {got}")
+    lengths = {link: values.numel() for link, values in by_link.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"importance must have as many values on every link, got {lengths}")
+    owner = _token_owner(checkpoint_fingerprint, ids_sha256, max_length, stride, bos)
+    _write(path, TOKEN_IMPORTANCE, by_link, owner, notes)
 
 
 def read_token_importance(
@@ -81,7 +78,7 @@ def read_token_importance(
     owner = _token_owner(checkpoint_fingerprint, ids_sha256, max_length, stride, bos)
     values = _read(path, TOKEN_IMPORTANCE, link, owner)
     if values.dim() != 1 or values.isnan().any():
-        raise ImportanceFileError(f"{path}: {link} must be one row of numbers, got {tuple(values.shape)}, or NaN in it")
+        raise ImportanceFileError(f"{path}: {link} must be a row of numbers, got {tuple(values.shape)} or a NaN")
     return values
 
 
@@ -95,12 +92,16 @@ def write_head_relevance(
     problem = _relevance_problem(relevance)
     if problem:
         raise ValueError(f"head relevance {problem}")
-    _write(path, HEAD_RELEVANCE, {"head_relevance": relevance}, {"checkpoint_fingerprint": checkpoint_fingerprint}, notes)
+    owner = {"checkpoint_fingerprint": checkpoint_fingerprint}
+    _write(path, HEAD_RELEVANCE, {"head_relevance": relevance}, owner, notes)
 
 
-def read_head_relevance(path: Path, *, checkpoint_fingerprint: str, num_layers: int, num_heads: int) -> torch.Tensor:
+def read_head_relevance(
+    path: Path, *, checkpoint_fingerprint: str, num_layers: int, num_heads: int
+) -> torch.Tensor:
     """float32 [num_layers, num_heads] on the CPU. Raises ImportanceFileError where it cannot be this model's."""
-    relevance = _read(path, HEAD_RELEVANCE, "head_relevance", {"checkpoint_fingerprint": checkpoint_fingerprint})
+    owner = {"checkpoint_fingerprint": checkpoint_fingerprint}
+    relevance = _read(path, HEAD_RELEVANCE, "head_relevance", owner)
     problem = _relevance_problem(relevance)
     if problem or relevance.shape != (num_layers, num_heads):
         problem = problem or f"has shape {tuple(relevance.shape)}, the model has ({num_layers}, {num_heads})"
@@ -147,7 +148,8 @@ def _write(
 ) -> None:
     metadata = {**(notes or {}), **owner, "kind": kind, "format_version": FORMAT_VERSION}
     temporary = path.with_name(path.name + ".part")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(on_cpu, temporary, metadata=metadata)
     os.replace(temporary, path)
 
 
@@ -158,12 +160,15 @@ def _read(path: Path, kind: str, name: str, owner: Mapping[str, str]) -> torch.T
             metadata = file.metadata() or {}
             if metadata.get("kind") != kind or metadata.get("format_version") != FORMAT_VERSION:
                 found = f"{metadata.get('kind')!r}, version {metadata.get('format_version')}"
-                raise ImportanceFileError(f"{path} is {found}; a {kind!r} file of version {FORMAT_VERSION} is needed")
+                wanted = f"a {kind!r} file of version {FORMAT_VERSION}"
+                raise ImportanceFileError(f"{path} is {found}; {wanted} is needed")
             for key, value in owner.items():
                 if metadata.get(key) != value:
-                    raise ImportanceFileError(f"{path} was made for {key} {metadata.get(key)}, this run has {value}")
+                    found = metadata.get(key)
+                    raise ImportanceFileError(f"{path} was made for {key} {found}, this run has {value}")
             if name not in file.keys():
-                raise ImportanceFileError(f"{path} has nothing for {name}, only for: {', '.join(sorted(file.keys()))}")
+                there = ", ".join(sorted(file.keys()))
+                raise ImportanceFileError(f"{path} has nothing for {name}, only for: {there}")
             tensor = file.get_tensor(name)
     except (OSError, SafetensorError) as e:
         raise ImportanceFileError(f"{path} cannot be read: {e}") from e
