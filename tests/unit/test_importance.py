@@ -134,6 +134,25 @@ def test_oracle_gives_each_micro_batch_its_part():
         METRICS["oracle"](MetricSetting(microbatches=MICROBATCHES, token_importance=values[:7]))
 
 
+def test_a_metric_says_what_determines_it():
+    """Records and digests have it: of files the content, not the path."""
+    setting = MetricSetting(
+        layers=[2, 3],
+        seed=5,
+        microbatches=MICROBATCHES,
+        head_relevance=RELEVANCE,
+        token_importance=torch.zeros(sum(m.num_tokens for m in MICROBATCHES)),
+        file_digest="sha",
+    )
+    said = {name: cls(setting).describe() for name, cls in METRICS.items()}
+    assert said["column"] == {"metric": "column", "layers": [2, 3]}
+    for name in ("head_weighted", "head_weighted_causal"):
+        assert said[name] == {"metric": name, "layers": [2, 3], "head_weights": "sha"}
+    assert said["oracle"] == {"metric": "oracle", "oracle": "sha"}
+    assert said["random"] == {"metric": "random", "seed": 5}
+    assert said["norm"] == {"metric": "norm"} and said["uniform"] == {"metric": "uniform"}
+
+
 def test_files_come_back(tmp_path):
     path = tmp_path / "importance.safetensors"
     by_link = {"layer:1:node0->node1": torch.rand(9), "layer:2:node1->node0": torch.rand(9)}
