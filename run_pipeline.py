@@ -120,13 +120,23 @@ def run_sweep(sweep: Sweep, config: RunConfig) -> int:
         return run_points(sweep, config, deployment)
 
     result = on_deployment(sweep.deployed(config), Path(config.exp_dir), run_points)
-    if result.paths:
-        from pipeline.report import print_summary
-
-        print_summary(result.paths)
-    for label, error in result.failures:
-        print(f"failed: {label}: {error}", file=sys.stderr)
+    if result.records or result.failures:
+        show_sweep(sweep, config, result)
     return EXIT_POINTS_FAILED if result.num_failed else 0
+
+
+def show_sweep(sweep: Sweep, config: RunConfig, result: SweepResult) -> None:
+    """Final table, list of failed points, and report."""
+    from pipeline.record import read_failure
+    from pipeline.report import print_summary
+    from pipeline.sweep import write_page
+
+    print_summary(result.records)
+    for path in result.failures:
+        failure = read_failure(path)
+        print(f"failed: {failure['label']}: {failure['error']}", file=sys.stderr)
+    if result.num_run and result.records:
+        write_page(sweep, config, result)
 
 
 if __name__ == "__main__":

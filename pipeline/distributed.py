@@ -176,12 +176,17 @@ class Control:
         self.gather(None)
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """Do something on one rank after the other, so that ranks on one machine do not slow each other down."""
-        for rank in range(self.world.world_size):
-            if rank == self.world.rank:
-                result = work()
+        """Do something on one rank after the other, so that ranks on one machine do not slow each other down.
+
+        What it raises is raised when all have had their turn.
+        """
+        for _ in range(self.world.rank):
             self.barrier()
-        return result
+        try:
+            return work()
+        finally:
+            for _ in range(self.world.rank, self.world.world_size):
+                self.barrier()
 
     def agree(self, what: str, value: dict[str, Any]) -> None:
         """Raise AgreementError, naming rank and key, unless every rank has the same flat mapping."""

@@ -17,6 +17,7 @@ from pipeline.config import RunConfig, with_overrides
 from pipeline.deployment import Deployment
 from pipeline.evaluation import Evaluation
 from pipeline.journal import Journal
+from pipeline.outlook import Outlook
 from pipeline.points import Point, Sweep
 from pipeline.progress import SweepProgress
 from pipeline.record import (
@@ -27,10 +28,12 @@ from pipeline.record import (
     read_record,
     write_failure,
 )
+from pipeline.report import write_report
 from pipeline.runner import StageError
+from pipeline.tracking import Tracker
 from pipeline.watchdog import PipelineError
 
-__all__ = ["SweepResult", "run_points"]
+__all__ = ["SweepResult", "run_points", "write_page"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +42,12 @@ ADVICE = "; finished points and micro-batches are kept: the same command goes on
 
 @dataclass
 class SweepResult:
-    """What became of the points: on rank 0 the records' paths and (label, error) of the failed; elsewhere a count."""
+    """What became of the points: counts on every rank, files on rank 0."""
 
-    paths: list[Path] = field(default_factory=list)
-    failures: list[tuple[str, str]] = field(default_factory=list)
+    records: list[Path] = field(default_factory=list)
+    failures: list[Path] = field(default_factory=list)
     num_failed: int = 0
+    num_run: int = 0
 
 
 def run_points(sweep: Sweep, config: RunConfig, deployment: Deployment) -> SweepResult:
@@ -63,12 +67,13 @@ def run_points(sweep: Sweep, config: RunConfig, deployment: Deployment) -> Sweep
             head.progress.begin(label)
         path, error, was_run = _run_point(point, config, deployment, head, sweep.name)
         result.num_failed += error is not None
-        if head:
-            head.end(point, config, label, path, error, was_run)
-            if error is not None:
-                result.failures.append((label, error))
-            elif path not in result.paths:
-                result.paths.append(path)
+        result.num_run += was_run
+        if head and error is not None:
+            result.failures.append(head.fail(point, config, label, error, was_run))
+        elif head:
+            head.finish(point, config, path, was_run)
+            if path not in result.records:
+                result.records.append(path)
     if head:
         head.progress.close()
     return result
@@ -131,23 +136,40 @@ class _Head:
                 return path
         return None
 
-    def end(
-        self, point: Point, config: RunConfig, label: str, path: Path | None, error: str | None, was_run: bool
-    ) -> None:
-        """Note how a point ended."""
-        failure_id = digest_of({"base": config.numerics(), "point": point.overrides})[:16]
-        if error is not None:
-            args = {"config": config.as_dict(), "point": dict(point.overrides)}
-            write_failure(self.folder, {"failure_id": failure_id, "label": label, "error": error, "args": args})
-            self.progress.end(f"failed: {error}", was_run=was_run)
-            return
-        failure_path(self.folder, failure_id).unlink(missing_ok=True)
+    def fail(self, point: Point, config: RunConfig, label: str, error: str, was_run: bool) -> Path:
+        """Write down why a point has failed; returns the file."""
+        self.progress.end(f"failed: {error}", was_run=was_run)
+        args = {"config": config.as_dict(), "point": dict(point.overrides)}
+        failure = {"failure_id": _failure_id(config, point), "label": label, "error": error, "args": args}
+        return write_failure(self.folder, failure)
+
+    def finish(self, point: Point, config: RunConfig, path: Path, was_run: bool) -> None:
+        """A point has its record, now or from before; an earlier failure is forgotten."""
+        failure_path(self.folder, _failure_id(config, point)).unlink(missing_ok=True)
         record = read_record(path)
         if was_run:
             self._records.setdefault(record["digest"], []).append((path, record))
         ppl = record["results"]["avg_ppl"]
         outcome = "perplexity is not finite" if ppl is None else f"perplexity {ppl:.4f}"
         self.progress.end(outcome if was_run else f"{outcome}, done before", was_run=was_run)
+
+
+def write_page(sweep: Sweep, config: RunConfig, result: SweepResult) -> None:
+    """Write the report of a sweep's points beside their records, on W&B as an artifact of the sweep's group."""
+    from pipeline.report import Outlook, write_report
+
+    folder = Path(config.exp_dir)
+    page = folder / f"report-{sweep.name}.html"
+    write_report([*result.records, *result.failures], page, Outlook())
+    tracker = Tracker(
+        config.wandb, run_id=f"{sweep.name}-report", config=config.as_dict(), folder=folder, group=sweep.name
+    )
+    tracker.attach(f"{sweep.name}-report", [page, page.with_suffix(".md"), page.with_suffix(".csv")])
+    tracker.finish({"points": len(result.records), "failed_points": result.num_failed})
+
+
+def _failure_id(config: RunConfig, point: Point) -> str:
+    return digest_of({"base": config.numerics(), "point": point.overrides})[:16]
 
 
 def _label(config: RunConfig, point: Point) -> str:

@@ -70,6 +70,7 @@ def test_two_sweeps_of_the_same_points_are_bit_equal_and_the_second_start_runs_n
     assert [one.check().returncode for one in first] == [0] * 4
     assert records(runs) == healthy
     before = {path: path.stat().st_mtime_ns for path in runs.iterdir()}
+    assert {path.suffix for path in before} == {".json", ".safetensors", ".html", ".md", ".csv"}
     again = run(runs, sweep)
     assert {path: path.stat().st_mtime_ns for path in runs.iterdir()} == before
     assert "2/2: nf4: perplexity" in again[0].check().stderr and "done before" in again[0].stderr
@@ -78,9 +79,8 @@ def test_two_sweeps_of_the_same_points_are_bit_equal_and_the_second_start_runs_n
 
 def table(stdout):
     """The final table without the columns of times."""
-    rows = [re.split(r"  +", line) for line in stdout.splitlines() if not line.startswith("record")]
-    columns = [rows[0].index(c) for c in ("codec", "perplexity", "change", "bytes/token/link", "bits/value")]
-    return [[row[c] for c in columns] for row in rows]
+    lines = stdout.partition("\nrecord: ")[0].splitlines()
+    return [line[: lines[0].index("encode us/token")] for line in lines]
 
 
 def test_a_point_equals_a_run_of_its_own(tmp_path, healthy):
@@ -107,10 +107,11 @@ LINKS = {2: ["layer:0:node0->node1", "layer:3:node1->node0"], 4: [
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("method", ["compress", "decompress"])
 def test_points_that_fail_leave_the_links_as_new(num_ranks, method, tmp_path):
-    """A codec raises on every link in turn: at its first frame, later, and at the last one; good points between."""
+    """A codec raises on every link in turn: before, at the first, a later and the last frame, and after; good points
+    between."""
     num_microbatches = 15
     links = LINKS[4 if num_ranks == 1 else num_ranks]
-    calls = [1, 2, 5, num_microbatches + 1]
+    calls = [1, 2, 5, num_microbatches + 1, num_microbatches + 2]
     points = [{"compressor": "none"}]
     for link in links:
         for call in calls:
@@ -131,7 +132,7 @@ def test_points_that_fail_leave_the_links_as_new(num_ranks, method, tmp_path):
     places = {re.match(r"(?:rank \d, )?(.*?):", failure["error"])[1] for failure in failures(runs)}
     stages = range(len(links)) if method == "compress" else range(1, len(links) + 1)
     expected = {f"stage {stage}, micro-batch {m}" for stage in stages for m in (0, 3, num_microbatches - 1)}
-    assert places == expected | {"warming up codecs"}
+    assert places == expected | {"warming up codecs", "timing a token"}
     found = records(runs)
     assert len(found) == 1 + len(links)
     reference = tmp_path / "reference"
@@ -214,6 +215,30 @@ def test_killed_in_mid_sweep_and_started_again(tmp_path):
     assert records(runs) == records(tmp_path / "reference")
     assert table(stdout) == table(reference[0].stdout)
     assert list(runs.glob("*.journal*")) == []
+
+
+def test_tracking_offline_has_a_run_per_point_and_the_report(tmp_path):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    sweep = write_sweep(tmp_path, {"compressor": "nf4"}, {"compressor": f"{BAD}:Raising(rank=0)"}, name="tracked")
+    runs = tmp_path / "runs"
+    tracking = ("--wandb", "--set", "wandb.mode=offline")
+    env = {"WANDB_SILENT": "true", "RANK": "0"}
+    ended = run_alone(*command(runs, sweep, *tracking), env=env)
+    assert ended.returncode == 3 and "W&B is switched off" not in ended.stderr
+    found = [path.read_bytes() for path in sorted((runs / "wandb").glob("offline-run-*/*.wandb"))]
+    assert len(found) == 3
+    assert all(b"tracked" in content for content in found)  # the group
+    for key in (b"window_ppl", b"payload_bytes/embed:node0->node1", b"tokens_processed", b"avg_ppl"):
+        assert key in found[0]
+    assert b"report-tracked.html" in found[2]
+
+
+def test_tracking_that_fails_does_not_end_a_sweep(tmp_path):
+    sweep = write_sweep(tmp_path, {"compressor": "nf4"}, {"compressor": "none"})
+    # A project name that W&B refuses, at every point.
+    ended = run_alone(*command(tmp_path, sweep, "--wandb", "--wandb_project", "a/b:c", "--set", "wandb.mode=offline"))
+    assert ended.check().stderr.count("W&B is switched off for this run") == 3
+    assert len(records(tmp_path)) == 2
 
 
 def journal(folder):
