@@ -1,9 +1,9 @@
 """The trade-off chart as SVG text: perplexity against bits per value, with bytes per token on the upper edge.
 
-The two horizontal scales are one quantity: bytes per token and link = bits per value x hidden size / 8. The vertical scale is
-asinh of the perplexity's change, which is linear within about 1% of the baseline and logarithmic beyond, so that one
-ruinous codec does not press all others flat; what lies beyond tenfold stands in a band on top. Colours come from
-the page's style sheet. Knows nothing of records.
+The two horizontal scales are one quantity: bytes per token and link = bits per value x hidden size / 8. The
+vertical scale is asinh of the perplexity's change, which is linear within about 1% of the baseline and
+logarithmic beyond, so that one ruinous codec does not press all others flat; what lies beyond tenfold stands
+in a band on top. Colours come from the page's style sheet. Knows nothing of records.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class _Scale:
     bottom: float
 
     def x(self, bits: float) -> float:
-        return _between(math.log(bits), math.log(self.low_bits), math.log(self.high_bits), self.left, self.right)
+        return _between(
+            math.log(bits), math.log(self.low_bits), math.log(self.high_bits), self.left, self.right
+        )
 
     def y(self, change: float) -> float:
         return _between(_bend(change), _bend(self.low_change), _bend(self.high_change), self.bottom, self.top)
@@ -68,7 +70,13 @@ def pareto_front(points: Sequence[ChartPoint]) -> list[ChartPoint]:
 
 
 def trade_off_svg(
-    points: Sequence[ChartPoint], *, hidden_size: int, base_ppl: float | None, width: int, height: int, title: str
+    points: Sequence[ChartPoint],
+    *,
+    hidden_size: int,
+    base_ppl: float | None,
+    width: int,
+    height: int,
+    title: str,
 ) -> str:
     """An inline `<svg>` of `width` x `height` pixels. `base_ppl` None: the best perplexity shown."""
     shown = [p for p in points if p.bits_per_value > 0]
@@ -85,8 +93,14 @@ def trade_off_svg(
         *_axes(scale, hidden_size, banded=any(_is_off_scale(p, scale) for p in shown)),
         _front_line(steps),
     ]
-    lines = [box for (x, y), (u, v) in zip(steps, steps[1:]) for box in ((x, y - 1, u, y + 1), (u - 1, y, u + 1, v))]
-    labels = _place_labels(sorted(shown, key=lambda p: (p not in front, p.ppl is None, p.ppl)), spots, lines, scale)
+    lines = [
+        box
+        for (x, y), (u, v) in zip(steps, steps[1:], strict=False)
+        for box in ((x, y - 1, u, y + 1), (u - 1, y, u + 1, v))
+    ]
+    labels = _place_labels(
+        sorted(shown, key=lambda p: (p not in front, p.ppl is None, p.ppl)), spots, lines, scale
+    )
     for point in shown:
         parts.append(_marker(point, spots[point], labels.get(point), off_scale=_is_off_scale(point, scale)))
     return "\n".join(parts) + "\n</svg>"
@@ -122,14 +136,17 @@ def _axes(scale: _Scale, hidden_size: int, *, banded: bool) -> Iterator[str]:
         if not scale.low_change <= change <= scale.high_change or previous - y < 15:
             continue
         previous = y
-        yield f'<line class="{"base" if change == 0 else "grid"}" x1="{left}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        kind = "base" if change == 0 else "grid"
+        yield f'<line class="{kind}" x1="{left}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
         yield _text(left - 6, y + 4, f"{scale.base_ppl * (1 + change):.3g}", "tick end")
         yield _text(right + 5, y + 4, _change(change), "tick")
     for bits in _ticks(scale.low_bits, scale.high_bits, (right - left) / 34, steps=(1, 1.5)):
         x = scale.x(bits)
         yield f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>'
         yield _text(x, bottom + 15, f"{bits:g}", "tick middle")
-    for nbytes in _ticks(scale.low_bits * hidden_size / 8, scale.high_bits * hidden_size / 8, (right - left) / 52, steps=(1,)):
+    for nbytes in _ticks(
+        scale.low_bits * hidden_size / 8, scale.high_bits * hidden_size / 8, (right - left) / 52, steps=(1,)
+    ):
         x = scale.x(8 * nbytes / hidden_size)
         yield f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 4}" y2="{_TOP}"/>'
         yield _text(x, _TOP - 7, f"{nbytes:,g}", "tick middle")
@@ -143,7 +160,11 @@ def _ticks(low: float, high: float, max_count: float, *, steps: Sequence[float])
     """Powers of two times `steps`, or of two or four alone where those are too many."""
     powers = range(math.floor(math.log2(low)) - 1, math.ceil(math.log2(high)) + 1)
     inside: list[float] = []
-    for candidates in ([2.0**p * s for p in powers for s in steps], [2.0**p for p in powers], [2.0**p for p in powers if p % 2]):
+    for candidates in (
+        [2.0**p * s for p in powers for s in steps],
+        [2.0**p for p in powers],
+        [2.0**p for p in powers if p % 2],
+    ):
         inside = [value for value in candidates if low <= value <= high]
         if len(inside) <= max_count:
             break
@@ -158,7 +179,9 @@ def _front_line(spots: Sequence[tuple[float, float]]) -> str:
     return f'<path class="front" d="{path}"/>'
 
 
-def _marker(point: ChartPoint, spot: tuple[float, float], label: tuple[float, float] | None, *, off_scale: bool) -> str:
+def _marker(
+    point: ChartPoint, spot: tuple[float, float], label: tuple[float, float] | None, *, off_scale: bool
+) -> str:
     x, y = spot
     r = _RADIUS
     kind = "point" if point.causal else "point leaky"
@@ -174,7 +197,8 @@ def _marker(point: ChartPoint, spot: tuple[float, float], label: tuple[float, fl
         name = _leader(spot, label, point) + _text(*label, _short(point.label), "label")
     return (
         f'<g class="{kind}" tabindex="0" role="img" aria-label="{escape(point.detail)}" '
-        f'data-tip="{escape(point.detail)}"><circle class="hit" cx="{x:.1f}" cy="{y:.1f}" r="11"/>{shape}{name}</g>'
+        f'data-tip="{escape(point.detail)}">'
+        f'<circle class="hit" cx="{x:.1f}" cy="{y:.1f}" r="11"/>{shape}{name}</g>'
     )
 
 
@@ -188,9 +212,14 @@ def _leader(spot: tuple[float, float], label: tuple[float, float], point: ChartP
 
 
 def _place_labels(
-    points: Sequence[ChartPoint], spots: dict[ChartPoint, tuple[float, float]], lines: Sequence[_Box], scale: _Scale
+    points: Sequence[ChartPoint],
+    spots: dict[ChartPoint, tuple[float, float]],
+    lines: Sequence[_Box],
+    scale: _Scale,
 ) -> dict[ChartPoint, tuple[float, float]]:
-    """Where each label starts, first come first served; `lines` are avoided where that is easy. A label that finds no free place is left to the tooltip."""
+    """Where each label starts, first come first served; `lines` are avoided where that is easy. A label that
+    finds no free place is left to the tooltip.
+    """
     r = _RADIUS + 1
     taken: list[_Box] = [(x - r, y - r, x + r, y + r) for x, y in spots.values()]
     if scale.top > _TOP:
@@ -201,7 +230,10 @@ def _place_labels(
         free = [
             candidate
             for candidate, box in boxes.items()
-            if box[0] >= scale.left + 2 and box[2] <= scale.right and box[1] >= _TOP and box[3] <= scale.bottom
+            if box[0] >= scale.left + 2
+            and box[2] <= scale.right
+            and box[1] >= _TOP
+            and box[3] <= scale.bottom
             and not any(_overlap(box, other) for other in taken)
         ]  # fmt: skip
         # Rather off the front's line, but not far away for that.

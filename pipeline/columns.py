@@ -20,7 +20,8 @@ Value = str | float | int | None
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """`key` heads the CSV column, `heading` the shown one (empty: CSV only); `meaning` explains it with its unit.
+    """`key` heads the CSV column, `heading` the shown one (empty: CSV only); `meaning` explains it with its
+    unit.
 
     `text` of a point is `form` of its value, unless `show` makes it from the point.
     """
@@ -131,7 +132,7 @@ COLUMNS = (
     Column(
         key="ppl_change_low",
         heading="95% interval",
-        meaning="of the change: paired bootstrap over windows",
+        meaning="of the change: paired bootstrap over windows, where there are enough",
         value=_change_of_interval(0),
         show=_interval_text,
     ),

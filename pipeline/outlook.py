@@ -1,4 +1,4 @@
-"""What a report says about the reader's link: the recommendation in words, and the best point on each network.
+"""What a report says about the reader's link: the recommendation in words, the fastest point on a network.
 
 Between `results` and `prediction`, which compute, and the pages, which lay out.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pipeline.columns import percent
 from pipeline.prediction import Network, predict_decode, predict_prefill
+from pipeline.quality import MIN_WINDOWS
 from pipeline.results import MeasuredPoint, Setting, recommend
 
 __all__ = ["Outlook", "fastest", "recommendation_text", "within_budget"]
@@ -34,12 +35,16 @@ class Outlook:
 
 
 def within_budget(point: MeasuredPoint, outlook: Outlook) -> bool:
-    """Whether the point's perplexity is within the budget and can be believed (a codec that is not causal cannot)."""
+    """Whether the point's perplexity is within the budget and can be believed (a codec that is not causal
+    cannot).
+    """
     quality = point.quality
     return bool(quality and point.record["causal"] and quality.ppl_ratio <= 1 + outlook.max_ppl_increase)
 
 
-def fastest(points: Sequence[MeasuredPoint], network: Network, outlook: Outlook, *, decode: bool) -> MeasuredPoint | None:
+def fastest(
+    points: Sequence[MeasuredPoint], network: Network, outlook: Outlook, *, decode: bool
+) -> MeasuredPoint | None:
     """Of the points within the budget, the one with the highest prefill rate or the lowest decode latency."""
     speeds = {}
     for index, point in enumerate(points):
@@ -56,16 +61,21 @@ def recommendation_text(setting: Setting, outlook: Outlook) -> str:
     """The cheapest point within the budget, and how sure that is."""
     budget = f"{100 * outlook.max_ppl_increase:g}%"
     if setting.baseline is None:
-        return f"No recommendation within +{budget} perplexity: there is no uncompressed point to compare with."
+        return (
+            f"No recommendation within +{budget} perplexity: there is no uncompressed point to compare with."
+        )
     best = recommend(setting, outlook.max_ppl_increase)
     if best.cheapest is None or best.cheapest.uncompressed:
         return f"No compressed causal point stays within +{budget} perplexity."
     text = f"Within +{budget} perplexity the cheapest is {_describe(best.cheapest, setting)}."
+    if best.cheapest.quality.ppl_interval is None:
+        return text + f" How sure that is cannot be told from fewer than {MIN_WINDOWS} windows."
     if best.certain is best.cheapest:
         return text + " Its whole 95% interval is within."
     if best.certain is None or best.certain.uncompressed:
         return text + " Its 95% interval is not within, nor is that of another compressed point."
-    return text + f" Its 95% interval is not within; the cheapest whose interval is: {_describe(best.certain, setting)}."
+    certain = _describe(best.certain, setting)
+    return text + f" Its 95% interval is not within; the cheapest whose interval is: {certain}."
 
 
 def _describe(point: MeasuredPoint, setting: Setting) -> str:

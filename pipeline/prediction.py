@@ -1,7 +1,7 @@
 """What would my link do? Speed on another network, from one run's measured times and bytes.
 
-Read from a record: seconds of each stage, bytes of each link (payload and headers), micro-batches in flight. Each
-link is given a bandwidth B of its own and the round-trip time R. Then
+Read from a record: seconds of each stage, bytes of each link (payload and headers), micro-batches in flight.
+Each link is given a bandwidth B of its own and the round-trip time R. Then
 
     s_n    = (compute + encode + decode + importance seconds of all stages of node n) / tokens
     b_l    = bytes per token of link l
@@ -10,14 +10,14 @@ link is given a bandwidth B of its own and the round-trip time R. Then
 
     decode seconds per token  = one-token seconds of all stages + sum of 8 p_l / B + H R / 2
 
-m is the mean number of tokens of a micro-batch, D the number in flight, H the number of hops of a lap: the links, and one
-hop back to node 0 where the last stage is on another node. p_l are the bytes of a frame of one token. The largest term
-of the prefill formula is the resource that binds; it is the exact long-run rate of a pipeline in which nodes
-and links work in the order of the schedule and never fail.
+m is the mean number of tokens of a micro-batch, D the number in flight, H the number of hops of a lap: the
+links, and one hop back to node 0 where the last stage is on another node. p_l are the bytes of a frame of one
+token. The largest term of the prefill formula is the resource that binds; it is the exact long-run rate of a
+pipeline in which nodes and links work in the order of the schedule and never fail.
 
-Left out: filling and draining, TCP/IP's own headers and slow start, links that share one uplink, receives posted too late
-(runtime.receives_ahead), and machines faster or slower than the measured ones. Decoding is an estimate without a
-KV cache: one-token forwards at the start of a text, no attention to earlier tokens.
+Left out: filling and draining, TCP/IP's own headers and slow start, links that share one uplink, receives
+posted too late (runtime.receives_ahead), and machines faster or slower than the measured ones. Decoding is an
+estimate without a KV cache: one-token forwards at the start of a text, no attention to earlier tokens.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class PipelineCosts:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> PipelineCosts:
-        """Of a record with links and timed tokens. Raises KeyError where it lacks a figure; `one_token` may be missing."""
+        """Of a record with links and timed tokens. Raises KeyError where it lacks a figure; `one_token` may
+        be missing.
+        """
         plan, tokens, results = record["plan"], record["timed_tokens"], record["results"]
         node_s: defaultdict[str, float] = defaultdict(float)
         for stage in plan:
@@ -80,7 +82,9 @@ class PipelineCosts:
             one_token=measured
             and OneToken(
                 seconds=sum(map(_stage_seconds, measured["stages"].values())),
-                nbytes=sum(link["payload_bytes"] + link["header_bytes"] for link in measured["links"].values()),
+                nbytes=sum(
+                    link["payload_bytes"] + link["header_bytes"] for link in measured["links"].values()
+                ),
             ),
         )
 

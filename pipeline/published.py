@@ -1,4 +1,4 @@
-"""The original benchmark's published points for Qwen3-32B, as shipped with the package (data/qwen3_32b_published.json).
+"""The original benchmark's published points for Qwen3-32B, shipped as data/qwen3_32b_published.json.
 
 Figures only; sizes are that benchmark's computed ones. Nothing here was measured by this program.
 """

@@ -1,7 +1,7 @@
 """Reports from run records; nothing else is read.
 
-    python -m pipeline.report results/demo                      # a table on the console
-    python -m pipeline.report results/demo -o report.html       # a page, and report.md and report.csv beside it
+    python -m pipeline.report results/demo                  # a table on the console
+    python -m pipeline.report results/demo -o report.html   # a page; report.md and report.csv beside it
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _COLUMNS = (
 def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """One row of text per record.
 
-    `change` is against the first uncompressed record of the same model, text and protocol. Encode and decode times are
-    means over links, per token that crosses; tokens per second count what the model processed.
+    `change` is against the first uncompressed record of the same model, text and protocol. Encode and decode
+    times are means over links, per token that crosses; tokens per second count what the model processed.
     """
     baselines: dict[str, float | None] = {}
     for record in records:
@@ -124,9 +124,13 @@ def make_parser() -> argparse.ArgumentParser:
     defaults = Outlook()
     parser = argparse.ArgumentParser(description="Tables and a page from run records.")
     parser.add_argument("paths", nargs="+", type=Path, help="records, or folders of them")
-    parser.add_argument("-o", "--output", type=Path, metavar="HTML", help="write a page, with .md and .csv beside it")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="HTML", help="write a page, with .md and .csv beside it"
+    )
     parser.add_argument("--png", type=Path, help="also draw perplexity against bytes per token")
-    parser.add_argument("--mbits", nargs="+", type=_positive, metavar="MBIT/S", default=defaults.bandwidths_mbits)
+    parser.add_argument(
+        "--mbits", nargs="+", type=_positive, metavar="MBIT/S", default=defaults.bandwidths_mbits
+    )
     parser.add_argument("--rtt-ms", nargs="+", type=_positive, metavar="MS", default=defaults.rtts_ms)
     parser.add_argument(
         "--max-ppl-increase",

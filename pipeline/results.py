@@ -1,7 +1,7 @@
-"""A folder of results as a report sees it: points grouped by what makes them comparable, failures, and other files.
+"""A folder of results as a report sees it: comparable points in groups, failed points, other files.
 
-Read from records and their per-token files alone. A file that is neither a record nor a failed point of a sweep is named and
-skipped; so is a record whose figures are missing. Nothing is formatted here.
+Read from records and their per-token files alone. A file that is neither a record nor a failed point of a
+sweep is named and skipped; so is a record whose figures are missing. Nothing is formatted here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class MeasuredPoint:
     """One record, its quality against the setting's baseline, and what a prediction needs.
 
     `quality` is None where there is no baseline or a per-token file cannot be used; `quality_note` says why.
-    `costs` is None where there is no link, or no time was taken (all was finished before a resumed run began).
+    `costs` is None where there is no link, or no time was taken (all was finished before a resumed run
+    began).
     """
 
     record: dict[str, Any]
@@ -71,7 +72,9 @@ class MeasuredPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Points of one model, text and protocol, oldest first. `name` is a number where there are several settings."""
+    """Points of one model, text and protocol, oldest first. `name` is a number where there are several
+    settings.
+    """
 
     name: str
     title: str
@@ -108,7 +111,9 @@ class Results:
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation:
-    """The cheapest causal point within a budget, and the cheapest whose whole interval is; None where there is none."""
+    """The cheapest causal point within a budget, and the cheapest whose whole interval is; None where there
+    is none.
+    """
 
     cheapest: MeasuredPoint | None
     certain: MeasuredPoint | None
@@ -122,7 +127,9 @@ class _Files:
 
 
 def load_records(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Records in `paths` (files, or folders of them), oldest first. What is no record is named on standard error."""
+    """Records in `paths` (files, or folders of them), oldest first. What is no record is named on standard
+    error.
+    """
     files = _read_files(paths)
     for failed in files.failed:
         print(f"failed point: {failed.label}: {failed.error}", file=sys.stderr)
@@ -172,7 +179,9 @@ def recommend(setting: Setting, max_ppl_increase: float) -> Recommendation:
         p for p in setting.points
         if p.quality and p.quality.ppl_ratio <= limit and p.record["causal"] and p.bytes_per_token is not None
     ]  # fmt: skip
-    certain = [p for p in fit if p.uncompressed or (p.quality.ppl_interval and p.quality.ppl_interval[1] <= limit)]
+    certain = [
+        p for p in fit if p.uncompressed or (p.quality.ppl_interval and p.quality.ppl_interval[1] <= limit)
+    ]
     cheapest = [min(points, key=lambda p: p.bytes_per_token, default=None) for points in (fit, certain)]
     return Recommendation(cheapest=cheapest[0], certain=cheapest[1])
 

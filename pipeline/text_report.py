@@ -1,4 +1,4 @@
-"""The report as Markdown and as CSV. Same columns as the page; CSV has raw values, Markdown what people read."""
+"""The report as Markdown and as CSV, with the page's columns; CSV has raw values."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ def markdown_page(results: Results, outlook: Outlook) -> str:
     """Per setting: recommendation, points, predictions; then what failed or was skipped."""
     parts = ["# Thinwire report"]
     for setting in results.settings:
-        parts += [f"## {_escape(setting.title)}", _escape(recommendation_text(setting, outlook)), _points(setting)]
+        parts += [
+            f"## {_escape(setting.title)}",
+            _escape(recommendation_text(setting, outlook)),
+            _points(setting),
+        ]
         if any(point.costs for point in setting.points):
-            parts += ["Predicted prefill, tokens/s (what binds):", _predictions(setting, outlook, decode=False)]
+            parts += [
+                "Predicted prefill, tokens/s (what binds):",
+                _predictions(setting, outlook, decode=False),
+            ]
         if any(point.costs and point.costs.one_token for point in setting.points):
             parts += [
                 "Predicted decode, ms/token (mostly), an estimate without a KV cache:",

@@ -14,11 +14,15 @@ TOKENS_PER_WINDOW, NUM_WINDOWS = 50, 8
 def losses(change=0.0, spread=0.0, seed=0):
     """Losses of all windows; those of equal `change` and `spread` are equal."""
     base = np.random.default_rng(7).gamma(4.0, 0.8, NUM_WINDOWS * TOKENS_PER_WINDOW)
-    return (base + change + spread * np.random.default_rng(seed).standard_normal(len(base))).astype(np.float32)
+    return (base + change + spread * np.random.default_rng(seed).standard_normal(len(base))).astype(
+        np.float32
+    )
 
 
 def write_point(folder, compressor="none", *, loss=None, nbytes=256, num_tokens=400, codec=None, **changes):
-    """Write record and per-token file; returns the record's path. `nbytes` are payload bytes per token and link."""
+    """Write record and per-token file; returns the record's path. `nbytes` are payload bytes per token and
+    link.
+    """
     loss = losses() if loss is None else loss
     total_nll = float(np.sum(loss, dtype=np.float64))
     processed = 2 * len(loss)
@@ -68,7 +72,10 @@ def write_point(folder, compressor="none", *, loss=None, nbytes=256, num_tokens=
         "plan": [{"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in PLAN.stages],
         "stages": {str(s.stage_index): dict(times) for s in PLAN.stages},
         "one_token": {
-            "stages": {str(s.stage_index): {"compute_s": 2e-3, "compress_s": 1e-4, "decompress_s": 1e-4} for s in PLAN.stages},
+            "stages": {
+                str(s.stage_index): {"compute_s": 2e-3, "compress_s": 1e-4, "decompress_s": 1e-4}
+                for s in PLAN.stages
+            },
             "links": {name: {"payload_bytes": nbytes, "header_bytes": 60} for name in links},
         },
         "reconstruction": {name: {"relative_squared_error": 0.015} for name in links},
@@ -82,7 +89,12 @@ def write_point(folder, compressor="none", *, loss=None, nbytes=256, num_tokens=
             "text_sha256": "cd" * 32,
             "ids_sha256": "ef" * 32,
         },
-        "protocol": {"name": "token perplexity, sliding window", "max_length": 100, "stride": 50, "bos": "text"},
+        "protocol": {
+            "name": "token perplexity, sliding window",
+            "max_length": 100,
+            "stride": 50,
+            "bos": "text",
+        },
         "versions": {"python": "3.11", "torch": "2.13"},
     }
     per_token = {

@@ -90,7 +90,12 @@ def test_the_page_tells_points_that_are_not_causal_failed_or_skipped(folder):
 
 def test_a_page_without_points_or_links(tmp_path):
     check(html_page(read_results([tmp_path]), Outlook()))
-    write_point(tmp_path, traffic_per_link={}, codecs={}, traffic_totals={"bytes_per_token": None, "bits_per_value": None})
+    write_point(
+        tmp_path,
+        traffic_per_link={},
+        codecs={},
+        traffic_totals={"bytes_per_token": None, "bits_per_value": None},
+    )
     page = html_page(read_results([tmp_path]), Outlook())
     check(page)
     assert "unsplit" in page and "nothing to draw" in page
@@ -102,7 +107,10 @@ def test_measures_that_a_record_lacks_are_absent(tmp_path):
     del record["one_token"], record["reconstruction"]
     path.write_text(json.dumps(record))
     page = html_page(read_results([tmp_path]), Outlook())
-    assert "Not measured: these runs timed no one-token forward." in page and "worst link" not in page.split("How to read")[0]
+    assert (
+        "Not measured: these runs timed no one-token forward." in page
+        and "worst link" not in page.split("How to read")[0]
+    )
 
 
 def test_markdown_keeps_its_cells(folder):
@@ -127,7 +135,18 @@ def test_csv_has_raw_values(folder):
 
 def test_command_writes_three_files_and_says_what_it_skips(folder):
     page = folder / "out" / "report.html"
-    command = [sys.executable, "-m", "pipeline.report", folder, "-o", page, "--max-ppl-increase", "0.5%", "--mbits", "42"]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.report",
+        folder,
+        "-o",
+        page,
+        "--max-ppl-increase",
+        "0.5%",
+        "--mbits",
+        "42",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert sorted(p.name for p in page.parent.iterdir()) == ["report.csv", "report.html", "report.md"]
     assert "Within +0.5% perplexity the cheapest is int8" in done.stdout
@@ -146,7 +165,12 @@ def test_command_refuses_bad_values(folder, option, value):
 
 
 def test_command_refuses_a_folder_that_is_not_there(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "pipeline.report", tmp_path / "nowhere"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.report", tmp_path / "nowhere"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "no such file or folder" in done.stderr
 
 
@@ -174,7 +198,11 @@ def label_boxes(svg):
 @pytest.mark.parametrize("width", [350, 556])
 def test_labels_of_the_published_points_do_not_collide(width):
     figures = read_published()
-    points = [chart_point(p.method, p.bits_per_value, p.ppl, p.causal) for p in figures.points if p.first_k_tokens == 10_000]
+    points = [
+        chart_point(p.method, p.bits_per_value, p.ppl, p.causal)
+        for p in figures.points
+        if p.first_k_tokens == 10_000
+    ]
     svg = trade_off_svg(points, hidden_size=5120, base_ppl=7.15, width=width, height=400, title="t")
     boxes = list(label_boxes(svg))
     assert len(boxes) >= len(points) // 2 and svg.count('class="hit"') == len(points) == 23
@@ -188,11 +216,18 @@ def test_ruinous_and_infinite_points_stand_in_the_band_and_leave_the_scale_alone
     fine = [chart_point("none", 32, 10.0), chart_point("int8", 8, 10.1)]
     spots = re.compile(r'<circle class="mark" cx="([\d.]+)" cy="([\d.]+)"')
     svg = trade_off_svg(
-        [*fine, chart_point("int2", 2, 1e9), chart_point("int1", 1.5, None)], hidden_size=64, base_ppl=10.0, width=556, height=400, title="t"
+        [*fine, chart_point("int2", 2, 1e9), chart_point("int1", 1.5, None)],
+        hidden_size=64,
+        base_ppl=10.0,
+        width=556,
+        height=400,
+        title="t",
     )
     y_none, y_int8 = (float(y) for _, y in spots.findall(svg))
     assert y_none - y_int8 > 50 and 'class="band"' in svg and svg.count('<path class="mark"') == 2
-    assert 'class="band"' not in trade_off_svg(fine, hidden_size=64, base_ppl=10.0, width=556, height=400, title="t")
+    assert 'class="band"' not in trade_off_svg(
+        fine, hidden_size=64, base_ppl=10.0, width=556, height=400, title="t"
+    )
 
 
 def test_published_figures():
@@ -206,12 +241,22 @@ def test_published_figures():
 
 @pytest.mark.parametrize(
     "value, text",
-    [(1234.5, "1,230"), (99.96, "100"), (12.34, "12.3"), (0.012345, "0.0123"), (0.0, "0"), (None, "–"), (float("inf"), "not finite")],
+    [
+        (1234.5, "1,230"),
+        (99.96, "100"),
+        (12.34, "12.3"),
+        (0.012345, "0.0123"),
+        (0.0, "0"),
+        (None, "–"),
+        (float("inf"), "not finite"),
+    ],
 )
 def test_three_digits(value, text):
     assert significant(value) == text
 
 
-@pytest.mark.parametrize("value, text", [(0.0127, "+1.27%"), (-0.001, "-0.10%"), (7.67, "× 8.67"), (None, "–")])
+@pytest.mark.parametrize(
+    "value, text", [(0.0127, "+1.27%"), (-0.001, "-0.10%"), (7.67, "× 8.67"), (None, "–")]
+)
 def test_changes(value, text):
     assert percent(value) == text

@@ -12,8 +12,8 @@ from pipeline.schedule import ActionKind, make_schedule
 def simulate(plan, stage_s, frame_bytes, network, num_microbatches, in_flight):
     """Times at which node 0 has finished each micro-batch.
 
-    A rank works through its actions in order and computes one stage at a time; a link carries one frame at a time and
-    delivers it half a round trip after its last bit left. Losses return in frames without size.
+    A rank works through its actions in order and computes one stage at a time; a link carries one frame at a
+    time and delivers it half a round trip after its last bit left. Losses return in frames without size.
     """
     schedule = make_schedule(plan, num_microbatches, world_size=plan.num_nodes, in_flight=in_flight)
     clock = [0.0] * plan.num_nodes
@@ -34,7 +34,9 @@ def simulate(plan, stage_s, frame_bytes, network, num_microbatches, in_flight):
                 if action.kind is ActionKind.FORWARD:
                     clock[rank] += stage_s[slot]
                     if slot + 1 < len(plan.stages):
-                        link_free[slot] = max(link_free[slot], clock[rank]) + 8 * frame_bytes[slot] / network.bits_per_s
+                        link_free[slot] = (
+                            max(link_free[slot], clock[rank]) + 8 * frame_bytes[slot] / network.bits_per_s
+                        )
                         arrived[slot + 1, m] = link_free[slot] + network.rtt_s / 2
                     elif plan.last_node != 0:
                         arrived[slot + 1, m] = clock[rank] + network.rtt_s / 2
@@ -51,7 +53,13 @@ def record_of(plan, stage_s, frame_bytes, microbatch_tokens, in_flight):
     num_microbatches = 3
     tokens = num_microbatches * microbatch_tokens
     times = [
-        {"compute_s": 0.5 * s, "compress_s": 0.2 * s, "decompress_s": 0.2 * s, "importance_s": 0.1 * s, "wait_s": 9.0}
+        {
+            "compute_s": 0.5 * s,
+            "compress_s": 0.2 * s,
+            "decompress_s": 0.2 * s,
+            "importance_s": 0.1 * s,
+            "wait_s": 9.0,
+        }
         for s in stage_s[: len(plan.stages)]
     ]
     return {
@@ -71,7 +79,9 @@ def record_of(plan, stage_s, frame_bytes, microbatch_tokens, in_flight):
         "schedule": {"in_flight": in_flight},
         "one_token": {
             "stages": {str(i): t for i, t in enumerate(times)},
-            "links": {n.name: {"payload_bytes": frame_bytes[n.index] - 60, "header_bytes": 60} for n in plan.links},
+            "links": {
+                n.name: {"payload_bytes": frame_bytes[n.index] - 60, "header_bytes": 60} for n in plan.links
+            },
         },
     }
 
@@ -109,7 +119,9 @@ def test_prefill_is_the_simulated_rate(num_nodes, wrap, stage_s, frame_bytes, mb
     mbits=st.sampled_from([1, 10, 1000]),
     rtt_s=st.sampled_from([0.0, 0.001, 0.04, 0.3]),
 )
-def test_decode_is_the_simulated_latency_of_one_token_after_another(num_nodes, wrap, stage_s, frame_bytes, mbits, rtt_s):
+def test_decode_is_the_simulated_latency_of_one_token_after_another(
+    num_nodes, wrap, stage_s, frame_bytes, mbits, rtt_s
+):
     plan = default_plan(8, num_nodes, wrap=wrap)
     network = Network(bits_per_s=mbits * 1e6, rtt_s=rtt_s)
     costs = PipelineCosts.of(record_of(plan, stage_s, frame_bytes, 1, 1))

@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from pipeline.outlook import Outlook, fastest, recommendation_text, within_budget
 from pipeline.prediction import Network
@@ -18,14 +19,20 @@ def test_points_of_equal_model_text_and_protocol_share_a_setting_and_its_baselin
     first, second = read_results([tmp_path]).settings
     assert [p.label for p in first.points] == ["none", "int8"] and first.baseline.label == "none"
     assert first.points[1].quality.ppl_ratio == pytest.approx(math.exp(0.05), rel=1e-6)
-    assert first.points[1].ppl / first.baseline.ppl == pytest.approx(first.points[1].quality.ppl_ratio, rel=1e-9)
+    assert first.points[1].ppl / first.baseline.ppl == pytest.approx(
+        first.points[1].quality.ppl_ratio, rel=1e-9
+    )
     assert (first.name, second.name) == ("1", "2")
     assert second.baseline is None and second.points[0].quality is None
     assert second.points[0].quality_note == "no uncompressed point of the same model, text and protocol"
 
 
 def test_a_link_alone_compressed_is_no_baseline(tmp_path):
-    write_point(tmp_path, "none", codecs={"layer:0:node0->node1": {"name": "none"}, "layer:2:node1->node2": {"name": "nf4"}})
+    write_point(
+        tmp_path,
+        "none",
+        codecs={"layer:0:node0->node1": {"name": "none"}, "layer:2:node1->node2": {"name": "nf4"}},
+    )
     assert read_results([tmp_path]).settings[0].baseline is None
 
 
@@ -59,7 +66,9 @@ def test_a_missing_or_foreign_per_token_file_costs_the_quality_only(tmp_path):
     other.write_bytes(short.with_suffix(".safetensors").read_bytes())
     by_label = {p.label: p for p in read_results([tmp_path]).points}
     assert by_label["int8"].quality is None and "cannot be read" in by_label["int8"].quality_note
-    assert by_label["int4"].quality is None and "has 80 tokens, its record 400" in by_label["int4"].quality_note
+    assert (
+        by_label["int4"].quality is None and "has 80 tokens, its record 400" in by_label["int4"].quality_note
+    )
     assert by_label["none"].quality.top1_agreement == 1.0
 
 
@@ -88,11 +97,15 @@ def test_the_cheapest_causal_point_within_the_budget_is_recommended(setting):
 
 def test_the_recommendation_in_words(setting):
     text = recommendation_text(setting, Outlook(max_ppl_increase=0.06))
-    assert text.startswith("Within +6% perplexity the cheapest is nf4: 36.0 bytes per token and link, 7.1 times fewer")
+    assert text.startswith(
+        "Within +6% perplexity the cheapest is nf4: 36.0 bytes per token and link, 7.1 times fewer"
+    )
     assert "perplexity +5.13%" in text and text.endswith("Its whole 95% interval is within.")
     text = recommendation_text(setting, Outlook(max_ppl_increase=0.01))
     assert "cheapest is int6" in text and "the cheapest whose interval is: int8: 66.0" in text
-    assert recommendation_text(setting, Outlook(max_ppl_increase=0.0)).startswith("No compressed causal point")
+    assert recommendation_text(setting, Outlook(max_ppl_increase=0.0)).startswith(
+        "No compressed causal point"
+    )
 
 
 def test_the_fastest_point_depends_on_the_network(tmp_path):
@@ -115,3 +128,13 @@ def test_losses_that_are_not_finite(tmp_path):
     setting = read_results([tmp_path]).settings[0]
     assert setting.points[1].ppl is None and math.isnan(setting.points[1].quality.ppl_ratio)
     assert recommend(setting, 10.0).cheapest.label == "none"
+
+
+def test_too_few_windows_are_said_to_be_too_few(tmp_path):
+    few = np.zeros(400, np.int32)
+    for label, change in (("none", 0.0), ("int8", 0.001)):
+        path = write_point(tmp_path, label, loss=losses(change), nbytes=66 if change else 256)
+        columns = load_file(path.with_suffix(".safetensors"))
+        save_file(columns | {"window": few}, path.with_suffix(".safetensors"))
+    text = recommendation_text(read_results([tmp_path]).settings[0], Outlook())
+    assert "cheapest is int8" in text and "cannot be told from fewer than 8 windows" in text
