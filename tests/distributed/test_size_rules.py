@@ -81,6 +81,53 @@ def test_an_error_takes_the_place_of_any_frame(rule, error_at):
     check(call_on_ranks(2, exchange, rule, 2, error_at, timeout_s=60))
 
 
+def fail_then_exchange(rank, rule_name, depth, failing, at):
+    """A stream that one of its ends breaks off at micro-batch `at`, then a whole one with the same tag."""
+    rule, bounds = SizeRule[rule_name], [4 * t * 16 for _, t, _ in SHAPES]
+    dist.init_process_group("gloo")
+    place = {"tag": 3, "group": None, "size_rule": rule, "depth": depth}
+    memory = {"device": torch.device("cpu"), "pin_memory": False}
+    for breaks_off in (True, False):
+        if rank == 0:
+            outbox = PeerOutbox(spec(bounds), peer=1, **place, **memory)
+            sender = FrameSender(spec(bounds), outbox, receives_ahead=depth)
+            for i, nbytes in enumerate(bounds):
+                if breaks_off and failing == "sender" and i == at:
+                    break
+                sender.send(i, make_payload(i, nbytes), trail=())
+            if breaks_off and failing == "sender":
+                sender.send_error("out of luck")
+            else:
+                sender.end()
+            sender.send_error("too late")  # the stream has ended: nothing happens
+            sender.flush()
+            continue
+        receiver = FrameReceiver(spec(bounds), PeerInbox(spec(bounds), peer=0, **place, **memory))
+        for i, nbytes in enumerate(bounds):
+            if breaks_off and failing == "sender" and i == at:
+                with pytest.raises(RemoteError, match="^out of luck$"):
+                    receiver.receive(i)
+            if breaks_off and i == at:
+                receiver.drain()
+                break
+            _, payload = receiver.receive(i)
+            assert torch.equal(payload.data, make_payload(i, nbytes).data)
+            if not (breaks_off and failing == "receiver" and i + 1 == at):  # a decoder that raises keeps its frame
+                receiver.release()
+        else:
+            receiver.finish()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rule", [rule.name for rule in SizeRule])
+@pytest.mark.parametrize("depth", [2, 20])
+@pytest.mark.parametrize("failing", ["sender", "receiver"])
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_stream_that_is_broken_off_leaves_nothing_behind(rule, depth, failing, at):
+    check(call_on_ranks(2, fail_then_exchange, rule, depth, failing, at, timeout_s=60))
+
+
 def peer_gone(rank):
     dist.init_process_group("gloo")
     if rank == 0:
