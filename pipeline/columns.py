@@ -38,7 +38,7 @@ class Column:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """`1230`, `12.3`, `0.0123` for three digits: no exponent, thousands with commas."""
+    """`1230`, `12.3`, `0.0123` for three digits: thousands with commas, an exponent only below 0.0001."""
     if value is None:
         return MISSING
     if not math.isfinite(value):
