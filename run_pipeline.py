@@ -112,7 +112,7 @@ def run(config: RunConfig, *, resume: bool) -> int:
 
 
 def run_sweep(sweep: Sweep, config: RunConfig) -> int:
-    """Returns 3 when points have failed, on every rank."""
+    """Returns 3 on rank 0 when points have failed. The other ranks do not: torchrun would end rank 0 in its report."""
 
     def run_points(deployment: Deployment) -> SweepResult:
         from pipeline.sweep import run_points
@@ -122,7 +122,7 @@ def run_sweep(sweep: Sweep, config: RunConfig) -> int:
     result = on_deployment(sweep.deployed(config), Path(config.exp_dir), run_points)
     if result.records or result.failures:
         show_sweep(sweep, config, result)
-    return EXIT_POINTS_FAILED if result.num_failed else 0
+    return EXIT_POINTS_FAILED if result.failures else 0
 
 
 def show_sweep(sweep: Sweep, config: RunConfig, result: SweepResult) -> None:

@@ -42,11 +42,10 @@ ADVICE = "; finished points and micro-batches are kept: the same command goes on
 
 @dataclass
 class SweepResult:
-    """What became of the points: counts on every rank, files on rank 0."""
+    """What became of the points: files on rank 0, nothing elsewhere; `num_run` in this session."""
 
     records: list[Path] = field(default_factory=list)
     failures: list[Path] = field(default_factory=list)
-    num_failed: int = 0
     num_run: int = 0
 
 
@@ -66,7 +65,6 @@ def run_points(sweep: Sweep, config: RunConfig, deployment: Deployment) -> Sweep
         if head:
             head.progress.begin(label)
         path, error, was_run = _run_point(point, config, deployment, head, sweep.name)
-        result.num_failed += error is not None
         result.num_run += was_run
         if head and error is not None:
             result.failures.append(head.fail(point, config, label, error, was_run))
@@ -165,7 +163,7 @@ def write_page(sweep: Sweep, config: RunConfig, result: SweepResult) -> None:
         config.wandb, run_id=f"{sweep.name}-report", config=config.as_dict(), folder=folder, group=sweep.name
     )
     tracker.attach(f"{sweep.name}-report", [page, page.with_suffix(".md"), page.with_suffix(".csv")])
-    tracker.finish({"points": len(result.records), "failed_points": result.num_failed})
+    tracker.finish({"points": len(result.records), "failed_points": len(result.failures)})
 
 
 def _failure_id(config: RunConfig, point: Point) -> str:
