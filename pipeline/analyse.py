@@ -8,7 +8,7 @@
 * `heads` finds each attention head's relevance by AttnLRP: head_relevance.safetensors for the metric `head_weighted`,
   relevance.json and relevance.png.
 * `oracle` finds each token's importance at each link from the loss gradient: token_importance.safetensors for the
-  metric `oracle`. It looks at the text that it is made for, so it bounds what a metric could do.
+  metric `oracle`. It looks at the very text that is scored: for comparison, not for use.
 
 Without torchrun one process plays all nodes.
 """
