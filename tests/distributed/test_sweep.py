@@ -210,7 +210,8 @@ def test_killed_in_mid_sweep_and_started_again(tmp_path):
     with start_torchrun(4, *command(runs, sweep, num_tokens=num_tokens)) as torchrun:
         deadline = time.monotonic() + 100
         while not (len(list(runs.glob("*.json"))) >= 2 and b"finished" in journal(runs)):
-            assert time.monotonic() < deadline and torchrun.process.poll() is None
+            ended = torchrun.process.poll() is not None
+            assert time.monotonic() < deadline and not ended, [torchrun.rank_stderr(rank) for rank in range(4)]
             time.sleep(0.005)
         os.kill(torchrun.rank_pids()[2], signal.SIGKILL)
         assert torchrun.wait(60).returncode != 0
