@@ -70,7 +70,7 @@ def measure(stage: Stage, model_config, num_tokens: int, rounds: int) -> dict[st
         if not torch.equal(run()[0], expected):
             raise SystemExit(f"{name} changes the hidden states")
     return_freed_memory()
-    peaks = {name: statistics.median(peak_growth_mib(run) for _ in range(3)) for name, run in contenders.items()}
+    peaks = {name: peak_growth_mib(run) for name, run in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
