@@ -341,13 +341,13 @@ def test_a_disk_without_room_for_the_record(tmp_path, uninterrupted):
 
 def run_out_of_room_at_the_record(rank, command):
     import run_pipeline
-    from pipeline import evaluation
+    from pipeline import head
 
-    write_record = evaluation.write_record
+    write_record = head.write_record
 
     def write_to_a_full_disk(*arguments):
         resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
         return write_record(*arguments)
 
-    evaluation.write_record = write_to_a_full_disk
+    head.write_record = write_to_a_full_disk
     return run_pipeline.main(command)
