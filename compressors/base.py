@@ -52,13 +52,14 @@ class LinkInfo:
     """What a codec may know of the link that it serves; both ends derive it from the config.
 
     `name` is the link's name (`layer:7:node0->node1`), `max_tokens` the largest B * T of a frame, `dtype`
-    that of the hidden states on both sides.
+    that of the hidden states on both sides, `checkpoint` the fingerprint of the model's files where it is known.
     """
 
     name: str
     hidden_size: int
     max_tokens: int
     dtype: torch.dtype = torch.float32
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

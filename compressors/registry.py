@@ -50,6 +50,8 @@ _BUILTINS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "outlier": ("outlier", "Outlier", {}),
     "topk": ("topk", "TopK", {}),
     "zstd": ("zstd", "Zstd", {}),
+    "klt": ("klt", "Klt", {}),
+    "klt_fixed": ("klt_fixed", "KltFixed", {}),
     "token_mixed": ("token_mixed", "TokenMixed", {}),
     "token_graded": ("token_mixed", "TokenGraded", {}),
 }

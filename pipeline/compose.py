@@ -107,7 +107,7 @@ def stage_devices(config: RunConfig, plan: Plan, world: World) -> dict[int, torc
 
 
 def make_codecs(
-    config: RunConfig, plan: Plan, *, hidden_size: int, max_tokens: int
+    config: RunConfig, plan: Plan, *, hidden_size: int, max_tokens: int, checkpoint: str | None = None
 ) -> list[Compressor]:
     """One new codec object per link, in link order. Raises ConfigError or ValueError for what cannot be made."""
     names = [link.name for link in plan.links]
@@ -117,7 +117,11 @@ def make_codecs(
     codecs = []
     for name in names:
         info = LinkInfo(
-            name=name, hidden_size=hidden_size, max_tokens=max_tokens, dtype=TORCH_DTYPES[config.model.dtype]
+            name=name,
+            hidden_size=hidden_size,
+            max_tokens=max_tokens,
+            dtype=TORCH_DTYPES[config.model.dtype],
+            checkpoint=checkpoint,
         )
         codec = make_compressor(config.compressor_per_link.get(name, config.compressor), info)
         missing = sorted(set(codec.needs) - set(SIDE_INPUTS))

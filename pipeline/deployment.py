@@ -109,7 +109,13 @@ def deploy(config: RunConfig, control: Control) -> Deployment:
     control.report("tokenising")
     text = _tokenize_once(config, control, model_dir)
     check_bos(config, text.bos_id)
-    codecs = make_codecs(config, plan, hidden_size=model_config.hidden_size, max_tokens=config.dataset.max_length)
+    codecs = make_codecs(
+        config,
+        plan,
+        hidden_size=model_config.hidden_size,
+        max_tokens=config.dataset.max_length,
+        checkpoint=checkpoint_digest,
+    )
     metrics = make_metrics(
         config,
         plan,

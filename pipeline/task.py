@@ -57,7 +57,13 @@ class Task:
     def make_codecs(self) -> list[Compressor]:
         """New codec objects, one per link."""
         max_tokens = max(m.num_tokens for m in self.microbatches)
-        return make_codecs(self.config, self.plan, hidden_size=self.hidden_size, max_tokens=max_tokens)
+        return make_codecs(
+            self.config,
+            self.plan,
+            hidden_size=self.hidden_size,
+            max_tokens=max_tokens,
+            checkpoint=self.deployment.checkpoint_digest,
+        )
 
     def make_actions(self, first: int) -> list[Action]:
         """This rank's actions from micro-batch `first` on. Raises ScheduleError for one that would deadlock."""

@@ -69,7 +69,8 @@ ROW_CODECS = [s for s in SPECS if isinstance(make(s), RowCodec)]
 
 
 def test_every_builtin_is_tested():
-    assert {spec.partition("(")[0] for spec in SPECS} == set(builtin_names())
+    calibrated = {"klt", "klt_fixed"}  # tests/compressors/test_klt.py
+    assert {spec.partition("(")[0] for spec in SPECS} == set(builtin_names()) - calibrated
     assert ERROR_BOUNDS.keys() == set(SPECS)
 
 

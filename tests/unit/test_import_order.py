@@ -15,7 +15,7 @@ PLAIN = [
 ]  # fmt: skip
 TORCH = ["staging", "gguf_conversion", "model_source", "dataset", "attention", "hf_model", "stage", "probes", "importance", "importance_files", "relevance", "wire"]
 PROCESS_GROUP = [
-    "mailbox", "link", "distributed", "compose", "plan_report", "runner", "deployment", "start", "gradients", "model_analysis", "analyse", "task", "head", "evaluation", "sweep",
+    "mailbox", "link", "distributed", "compose", "plan_report", "runner", "deployment", "start", "gradients", "model_analysis", "analyse", "calibration", "calibrate", "task", "head", "evaluation", "sweep",
 ]  # fmt: skip
 ORDER = PLAIN + TORCH + PROCESS_GROUP
 

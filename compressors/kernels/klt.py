@@ -1,0 +1,417 @@
+"""Kernels of compressors.klt: closed-loop quantisation of tokens, and their entropy coding by rANS.
+
+Everything that the entropy coder's models depend on is an integer: quantised values, classes, frequencies. Floats
+occur in the values that are quantised and reconstructed only, so that two machines whose floats differ in the last
+bit still agree on every symbol.
+
+The coder is rANS (Duda 2013, "Asymmetric numeral systems", section 3) with a 64-bit state and 32-bit words. Symbols
+are found in the order in which they are decoded, kept as (start, frequency, precision), and encoded backwards.
+
+A value q is coded with the model of its class: |q| up to 31 as one of 63 symbols in the order 0, -1, 1, -2, 2, ...,
+anything larger as symbol 63 and an Exp-Golomb code. The class is eight times the logarithm to base 2 of the value's
+expected size in steps. Of a class above the last model, the low bits are sent as they are and the rest with the last
+model. Expected sizes follow the token: every fourth component, the sum of |q| so far is compared with what the
+calibration expected, which scales the rest (`_activity`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from compressors.kernels.bits import jit
+
+__all__ = [
+    "ENCODE_AGAIN",
+    "FIRST_CLASS",
+    "LAST_CLASS",
+    "MAX_LEVEL",
+    "NUM_SYMBOLS",
+    "OPS_FULL",
+    "PRECISION",
+    "classify",
+    "count_symbols",
+    "decode",
+    "encode",
+    "quantize",
+    "reconstruct",
+]
+
+PRECISION = 15  # bits of a model's frequencies
+NUM_SYMBOLS = 64  # 0, -1, 1, ..., -31, 31, and one that announces a larger value
+ESCAPE = NUM_SYMBOLS - 1
+MAX_SMALL = 31
+MAX_LEVEL = 1 << 20  # of |q|
+FIRST_CLASS, LAST_CLASS = -32, 20  # of the models: 2**-4 to 2**2.5 steps
+ACTIVITY_PRIOR = 6 << 8  # in the units of `magnitude`, steps / 256
+ACTIVITY_EVERY = 4  # components
+RAW_FREQUENCY = 1  # of 2**KIND_PRECISION
+KIND_PRECISION = 8
+ENCODE_AGAIN, OPS_FULL = -1, -2
+TEMPORAL_LIMIT = np.float32(1e4)  # of predicted and reconstructed components
+
+LOWER_BOUND = np.uint64(1 << 31)  # of the coder's state
+WORD = np.uint64(32)
+LOW_WORD = np.uint64(0xFFFFFFFF)
+
+# round(8 log2(1 + i / 64))
+_LOG2_FRACTION = np.array(
+    [0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 5]
+    + [5, 5, 5, 5, 5, 5, 5, 5, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 8, 8, 8],
+    dtype=np.int64,
+)
+
+
+@jit
+def _log2_eighths(value):
+    """About 8 log2(value) of a positive int64, rounded; integers only."""
+    exponent = 0
+    rest = value
+    for shift in (32, 16, 8, 4, 2, 1):
+        if rest >> shift:
+            rest >>= shift
+            exponent += shift
+    return 8 * exponent + _LOG2_FRACTION[((value << 6) >> exponent) & 63]
+
+
+@jit
+def _activity(seen, expected):
+    """How many classes this token's values lie above (or below) what was expected, from sums over it so far."""
+    change = _log2_eighths(seen + ACTIVITY_PRIOR) - _log2_eighths(expected + ACTIVITY_PRIOR)
+    return min(max(change, -48), 48)
+
+
+@jit
+def _clamp_class(index):
+    return min(max(index, FIRST_CLASS), LAST_CLASS + 8 * 19)
+
+
+@jit
+def classify(levels, component_class, token_shift, magnitude, adapt, classes):
+    """Classes int16 [N, H] of `levels` int32 [N, H].
+
+    `component_class` int32 [H] is each component's class at this step, `token_shift` int32 [N] what a token's finer
+    step adds, `magnitude` int64 the expected |q| of each static class in steps / 256. Without `adapt` the static
+    classes.
+    """
+    for t in range(levels.shape[0]):
+        seen = expected = np.int64(0)
+        activity = np.int64(0)
+        for k in range(levels.shape[1]):
+            if adapt and k % ACTIVITY_EVERY == 0:
+                activity = _activity(seen, expected)
+            static = _clamp_class(component_class[k] + token_shift[t])
+            classes[t, k] = _clamp_class(static + activity)
+            expected += magnitude[static - FIRST_CLASS]
+            seen += abs(np.int64(levels[t, k])) << 8
+
+
+@jit
+def count_symbols(levels, classes, counts):
+    """Add to counts int64 [classes, NUM_SYMBOLS] the symbols of `levels` in their classes."""
+    for t in range(levels.shape[0]):
+        for k in range(levels.shape[1]):
+            index = classes[t, k]
+            shift = 0 if index <= LAST_CLASS else (index - LAST_CLASS + 7) >> 3
+            high = (np.int64(levels[t, k]) + ((1 << shift) >> 1)) >> shift
+            counts[index - 8 * shift - FIRST_CLASS, _symbol(high)] += 1
+
+
+@jit
+def _symbol(value):
+    """0, -1, 1, -2, 2, ... to 0, 1, 2, 3, 4, ...; ESCAPE for what is larger."""
+    if value > MAX_SMALL or value < -MAX_SMALL:
+        return ESCAPE
+    return 2 * value if value >= 0 else -2 * value - 1
+
+
+@jit
+def _bit_length(value):
+    length = 0
+    while value:
+        value >>= 1
+        length += 1
+    return length
+
+
+@jit
+def _put(ops, count, start, frequency, precision):
+    """Append one symbol of the coder to `ops` uint16 [., 3]."""
+    ops[count, 0] = start
+    ops[count, 1] = frequency
+    ops[count, 2] = precision
+    return count + 1
+
+
+@jit
+def _put_bits(ops, count, value, nbits):
+    """Append `nbits` <= 30 bits as they are."""
+    if nbits > 15:
+        count = _put(ops, count, value >> 15, 1, nbits - 15)
+        value, nbits = value & 32767, 15
+    if nbits > 0:
+        count = _put(ops, count, value, 1, nbits)
+    return count
+
+
+@jit
+def _put_value(ops, count, value, index, starts):
+    """Append the symbols of an integer of a class."""
+    shift = 0 if index <= LAST_CLASS else (index - LAST_CLASS + 7) >> 3
+    half = (1 << shift) >> 1
+    high = (value + half) >> shift
+    row = starts[index - 8 * shift - FIRST_CLASS]
+    symbol = _symbol(high)
+    count = _put(ops, count, row[symbol], row[symbol + 1] - row[symbol], PRECISION)
+    if symbol == ESCAPE:
+        excess = abs(high) - MAX_SMALL  # >= 1
+        length = _bit_length(excess)
+        count = _put(ops, count, length - 1, 1, 5)
+        rest = excess - (1 << (length - 1))
+        count = _put_bits(ops, count, rest >> 12, max(length - 13, 0))
+        count = _put_bits(ops, count, rest & 4095, min(length - 1, 12))
+        count = _put(ops, count, 1 if high < 0 else 0, 1, 1)
+    if shift > 0:
+        low = (value + half) - (high << shift)
+        count = _put_bits(ops, count, low >> 10, max(shift - 10, 0))
+        count = _put_bits(ops, count, low & 1023, min(shift, 10))
+    return count
+
+
+@jit
+def _cost(ops, begin, end, frequency_bits):
+    """Length of symbols in 1/256 bits, rounded up each; `frequency_bits` is that of a frequency at PRECISION."""
+    total = np.int64(0)
+    for i in range(begin, end):
+        if ops[i, 2] == PRECISION:
+            total += frequency_bits[ops[i, 1]]
+        else:
+            total += np.int64(ops[i, 2]) << 8
+    return total
+
+
+@jit
+def _predict(previous, temporal_in, temporal_out, hidden, row):
+    """Add the prediction from the previous token's components to `row`; `hidden` [R] is scratch."""
+    hidden[:] = 0
+    for k in range(previous.size):
+        value = previous[k]
+        for r in range(hidden.size):
+            hidden[r] += value * temporal_in[k, r]
+    for r in range(hidden.size):
+        value = hidden[r]
+        for k in range(row.size):
+            row[k] += value * temporal_out[r, k]
+
+
+@jit
+def quantize(y, predicted, steps, is_raw, tokens_per_row, temporal_in, temporal_out, levels, decoded):
+    """Closed-loop quantisation: levels int32 [N, H] of what prediction from tokens before leaves of y [N, H].
+
+    `predicted` float32 [N, H] is the prediction from the token's id; `decoded` [N, H] becomes what `reconstruct`
+    will give. A token with a level out of range is marked in `is_raw`; raw tokens predict nothing.
+    """
+    hidden = np.empty(temporal_in.shape[1], np.float32)
+    for t in range(y.shape[0]):
+        row = decoded[t]
+        row[:] = predicted[t]
+        if hidden.size and t % tokens_per_row and not is_raw[t - 1]:
+            _predict(decoded[t - 1], temporal_in, temporal_out, hidden, row)
+        step = steps[t]
+        inverse = np.float32(1) / step
+        if not is_raw[t]:
+            for k in range(row.size):
+                level = np.rint((y[t, k] - row[k]) * inverse)
+                if not (abs(level) < np.float32(MAX_LEVEL)):
+                    is_raw[t] = True
+                    break
+                levels[t, k] = np.int32(level)
+                row[k] += level * step
+        if is_raw[t]:
+            levels[t] = 0
+
+
+@jit
+def reconstruct(levels, predicted, steps, is_raw, tokens_per_row, temporal_in, temporal_out, decoded):
+    """Components float32 [N, H] from levels."""
+    hidden = np.empty(temporal_in.shape[1], np.float32)
+    for t in range(levels.shape[0]):
+        row = decoded[t]
+        row[:] = predicted[t]
+        if hidden.size and t % tokens_per_row and not is_raw[t - 1]:
+            _predict(decoded[t - 1], temporal_in, temporal_out, hidden, row)
+        for k in range(row.size):
+            value = row[k] + np.float32(levels[t, k]) * steps[t]
+            row[k] = min(max(value, -TEMPORAL_LIMIT), TEMPORAL_LIMIT)
+
+
+@jit
+def encode(
+    levels, is_raw, rms, finer, ids, side_classes, component_class, magnitude, starts, frequency_bits,
+    id_ranks, id_starts, raw_cost, ops, words,
+):  # fmt: skip
+    """All symbols of a frame to uint32 `words`; returns their number, or why there are none yet.
+
+    A token whose values cost more than `raw_cost` (1/256 bits) is marked in `is_raw`. What follows was predicted from
+    it, so ENCODE_AGAIN says that the caller must quantise anew. OPS_FULL asks for more room in `ops` uint16 [., 3].
+    """
+    count, num_marked = 0, 0
+    for t in range(levels.shape[0]):
+        begin = count
+        if count + 17 * levels.shape[1] + 64 > ops.shape[0]:
+            return OPS_FULL
+        if not is_raw[t]:
+            count = _put(ops, count, 0, (1 << KIND_PRECISION) - RAW_FREQUENCY, KIND_PRECISION)
+            count = _put_value(ops, count, np.int64(rms[t]), side_classes[0], starts)
+            count = _put_value(ops, count, np.int64(finer[t]), side_classes[1], starts)
+            if id_ranks.size:
+                rank = np.int64(id_ranks[ids[t]])
+                length = _bit_length(rank + 1)
+                count = _put(ops, count, id_starts[length - 1], id_starts[length] - id_starts[length - 1], PRECISION)
+                count = _put_bits(ops, count, rank + 1 - (1 << (length - 1)), length - 1)
+            seen = expected = activity = cost = np.int64(0)
+            for k in range(levels.shape[1]):
+                if k % ACTIVITY_EVERY == 0:
+                    activity = _activity(seen, expected)
+                static = _clamp_class(component_class[k] + 2 * finer[t])
+                before = count
+                value = np.int64(levels[t, k])
+                count = _put_value(ops, count, value, _clamp_class(static + activity), starts)
+                cost += _cost(ops, before, count, frequency_bits)
+                if cost > raw_cost:
+                    is_raw[t] = True
+                    num_marked += 1
+                    break
+                expected += magnitude[static - FIRST_CLASS]
+                seen += abs(value) << 8
+        if is_raw[t]:
+            count = begin
+            count = _put(
+                ops, count, (1 << KIND_PRECISION) - RAW_FREQUENCY, RAW_FREQUENCY, KIND_PRECISION
+            )
+    if num_marked:
+        return ENCODE_AGAIN
+    state, num_words = LOWER_BOUND, 0
+    for i in range(count - 1, -1, -1):
+        start, frequency = np.uint64(ops[i, 0]), np.uint64(ops[i, 1])
+        precision = np.uint64(ops[i, 2])
+        if state >= ((LOWER_BOUND >> precision) << WORD) * frequency:
+            words[num_words] = np.uint32(state & LOW_WORD)
+            num_words += 1
+            state >>= WORD
+        quotient = state // frequency
+        state = (quotient << precision) + (state - quotient * frequency) + start
+    words[num_words] = np.uint32(state & LOW_WORD)
+    words[num_words + 1] = np.uint32(state >> WORD)
+    num_words += 2
+    for i in range(num_words // 2):
+        other = num_words - 1 - i
+        words[i], words[other] = words[other], words[i]
+    return num_words
+
+
+@jit
+def _advance(state, position, words, start, frequency, precision):
+    """The state without its last symbol, and the position of the next word; words that are missing read as 0."""
+    mask = (np.uint64(1) << np.uint64(precision)) - np.uint64(1)
+    state = np.uint64(frequency) * (state >> np.uint64(precision)) + (state & mask) - np.uint64(start)
+    if state < LOWER_BOUND:
+        state <<= WORD
+        if position < words.size:
+            state |= np.uint64(words[position])
+        position += 1
+    return state, position
+
+
+@jit
+def _take_bits(state, position, words, nbits):
+    value = np.int64(0)
+    while nbits > 0:
+        part = nbits - 15 if nbits > 15 else nbits
+        slot = np.int64(state & ((np.uint64(1) << np.uint64(part)) - np.uint64(1)))
+        state, position = _advance(state, position, words, slot, 1, part)
+        value = (value << part) | slot
+        nbits -= part
+    return value, state, position
+
+
+@jit
+def _take_symbol(state, position, words, starts, index):
+    slot = np.int64(state & np.uint64((1 << PRECISION) - 1))
+    symbol = 0
+    while starts[index, symbol + 1] <= slot:
+        symbol += 1
+    start = starts[index, symbol]
+    state, position = _advance(state, position, words, start, starts[index, symbol + 1] - start, PRECISION)
+    return symbol, state, position
+
+
+@jit
+def _take_value(state, position, words, index, starts):
+    """Inverse of `_put_value`."""
+    shift = 0 if index <= LAST_CLASS else (index - LAST_CLASS + 7) >> 3
+    symbol, state, position = _take_symbol(state, position, words, starts, index - 8 * shift - FIRST_CLASS)
+    if symbol == ESCAPE:
+        length, state, position = _take_bits(state, position, words, 5)
+        rest, state, position = _take_bits(state, position, words, max(length - 12, 0))
+        low, state, position = _take_bits(state, position, words, min(length, 12))
+        high = (np.int64(1) << length) + (rest << 12) + low + MAX_SMALL
+        is_negative, state, position = _take_bits(state, position, words, 1)
+        if is_negative:
+            high = -high
+    else:
+        high = np.int64(symbol >> 1) if symbol % 2 == 0 else -np.int64((symbol + 1) >> 1)
+    if shift:
+        top, state, position = _take_bits(state, position, words, max(shift - 10, 0))
+        low, state, position = _take_bits(state, position, words, min(shift, 10))
+        high = (high << shift) + (top << 10) + low - ((1 << shift) >> 1)
+    return high, state, position
+
+
+@jit
+def decode(
+    words, side_classes, component_class, magnitude, starts, num_ids, id_starts, levels, is_raw, rms, finer, id_ranks
+):
+    """Inverse of `encode`; returns the number of words that were used, or -1 where the words cannot be a frame's.
+
+    `id_starts` is int32 [1, B]. Every value that is written is in the range that `encode` can have been given.
+    """
+    if words.size < 2:
+        return -1
+    state, position = (np.uint64(words[0]) << WORD) | np.uint64(words[1]), np.int64(2)
+    if state < LOWER_BOUND:
+        return -1
+    coded = (1 << KIND_PRECISION) - RAW_FREQUENCY
+    for t in range(levels.shape[0]):
+        kind = np.int64(state & np.uint64((1 << KIND_PRECISION) - 1))
+        is_raw[t] = kind >= coded
+        if is_raw[t]:
+            state, position = _advance(state, position, words, coded, RAW_FREQUENCY, KIND_PRECISION)
+            levels[t] = 0
+            continue
+        state, position = _advance(state, position, words, 0, coded, KIND_PRECISION)
+        side_rms, state, position = _take_value(state, position, words, side_classes[0], starts)
+        side_finer, state, position = _take_value(state, position, words, side_classes[1], starts)
+        if abs(side_rms) > 1024 or abs(side_finer) > 64 or position > words.size:
+            return -1
+        rms[t], finer[t] = side_rms, side_finer
+        if num_ids:
+            length, state, position = _take_symbol(state, position, words, id_starts, 0)
+            rank, state, position = _take_bits(state, position, words, length)
+            rank += (np.int64(1) << length) - 1
+            if rank >= num_ids:
+                return -1
+            id_ranks[t] = rank
+        seen = expected = activity = np.int64(0)
+        for k in range(levels.shape[1]):
+            if k % ACTIVITY_EVERY == 0:
+                activity = _activity(seen, expected)
+            static = _clamp_class(component_class[k] + 2 * finer[t])
+            value, state, position = _take_value(state, position, words, _clamp_class(static + activity), starts)
+            if abs(value) >= MAX_LEVEL:
+                return -1
+            levels[t, k] = value
+            expected += magnitude[static - FIRST_CLASS]
+            seen += abs(value) << 8
+    if state != LOWER_BOUND or position > words.size:
+        return -1
+    return position

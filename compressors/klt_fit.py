@@ -1,0 +1,379 @@
+"""From what a link carried, and the loss's gradients there, to the calibration of `klt`.
+
+`LinkStatistics` is fed token by token and keeps sums of products only, so its memory is that of a few [H, H] matrices
+however long the text is. `fit` makes a `LinkCalibration` of them and of a sample of text that was held out.
+
+With z = (x / u - mean) for a token x of root mean square u, and g = u dL/dx:
+
+* Space. F = E[g g^T] has the directions in which errors cost loss. z W, with W = (F / mean eigenvalue + 0.1)^(1/2),
+  weighs an error by what it costs; the 0.1 keeps some precision where the gradient is small, since errors at useful
+  rates are too large for a quadratic form.
+* Prediction. Ridge regression of z W on that of the token before and on features of the token's id (its embedding,
+  `make_token_table`). The token before will be known as decoded only, so the variance of the quantisation error at
+  REFERENCE_STEP is added to its own, and its matrix is cut to a low rank by the variance of what it predicts.
+* Transform. Eigenvectors of the covariance of what prediction leaves.
+* Step. The logarithm of |g|^2 is regressed on z and log2 u. The step of a token is proportional to |g| to the power
+  -2 STEP_EXPONENT as predicted. High-resolution theory has 1/2 in place of STEP_EXPONENT; the prediction is uncertain,
+  and half of that did best.
+* Models. Histograms over the held-out sample at several steps, by class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from compressors.calibration_file import LinkCalibration, TokenTable
+from compressors.klt import FINER_RANGE, RAW_EIGHTHS, KltCoder
+
+__all__ = ["CHUNK", "LinkStatistics", "SampleRow", "fit", "make_token_table"]
+
+FLATTENING = 0.1
+REFERENCE_STEP = 0.6
+STEP_EXPONENT = 0.25
+TEMPORAL_RANK = 128
+TOKEN_FEATURES = 1024
+CHUNK = 8192  # rows of an embedding at once
+MODEL_STEPS = (1.6, 1.1, 0.8, 0.55, 0.3, 0.1)
+RATE_STEPS = tuple(2.0 ** (n / 2) for n in range(-10, 7))
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """Hidden states [T, H] of one row of held-out text, and its token ids int32 [T]."""
+
+    hidden_states: torch.Tensor
+    token_ids: torch.Tensor
+
+
+class LinkStatistics:
+    """Sums over tokens. The vector of a token is (x / u [H], log2 u, 1, the same of the token before or zeros, its
+    id's features [D]); `products` sums its outer product. D = 0 leaves ids out."""
+
+    def __init__(self, hidden_size: int, num_features: int, device: torch.device) -> None:
+        self.hidden_size, self.num_features = hidden_size, num_features
+        size = 2 * (hidden_size + 2) + num_features
+        make = dict(dtype=torch.float64, device=device)
+        self.products = torch.zeros(size, size, **make)
+        self.sensitivity = torch.zeros(hidden_size, hidden_size, **make)
+        self.log_sensitivity = torch.zeros(size, **make)  # sums of the vector times log |g|^2
+        self.sensitive_products = torch.zeros(hidden_size + 2, hidden_size + 2, **make)
+        self.rms_eighths: int | None = None
+        self.num_tokens = 0
+
+    @torch.no_grad()
+    def add(self, hidden_states: torch.Tensor, gradients: torch.Tensor, features: torch.Tensor) -> None:
+        """One micro-batch: hidden states [B, T, H], gradients float32 [B, T, H], features float32 [B, T, D]."""
+        x = hidden_states.float()
+        octaves = x.square().mean(-1).sqrt().log2()
+        if self.rms_eighths is None:
+            usable = octaves[octaves.isfinite()]
+            if usable.numel() == 0:
+                raise ValueError("calibration text gives no finite, non-zero hidden states")
+            self.rms_eighths = round(8 * usable.median().item())
+        is_coded = ((8 * octaves - self.rms_eighths).abs() < RAW_EIGHTHS) & x.isfinite().all(-1)
+        octaves = torch.where(is_coded, octaves, 0).unsqueeze(-1)
+        u = torch.exp2(octaves)
+        own = torch.cat([x / u, octaves, torch.ones_like(octaves)], -1)
+        own = torch.where(is_coded.unsqueeze(-1), own, 0)
+        before = torch.nn.functional.pad(own, (0, 0, 1, 0))[:, :-1]
+        vectors = torch.cat([own, before, features], -1)[is_coded]
+        self.products += vectors.T @ vectors
+        self.num_tokens += len(vectors)
+        g = (gradients.float() * u)[is_coded]
+        size = g.square().sum(-1)
+        usable = size.isfinite() & (size > 0)  # nothing depends on a row's last token
+        g, own, size = g[usable], own[is_coded][usable], size[usable]
+        self.sensitivity += g.T @ g
+        self.log_sensitivity[: own.shape[-1]] += size.log() @ own
+        self.sensitive_products += own.T @ own
+
+
+@torch.no_grad()
+def fit(statistics: LinkStatistics, sample: Sequence[SampleRow], tokens: TokenTable) -> LinkCalibration:
+    """The link's calibration. `tokens` is empty, or what gave `statistics` its features."""
+    size = statistics.hidden_size
+    space = _Space(statistics)
+    prediction = _Prediction(statistics, space)
+    variances, basis = torch.linalg.eigh(_shrunk(prediction.residual, statistics.num_tokens))
+    basis = basis.flip(1)
+    temporal_in, temporal_out = prediction.temporal_factors(TEMPORAL_RANK)
+    token_out = prediction.weights[size:] @ basis
+    finer, finer_bias = _fit_finer(statistics, space, basis)
+    calibration = LinkCalibration(
+        mean=space.mean.float(),
+        encode=(space.to_space @ basis).float(),
+        decode=(basis.T @ space.from_space).float(),
+        signal_size=(basis.T @ space.covariance @ basis).diagonal().clamp_min(1e-12).sqrt().float(),
+        component_eighths=_eighths(variances.flip(0).clamp_min(1e-9).sqrt() * 0.8),
+        temporal_in=(basis.T @ temporal_in).float(),
+        temporal_out=(temporal_out @ basis).float(),
+        token_out=token_out.float(),
+        token_bias=-(prediction.features_mean @ token_out).float(),
+        finer=finer.float(),
+        finer_bias=finer_bias.float(),
+        rms_eighths=torch.tensor([statistics.rms_eighths], dtype=torch.int32),
+        side_classes=torch.zeros(2, dtype=torch.int32),
+        **_prior_models(),
+        rate_steps=torch.zeros(0, dtype=torch.float64),
+        rate_bits=torch.zeros(0, dtype=torch.float64),
+    )
+    return _fit_models(_on_cpu(calibration), tokens, sample)
+
+
+@torch.no_grad()
+def make_token_table(embedding_chunks: Callable[[], Iterable[torch.Tensor]], counts: torch.Tensor) -> TokenTable:
+    """Features of all ids: their embeddings' principal components, at most TOKEN_FEATURES, in int8.
+
+    `embedding_chunks()` gives float32 [n, D] rows in the order of ids, anew at each call; `counts` int64 [V] is how
+    often the text has each id, which weighs the components.
+    """
+    weights = (counts.double() + 0.01).split(CHUNK)
+    total = torch.zeros((), dtype=torch.float64)
+    mean: torch.Tensor | float = 0.0
+    products: torch.Tensor | float = 0.0
+    for rows, weight in zip(_in_chunks(embedding_chunks()), weights):
+        rows = rows.double()
+        total, mean, products = total + weight.sum(), mean + weight @ rows, products + (rows.T * weight) @ rows
+    mean = mean / total
+    _, vectors = torch.linalg.eigh(products / total - torch.outer(mean, mean))
+    kept = vectors[:, -TOKEN_FEATURES:].flip(1)
+    features = torch.cat([((rows.double() - mean) @ kept).float() for rows in embedding_chunks()])
+    # A few ids lie far out; they do not set the scale for all.
+    largest = torch.minimum(features.abs().amax(0), 8 * features.square().mean(0).sqrt()).clamp_min(1e-9)
+    codes = (features * (127 / largest)).round().clamp(-127, 127).to(torch.int8)
+    ranks, rank_starts = _rank_ids(counts)
+    return TokenTable(codes=codes, scales=largest / 127, ranks=ranks, rank_starts=rank_starts)
+
+
+def _in_chunks(rows: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+    """The same rows, CHUNK at a time."""
+    for piece in rows:
+        yield from piece.split(CHUNK)
+
+
+class _Space:
+    """The weighted space: z W with W divided so that the average variance is 1."""
+
+    def __init__(self, statistics: LinkStatistics) -> None:
+        n, size = statistics.num_tokens, statistics.hidden_size
+        if n < 2:
+            raise ValueError(f"calibration needs at least 2 tokens that can be coded, got {n}")
+        one = size + 1
+        self.mean = statistics.products[one, :size] / n
+        eigenvalues, vectors = torch.linalg.eigh(statistics.sensitivity)
+        average = eigenvalues.clamp_min(0).mean()
+        if not average > 0:
+            raise ValueError("calibration text gives no gradients at this link")
+        weights = (eigenvalues.clamp_min(0) / average + FLATTENING).sqrt()
+        root, inverse = (vectors * weights) @ vectors.T, (vectors / weights) @ vectors.T
+        covariance = statistics.products[:size, :size] / n - torch.outer(self.mean, self.mean)
+        scale = (root @ covariance @ root).trace().div(size).clamp_min(1e-12).sqrt()
+        self.to_space, self.from_space = root / scale, inverse * scale
+        self.covariance = self.to_space @ covariance @ self.to_space
+
+
+class _Prediction:
+    """Regression of a token in the space on the token before in the space, and on its own centred features."""
+
+    def __init__(self, statistics: LinkStatistics, space: _Space) -> None:
+        n, size = statistics.num_tokens, statistics.hidden_size
+        before, one = size + 2, size + 1
+        products = statistics.products / n
+        # Regressors as linear maps of the statistics' vector; a row's first token has zeros before it.
+        first = 2 * (size + 2)  # of the features
+        self.features_mean = products[one, first:]
+        regressors = products.new_zeros(products.shape[0], size + statistics.num_features)
+        regressors[before : before + size, :size] = space.to_space
+        regressors[before + one, :size] = -space.mean @ space.to_space
+        regressors[first:, size:].fill_diagonal_(1)
+        regressors[one, size:] = -self.features_mean
+        own = products.new_zeros(products.shape[0], size)
+        own[:size], own[one] = space.to_space, -space.mean @ space.to_space
+        self._products = regressors.T @ products @ regressors
+        cross = regressors.T @ products @ own
+        noisy = self._products.diagonal().clone()
+        noisy[:size] += REFERENCE_STEP**2 / 12
+        ridge = 1e-3 + 0.05 * regressors.shape[1] / n
+        normal = self._products + torch.diag(noisy - self._products.diagonal() + ridge * noisy + 1e-9)
+        self.weights = torch.linalg.solve(normal, cross)
+        explained = cross.T @ self.weights
+        self.residual = space.covariance - explained - explained.T + self.weights.T @ self._products @ self.weights
+
+    def temporal_factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(in, out) of the weights of the token before, cut to the directions in which they predict the most variance."""
+        inputs = slice(0, len(self.residual))
+        weights = self.weights[inputs]
+        _, vectors = torch.linalg.eigh(weights.T @ self._products[inputs, inputs] @ weights)
+        kept = vectors[:, -rank:]
+        return weights @ kept, kept.T
+
+
+def _shrunk(covariance: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Towards a multiple of the identity, by the share of what is unknown; matters for short texts."""
+    size = len(covariance)
+    share = 0.1 * size / (size + num_tokens)
+    identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
+    return (1 - share) * (covariance + covariance.T) / 2 + share * covariance.trace() / size * identity
+
+
+def _fit_finer(
+    statistics: LinkStatistics, space: _Space, basis: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quarter octaves by which a token's step is finer, as a function of its components and of log2 u."""
+    size, one = statistics.hidden_size, statistics.hidden_size + 1
+    n = statistics.sensitive_products[one, one]
+    to_features = statistics.products.new_zeros(size + 2, size + 1)  # components in the space, log2 u
+    to_features[:size, :size] = space.to_space @ basis
+    to_features[size, size] = 1
+    products = to_features.T @ statistics.sensitive_products @ to_features / n
+    mean = statistics.sensitive_products[one] @ to_features / n
+    centred = products - torch.outer(mean, mean)
+    target_mean = statistics.log_sensitivity[one] / n
+    target = statistics.log_sensitivity[: size + 2] @ to_features / n - mean * target_mean
+    ridge = 1e-3 + 0.1 * size / n
+    weights = torch.linalg.solve(centred + torch.diag(ridge * centred.diagonal() + 1e-9), target)
+    weights *= 4 * STEP_EXPONENT / math.log(2)  # nats of |g|^2 to quarter octaves of the step
+    # The codec's components are centred on the mean of all tokens: y = (x / u) E - mean E.
+    offset = space.mean @ space.to_space @ basis @ weights[:size]
+    return weights[:size], torch.stack([offset - mean @ weights, weights[size]])
+
+
+def _rank_ids(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranks of ids by frequency, and cumulative frequencies of the ranks' bit lengths."""
+    order = counts.argsort(descending=True, stable=True)
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order))
+    by_length = np.zeros(int(len(order)).bit_length())
+    for rank_plus_one, count in enumerate(counts[order].tolist(), 1):
+        by_length[rank_plus_one.bit_length() - 1] += count + 0.05
+    return ranks.to(torch.int32), torch.from_numpy(_cumulative(by_length))
+
+
+def _prior_models() -> dict[str, torch.Tensor]:
+    """Models of a Laplace distribution, in force until histograms replace them."""
+    from compressors.kernels.klt import FIRST_CLASS, LAST_CLASS
+
+    classes = range(FIRST_CLASS, LAST_CLASS + 1)
+    starts = np.stack([_cumulative(_laplace(2 ** (c / 8))) for c in classes])
+    wide = range(FIRST_CLASS, LAST_CLASS + 8 * 19 + 1)
+    magnitude = [round(256 * _laplace_magnitude(2 ** (c / 8))) for c in wide]
+    return {"starts": torch.from_numpy(starts), "magnitude": torch.tensor(magnitude, dtype=torch.int64)}
+
+
+def _laplace_magnitude(size: float) -> float:
+    """E|q| of a Laplace variable of mean magnitude `size`, rounded."""
+    return math.exp(-0.5 / size) / (1 - math.exp(-1 / size))
+
+
+def _laplace(size: float) -> np.ndarray:
+    """Probabilities of the symbols 0, -1, 1, ..., escape."""
+    tail = [1.0] + [math.exp(-(n - 0.5) / size) for n in range(1, 33)]  # P(|q| >= n)
+    both = np.repeat([(a - b) / 2 for a, b in zip(tail[1:], tail[2:])], 2)
+    return np.concatenate([[1 - tail[1]], both, [tail[32]]])
+
+
+def _cumulative(weights: np.ndarray) -> np.ndarray:
+    """Integer cumulative frequencies int32 [S + 1] that sum to 2**15, each symbol at least 1."""
+    total = (1 << 15) - len(weights)
+    frequencies = 1 + np.floor(total * weights / weights.sum()).astype(np.int64)
+    frequencies[frequencies.argmax()] += (1 << 15) - frequencies.sum()
+    return np.concatenate([[0], frequencies.cumsum()]).astype(np.int32)
+
+
+def _fit_models(calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow]) -> LinkCalibration:
+    """Classes, models and rates as the codec meets them in the sample."""
+    from compressors.kernels import klt as kernels
+
+    calibration = dataclasses.replace(calibration, **_component_sizes(calibration, tokens, sample))
+    # A static pass for expected magnitudes, then the histograms with activity.
+    magnitude_sums = np.zeros((2, calibration.magnitude.numel()))
+    quantized = []
+    for step in MODEL_STEPS:
+        for levels, is_raw, finer, component_class in _quantized(calibration, tokens, sample, step):
+            levels, finer = levels[~is_raw], finer[~is_raw]
+            quantized.append((levels, finer, component_class))
+            classes = np.empty(levels.shape, np.int16)
+            kernels.classify(levels, component_class, 2 * finer, calibration.magnitude.numpy(), False, classes)
+            index = classes.reshape(-1).astype(np.int64) - kernels.FIRST_CLASS
+            magnitude_sums[0] += np.bincount(index, np.abs(levels).reshape(-1), magnitude_sums.shape[1])
+            magnitude_sums[1] += np.bincount(index, minlength=magnitude_sums.shape[1])
+    prior = 1000.0
+    magnitude = (256 * magnitude_sums[0] + prior * calibration.magnitude.numpy()) / (magnitude_sums[1] + prior)
+    calibration = dataclasses.replace(calibration, magnitude=torch.from_numpy(magnitude.round().astype(np.int64)))
+    counts = np.zeros((calibration.starts.shape[0], kernels.NUM_SYMBOLS), np.int64)
+    for levels, finer, component_class in quantized:
+        classes = np.empty(levels.shape, np.int16)
+        kernels.classify(levels, component_class, 2 * finer, calibration.magnitude.numpy(), True, classes)
+        kernels.count_symbols(levels, classes, counts)
+    laplace = calibration.starts.diff(dim=1).numpy() / (1 << 15)
+    mirrored = counts.copy()
+    mirrored[:, 1:-1:2] = mirrored[:, 2:-1:2] = (counts[:, 1:-1:2] + counts[:, 2:-1:2]) / 2
+    starts = np.stack([_cumulative(row) for row in mirrored + 200 * laplace])
+    calibration = dataclasses.replace(calibration, starts=torch.from_numpy(starts))
+    return dataclasses.replace(calibration, **_rates(calibration, tokens, sample))
+
+
+def _component_sizes(calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow]) -> dict[str, torch.Tensor]:
+    """Mean magnitude of what is coded of each component, brought to the nominal step, and classes of side information."""
+    step = REFERENCE_STEP
+    coder = KltCoder(calibration, tokens, step)
+    sums, weight = torch.zeros(calibration.hidden_size, dtype=torch.float64), 0.0
+    sides: list[torch.Tensor] = []
+    for row in sample:
+        y, rms, finer, is_raw = coder.analyse(row.hidden_states)
+        ids = coder.check_ids(row.token_ids, len(y))
+        levels, flags, decoded = coder.quantize(y, finer, is_raw, ids, len(y))
+        coded = torch.from_numpy(~flags)
+        errors = y.cpu() - torch.from_numpy(decoded)
+        unpredicted = errors + torch.from_numpy(levels * coder.steps(finer)[:, None])
+        sums += unpredicted[coded].abs().sum(0)
+        weight += float(coded.sum())
+        sides += [torch.stack([rms - calibration.rms_eighths, finer])[:, coded]]
+    prior = calibration.component_eighths
+    side = torch.cat(sides, 1).float().abs().mean(1).clamp_min(0.1)
+    result = {"side_classes": _eighths(side).clamp(-16, 20)}
+    if weight:
+        pseudo = 20.0
+        expected = torch.exp2(prior.double() / 8)
+        result["component_eighths"] = _eighths((sums + pseudo * expected) / (weight + pseudo))
+    return result
+
+
+def _quantized(calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow], step: float
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """(levels, is_raw, finer, class of each component) of every row."""
+    coder = KltCoder(calibration, tokens, step)
+    for row in sample:
+        y, _, finer, is_raw = coder.analyse(row.hidden_states)
+        levels, flags, _ = coder.quantize(y, finer, is_raw, coder.check_ids(row.token_ids, len(y)), len(y))
+        yield levels.copy(), flags, finer.numpy(), coder.component_class
+
+
+def _rates(calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow]) -> dict[str, torch.Tensor]:
+    """Bits per value of the sample at RATE_STEPS, made to fall."""
+    num_values = sum(row.hidden_states.numel() for row in sample)
+    bits = []
+    for step in RATE_STEPS:
+        coder = KltCoder(calibration, tokens, step)
+        nbytes = sum(coder.compress(row.hidden_states[None], row.token_ids).numel() for row in sample)
+        bits.append(8 * nbytes / num_values)
+    falling = np.minimum.accumulate(bits)
+    return {
+        "rate_steps": torch.tensor(RATE_STEPS, dtype=torch.float64),
+        "rate_bits": torch.from_numpy(falling),
+    }
+
+
+def _eighths(size: torch.Tensor) -> torch.Tensor:
+    return (8 * size.log2()).round().to(torch.int32)
+
+
+def _on_cpu(calibration: LinkCalibration) -> LinkCalibration:
+    tensors = {f.name: getattr(calibration, f.name).cpu() for f in dataclasses.fields(calibration)}
+    return dataclasses.replace(calibration, **tensors)

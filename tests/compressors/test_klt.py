@@ -1,0 +1,237 @@
+"""Calibrated codecs keep the contract, agree across objects and machines, and refuse foreign calibrations."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from klt_cases import LINK, VOCABULARY, Calibrated, calibrate, folder
+
+from compressors import CorruptPayload, LinkInfo, Payload, make_compressor
+from compressors.calibration_file import file_name
+from compressors.check import CHECKS, hidden_states, side_inputs
+
+CPU = torch.device("cpu")
+KLT = {"name": "klt", "step": 0.4}
+FIXED = {"name": "klt_fixed", "nbits": 3}
+CASES = {
+    "klt with ids": (KLT, True),
+    "klt": (KLT, False),
+    "klt_fixed": (FIXED, False),
+}
+SUBJECTS = pytest.mark.parametrize("subject", [Calibrated(*case) for case in CASES.values()], ids=CASES)
+
+
+def make(options=KLT, use_token_ids=True, hidden_size=96, **link):
+    info = {"name": LINK, "hidden_size": hidden_size, "max_tokens": 64} | link
+    return make_compressor({"calibration": folder(hidden_size, use_token_ids), **options}, LinkInfo(**info))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@SUBJECTS
+def test_contract(subject, check):
+    assert list(CHECKS[check](subject)) == []
+
+
+@SUBJECTS
+def test_non_finite_values_stay_visible_and_change_no_earlier_token(subject):
+    x = hidden_states((2, 5, 96))
+    clean = subject.round_trip(x)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        changed = x.clone()
+        changed[0, 2, 7] = value
+        decoded = subject.round_trip(changed)
+        assert not decoded[0, 2].isfinite().all() and decoded[0, 3:].isfinite().all()
+        assert torch.equal(decoded[0, :2], clean[0, :2]) and torch.equal(decoded[1], clean[1])
+
+
+@SUBJECTS
+def test_error_falls_with_the_rate(subject):
+    x = hidden_states((2, 40, 96), seed=11)
+    error = (subject.round_trip(x) - x).norm() / x.norm()
+    assert error < 0.45
+
+
+def test_outliers_are_exact():
+    """An attention sink: far larger than other tokens, nearly all in one channel."""
+    x = hidden_states((1, 6, 96))
+    x[0, 0] *= 100
+    x[0, 3, 5] = 3e38
+    decoded = Calibrated(KLT).round_trip(x)
+    torch.testing.assert_close(decoded[0, [0, 3]], x[0, [0, 3]], rtol=1e-3, atol=3e33)
+    torch.testing.assert_close(decoded[0, 0], x[0, 0], rtol=1e-3, atol=1.0)
+
+
+def test_smaller_steps_cost_more_and_err_less():
+    x = hidden_states((1, 60, 96), seed=12)
+    sizes, errors = [], []
+    for step in (1.0, 0.5, 0.25, 0.05, 0.002):
+        subject = Calibrated({"name": "klt", "step": step})
+        sizes.append(subject.compress(subject.make(x), x).nbytes)
+        errors.append((subject.round_trip(x) - x).norm())
+    assert sizes == sorted(sizes) and errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.02 * x.norm()
+
+
+def test_target_bits_is_what_held_out_text_takes():
+    calibration, _ = calibrate(96, True)
+    subject = Calibrated({"name": "klt", "target_bits": 2.0})
+    x = hidden_states((1, 60, 96), seed=13)
+    bits = 8 * subject.compress(subject.make(x), x).nbytes / x.numel()
+    assert 1.2 < bits < 3.2  # other text: no token follows from its id
+    assert (calibration.rate_bits.diff() <= 0).all()
+
+
+def test_prediction_uses_token_ids():
+    subject = Calibrated(KLT)
+    codec = subject.make(torch.empty(1, 1, 96))
+    assert codec.needs == ("token_ids",) and Calibrated(KLT, use_token_ids=False).make(torch.empty(1, 1, 96)).needs == ()
+    x = hidden_states((1, 4, 96))
+    with pytest.raises(ValueError, match="needs token_ids of 4 tokens"):
+        codec.compress(x)
+    with pytest.raises(ValueError, match=f"has {VOCABULARY} token ids"):
+        codec.compress(x, token_ids=torch.full((1, 4), VOCABULARY))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("name", CASES)
+def test_damaged_payloads(name, data):
+    x = hidden_states((2, 4, 96))
+    x[0, 1] *= 1000
+    codec = make(*CASES[name])
+    damaged = codec.compress(x, **side_inputs(codec, x)).data.clone()
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, damaged.numel() - 1))] = data.draw(st.integers(0, 255))
+    damaged = damaged[: data.draw(st.integers(0, damaged.numel()))] if data.draw(st.booleans()) else damaged
+    try:
+        decoded = codec.decompress(Payload(damaged, x.shape), CPU, x.dtype)
+    except CorruptPayload:
+        return
+    assert decoded.shape == x.shape
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), nbytes=st.integers(0, 3000), shape=st.tuples(st.integers(0, 2), st.integers(0, 9)))
+@pytest.mark.parametrize("name", CASES)
+def test_any_bytes(name, seed, nbytes, shape):
+    codec, shape = make(*CASES[name]), (*shape, 96)
+    data = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    try:
+        decoded = codec.decompress(Payload(data, shape), CPU, torch.float32)
+    except CorruptPayload:
+        return
+    assert decoded.shape == shape
+
+
+def test_the_entropy_coder_is_an_integer_format():
+    """Symbols of every size and class to the same words on every machine, and back."""
+    from compressors.kernels import klt as kernels
+    from compressors.klt_fit import _prior_models
+
+    num_tokens, width = 9, 40
+    values = (np.arange(num_tokens * width) * 7919 % 1000).reshape(num_tokens, width).astype(np.int32)
+    levels = (values - 500) // np.array([[1], [5], [20], [90], [300], [1], [10**6], [100], [7]], np.int32)
+    levels[4, 3], levels[4, 4] = kernels.MAX_LEVEL - 1, 1 - kernels.MAX_LEVEL
+    models = {name: tensor.numpy() for name, tensor in _prior_models().items()}
+    component_class = np.linspace(60, -30, width).astype(np.int32)
+    side_classes, id_starts = np.array([12, 5], np.int32), np.array([0, 20000, 30000, 32768], np.int32)
+    rms, finer = np.arange(-4, 5, dtype=np.int32), np.arange(-8, 10, 2, dtype=np.int32)
+    ranks = np.array([3, 0, 2, 1, 4], np.int32)
+    ids = np.arange(num_tokens, dtype=np.int32) % 5
+    is_raw = np.zeros(num_tokens, np.bool_)
+    is_raw[6] = True
+    ops, words = np.zeros((20_000, 3), np.uint16), np.zeros(20_000, np.uint32)
+    frequency_bits = np.full((1 << 15) + 1, 0, np.int64)
+    num_words = kernels.encode(
+        levels, is_raw, rms, finer, ids, side_classes, component_class, models["magnitude"], models["starts"],
+        frequency_bits, ranks, id_starts, 1 << 40, ops, words,
+    )  # fmt: skip
+    assert is_raw.sum() == 1
+    digest = hashlib.sha256(words[:num_words].astype("<u4").tobytes()).hexdigest()[:16]
+    assert (num_words, digest) == GOLDEN_WORDS
+    got = np.ones_like(levels)
+    got_raw, got_rms, got_finer, got_ranks = np.zeros(num_tokens, np.bool_), *np.zeros((3, num_tokens), np.int32)
+    used = kernels.decode(
+        words[:num_words], side_classes, component_class, models["magnitude"], models["starts"], 5, id_starts[None],
+        got, got_raw, got_rms, got_finer, got_ranks,
+    )  # fmt: skip
+    coded = ~is_raw
+    assert used == num_words and np.array_equal(got_raw, is_raw)
+    assert np.array_equal(got[coded], levels[coded])
+    assert np.array_equal(got_rms[coded], rms[coded]) and np.array_equal(got_finer[coded], finer[coded])
+    assert np.array_equal(got_ranks[coded], ranks[ids[coded]])
+
+
+GOLDEN_WORDS = (147, "4f3208058b243668")
+
+
+def test_bits_of_klt_fixed_are_whole_and_add_up():
+    codec = make(FIXED)
+    x = torch.zeros(1, 7, 96)
+    assert codec.fixed_size and codec.compress(x).nbytes == codec.max_nbytes(x.shape)
+    # 3 bits a value and a scale a token; each width's codes are padded by at most 2 bytes
+    assert 3 + 16 / 96 <= 8 * codec.max_nbytes((1, 1000, 96)) / 96_000 <= 3 + 16 / 96 + 8 * 7 * 2 / 96
+
+
+def test_a_foreign_or_damaged_calibration_is_refused(tmp_path):
+    good = Path(folder(96)) / file_name(LINK)
+    with pytest.raises(ValueError, match="hidden size 100, got 96"):
+        make_compressor({"calibration": folder(96), **KLT}, LinkInfo(name=LINK, hidden_size=100, max_tokens=1))
+    with pytest.raises(ValueError, match="checkpoint 'other', this one has 'some model'"):
+        make(checkpoint="other")
+    assert make(checkpoint="some model").codec_id() == make().codec_id()
+    with pytest.raises(ValueError, match="a folder with layer-3-node0-node1.safetensors"):
+        make(name="layer:3:node0->node1")
+    renamed = tmp_path / file_name("layer:3:node0->node1")
+    shutil.copy(good, renamed)
+    with pytest.raises(ValueError, match="a file with link 'layer:3:node0->node1', this one has 'check'"):
+        make({"calibration": str(tmp_path), **KLT}, name="layer:3:node0->node1")
+    blob = good.read_bytes()
+    for damaged in (blob[:100], blob[:-1], b"", b"\0" * 64):
+        (tmp_path / good.name).write_bytes(damaged)
+        with pytest.raises(ValueError, match="a safetensors file made by python -m pipeline.calibrate"):
+            make({"calibration": str(tmp_path), **KLT})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "klt"}, "step is None, allowed: a number, or target_bits"),
+        ({"name": "klt", "step": 0.5, "target_bits": 2.0}, "or target_bits instead"),
+        ({"name": "klt", "step": 0.0}, "step is 0.0, allowed: a number from"),
+        ({"name": "klt", "step": True}, "step is True"),
+        ({"name": "klt", "target_bits": 0.001}, "target_bits is 0.001, allowed: a number from"),
+        ({"name": "klt_fixed", "nbits": 9}, "nbits is 9, allowed: a number from"),
+    ],
+)
+def test_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(options)
+
+
+def test_a_calibration_from_little_text_and_dead_channels():
+    """Fewer tokens than channels, channels that never change, tokens far from the others: still a codec."""
+    from compressors.klt import KltCoder
+    from compressors.calibration_file import TokenTable
+    from compressors.klt_fit import LinkStatistics, SampleRow, fit
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 20, 64, generator=generator)
+    x[..., 5:9] = 0
+    x[0, 0] *= 1e4
+    statistics = LinkStatistics(64, 0, CPU)
+    statistics.add(x, torch.randn(x.shape, generator=generator), torch.zeros(1, 20, 0))
+    assert statistics.num_tokens == 19
+    no_ids = TokenTable.empty()
+    sample = [SampleRow(x[0], torch.zeros(20, dtype=torch.int32))]
+    coder = KltCoder(fit(statistics, sample, no_ids), no_ids, 0.05)
+    other = torch.randn(1, 30, 64, generator=generator)
+    decoded = coder.decompress(coder.compress(other, None).clone(), other.shape, CPU, torch.float32)
+    assert (decoded - other).norm() < 0.1 * other.norm()
