@@ -43,6 +43,7 @@ def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     for record in records:
         if is_uncompressed(record):
             baselines.setdefault(setting_key(record), record["results"]["avg_ppl"])
+    one_setting = len({setting_key(record) for record in records}) == 1
     rows = []
     for record in records:
         totals, stages = record["traffic_totals"], record["stages"].values()
@@ -58,10 +59,17 @@ def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
                 "encode us/token": _per_token(sum(s["compress_s"] for s in stages), crossings),
                 "decode us/token": _per_token(sum(s["decompress_s"] for s in stages), crossings),
                 "tokens/s": _number(record["tokens_per_s"], ".0f"),
-                "note": "" if record["causal"] else "not causal",
+                "note": ", ".join(filter(None, _notes(record, one_setting))),
             }
         )
     return rows
+
+
+def _notes(record: dict[str, Any], one_setting: bool) -> list[str]:
+    """What the other columns do not tell: what the row was run on where rows differ in that, and non-causality."""
+    protocol = record["protocol"]
+    setting = f"{record['dataset']['num_tokens']} tokens, windows {protocol['max_length']}/{protocol['stride']}"
+    return ["" if one_setting else setting, "" if record["causal"] else "not causal"]
 
 
 def print_summary(paths: Sequence[Path]) -> None:

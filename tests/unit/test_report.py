@@ -16,7 +16,7 @@ def record(compressor, ppl, **changes):
         "causal": True,
         "model": {},
         "dataset": {"num_tokens": 5},
-        "protocol": {},
+        "protocol": {"max_length": 8, "stride": 4},
     }
     return base | changes
 
@@ -34,7 +34,9 @@ def test_rows_compare_with_none_on_the_same_text():
     )
     assert [row["change"] for row in rows] == ["+0.00%", "+15.00%", "x 2e+05", "", "", ""]
     assert [row["perplexity"] for row in rows] == ["10.0000", "11.5000", "2e+06", "not finite", "20.0000", "20.0000"]
-    assert rows[2]["note"] == "not causal"
+    assert rows[2]["note"] == "5 tokens, windows 8/4, not causal"
+    assert rows[4]["note"] == "6 tokens, windows 8/4"
+    assert [row["note"] for row in summary_rows([record("none", 10.0), record("nf4", 11.5)])] == ["", ""]
     assert (rows[0]["encode us/token"], rows[0]["decode us/token"]) == ("250.00", "125.00")
 
 
