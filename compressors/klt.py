@@ -97,6 +97,8 @@ class KltCoder:
     """Frames at one step of one calibration. Used by `Klt` and, on held-out text, by the calibration itself."""
 
     def __init__(self, calibration: LinkCalibration, tokens: TokenTable, step: float) -> None:
+        from compressors.kernels import klt as kernels
+
         self.step = step
         self._content, self._tokens = calibration, tokens
         self._scratch = Scratch()
@@ -108,6 +110,8 @@ class KltCoder:
         self._frequency_bits = np.concatenate([[0], np.ceil(256 * (15 - np.log2(frequency)))]).astype(np.int64)
         self._temporal = calibration.temporal_in.numpy(), calibration.temporal_out.numpy()
         self._id_ranks, self._id_starts = tokens.ranks.numpy(), tokens.rank_starts.numpy()
+        self._guesses = kernels.first_guesses(self._starts)
+        self._id_guesses = kernels.first_guesses(self._id_starts[None])
         self._ids = tokens.ranks.argsort().to(torch.int32).numpy()  # by rank
 
     def compress(self, x: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
@@ -194,8 +198,8 @@ class KltCoder:
         rms, finer, id_ranks = np.zeros((3, num_tokens), np.int32)
         num_ids = self._id_ranks.size
         num_words = kernels.decode(
-            words, self._side_classes, self.component_class, self._magnitude, self._starts, num_ids, self._id_starts[None],
-            levels, flags, rms, finer, id_ranks,
+            words, self._side_classes, self.component_class, self._magnitude, self._starts, self._guesses, num_ids,
+            self._id_starts[None], self._id_guesses, levels, flags, rms, finer, id_ranks,
         )  # fmt: skip
         num_raw = int(flags.sum())
         if num_words < 0 or 4 * num_words + num_raw * (2 * width + 2) != blob.size:

@@ -39,8 +39,9 @@ STEP_EXPONENT = 0.25
 TEMPORAL_RANK = 128
 TOKEN_FEATURES = 1024
 CHUNK = 8192  # rows of an embedding at once
-MODEL_STEPS = (1.6, 1.1, 0.8, 0.55, 0.3, 0.1)
-RATE_STEPS = tuple(2.0 ** (n / 2) for n in range(-10, 7))
+MODEL_STEPS = (1.6, 1.0, 0.6, 0.2)
+RATE_STEPS = tuple(2.0 ** (n / 2) for n in range(-8, 5))
+MAX_RATE_TOKENS = 4096  # of the sample, for rates
 
 
 @dataclass(frozen=True)
@@ -356,12 +357,17 @@ def _quantized(calibration: LinkCalibration, tokens: TokenTable, sample: Sequenc
 
 
 def _rates(calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow]) -> dict[str, torch.Tensor]:
-    """Bits per value of the sample at RATE_STEPS, made to fall."""
-    num_values = sum(row.hidden_states.numel() for row in sample)
+    """Bits per value of some of the sample at RATE_STEPS, made to fall."""
+    rows, num_tokens = [], 0
+    for row in sample:
+        if not rows or num_tokens + len(row.token_ids) <= MAX_RATE_TOKENS:
+            rows.append(row)
+            num_tokens += len(row.token_ids)
+    num_values = num_tokens * calibration.hidden_size
     bits = []
     for step in RATE_STEPS:
         coder = KltCoder(calibration, tokens, step)
-        nbytes = sum(coder.compress(row.hidden_states[None], row.token_ids).numel() for row in sample)
+        nbytes = sum(coder.compress(row.hidden_states[None], row.token_ids).numel() for row in rows)
         bits.append(8 * nbytes / num_values)
     falling = np.minimum.accumulate(bits)
     return {

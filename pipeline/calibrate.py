@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        overrides = [parse_override(text) for text in arguments.overrides]
+        # Any valid stride while max_length is not known; windows that do not overlap follow below.
+        overrides = [*(parse_override(text) for text in arguments.overrides), ("dataset.stride", 1)]
         config = load_config(find_config(arguments.config) if arguments.config else None, overrides)
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -16,6 +16,7 @@ calibration expected, which scales the rest (`_activity`).
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 
 from compressors.kernels.bits import jit
@@ -32,9 +33,13 @@ __all__ = [
     "count_symbols",
     "decode",
     "encode",
+    "first_guesses",
     "quantize",
     "reconstruct",
 ]
+
+# Called calls keep reference counts of their arrays, which takes as long as decoding a symbol.
+inlined = numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
 
 PRECISION = 15  # bits of a model's frequencies
 NUM_SYMBOLS = 64  # 0, -1, 1, ..., -31, 31, and one that announces a larger value
@@ -309,7 +314,7 @@ def encode(
     return num_words
 
 
-@jit
+@inlined
 def _advance(state, position, words, start, frequency, precision):
     """The state without its last symbol, and the position of the next word; words that are missing read as 0."""
     mask = (np.uint64(1) << np.uint64(precision)) - np.uint64(1)
@@ -334,10 +339,16 @@ def _take_bits(state, position, words, nbits):
     return value, state, position
 
 
-@jit
-def _take_symbol(state, position, words, starts, index):
+def first_guesses(starts):
+    """For the decoder's search: uint8 [C, 256], the first symbol that a slot with these upper bits can be."""
+    slots = np.arange(256) << (PRECISION - 8)
+    return np.stack([np.searchsorted(row[1:], slots, side="right") for row in starts]).astype(np.uint8)
+
+
+@inlined
+def _take_symbol(state, position, words, starts, guesses, index):
     slot = np.int64(state & np.uint64((1 << PRECISION) - 1))
-    symbol = 0
+    symbol = np.int64(guesses[index, slot >> (PRECISION - 8)])
     while starts[index, symbol + 1] <= slot:
         symbol += 1
     start = starts[index, symbol]
@@ -346,10 +357,12 @@ def _take_symbol(state, position, words, starts, index):
 
 
 @jit
-def _take_value(state, position, words, index, starts):
+def _take_value(state, position, words, index, starts, guesses):
     """Inverse of `_put_value`."""
     shift = 0 if index <= LAST_CLASS else (index - LAST_CLASS + 7) >> 3
-    symbol, state, position = _take_symbol(state, position, words, starts, index - 8 * shift - FIRST_CLASS)
+    symbol, state, position = _take_symbol(
+        state, position, words, starts, guesses, index - 8 * shift - FIRST_CLASS
+    )
     if symbol == ESCAPE:
         length, state, position = _take_bits(state, position, words, 5)
         rest, state, position = _take_bits(state, position, words, max(length - 12, 0))
@@ -369,11 +382,12 @@ def _take_value(state, position, words, index, starts):
 
 @jit
 def decode(
-    words, side_classes, component_class, magnitude, starts, num_ids, id_starts, levels, is_raw, rms, finer, id_ranks
-):
+    words, side_classes, component_class, magnitude, starts, guesses, num_ids, id_starts, id_guesses,
+    levels, is_raw, rms, finer, id_ranks,
+):  # fmt: skip
     """Inverse of `encode`; returns the number of words that were used, or -1 where the words cannot be a frame's.
 
-    `id_starts` is int32 [1, B]. Every value that is written is in the range that `encode` can have been given.
+    `id_starts` is int32 [1, B], guesses are from `first_guesses`. Every value that is written is in the range that `encode` can have been given.
     """
     if words.size < 2:
         return -1
@@ -389,13 +403,13 @@ def decode(
             levels[t] = 0
             continue
         state, position = _advance(state, position, words, 0, coded, KIND_PRECISION)
-        side_rms, state, position = _take_value(state, position, words, side_classes[0], starts)
-        side_finer, state, position = _take_value(state, position, words, side_classes[1], starts)
+        side_rms, state, position = _take_value(state, position, words, side_classes[0], starts, guesses)
+        side_finer, state, position = _take_value(state, position, words, side_classes[1], starts, guesses)
         if abs(side_rms) > 1024 or abs(side_finer) > 64 or position > words.size:
             return -1
         rms[t], finer[t] = side_rms, side_finer
         if num_ids:
-            length, state, position = _take_symbol(state, position, words, id_starts, 0)
+            length, state, position = _take_symbol(state, position, words, id_starts, id_guesses, 0)
             rank, state, position = _take_bits(state, position, words, length)
             rank += (np.int64(1) << length) - 1
             if rank >= num_ids:
@@ -406,7 +420,8 @@ def decode(
             if k % ACTIVITY_EVERY == 0:
                 activity = _activity(seen, expected)
             static = _clamp_class(component_class[k] + 2 * finer[t])
-            value, state, position = _take_value(state, position, words, _clamp_class(static + activity), starts)
+            index = _clamp_class(static + activity)
+            value, state, position = _take_value(state, position, words, index, starts, guesses)
             if abs(value) >= MAX_LEVEL:
                 return -1
             levels[t, k] = value

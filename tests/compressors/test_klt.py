@@ -159,8 +159,8 @@ def test_the_entropy_coder_is_an_integer_format():
     got = np.ones_like(levels)
     got_raw, got_rms, got_finer, got_ranks = np.zeros(num_tokens, np.bool_), *np.zeros((3, num_tokens), np.int32)
     used = kernels.decode(
-        words[:num_words], side_classes, component_class, models["magnitude"], models["starts"], 5, id_starts[None],
-        got, got_raw, got_rms, got_finer, got_ranks,
+        words[:num_words], side_classes, component_class, models["magnitude"], models["starts"],
+        kernels.first_guesses(models["starts"]), 5, id_starts[None], kernels.first_guesses(id_starts[None]), got, got_raw, got_rms, got_finer, got_ranks,
     )  # fmt: skip
     coded = ~is_raw
     assert used == num_words and np.array_equal(got_raw, is_raw)
