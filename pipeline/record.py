@@ -117,8 +117,8 @@ def write_record(folder: Path, record: Mapping[str, Any], per_token: Mapping[str
 def read_record(path: Path) -> dict[str, Any]:
     """Read a record back. Raises RecordError for anything else."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (OSError, ValueError, RecursionError) as e:
         raise RecordError(f"{path} is not a complete JSON file: {e}") from e
     missing = [key for key in _REQUIRED_KEYS if not isinstance(record, dict) or key not in record]
     if missing:
@@ -164,9 +164,13 @@ def read_failure(path: Path) -> dict[str, Any] | None:
     """What `write_failure` wrote; None for any other file."""
     try:
         failure = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return None
     return failure if isinstance(failure, dict) and failure.get("kind") == FAILURE_KIND else None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

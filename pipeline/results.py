@@ -23,6 +23,7 @@ from pipeline.record import (
     read_per_token,
     read_record,
 )
+from pipeline.record_schema import schema_problem
 
 __all__ = [
     "FailedPoint",
@@ -196,7 +197,9 @@ def _read_files(paths: Sequence[Path]) -> _Files:
                 files.failed.append(FailedPoint(label=label or path.stem, error=error))
                 continue
             record = read_record(path)
-            setting_key(record), is_uncompressed(record), codec_label(record), record["finished_at"] + ""
+            if problem := schema_problem(record):
+                raise RecordError(f"{path} is not a complete run record: {problem}")
+            codec_label(record)  # made from what the user wrote
             files.records.append((path, record))
         except RecordError as e:
             files.skipped.append(str(e))

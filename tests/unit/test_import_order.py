@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PLAIN = [
-    "allocator", "world", "watchdog", "config", "points", "plan", "schedule", "windows", "metrics", "record", "journal", "tracking",
+    "allocator", "world", "watchdog", "config", "points", "plan", "schedule", "windows", "metrics", "record", "record_schema", "journal", "tracking",
     "progress", "layer_analysis", "layer_plots", "quality", "prediction",
     "results", "importance_curves", "columns", "outlook", "charts", "published", "html_parts", "html_costs", "html_prediction", "html_report", "text_report", "plots", "report",
 ]  # fmt: skip

@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from pipeline.html_report import html_page
 from pipeline.outlook import Outlook, fastest, recommendation_text, within_budget
 from pipeline.prediction import Network
 from pipeline.record import write_failure
-from pipeline.results import read_results, recommend
+from pipeline.report import summary_rows
+from pipeline.results import load_records, read_results, recommend
+from pipeline.text_report import csv_table, markdown_page
 from tests.helpers.records import losses, write_point
 
 
@@ -54,7 +57,50 @@ def test_what_is_no_record_is_named_and_skipped_and_failed_points_are_listed(tmp
     told = "\n".join(results.skipped)
     for name in ("cut", "foreign", "list", "binary", "hollow", "odd"):
         assert told.count(f"{name}.json") == 1, name
-    assert "hollow.json is not a complete run record: KeyError: 'plan'" in told
+    assert "hollow.json is not a complete run record: it lacks plan" in told
+
+
+def paths(value, prefix=()):
+    """Places of a JSON value, those of a list's first item for all."""
+    children = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    for key, child in children:
+        yield (*prefix, key)
+        yield from paths(child, (*prefix, key))
+
+
+@pytest.mark.parametrize("put", [None, "<b>x", [1]], ids=["null", "text", "list"])
+def test_no_damaged_record_keeps_the_others_from_the_page(put, tmp_path):
+    write_point(tmp_path)
+    path = write_point(tmp_path, "int8", loss=losses(0.01), nbytes=66)
+    whole = path.read_text()
+    num_skipped = 0
+    for place in paths(json.loads(whole)):
+        if any(str(key).startswith("layer:") and "layer:0" not in key for key in place) or place[:2] == ("stages", "1"):
+            continue  # alike
+        record = json.loads(whole)
+        owner = record
+        for key in place[:-1]:
+            owner = owner[key]
+        if put is None and isinstance(owner, dict):
+            del owner[place[-1]]
+        else:
+            owner[place[-1]] = put
+        path.write_text(json.dumps(record))
+        results = read_results([tmp_path])
+        page = html_page(results, Outlook())
+        assert "<b>x" not in page and markdown_page(results, Outlook()) and csv_table(results), place
+        summary_rows(load_records([tmp_path]))
+        assert len(results.points) + len(results.skipped) == 2, place
+        num_skipped += len(results.skipped)
+    assert num_skipped > 30
+
+
+def test_numbers_and_depths_that_json_has_not_are_skipped(tmp_path):
+    path = write_point(tmp_path)
+    path.write_text(path.read_text().replace('"timed_tokens": 800', '"timed_tokens": NaN'))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    results = read_results([tmp_path])
+    assert results.settings == () and len(results.skipped) == 2
 
 
 def test_a_missing_or_foreign_per_token_file_costs_the_quality_only(tmp_path):
