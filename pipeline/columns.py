@@ -196,7 +196,7 @@ COLUMNS = (
     Column(
         key="tokens_per_s",
         heading="tokens/s",
-        meaning="tokens processed per second in this run, on its machines",
+        meaning="tokens processed per second in this run, on its machines, measuring of errors included",
         value=lambda p: p.record["tokens_per_s"],
         form=significant,
     ),
