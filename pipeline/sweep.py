@@ -154,8 +154,6 @@ class _Head:
 
 def write_page(sweep: Sweep, config: RunConfig, result: SweepResult) -> None:
     """Write the report of a sweep's points beside their records, on W&B as an artifact of the sweep's group."""
-    from pipeline.report import Outlook, write_report
-
     folder = Path(config.exp_dir)
     page = folder / f"report-{sweep.name}.html"
     write_report([*result.records, *result.failures], page, Outlook())
@@ -174,4 +172,8 @@ def _label(config: RunConfig, point: Point) -> str:
     """`nf4, stride=256`: the codecs of a point, and what else it sets."""
     tree: dict[str, Any] = config.as_dict() | dict(point.overrides)
     others = [f"{key.split('.')[-1]}={value}" for key, value in point.overrides if not key.startswith("compressor")]
-    return ", ".join([config_label(tree), *others])
+    try:
+        codecs = config_label(tree)
+    except (AttributeError, KeyError):  # no form of a codec; that is the point's own failure
+        codecs = f"{tree['compressor']}, {tree['compressor_per_link']}"
+    return ", ".join([codecs, *others])

@@ -168,15 +168,20 @@ def test_bad_configs_are_failed_points(tmp_path):
         {"compressor": "none", "dataset.stride": 65},
         {"compressor": "none", "dataset.max_length": 4096},
         {"compressor": "none", "compressor_per_link": {"layer:77:node0->node1": "nf4"}},
+        {"compressor": "none", "compressor_per_link": "nf4"},
+        {"compressor": {"nbits": 4}},
         {"compressor": "none", "batch_size": 3, "dataset.first_k_tokens": 300},
     )
     ended = run(tmp_path / "runs", sweep)
     assert [one.returncode for one in ended] == [3, 0, 0, 0]
     told = sorted(failure["error"] for failure in failures(tmp_path / "runs"))
-    for error, words in zip(told, ("absmax", "layer:77", "positions for 512 tokens", "dataset.stride must be at most 64")):
-        assert words in error, told
-    assert len(told) == 4 and len(records(tmp_path / "runs")) == 1
-    assert ended[0].stderr.count("\nfailed: ") == 4
+    for words in (
+        *("absmax", "layer:77", "positions for 512 tokens", "dataset.stride must be at most 64"),
+        *("compressor_per_link must be a mapping", "{'nbits': 4}"),
+    ):
+        assert sum(words in error for error in told) == 1, (words, told)
+    assert len(told) == 6 and len(records(tmp_path / "runs")) == 1
+    assert ended[0].stderr.count("\nfailed: ") == 6
 
 
 def test_failed_points_under_torchrun(tmp_path):
