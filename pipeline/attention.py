@@ -50,6 +50,14 @@ class Attention:
         batch, heads, num_tokens, _ = self.query.shape
         return batch, heads, num_tokens
 
+    def rows_seeing(self) -> torch.Tensor:
+        """How many rows see each token, [B or 1, T]: T - j without a sliding window. Heads see alike."""
+        num_tokens = self.query.shape[2]
+        if self.mask is None:
+            return torch.arange(num_tokens, 0, -1, device=self.query.device)[None]
+        seen = self.mask if self.mask.dtype == torch.bool else self.mask > torch.finfo(self.mask.dtype).min / 2
+        return seen[:, 0].sum(-2)
+
     @torch.no_grad()
     def chunks(self, first_row: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
         """(i, weights float32 [B, heads, rows, keys]) for rows i, i + 1, ... from `first_row` to T.

@@ -118,14 +118,15 @@ class Column(AttentionMetric):
 
 
 class ColumnCausal(Column):
-    """The same per row that can see the token: I_j = 1/(T - j) sum_{i >= j} A_ij, mean over heads."""
+    """The same per row that can see the token: I_j = 1/n_j sum_i A_ij, mean over heads; n_j = T - j where no window
+    slides.
+    """
 
     name = "column_causal"
 
     def reduce(self, attention: Attention, layer: int) -> torch.Tensor:
         mean = super().reduce(attention, layer)
-        num_tokens = mean.shape[1]
-        return mean * num_tokens / torch.arange(num_tokens, 0, -1, device=mean.device)
+        return mean * mean.shape[1] / attention.rows_seeing()
 
 
 class HeadWeighted(Column):
@@ -143,7 +144,7 @@ class HeadWeighted(Column):
 
 
 class HeadWeightedCausal(ColumnCausal, HeadWeighted):
-    """`head_weighted` per row that can see the token: I_j = 1/(T - j) sum_{i >= j} sum_h w_h A_hij."""
+    """`head_weighted` per row that can see the token: I_j = 1/n_j sum_i sum_h w_h A_hij."""
 
     name = "head_weighted_causal"
 

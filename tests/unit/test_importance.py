@@ -68,6 +68,20 @@ def test_attention_metrics_follow_their_formulas(name, layers, monkeypatch):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_sliding_window_leaves_fewer_rows_that_see_a_token(additive):
+    plain = make_attention(0)
+    seen = torch.ones(NUM_TOKENS, NUM_TOKENS).tril().bool() & torch.ones(NUM_TOKENS, NUM_TOKENS).triu(-4).bool()
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf) if additive else seen
+    slid = Attention(plain.query, plain.key, mask.expand(BATCH, 1, -1, -1), plain.scaling)
+    scores = plain.query @ plain.key.repeat_interleave(HEADS // 2, 1).mT * plain.scaling
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).mean(1)
+    expected = torch.stack([weights[:, seen[:, j], j].mean(1) for j in range(NUM_TOKENS)], 1)
+    metric = METRICS["column_causal"](MetricSetting(layers=[0]))
+    metric.read(0, slid)
+    torch.testing.assert_close(metric.importance(torch.zeros(BATCH, NUM_TOKENS, 8), 0), expected)
+
+
 def test_an_attention_metric_notices_a_layer_that_it_was_not_shown():
     metric = METRICS["column"](MetricSetting(layers=[1, 2]))
     metric.read(1, make_attention(0))
