@@ -166,6 +166,8 @@ def _load_plugin(name: str) -> type[Compressor]:
         raise ValueError(f"compressor {name!r}: {class_name} does not define {missing}")
     if not isinstance(getattr(cls, "name", None), str):
         raise ValueError(f"compressor {name!r}: {class_name} has no class attribute `name`")
+    if cls.name in _BUILTINS:
+        raise ValueError(f"compressor {name!r}: {class_name}.name is {cls.name!r}, which is a built-in codec's; choose another")
     if "link" not in inspect.signature(cls).parameters:
         raise ValueError(
             f"compressor {name!r}: {class_name}.__init__ must take link=None and hand it to super().__init__"

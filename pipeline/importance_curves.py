@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.record import model_label
+from pipeline.quality import compare
+from pipeline.record import RecordError, model_label, read_per_token
 from pipeline.results import is_uncompressed, load_records, setting_key
 
 __all__ = ["collect", "plot_curves"]
@@ -29,11 +30,13 @@ __all__ = ["collect", "plot_curves"]
 SCHEMA_VERSION = 1
 
 
-def collect(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The JSON that `importance.json` holds, from records of one model, text and protocol.
+def collect(records: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+    """The JSON that `importance.json` holds, from records of one model, text and protocol in `folder`.
 
-    `points` has one entry per run with `token_mixed`; `uniform` the runs of plain codecs of the same families. Raises
-    ValueError when records of several settings are mixed, or none has a choice of tokens.
+    `points` has one entry per run with `token_mixed`; `uniform` the runs of plain codecs of the same families. The 95%
+    interval of a point's ratio to the first random choice at its rate is that of a paired bootstrap over windows
+    (`quality.compare`), None where the per-token files are missing or the windows few. Raises ValueError when records
+    of several settings are mixed, or none has a choice of tokens.
     """
     if len({setting_key(record) for record in records}) > 1:
         raise ValueError("the folder has records of several models, texts or protocols; give each a folder of its own")
@@ -52,10 +55,12 @@ def collect(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     random = defaultdict(list)
     for point in points:
         if point["metric"] == "random":
-            random[_rate(point)].append(np.log(point["ppl"]))
+            random[_rate(point)].append(point)
     for point in points:
-        base = random.get(_rate(point))
-        point["ppl_over_random"] = float(point["ppl"] / np.exp(np.mean(base))) if base else None
+        choices = sorted(random[_rate(point)], key=lambda p: p["seed"])
+        mean = np.exp(np.mean([np.log(p["ppl"]) for p in choices])) if choices else None
+        point["ppl_over_random"] = float(point["ppl"] / mean) if choices else None
+        point["ppl_over_first_random_interval"] = _interval(folder, choices[0], point) if choices else None
         point["ppl_over_none"] = point["ppl"] / none if none else None
     first = mixed[0]
     return {
@@ -84,7 +89,8 @@ def plot_curves(curves: Mapping[str, Any], path: Path) -> None:
         points = [p for p in curves["points"] if _pair(p) == pair]
         low, high = (f(p["bits_per_value"] for p in points) for f in (min, max))
         family = points[0]["family"]
-        line = [u for u in curves["uniform"] if u["family"] == family and low - 1.1 <= u["bits_per_value"] <= high + 1.1]
+        own_family = [u for u in curves["uniform"] if u["family"] == family]
+        line = [u for u in own_family if low - 1.1 <= u["bits_per_value"] <= high + 1.1]
         axes.plot(*_xy(line), color="black", linestyle="--", marker="s", label="uniform bits")
         for number, metric in enumerate(metrics):
             own = [p for p in points if p["metric"] == metric]
@@ -96,7 +102,8 @@ def plot_curves(curves: Mapping[str, Any], path: Path) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-        axes.set(title=f"{pair[0]} for important tokens, {pair[1]} for the rest", xlabel="bits per value, side information included")
+        axes.set_title(f"{pair[0]} for important tokens, {pair[1]} for the rest")
+        axes.set_xlabel("bits per value, side information included")
         axes.grid(color="0.9")
     axes.legend(fontsize=8)
     figure.get_axes()[0].set_ylabel("perplexity")
@@ -150,6 +157,14 @@ def _point(record: Mapping[str, Any], uniform: Sequence[Mapping[str, Any]]) -> d
     }
 
 
+def _interval(folder: Path, base: Mapping[str, Any], point: Mapping[str, Any]) -> tuple[float, float] | None:
+    try:
+        tokens = [read_per_token(folder / f"{p['run_id']}.json") for p in (base, point)]
+    except RecordError:
+        return None
+    return compare(*tokens).ppl_interval
+
+
 def _pair(point: Mapping[str, Any]) -> tuple[str, str]:
     return point["high"], point["low"]
 
@@ -179,19 +194,26 @@ def _xy(points: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
 
 
 def _print(curves: Mapping[str, Any]) -> None:
-    header = ("high / low", "fraction", "bits/value", "metric", "perplexity", "over none", "over random", "over uniform bits")
-    rows = [header]
+    rows = [
+        ("high / low", "fraction", "bits/value", "metric", "perplexity", "over none")
+        + ("over random", "95% interval, first seed", "over uniform bits")
+    ]
     for p in curves["points"]:
-        ratios = [p[key] for key in ("ppl_over_none", "ppl_over_random", "ppl_over_uniform_bits")]
-        rows.append((
-            f"{p['high']} / {p['low']}", f"{p['fraction']:g}", f"{p['bits_per_value']:.3f}",
-            p["metric"] + ("" if p["causal"] else " *"), f"{p['ppl']:.4f}",
-            *("-" if r is None else f"{r:.4f}" for r in ratios),
-        ))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        interval = p["ppl_over_first_random_interval"]
+        rows.append(
+            (f"{p['high']} / {p['low']}", f"{p['fraction']:g}", f"{p['bits_per_value']:.3f}")
+            + (p["metric"] + ("" if p["causal"] else " *"), f"{p['ppl']:.4f}")
+            + (_ratio(p["ppl_over_none"]), _ratio(p["ppl_over_random"]))
+            + (f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "-", _ratio(p["ppl_over_uniform_bits"]))
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     print("* not causal: the choice of tokens looks at later ones")
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def main() -> int:
@@ -199,7 +221,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="records of a sweep over metrics")
     folder = parser.parse_args().folder
     try:
-        curves = collect(load_records([folder]))
+        curves = collect(load_records([folder]), folder)
     except ValueError as e:
         print(f"error: {folder}: {e}", file=sys.stderr)
         return 2

@@ -31,10 +31,13 @@ def compare_layers(windows: Sequence[np.ndarray], top_fraction: float) -> dict[s
         windows: importance of each window's tokens by layer, [L, T] each, not negative; T may differ.
         top_fraction: of a window's tokens that count as the top ones, at least one.
 
-    Raises ValueError without windows, or where one has fewer than two tokens, NaN, or a layer without importance.
+    Raises ValueError without windows or with a single layer, or where a window has fewer than two tokens, NaN, or a layer
+    without importance.
     """
     if not windows:
         raise ValueError("layers cannot be compared without a window")
+    if len(windows[0]) < 2:
+        raise ValueError("a model of one layer has no layers to compare")
     if not 0 < top_fraction <= 1:
         raise ValueError(f"the top fraction is {top_fraction}, it must be above 0 and at most 1")
     sums = {name: np.zeros((len(windows[0]),) * 2) for name in MEASURES}

@@ -17,7 +17,8 @@ pipeline in which nodes and links work in the order of the schedule and never fa
 
 Left out: filling and draining, TCP/IP's own headers and slow start, links that share one uplink, receives
 posted too late (runtime.receives_ahead), and machines faster or slower than the measured ones. Decoding is an
-estimate without a KV cache: one-token forwards at the start of a text, no attention to earlier tokens.
+estimate without a KV cache: one-token forwards at the start of a text, no attention to earlier tokens, nor the time
+of an importance metric.
 """
 
 from __future__ import annotations

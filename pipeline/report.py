@@ -36,8 +36,8 @@ _COLUMNS = (
 def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """One row of text per record.
 
-    `change` is against the first uncompressed record of the same model, text and protocol. Encode and decode
-    times are means over links, per token that crosses; tokens per second count what the model processed.
+    `change` is against the first uncompressed record of the same model, text and protocol. Encode (importance
+    included) and decode times are means over links, per token that crosses; tokens per second count what the model processed.
     """
     baselines: dict[str, float | None] = {}
     for record in records:
@@ -56,7 +56,7 @@ def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
                 "change": "" if baseline is None or ppl is None else _change(ppl / baseline),
                 "bytes/token/link": _number(totals["bytes_per_token"], ".1f"),
                 "bits/value": _number(totals["bits_per_value"], ".3f"),
-                "encode us/token": _per_token(sum(s["compress_s"] for s in stages), crossings),
+                "encode us/token": _per_token(sum(s["compress_s"] + s.get("importance_s", 0.0) for s in stages), crossings),
                 "decode us/token": _per_token(sum(s["decompress_s"] for s in stages), crossings),
                 "tokens/s": _number(record["tokens_per_s"], ".0f"),
                 "note": ", ".join(filter(None, _notes(record, one_setting))),

@@ -46,7 +46,7 @@ class Task:
             {
                 **config.numerics(),
                 "compressor": [codec.format_config() for codec in self.encoders],
-                "compressor_per_link": None,
+                **dict.fromkeys(("compressor_per_link", "importance.layers", "importance.seed")),
                 "importance": {str(index): metric.describe() for index, metric in self.metrics.items()},
                 "checkpoint": deployment.checkpoint_digest,
                 "ids": text.ids_sha256,

@@ -120,3 +120,34 @@ def test_listing_and_making_codecs_loads_no_numba():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert "nf4" in builtin_names()
+
+
+def test_a_plugin_with_a_builtins_name_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "impostor.py").write_text(PLUGIN.replace("NAME", "none"))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="'none', which is a built-in codec's"):
+        make_compressor("impostor:Plugin")
+
+
+def test_a_plugins_code_is_part_of_its_id(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for module, text in (("first_plugin", PLUGIN), ("second_plugin", PLUGIN + "# changed\n")):
+        (tmp_path / f"{module}.py").write_text(text.replace("NAME", "plugin"))
+    first, second = (make_compressor(f"{module}:Plugin") for module in ("first_plugin", "second_plugin"))
+    assert first.codec_id() != second.codec_id()
+    assert first.codec_id() == make_compressor("first_plugin:Plugin").codec_id()
+
+
+PLUGIN = """
+from compressors import Compressor
+
+
+class Plugin(Compressor):
+    name = "NAME"
+
+    def compress(self, x, **side):
+        raise NotImplementedError
+
+    def decompress(self, payload, device, dtype):
+        raise NotImplementedError
+"""

