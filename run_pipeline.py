@@ -1,7 +1,7 @@
 """Entry point: parse, compose, run, record.
 
-    torchrun --nproc_per_node=4 run_pipeline.py --config demo.yaml
-    python run_pipeline.py --config demo.yaml --compressor nf4
+torchrun --nproc_per_node=4 run_pipeline.py --config demo.yaml
+python run_pipeline.py --config demo.yaml --compressor nf4
 """
 
 from __future__ import annotations

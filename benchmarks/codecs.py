@@ -50,9 +50,7 @@ TARGETS = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "specs", nargs="*", default=DEFAULT_SPECS, help="codecs, default: the built-in family"
-    )
+    parser.add_argument("specs", nargs="*", default=DEFAULT_SPECS, help="codecs, default: the built-in family")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warm", action="store_true", help="use compiled loops that the machine has cached")
     parser.add_argument("--json", type=Path, help="write the figures there")
@@ -123,9 +121,7 @@ def check_results(x, specs) -> None:
             absmax, codes = split_bytes(payload.data, *codec.sections(*x.shape[1:]))
             packed, state = functional.quantize_4bit(x[0], quant_type=spec, blocksize=64)
             theirs = functional.dequantize_4bit(packed, state)
-            same = torch.equal(codes.flatten(), packed.flatten()) and torch.equal(
-                absmax.flatten(), state.absmax
-            )
+            same = torch.equal(codes.flatten(), packed.flatten()) and torch.equal(absmax.flatten(), state.absmax)
             if not same or not torch.equal(decoded[0], theirs):
                 raise SystemExit(f"{spec}: codes, absmax or values differ from bitsandbytes")
 

@@ -89,9 +89,7 @@ def measure(stage: Stage, model_config, num_tokens: int, rounds: int) -> dict[st
 
 
 def _load_middle_stage() -> tuple[Stage, object]:
-    model_dir = resolve_model(
-        RunConfig().model.name, cache_dir=None, stage_to=None, revision=None, show_progress=False
-    )
+    model_dir = resolve_model(RunConfig().model.name, cache_dir=None, stage_to=None, revision=None, show_progress=False)
     model_config = load_model_config(model_dir, {})
     plan = default_plan(model_config.num_hidden_layers, 4).stages[2]
     model = load_stage(model_dir, model_config, plan, dtype=torch.float32, device=CPU)

@@ -92,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--without_torchrun", action="store_true")
     parser.add_argument("--timeout_s", type=float, default=6.0, help="runtime.timeout_s of the runs")
-    parser.add_argument(
-        "--load_timeout_s", type=float, default=30.0, help="runtime.load_timeout_s of the runs"
-    )
+    parser.add_argument("--load_timeout_s", type=float, default=30.0, help="runtime.load_timeout_s of the runs")
     parser.add_argument("--num_tokens", type=int, default=20000, help="of the text: how long a run is")
     arguments = parser.parse_args(argv)
     chance = random.Random(arguments.seed)
@@ -151,9 +149,7 @@ def summary(verdicts: Sequence[Verdict]) -> str:
 class Bench:
     """Runs of one config, each in a folder of its own."""
 
-    def __init__(
-        self, *, timeout_s: float, load_timeout_s: float, num_tokens: int, by_torchrun: bool
-    ) -> None:
+    def __init__(self, *, timeout_s: float, load_timeout_s: float, num_tokens: int, by_torchrun: bool) -> None:
         self._timeout_s, self._load_timeout_s = timeout_s, load_timeout_s
         self._num_tokens, self._by_torchrun = num_tokens, by_torchrun
 
@@ -236,11 +232,7 @@ class Bench:
         faults = []
         for path in exp_dir.glob("*.json"):  # two, if the kill came after the record was written
             outcome = _outcome(path)
-            faults += [
-                f"{key} differs after --resume"
-                for key in RESULT_KEYS
-                if outcome[key] != reference.outcome[key]
-            ]
+            faults += [f"{key} differs after --resume" for key in RESULT_KEYS if outcome[key] != reference.outcome[key]]
             if not np.array_equal(_losses(path), reference.losses):
                 faults.append("losses differ after --resume")
         if list(exp_dir.glob("*.journal")):

@@ -81,9 +81,7 @@ class IntN(RowCodec):
         from compressors.kernels import affine
 
         scale_bits, row_codes = scale.view(torch.uint16), self._row_codes(rows)
-        affine.encode(
-            rows.numpy(), self.nbits, scale_bits.numpy(), zero.numpy(), codes.numpy(), row_codes.numpy()
-        )
+        affine.encode(rows.numpy(), self.nbits, scale_bits.numpy(), zero.numpy(), codes.numpy(), row_codes.numpy())
 
     def decode_cpu(self, rows, limit, scale, zero, codes):
         from compressors.kernels import affine

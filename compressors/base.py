@@ -221,9 +221,7 @@ def encode_meta(meta: Mapping[str, int | float]) -> bytes:
             raise ValueError(f"Payload.meta[{key!r}] = {value} does not fit into 64 bits") from e
     encoded_meta = b"".join(parts)
     if len(encoded_meta) > MAX_META_NBYTES:
-        raise ValueError(
-            f"Payload.meta takes {len(encoded_meta)} bytes, at most {MAX_META_NBYTES} are allowed"
-        )
+        raise ValueError(f"Payload.meta takes {len(encoded_meta)} bytes, at most {MAX_META_NBYTES} are allowed")
     return encoded_meta
 
 

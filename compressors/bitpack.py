@@ -69,8 +69,7 @@ def unpack(packed: torch.Tensor, nbits: int, length: int) -> torch.Tensor:
     """Inverse of `pack`: uint8 [..., packed_nbytes(length, nbits)] to uint8 codes [..., length]."""
     if packed.shape[-1] != packed_nbytes(length, nbits):
         raise ValueError(
-            f"{length} codes of {nbits} bits take {packed_nbytes(length, nbits)} bytes, "
-            f"got {packed.shape[-1]}"
+            f"{length} codes of {nbits} bits take {packed_nbytes(length, nbits)} bytes, got {packed.shape[-1]}"
         )
     if nbits == 8:
         return packed.clone()

@@ -85,9 +85,7 @@ class BlockRowColMean(Compressor):
         by_channel = torch.nn.functional.pad(by_channel, fill).unflatten(-1, (-1, self.block_channels))
         saturating_copy_(row_means, by_channel.sum(-1))
         by_token = values * _weights(x.shape[-2], self.block_tokens, x.device)[:, None]
-        by_token = torch.nn.functional.pad(by_token, fill).unflatten(
-            -2, (column_means.shape[-2], self.block_tokens)
-        )
+        by_token = torch.nn.functional.pad(by_token, fill).unflatten(-2, (column_means.shape[-2], self.block_tokens))
         saturating_copy_(column_means, by_token.sum(-2))
         return Payload(data, tuple(x.shape))
 
@@ -111,9 +109,7 @@ class BlockRowColMean(Compressor):
         if self.channel_order is None:
             return None
         if len(self.channel_order) != width:
-            raise option_error(
-                self.name, "channel_order", self.channel_order, f"{width} channels for this width"
-            )
+            raise option_error(self.name, "channel_order", self.channel_order, f"{width} channels for this width")
         return self._scratch.constant("order", torch.tensor(self.channel_order), device)
 
 

@@ -28,9 +28,7 @@ def check_channels(codec: str, option: str, got: Any, link: LinkInfo | None) -> 
 def channels_from_file(codec: str, path: str, link: LinkInfo | None) -> list[int]:
     """The list for `link` in the calibration file at `path`."""
     if link is None:
-        raise option_error(
-            codec, "calibration", path, "a calibration file needs a link (LinkInfo) to look up"
-        )
+        raise option_error(codec, "calibration", path, "a calibration file needs a link (LinkInfo) to look up")
     try:
         with open(path, encoding="utf-8") as f:
             by_link = json.load(f)["channels"]

@@ -58,9 +58,7 @@ class Subject:
 
     def make(self, x: torch.Tensor) -> Compressor:
         """A codec as one end of a link for inputs like `x` makes it."""
-        link = LinkInfo(
-            name="check", hidden_size=x.shape[-1], max_tokens=max(x[..., 0].numel(), 1), dtype=x.dtype
-        )
+        link = LinkInfo(name="check", hidden_size=x.shape[-1], max_tokens=max(x[..., 0].numel(), 1), dtype=x.dtype)
         return make_compressor(self.spec, link)
 
     def compress(self, codec: Compressor, x: torch.Tensor) -> Payload:
@@ -178,9 +176,7 @@ def check_corruption(subject: Subject) -> Iterator[str]:
     data, meta = payload.data.clone(), dict(payload.meta)
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randint(0, 256, data.shape, dtype=torch.uint8, generator=generator) for _ in range(20)]
-    wrong_lengths = (
-        [data[:-1], data[:0], torch.cat([data, data[:1]])] if data.numel() else [torch.zeros_like(data[:1])]
-    )
+    wrong_lengths = [data[:-1], data[:0], torch.cat([data, data[:1]])] if data.numel() else [torch.zeros_like(data[:1])]
     cases = [(bytes_, "a wrong length") for bytes_ in wrong_lengths] + [(bytes_, "noise") for bytes_ in noise]
     for bytes_, what in cases:
         got = Payload(bytes_.clone(), payload.shape, meta)
@@ -205,9 +201,7 @@ def check_alignment(subject: Subject) -> Iterator[str]:
     for offset in (1, 2, 3):
         frame = torch.zeros(offset + payload.data.numel(), dtype=torch.uint8)
         frame[offset:] = payload.data
-        decoded = subject.make(x).decompress(
-            Payload(frame[offset:], payload.shape, payload.meta), CPU, x.dtype
-        )
+        decoded = subject.make(x).decompress(Payload(frame[offset:], payload.shape, payload.meta), CPU, x.dtype)
         if not torch.equal(decoded, expected):
             yield f"the same bytes at offset {offset} of a buffer decode to other values"
 

@@ -40,9 +40,7 @@ class Hadamard(Wrapper):
     name = "hadamard"
 
     def __init__(self, *, inner: InnerSpec, seed: int = 0, link: LinkInfo | None = None) -> None:
-        super().__init__(
-            inner=inner, inner_link=link and dataclasses.replace(link, dtype=torch.float32), link=link
-        )
+        super().__init__(inner=inner, inner_link=link and dataclasses.replace(link, dtype=torch.float32), link=link)
         self.seed = check_int(self.name, "seed", seed, 0, 2**31 - 1)
 
     def max_nbytes(self, shape: Sequence[int]) -> int:

@@ -57,9 +57,7 @@ class Hqq(RowCodec):
         super().__init__(link=link)
         self.name = f"hqq{nbits}"
         self.nbits = check_choice(self.name, "nbits", nbits, (1, 2, 3, 4, 8))
-        self.layout = check_choice(
-            self.name, "layout", layout, ("words", "dense") if nbits == 3 else ("dense",)
-        )
+        self.layout = check_choice(self.name, "layout", layout, ("words", "dense") if nbits == 3 else ("dense",))
         self._levels = 2**nbits - 1
 
     def sections(self, num_rows: int, width: int) -> list[Section]:

@@ -167,7 +167,9 @@ def _load_plugin(name: str) -> type[Compressor]:
     if not isinstance(getattr(cls, "name", None), str):
         raise ValueError(f"compressor {name!r}: {class_name} has no class attribute `name`")
     if cls.name in _BUILTINS:
-        raise ValueError(f"compressor {name!r}: {class_name}.name is {cls.name!r}, which is a built-in codec's; choose another")
+        raise ValueError(
+            f"compressor {name!r}: {class_name}.name is {cls.name!r}, which is a built-in codec's; choose another"
+        )
     if "link" not in inspect.signature(cls).parameters:
         raise ValueError(
             f"compressor {name!r}: {class_name}.__init__ must take link=None and hand it to super().__init__"
@@ -187,9 +189,7 @@ def _check_options(name: str, cls: type[Compressor], options: dict[str, Any], fi
                 f"allowed: {', '.join(own) or 'none'}"
             )
         if option in fixed and value != fixed[option]:
-            raise ValueError(
-                f"compressor {name!r}: {option} is {value!r}, but the name fixes {fixed[option]!r}"
-            )
+            raise ValueError(f"compressor {name!r}: {option} is {value!r}, but the name fixes {fixed[option]!r}")
     parameters = inspect.signature(cls).parameters
     for option in own:
         if option not in options and parameters[option].default is inspect.Parameter.empty:

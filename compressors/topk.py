@@ -34,9 +34,7 @@ class TopK(Wrapper):
 
     name = "topk"
 
-    def __init__(
-        self, *, density: float = 0.1, inner: InnerSpec = "bf16", link: LinkInfo | None = None
-    ) -> None:
+    def __init__(self, *, density: float = 0.1, inner: InnerSpec = "bf16", link: LinkInfo | None = None) -> None:
         if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
             raise option_error(self.name, "density", density, "a number above 0, at most 1")
         self.density = float(density)
@@ -72,9 +70,7 @@ class TopK(Wrapper):
             kept = torch.zeros(rows.shape, dtype=torch.uint8, device=x.device).scatter_(1, indices, 1)
             positions[0].copy_(pack(kept, 1))
         else:
-            for part, section, nbits in zip(
-                (indices & 255, indices >> 8), positions, _index_bits(width), strict=False
-            ):
+            for part, section, nbits in zip((indices & 255, indices >> 8), positions, _index_bits(width), strict=False):
                 section.copy_(pack(part.to(torch.uint8), nbits))
         return payload
 
@@ -91,9 +87,7 @@ class TopK(Wrapper):
             rank = kept.cumsum(1) - 1
             x = values.gather(1, rank.clamp_(0, num_kept - 1)).masked_fill_(kept == 0, 0)
         else:
-            parts = [
-                unpack(p, n, num_kept).long() for p, n in zip(positions, _index_bits(width), strict=True)
-            ]
+            parts = [unpack(p, n, num_kept).long() for p, n in zip(positions, _index_bits(width), strict=True)]
             indices = sum(part << 8 * i for i, part in enumerate(parts))
             _check_on_host(indices.diff(dim=1) > 0, "a token's indices are not ascending")
             _check_on_host(indices < width, f"an index is not below {width}")

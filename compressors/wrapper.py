@@ -32,9 +32,7 @@ class Wrapper(Compressor):
         self.needs, self.importance_metric = self.inner.needs, self.inner.importance_metric
         self._scratch = Scratch()
 
-    def _join(
-        self, shape: Sequence[int], inner: Payload, sections: Sequence[Section]
-    ) -> tuple[Payload, list]:
+    def _join(self, shape: Sequence[int], inner: Payload, sections: Sequence[Section]) -> tuple[Payload, list]:
         """(payload of `shape` with `sections` before the inner bytes, those sections, to be filled)."""
         start = sections_nbytes(*sections)
         data = self._scratch.get("data", (start + inner.data.numel(),), torch.uint8, inner.data.device)
@@ -47,8 +45,6 @@ class Wrapper(Compressor):
         """Inverse of `_join`: (inner payload of `inner_shape`, sections), on `device`."""
         start = sections_nbytes(*sections)
         if payload.data.numel() < start:
-            raise CorruptPayload(
-                f"payload has {payload.data.numel()} bytes, {self.name} needs {start} and more"
-            )
+            raise CorruptPayload(f"payload has {payload.data.numel()} bytes, {self.name} needs {start} and more")
         data = payload.data.to(device)
         return Payload(data[start:], tuple(inner_shape), payload.meta), split_bytes(data[:start], *sections)

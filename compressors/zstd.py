@@ -76,9 +76,7 @@ class Zstd(Wrapper):
         try:
             content_nbytes = zstandard.get_frame_parameters(frame).content_size
             if content_nbytes > max_nbytes:
-                raise CorruptPayload(
-                    f"zstd frame holds {content_nbytes} bytes, at most {max_nbytes} are possible"
-                )
+                raise CorruptPayload(f"zstd frame holds {content_nbytes} bytes, at most {max_nbytes} are possible")
             content = self._decompressor.decompress(frame, allow_extra_data=False)
         except zstandard.ZstdError as e:
             raise CorruptPayload(f"zstd frame cannot be read: {e}") from e

@@ -51,9 +51,7 @@ class _Scale:
     bottom: float
 
     def x(self, bits: float) -> float:
-        return _between(
-            math.log(bits), math.log(self.low_bits), math.log(self.high_bits), self.left, self.right
-        )
+        return _between(math.log(bits), math.log(self.low_bits), math.log(self.high_bits), self.left, self.right)
 
     def y(self, change: float) -> float:
         return _between(_bend(change), _bend(self.low_change), _bend(self.high_change), self.bottom, self.top)
@@ -98,9 +96,7 @@ def trade_off_svg(
         for (x, y), (u, v) in zip(steps, steps[1:], strict=False)
         for box in ((x, y - 1, u, y + 1), (u - 1, y, u + 1, v))
     ]
-    labels = _place_labels(
-        sorted(shown, key=lambda p: (p not in front, p.ppl is None, p.ppl)), spots, lines, scale
-    )
+    labels = _place_labels(sorted(shown, key=lambda p: (p not in front, p.ppl is None, p.ppl)), spots, lines, scale)
     for point in shown:
         parts.append(_marker(point, spots[point], labels.get(point), off_scale=_is_off_scale(point, scale)))
     return "\n".join(parts) + "\n</svg>"
@@ -179,9 +175,7 @@ def _front_line(spots: Sequence[tuple[float, float]]) -> str:
     return f'<path class="front" d="{path}"/>'
 
 
-def _marker(
-    point: ChartPoint, spot: tuple[float, float], label: tuple[float, float] | None, *, off_scale: bool
-) -> str:
+def _marker(point: ChartPoint, spot: tuple[float, float], label: tuple[float, float] | None, *, off_scale: bool) -> str:
     x, y = spot
     r = _RADIUS
     kind = "point" if point.causal else "point leaky"

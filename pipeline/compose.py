@@ -113,7 +113,9 @@ def make_codecs(
     names = [link.name for link in plan.links]
     unknown = sorted(config.compressor_per_link.keys() - set(names))
     if unknown:
-        raise ConfigError(f"compressor_per_link has {unknown[0]!r}; this plan's links are: {', '.join(names) or 'none'}")
+        raise ConfigError(
+            f"compressor_per_link has {unknown[0]!r}; this plan's links are: {', '.join(names) or 'none'}"
+        )
     codecs = []
     for name in names:
         info = LinkInfo(
@@ -311,9 +313,7 @@ def _open(hops: Mapping[int, _Hop], world: World, *, receives_ahead: int, first_
         if src == world.rank:
             place = _buffer_place(hop.src_device, on_gpu)
             outbox = PeerOutbox(spec, peer=dst, depth=SEND_DEPTH, **common, **place)
-            senders[index] = FrameSender(
-                spec, outbox, first_microbatch=first_microbatch, receives_ahead=receives_ahead
-            )
+            senders[index] = FrameSender(spec, outbox, first_microbatch=first_microbatch, receives_ahead=receives_ahead)
         if dst == world.rank:
             place = _buffer_place(hop.dst_device, on_gpu)
             inbox = PeerInbox(
@@ -324,7 +324,12 @@ def _open(hops: Mapping[int, _Hop], world: World, *, receives_ahead: int, first_
 
 
 def frame_specs(
-    plan: Plan, codecs: Sequence[Compressor], microbatches: Sequence[MicroBatch], *, hidden_size: int, dtype: torch.dtype
+    plan: Plan,
+    codecs: Sequence[Compressor],
+    microbatches: Sequence[MicroBatch],
+    *,
+    hidden_size: int,
+    dtype: torch.dtype,
 ) -> list[FrameSpec]:
     """What both ends know of each link's frames; the last spec is that of the losses."""
     shapes = [(*m.shape, hidden_size) for m in microbatches]

@@ -52,8 +52,7 @@ def load_text(*, name: str, path: str | None, split: str) -> Text:
     if name == "pydoc":
         if path is not None:
             raise ValueError(
-                f"dataset.path={path!r}: dataset.name=pydoc reads no file; use dataset.name=text, or leave "
-                "the path out"
+                f"dataset.path={path!r}: dataset.name=pydoc reads no file; use dataset.name=text, or leave the path out"
             )
         return _load_pydoc()
     if name == "wikitext" and path is None:
@@ -79,9 +78,7 @@ def tokenize(text: Text, model_dir: Path, *, trust_remote_code: bool = False) ->
     from transformers import AutoTokenizer  # seconds to import, and only rank 0 tokenises
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_dir, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise many types here
         raise ValueError(f"no tokenizer loads from {model_dir}: {type(error).__name__}: {error}") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no files

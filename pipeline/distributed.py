@@ -118,8 +118,7 @@ class Control:
         except RuntimeError as e:
             used = os.environ.get("GLOO_SOCKET_IFNAME", "the default")
             raise LinkError(
-                f"the ranks cannot connect to each other through interface {used} (runtime.interface): "
-                f"{_first_line(e)}"
+                f"the ranks cannot connect to each other through interface {used} (runtime.interface): {_first_line(e)}"
             ) from e
         self.report("starting")
 
@@ -239,9 +238,7 @@ class Control:
             )
         except RuntimeError as e:
             doing = "opened" if is_host else "reached"
-            raise LinkError(
-                f"the rendezvous store {address}:{port} cannot be {doing}: {_first_line(e)}"
-            ) from e
+            raise LinkError(f"the rendezvous store {address}:{port} cannot be {doing}: {_first_line(e)}") from e
         # The store's values outlive an attempt when torchrun restarts the ranks.
         return dist.PrefixStore(f"thinwire/{self.world.attempt}", store)
 

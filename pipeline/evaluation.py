@@ -76,9 +76,7 @@ class Evaluation(Task):
         with self._failing_alike():
             one_token = control.in_turn(lambda: self._one_token(runner))
         control.report("collecting results", waiting=True)
-        reports = control.gather(
-            {**self._rank_report(runner, links), "warm_up_s": warm_up_s, "one_token": one_token}
-        )
+        reports = control.gather({**self._rank_report(runner, links), "warm_up_s": warm_up_s, "one_token": one_token})
         if not head:
             return None
         path = head.finish(reports, first)
@@ -155,7 +153,10 @@ class Evaluation(Task):
         dtype = TORCH_DTYPES[self.config.model.dtype]
         stages, links = {}, {}
         for index, compute_s in self.deployment.one_token_compute_s.items():
-            device, times = self.deployment.devices[index], {"compute_s": compute_s, "compress_s": 0.0, "decompress_s": 0.0}
+            device, times = (
+                self.deployment.devices[index],
+                {"compute_s": compute_s, "compress_s": 0.0, "decompress_s": 0.0},
+            )
             for link in self.plan.links:
                 if index not in (link.index, link.index + 1):
                     continue

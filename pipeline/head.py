@@ -47,9 +47,7 @@ class Head:
             logger.warning("nothing to resume: %s has no unfinished run with this config; starting anew", folder)
         codec_names = sorted({codec.name for codec in task.encoders}) or ["unsplit"]
         self.run_id = make_run_id(model_label(config.model.name), "+".join(codec_names), task.digest[:8])
-        self._tracker = Tracker(
-            config.wandb, run_id=self.run_id, config=config.as_dict(), folder=folder, group=sweep
-        )
+        self._tracker = Tracker(config.wandb, run_id=self.run_id, config=config.as_dict(), folder=folder, group=sweep)
         self._folder, self._sweep = folder, sweep
         self._progress: Progress | None = None
 
@@ -104,7 +102,8 @@ class Head:
             told = sum(done.payload_bytes[link.index] for done in self.journal.finished[first:])
             if told != counted[link.name]:
                 raise RuntimeError(
-                    f"link {link.name}: its frames told of {told} payload bytes, its sender counted {counted[link.name]}"
+                    f"link {link.name}: its frames told of {told} payload bytes, "
+                    f"its sender counted {counted[link.name]}"
                 )
 
     def _per_token(self) -> dict[str, np.ndarray]:
@@ -153,13 +152,13 @@ class Head:
             "notes": self._notes(),
             "codecs": {link.name: codec.config() for link, codec in zip(plan.links, task.encoders)},
             "importance": {plan.links[i].name: metric.describe() for i, metric in task.metrics.items()},
-            "plan": [
-                {"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in plan.stages
-            ],
+            "plan": [{"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in plan.stages],
             "resumed": {
                 "num_sessions": journal.num_sessions,
                 "resent_microbatches": len(journal.interrupted),
-                "resent_payload_bytes_at_most": sum(sum(journal.finished[m].payload_bytes) for m in journal.interrupted),
+                "resent_payload_bytes_at_most": sum(
+                    sum(journal.finished[m].payload_bytes) for m in journal.interrupted
+                ),
             },
             "stages": {index: stage for report in reports for index, stage in sorted(report["stages"].items())},
             "one_token": {
@@ -167,7 +166,10 @@ class Head:
                 for part in ("stages", "links")
             },
             "ranks": [
-                {key: report[key] for key in ("rank", "host", "threads", "peak_rss_bytes", "peak_cuda_bytes", "warm_up_s")}
+                {
+                    key: report[key]
+                    for key in ("rank", "host", "threads", "peak_rss_bytes", "peak_cuda_bytes", "warm_up_s")
+                }
                 for report in reports
             ],
             "schedule": {"in_flight": task.in_flight, "receives_ahead": config.runtime.receives_ahead},

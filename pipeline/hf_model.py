@@ -324,7 +324,12 @@ class _StoredTensor:
 
 
 def _stage_tensors(
-    model_dir: Path, config: PretrainedConfig, layout: _Layout, stage: StagePlan, dtype: torch.dtype, head_name: str | None
+    model_dir: Path,
+    config: PretrainedConfig,
+    layout: _Layout,
+    stage: StagePlan,
+    dtype: torch.dtype,
+    head_name: str | None,
 ) -> dict[str, _StoredTensor]:
     """The stage's tensors under the names that its cut model has in a checkpoint: layers count from 0.
 

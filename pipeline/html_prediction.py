@@ -84,17 +84,13 @@ def _network_table(
     for setting, point in points:
         cells = []
         for (_, network), winners in zip(outlook.networks, best):
-            predicted = (
-                predict_decode(point.costs, network) if decode else predict_prefill(point.costs, network)
-            )
+            predicted = predict_decode(point.costs, network) if decode else predict_prefill(point.costs, network)
             if predicted is None:
                 cells.append(f"<td>{MISSING}</td>")
                 continue
             value = 1e3 * predicted.total_s if decode else predicted.tokens_per_s
             mark = ' class="best"' if id(point) in winners else ""
-            cells.append(
-                f"<td{mark}>{significant(value)}<small>{escape(_short_link(predicted.binds))}</small></td>"
-            )
+            cells.append(f"<td{mark}>{significant(value)}<small>{escape(_short_link(predicted.binds))}</small></td>")
         outside = "" if within_budget(point, outlook) else ' class="outside"'
         rows.append(f"<tr{outside}>{name_cell(setting, point)}{''.join(cells)}</tr>")
     head = [heading("codec"), *(heading(name.replace(", ", "\n")) for name, _ in outlook.networks)]

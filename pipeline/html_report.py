@@ -103,9 +103,7 @@ def _measured_panel(setting: Setting) -> str:
             bits_per_value=p.bits_per_value,
             ppl=p.ppl,
             causal=p.record["causal"],
-            detail="\n".join(
-                f"{c.heading}: {c.text(p)}" for c in SHOWN_COLUMNS if c.value(p) not in (None, "")
-            ),
+            detail="\n".join(f"{c.heading}: {c.text(p)}" for c in SHOWN_COLUMNS if c.value(p) not in (None, "")),
         )
         for p in setting.points
         if p.bits_per_value is not None
@@ -139,9 +137,7 @@ def _published_panel() -> str:
     return _panel("Published for Qwen3-32B", escape(caption), points, figures.hidden_size, base)
 
 
-def _panel(
-    name: str, caption: str, points: Sequence[ChartPoint], hidden_size: int, base_ppl: float | None
-) -> str:
+def _panel(name: str, caption: str, points: Sequence[ChartPoint], hidden_size: int, base_ppl: float | None) -> str:
     """The same chart twice, for wide and for narrow screens: its text has one size on both."""
     charts = []
     for size, width, height in _CHART_SIZES:
@@ -154,10 +150,7 @@ def _panel(
 
 def _points_table(results: Results) -> str:
     columns = [c for c in SHOWN_COLUMNS if any(c.value(point) not in (None, "") for point in results.points)]
-    head = [
-        sort_heading(c.heading, "text" if c.key in ("codec", "note") else "number", c.meaning)
-        for c in columns
-    ]
+    head = [sort_heading(c.heading, "text" if c.key in ("codec", "note") else "number", c.meaning) for c in columns]
     rows = []
     for setting, point in all_points(results):
         cells = [name_cell(setting, point)]

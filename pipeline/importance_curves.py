@@ -2,9 +2,9 @@
 
     python -m pipeline.importance_curves results/demo_importance
 
-prints a table and writes curves/importance.json and curves/importance.png into the folder. At a rate (a pair of codecs and a
-fraction) all metrics send the same number of bytes, so their perplexities compare directly. The lines to beat are a
-random choice of the tokens, and uniform bits: the same family of codecs for all tokens, its log perplexity
+prints a table and writes curves/importance.json and curves/importance.png into the folder. At a rate (a pair of codecs
+and a fraction) all metrics send the same number of bytes, so their perplexities compare directly. The lines to beat
+are a random choice of the tokens, and uniform bits: the same family of codecs for all tokens, its log perplexity
 interpolated linearly between the neighbouring numbers of bits.
 """
 

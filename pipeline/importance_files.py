@@ -96,9 +96,7 @@ def write_head_relevance(
     _write(path, HEAD_RELEVANCE, {"head_relevance": relevance}, owner, notes)
 
 
-def read_head_relevance(
-    path: Path, *, checkpoint_fingerprint: str, num_layers: int, num_heads: int
-) -> torch.Tensor:
+def read_head_relevance(path: Path, *, checkpoint_fingerprint: str, num_layers: int, num_heads: int) -> torch.Tensor:
     """float32 [num_layers, num_heads] on the CPU. Raises ImportanceFileError where it cannot be this model's."""
     owner = {"checkpoint_fingerprint": checkpoint_fingerprint}
     relevance = _read(path, HEAD_RELEVANCE, "head_relevance", owner)

@@ -166,9 +166,7 @@ class Journal:
             event = json.loads(text)
             if number == 1:
                 if event != {"format": FORMAT, "digest": digest}:
-                    raise RecordError(
-                        f"{self.path} was written by another version or for another config; move it away"
-                    )
+                    raise RecordError(f"{self.path} was written by another version or for another config; move it away")
             elif "started" in event:
                 self._num_started = event["started"] + 1
             elif "resumed" in event:

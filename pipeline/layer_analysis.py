@@ -31,8 +31,8 @@ def compare_layers(windows: Sequence[np.ndarray], top_fraction: float) -> dict[s
         windows: importance of each window's tokens by layer, [L, T] each, not negative; T may differ.
         top_fraction: of a window's tokens that count as the top ones, at least one.
 
-    Raises ValueError without windows or with a single layer, or where a window has fewer than two tokens, NaN, or a layer
-    without importance.
+    Raises ValueError without windows or with a single layer, or where a window has fewer than two tokens, NaN, or a
+    layer without importance.
     """
     if not windows:
         raise ValueError("layers cannot be compared without a window")

@@ -25,7 +25,7 @@ _SHARES = ("top_k_overlap", "jensen_shannon")
 
 
 def plot_layers(analysis: Mapping[str, Any], metric: str, path: Path) -> None:
-    """One heatmap per measure of one metric, and each layer's likeness to the last one and to the token's position, as PNG."""
+    """One heatmap per measure of one metric, and each layer's likeness to the last one and to position, as PNG."""
     measures = {name: np.array(matrix, dtype=float) for name, matrix in analysis["metrics"][metric]["pairs"].items()}
     titles = {name: title.format(top=analysis["top_fraction"]) for name, title in _TITLES.items()}
     figure = _figure(13.5, 8.2)
@@ -38,7 +38,12 @@ def plot_layers(analysis: Mapping[str, Any], metric: str, path: Path) -> None:
         axis.set(title=titles[name], xlabel="layer", ylabel="layer")
     for name in (*_CORRELATIONS, "top_k_overlap"):
         last.plot(measures[name][:-1, -1], marker=".", label=titles[name])
-    last.plot(analysis["metrics"][metric]["spearman_with_position"], color="0.5", linestyle=":", label="Spearman with position")
+    last.plot(
+        analysis["metrics"][metric]["spearman_with_position"],
+        color="0.5",
+        linestyle=":",
+        label="Spearman with position",
+    )
     last.axhline(0, color="0.8", linewidth=1, zorder=0)
     last.set(title="each layer against the last one, and position", xlabel="layer", ylim=(-1.02, 1.02))
     last.grid(alpha=0.3)

@@ -40,9 +40,7 @@ class FrameSender:
         receives_ahead: how many receives the other end keeps posted.
     """
 
-    def __init__(
-        self, spec: FrameSpec, outbox: Outbox, *, first_microbatch: int = 0, receives_ahead: int = 1
-    ) -> None:
+    def __init__(self, spec: FrameSpec, outbox: Outbox, *, first_microbatch: int = 0, receives_ahead: int = 1) -> None:
         self.spec = spec
         self.traffic = LinkTraffic()
         self._outbox = outbox
@@ -124,7 +122,9 @@ class FrameSender:
             body = body[: self.spec.exact_nbytes(place) - self.spec.header_nbytes]
         buffer = self._outbox.allocate()
         start = self.spec.header_nbytes
-        buffer[start : start + len(body)].copy_(torch.frombuffer(bytearray(body or b" "), dtype=torch.uint8)[: len(body)])
+        buffer[start : start + len(body)].copy_(
+            torch.frombuffer(bytearray(body or b" "), dtype=torch.uint8)[: len(body)]
+        )
         self._post(buffer, self._control_header(FrameKind.ERROR, place, len(body)), place)
 
     def _control_header(self, kind: FrameKind, microbatch_index: int, nbytes: int) -> Header:

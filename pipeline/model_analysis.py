@@ -6,7 +6,7 @@ Each is a function of a deployment that all ranks call; rank 0 writes the result
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any

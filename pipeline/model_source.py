@@ -45,8 +45,7 @@ MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # the format's own limit
 _PACKAGE_PREFIX = "package:"
 _HUB_ID = re.compile(r"(?!.*\.gguf$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII | re.IGNORECASE)
 _ACCEPTED = (
-    "model.name accepts a hub id (Qwen/Qwen3-0.6B), a local directory, a .gguf file, or "
-    "package:<package>/<file>.gguf"
+    "model.name accepts a hub id (Qwen/Qwen3-0.6B), a local directory, a .gguf file, or package:<package>/<file>.gguf"
 )
 
 
@@ -212,7 +211,8 @@ def _loading_files(model_dir: Path) -> list[str]:
         raise ValueError(f"{model_dir} has no config.json, so it is not a model directory. {_ACCEPTED}")
     weights = [path.name for path in weight_files(model_dir)]
     small = [
-        path.name for path in model_dir.iterdir()
+        path.name
+        for path in model_dir.iterdir()
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in SMALL_FILE_PATTERNS)
     ]
     return sorted(small + weights)

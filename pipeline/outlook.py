@@ -61,9 +61,7 @@ def recommendation_text(setting: Setting, outlook: Outlook) -> str:
     """The cheapest point within the budget, and how sure that is."""
     budget = f"{100 * outlook.max_ppl_increase:g}%"
     if setting.baseline is None:
-        return (
-            f"No recommendation within +{budget} perplexity: there is no uncompressed point to compare with."
-        )
+        return f"No recommendation within +{budget} perplexity: there is no uncompressed point to compare with."
     best = recommend(setting, outlook.max_ppl_increase)
     if best.cheapest is None or best.cheapest.uncompressed:
         return f"No compressed causal point stays within +{budget} perplexity."

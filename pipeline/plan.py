@@ -109,7 +109,9 @@ def explicit_plan(num_layers: int, layers_of_node: Sequence[Sequence[tuple[int, 
     )
     for node, own in enumerate(layers_of_node):
         if not own:
-            raise PlanError(f"partition.nodes[{node}].layers is empty; for no layers give [k, k], where k is the first layer behind it")
+            raise PlanError(
+                f"partition.nodes[{node}].layers is empty; for no layers give [k, k], k being the first layer behind it"
+            )
     position = 0
     for node, start, end in ranges:
         if end < start:
@@ -138,9 +140,7 @@ def _chain(num_layers: int, num_nodes: int, ranges: Sequence[tuple[int, int, int
         else:
             merged.append((node, start, end))
     stages = tuple(
-        StagePlan(
-            stage_index=i, node=node, start=start, end=end, is_first=i == 0, is_last=i == len(merged) - 1
-        )
+        StagePlan(stage_index=i, node=node, start=start, end=end, is_first=i == 0, is_last=i == len(merged) - 1)
         for i, (node, start, end) in enumerate(merged)
     )
     return Plan(num_layers=num_layers, num_nodes=num_nodes, stages=stages)

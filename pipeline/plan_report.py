@@ -42,12 +42,12 @@ def plan_text(config: RunConfig) -> str:
     if len(plan.stages) > 1 and plan.last_node == 0 and model_config.tie_word_embeddings:
         weights[plan.stages[-1].stage_index] -= embedding_bytes(model_config, dtype)
 
-    lines = [f"{config.model.name}: {plan.num_layers} layers, hidden size {model_config.hidden_size}, {config.model.dtype}"]
+    lines = [
+        f"{config.model.name}: {plan.num_layers} layers, hidden size {model_config.hidden_size}, {config.model.dtype}"
+    ]
     lines += ["", "stage  node  layers      weights"]
     for stage in plan.stages:
-        extra = "".join(
-            [" + embedding" if stage.is_first else "", " + norm and head" if stage.is_last else ""]
-        )
+        extra = "".join([" + embedding" if stage.is_first else "", " + norm and head" if stage.is_last else ""])
         layers = f"{stage.start}-{stage.end - 1}" if stage.num_layers else "none"
         lines.append(
             f"{stage.stage_index:<5}  {stage.node:<4}  {layers:<10}  {weights[stage.stage_index] / _GIB:.2f} GiB{extra}"

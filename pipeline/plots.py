@@ -31,7 +31,9 @@ def plot_rate_quality(records: Sequence[dict[str, Any]], path: Path) -> None:
         raise ValueError("no record has both a finite perplexity and traffic: nothing to draw")
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for nbytes, ppl, label, causal in points:
-        axes.scatter(nbytes, ppl, s=45, zorder=3, marker="o" if causal else "x", color="tab:blue" if causal else "tab:red")
+        axes.scatter(
+            nbytes, ppl, s=45, zorder=3, marker="o" if causal else "x", color="tab:blue" if causal else "tab:red"
+        )
         axes.annotate(label, (nbytes, ppl), xytext=(6, 6), textcoords="offset points")
     baseline = next((ppl for _, ppl, label, _ in points if label == "none"), None)
     if baseline is not None:

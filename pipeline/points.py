@@ -58,7 +58,7 @@ class Sweep:
     entries: tuple[Mapping[str, Any], ...]
 
     def points(self, link_names: Sequence[str]) -> list[Point]:
-        """All points, equal ones once. `link_names` stand for the word `links`. Raises ConfigError when there are none."""
+        """All points, equal ones once; `link_names` stand for the word `links`. Raises ConfigError without any."""
         points: list[Point] = []
         for entry in self.entries:
             values = {name: link_names if v == LINKS else v for name, v in entry.get("for", {}).items()}
@@ -121,7 +121,9 @@ def _check_entry(entry: Any, where: str) -> None:
             raise ConfigError(f"{where}: for.{name} must be a list of values or the word {LINKS}, got {choices!r}")
     placeholders = set(_placeholders(keys))
     for name in sorted(placeholders - set(values)):
-        raise ConfigError(f"{where}: {{{name}}} is filled by nothing; for has: {', '.join(map(str, values)) or 'nothing'}")
+        raise ConfigError(
+            f"{where}: {{{name}}} is filled by nothing; for has: {', '.join(map(str, values)) or 'nothing'}"
+        )
     for name in values:
         if name not in placeholders:
             raise ConfigError(f"{where}: for.{name} fills nothing; write {{{name}}} where it belongs")

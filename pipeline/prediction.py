@@ -83,9 +83,7 @@ class PipelineCosts:
             one_token=measured
             and OneToken(
                 seconds=sum(map(_stage_seconds, measured["stages"].values())),
-                nbytes=sum(
-                    link["payload_bytes"] + link["header_bytes"] for link in measured["links"].values()
-                ),
+                nbytes=sum(link["payload_bytes"] + link["header_bytes"] for link in measured["links"].values()),
             ),
         )
 

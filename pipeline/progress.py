@@ -43,9 +43,7 @@ class Progress:
             disable=in_sweep and not sys.stderr.isatty(),
         )
 
-    def add(
-        self, *, num_tokens: int, loss: np.ndarray, payload_bytes: tuple[int, ...], fresh: bool = True
-    ) -> None:
+    def add(self, *, num_tokens: int, loss: np.ndarray, payload_bytes: tuple[int, ...], fresh: bool = True) -> None:
         """Count one finished micro-batch; `fresh` unless it comes from an earlier session's journal."""
         window_nll = float(loss.sum(dtype=np.float64))
         self._nll += window_nll

@@ -51,8 +51,7 @@ def compare(baseline: Mapping[str, np.ndarray], point: Mapping[str, np.ndarray])
     """
     if not np.array_equal(baseline["window"], point["window"]):
         raise ValueError(
-            f"{len(point['window'])} scored tokens in other windows than the baseline's "
-            f"{len(baseline['window'])}"
+            f"{len(point['window'])} scored tokens in other windows than the baseline's {len(baseline['window'])}"
         )
     if len(point["window"]) == 0:
         raise ValueError("no token was scored")
@@ -76,9 +75,7 @@ def compare(baseline: Mapping[str, np.ndarray], point: Mapping[str, np.ndarray])
 def _bootstrap(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     """Percentile interval of exp(sum / count); how often each window is drawn is multinomial."""
     num_windows = len(sums)
-    draws = np.random.default_rng(_SEED).multinomial(
-        num_windows, np.full(num_windows, 1 / num_windows), _NUM_RESAMPLES
-    )
+    draws = np.random.default_rng(_SEED).multinomial(num_windows, np.full(num_windows, 1 / num_windows), _NUM_RESAMPLES)
     means = (draws @ sums) / (draws @ counts)
     low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return _exp(float(low)), _exp(float(high))

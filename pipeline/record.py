@@ -56,7 +56,7 @@ def digest_of(value: Any) -> str:
 
 def make_run_id(*words: str) -> str:
     """`20260131-235959-smollm2-nf4`: UTC time and a few words, safe as a file name."""
-    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     safe = ["".join(c if c.isalnum() or c in "._" else "-" for c in word).strip("-")[:40] for word in words]
     return "-".join([now, *filter(None, safe)])
 
@@ -98,7 +98,7 @@ def write_record(folder: Path, record: Mapping[str, Any], per_token: Mapping[str
         "schema_version": SCHEMA_VERSION,
         **record,
         "run_id": run_id,
-        "finished_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+        "finished_at": datetime.datetime.now(datetime.UTC).isoformat(),
         "per_token_file": f"{run_id}.safetensors",
     }
     finite, record = _finite(record)
@@ -149,7 +149,7 @@ def write_failure(folder: Path, failure: Mapping[str, Any]) -> Path:
             "schema_version": SCHEMA_VERSION,
             "kind": FAILURE_KIND,
             **failure,
-            "finished_at": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            "finished_at": datetime.datetime.now(datetime.UTC).isoformat(),
         },
     )
     return path

@@ -1,7 +1,7 @@
 """Reports from run records; nothing else is read.
 
-    python -m pipeline.report results/demo                  # a table on the console
-    python -m pipeline.report results/demo -o report.html   # a page; report.md and report.csv beside it
+python -m pipeline.report results/demo                  # a table on the console
+python -m pipeline.report results/demo -o report.html   # a page; report.md and report.csv beside it
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """One row of text per record.
 
     `change` is against the first uncompressed record of the same model, text and protocol. Encode (importance
-    included) and decode times are means over links, per token that crosses; tokens per second count what the model processed.
+    included) and decode times are means over links, per token that crosses; tokens per second count what the model
+    processed.
     """
     baselines: dict[str, float | None] = {}
     for record in records:
@@ -56,7 +57,9 @@ def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
                 "change": "" if baseline is None or ppl is None else _change(ppl / baseline),
                 "bytes/token/link": _number(totals["bytes_per_token"], ".1f"),
                 "bits/value": _number(totals["bits_per_value"], ".3f"),
-                "encode us/token": _per_token(sum(s["compress_s"] + s.get("importance_s", 0.0) for s in stages), crossings),
+                "encode us/token": _per_token(
+                    sum(s["compress_s"] + s.get("importance_s", 0.0) for s in stages), crossings
+                ),
                 "decode us/token": _per_token(sum(s["decompress_s"] for s in stages), crossings),
                 "tokens/s": _number(record["tokens_per_s"], ".0f"),
                 "note": ", ".join(filter(None, _notes(record, one_setting))),
@@ -132,13 +135,9 @@ def make_parser() -> argparse.ArgumentParser:
     defaults = Outlook()
     parser = argparse.ArgumentParser(description="Tables and a page from run records.")
     parser.add_argument("paths", nargs="+", type=Path, help="records, or folders of them")
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="HTML", help="write a page, with .md and .csv beside it"
-    )
+    parser.add_argument("-o", "--output", type=Path, metavar="HTML", help="write a page, with .md and .csv beside it")
     parser.add_argument("--png", type=Path, help="also draw perplexity against bytes per token")
-    parser.add_argument(
-        "--mbits", nargs="+", type=_positive, metavar="MBIT/S", default=defaults.bandwidths_mbits
-    )
+    parser.add_argument("--mbits", nargs="+", type=_positive, metavar="MBIT/S", default=defaults.bandwidths_mbits)
     parser.add_argument("--rtt-ms", nargs="+", type=_positive, metavar="MS", default=defaults.rtts_ms)
     parser.add_argument(
         "--max-ppl-increase",

@@ -180,9 +180,7 @@ def recommend(setting: Setting, max_ppl_increase: float) -> Recommendation:
         p for p in setting.points
         if p.quality and p.quality.ppl_ratio <= limit and p.record["causal"] and p.bytes_per_token is not None
     ]  # fmt: skip
-    certain = [
-        p for p in fit if p.uncompressed or (p.quality.ppl_interval and p.quality.ppl_interval[1] <= limit)
-    ]
+    certain = [p for p in fit if p.uncompressed or (p.quality.ppl_interval and p.quality.ppl_interval[1] <= limit)]
     cheapest = [min(points, key=lambda p: p.bytes_per_token, default=None) for points in (fit, certain)]
     return Recommendation(cheapest=cheapest[0], certain=cheapest[1])
 

@@ -2,8 +2,9 @@
 
 An action names a stage and a micro-batch; where its input comes from and its output goes follows from the plan.
 FORWARD receives (or embeds), computes and sends; RESULT, on node 0 only, takes the losses of a last stage that
-lives on another node; BACKWARD takes the gradient of a stage's output and sends that of its input. A stage that is not the first waits for the link before it, so the order of the actions
-on one rank decides whether the ring keeps moving.
+lives on another node; BACKWARD takes the gradient of a stage's output and sends that of its input. A stage that is
+not the first waits for the link before it, so the order of the actions on one rank decides whether the ring keeps
+moving.
 
 The rank that holds both ends of the chain alternates `last stage of i - D, then first stage of i`, with D
 micro-batches in flight. D too large stalls: every buffer in the ring is full while rank 0 still sends. `dry_run`
@@ -144,5 +145,7 @@ def _describe_stuck(
         if position[rank] < len(actions):
             action = actions[position[rank]]
             verb = "send from" if sending[rank] else "receive for"
-            stuck.append(f"rank {rank} waits to {verb} stage {action.stage_index}, micro-batch {action.microbatch_index}")
+            stuck.append(
+                f"rank {rank} waits to {verb} stage {action.stage_index}, micro-batch {action.microbatch_index}"
+            )
     return stuck

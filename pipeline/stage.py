@@ -113,7 +113,6 @@ class Stage:
             top1.append(_argmax(logits).to(torch.int32).cpu())
         return Scores(torch.cat(losses), torch.cat(top1))
 
-
     def objective_gradient(
         self,
         hidden_states: torch.Tensor,

@@ -153,7 +153,7 @@ class _FileCopy:
         writer.seek(offset)
         writer.write(chunk)
         writer.flush()
-        self.chunk_sha256[index:index + 1] = [hashlib.sha256(chunk).hexdigest()]
+        self.chunk_sha256[index : index + 1] = [hashlib.sha256(chunk).hexdigest()]
         _write_json(self.hashes, self.record())
 
 

@@ -41,9 +41,7 @@ def on_deployment(config: RunConfig, folder: Path, work: Callable[[Deployment], 
         watchdog.abort(e)
 
 
-def _work(
-    config: RunConfig, world: World, watchdog: Watchdog, folder: Path, work: Callable[[Deployment], T]
-) -> T:
+def _work(config: RunConfig, world: World, watchdog: Watchdog, folder: Path, work: Callable[[Deployment], T]) -> T:
     # Torch's C++ stacks for a lost connection would bury the message that names the lost rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from pipeline.distributed import Control

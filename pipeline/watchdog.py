@@ -204,11 +204,7 @@ class Watchdog:
         silent = self._silent_ranks(0.8 * _SEARCH_S)
         if silent:
             return f"{self.place}: ended by SIGTERM; no sign of life from {silent}"
-        missing = [
-            str(rank)
-            for rank in range(self._world.world_size)
-            if rank not in {*self._beats, self._world.rank}
-        ]
+        missing = [str(rank) for rank in range(self._world.world_size) if rank not in {*self._beats, self._world.rank}]
         before = f" before rank {', '.join(missing)} had joined" if missing else ""
         return f"{self.place}: ended by SIGTERM{before}"
 

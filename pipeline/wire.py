@@ -114,9 +114,7 @@ class Expectation:
     codec_id: int
     dtype: torch.dtype
 
-    def decode(
-        self, raw: bytes, *, microbatch_index: int, shape: tuple[int, int, int], max_body_nbytes: int
-    ) -> Header:
+    def decode(self, raw: bytes, *, microbatch_index: int, shape: tuple[int, int, int], max_body_nbytes: int) -> Header:
         """Parse a header. Raises BadFrame when it is damaged or is not the frame that is due.
 
         `shape` is the micro-batch's (B, T, H) and `max_body_nbytes` the codec's bound for it. Of an ERROR or

@@ -29,9 +29,7 @@ class World:
             return cls()
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
-            raise ValueError(
-                f"WORLD_SIZE is set but {', '.join(missing)} is not; start the ranks with torchrun"
-            )
+            raise ValueError(f"WORLD_SIZE is set but {', '.join(missing)} is not; start the ranks with torchrun")
         world_size = int(os.environ["WORLD_SIZE"])
         return cls(
             rank=int(os.environ["RANK"]),

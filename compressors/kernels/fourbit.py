@@ -117,9 +117,7 @@ def _decode_sixteen(typing_context, table, scale, pairs, values, start):
         packed = builder.zext(packed, ir.VectorType(lane, 8))
         # each byte becomes two 32-bit indices, the high half of the byte in the lower one
         second = builder.shl(builder.and_(packed, splat(15)), splat(32))
-        codes = builder.bitcast(
-            builder.or_(builder.lshr(packed, splat(4)), second), ir.VectorType(ir.IntType(32), 16)
-        )
+        codes = builder.bitcast(builder.or_(builder.lshr(packed, splat(4)), second), ir.VectorType(ir.IntType(32), 16))
         looked_up = factors = ir.Constant(sixteen, ir.Undefined)
         for k in (ir.Constant(ir.IntType(32), n) for n in range(16)):
             value = builder.extract_element(table_values, builder.extract_element(codes, k))

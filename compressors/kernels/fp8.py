@@ -22,9 +22,7 @@ def _float8(value, mantissa, bias):
     magnitude = bits & np.uint32(0x7FFFFFFF)
     drop = np.uint32(23 - mantissa)
     rounded = (
-        magnitude
-        + ((np.uint32(1) << (drop - np.uint32(1))) - np.uint32(1))
-        + ((magnitude >> drop) & np.uint32(1))
+        magnitude + ((np.uint32(1) << (drop - np.uint32(1))) - np.uint32(1)) + ((magnitude >> drop) & np.uint32(1))
     )
     normal = (rounded >> drop) - np.uint32((127 - bias) << mantissa)
     step_bits = np.uint32((127 + 23 + 1 - bias - mantissa) << 23)

@@ -16,9 +16,7 @@ from compressors.bitpack import (
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    nbits=st.integers(1, 7), length=st.integers(0, 70), num_rows=st.integers(0, 3), seed=st.integers(0, 999)
-)
+@given(nbits=st.integers(1, 7), length=st.integers(0, 70), num_rows=st.integers(0, 3), seed=st.integers(0, 999))
 def test_round_trip_and_both_paths_agree(nbits, length, num_rows, seed):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**nbits, (num_rows, length), dtype=torch.uint8, generator=generator)

@@ -48,7 +48,11 @@ GOLDEN = {
     "token_mixed(metric=norm, fraction=0.25, high=int8, low=int4)": (1, 306, "b369457a25c6028d"),
     "token_mixed(metric=random, fraction=0.5, high=none, low=int2)": (1, 1166, "d497582462512a08"),
     "token_mixed(metric=column, fraction=1)": (1, 444, "6844391dbd101119"),
-    "token_graded(metric=uniform, fractions=[0.2, 0.3], codecs=[fp16, hadamard(int8), int4(granularity=token)])": (1, 508, "88b516fef3d5fc43"),
+    "token_graded(metric=uniform, fractions=[0.2, 0.3], codecs=[fp16, hadamard(int8), int4(granularity=token)])": (
+        1,
+        508,
+        "88b516fef3d5fc43",
+    ),
     "hadamard(token_mixed(metric=norm, fraction=0.25))": (1, 306, "f5c3a940b8949f7f"),
 }
 
@@ -78,9 +82,7 @@ def test_zstd_reads_a_stored_frame():
     """Another version of the library may write other bytes for the same content, but it reads these."""
     frame = bytes.fromhex(ZSTD_FRAME)
     data = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
-    decoded = make("zstd(none, item_size=4)").decompress(
-        Payload(data, (1, 2, 8)), torch.device("cpu"), torch.float32
-    )
+    decoded = make("zstd(none, item_size=4)").decompress(Payload(data, (1, 2, 8)), torch.device("cpu"), torch.float32)
     assert torch.equal(decoded, torch.arange(16.0).view(1, 2, 8))
 
 

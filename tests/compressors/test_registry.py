@@ -33,9 +33,7 @@ def plugin_module(monkeypatch):
     module = types.ModuleType("plugin_for_tests")
     module.Constant = Constant
     module.number = 3
-    module.Unfinished = type(
-        "Unfinished", (Compressor,), {"name": "unfinished", "compress": Constant.compress}
-    )
+    module.Unfinished = type("Unfinished", (Compressor,), {"name": "unfinished", "compress": Constant.compress})
     module.Nameless = type("Nameless", (Constant,), {"name": None})
     module.NoLink = type("NoLink", (Constant,), {"__init__": lambda self: None})
     monkeypatch.setitem(sys.modules, "plugin_for_tests", module)
@@ -62,9 +60,7 @@ def test_codec_ids_differ():
 
 
 def test_short_form_of_plugins_and_nested_codecs():
-    codec = make_compressor(
-        " plugin_for_tests:Constant( value = 2.5 , shape=[1, 2],inner=int4(granularity=tensor)) "
-    )
+    codec = make_compressor(" plugin_for_tests:Constant( value = 2.5 , shape=[1, 2],inner=int4(granularity=tensor)) ")
     assert codec.config() == {
         "name": "constant",
         "value": 2.5,

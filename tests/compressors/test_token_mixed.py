@@ -91,7 +91,14 @@ def test_inner_codecs_get_the_side_inputs_of_their_tokens():
 
 
 @pytest.mark.parametrize(
-    "spec", ["zstd({})", "hadamard({})", "outlier(channels=[0], inner={})", "topk(density=0.5, inner={})", "zstd(hadamard({}))"]
+    "spec",
+    [
+        "zstd({})",
+        "hadamard({})",
+        "outlier(channels=[0], inner={})",
+        "topk(density=0.5, inner={})",
+        "zstd(hadamard({}))",
+    ],
 )
 def test_wrappers_pass_metric_and_importance_on(spec):
     codec, x = make(spec.format(HALF)), hidden_states((2, 6, 64))

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.helpers.launch import call_on_ranks, run_ranks
-from tests.helpers.tiny_models import tiny_arguments, tiny_model, write_text
+from tests.helpers.tiny_models import tiny_model, write_text
 
 NUM_TOKENS = 300
 
@@ -16,7 +16,14 @@ def arguments(tmp_path, *more, model_type="llama"):
     text = write_text(tmp_path / "text", NUM_TOKENS)
     settings = [
         *(f"model.name={tiny_model(model_type)}", "dataset.name=text", f"dataset.path={text}", "dataset.max_length=64"),
-        *("dataset.stride=64", "runtime.threads=1", "partition.num_nodes=2", "partition.wrap=false", "batch_size=2", *more),
+        *(
+            "dataset.stride=64",
+            "runtime.threads=1",
+            "partition.num_nodes=2",
+            "partition.wrap=false",
+            "batch_size=2",
+            *more,
+        ),
     ]
     return [word for setting in settings for word in ("--set", setting)]
 

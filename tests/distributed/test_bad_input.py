@@ -186,13 +186,8 @@ ON_RANKS = {
 def test_on_ranks(more, pattern, tmp_path):
     if "another checkpoint" in pattern:
         save_tiny_model(tmp_path / "model", "llama", seed=1)
-        more = {
-            rank: [word.replace("{}", str(tmp_path / "model")) for word in words]
-            for rank, words in more.items()
-        }
-    ended = run_ranks(
-        [tiny_arguments(tmp_path, *more.get(rank, [])) for rank in range(NUM_RANKS)], timeout_s=60
-    )
+        more = {rank: [word.replace("{}", str(tmp_path / "model")) for word in words] for rank, words in more.items()}
+    ended = run_ranks([tiny_arguments(tmp_path, *more.get(rank, [])) for rank in range(NUM_RANKS)], timeout_s=60)
     for message in messages_of(ended):
         assert re.search(pattern, message, re.DOTALL)
     assert max(one.wall_s for one in ended) < 20  # none of them waits for a timeout
@@ -224,16 +219,12 @@ def test_a_port_that_is_taken(tmp_path):
             "MASTER_PORT": str(other.getsockname()[1]),
         }
         ended = run_alone(*tiny_arguments(tmp_path), env=env, timeout_s=60)
-    assert re.search(
-        r"the rendezvous store 127\.0\.0\.1:\d+ cannot be opened: .*EADDRINUSE", message_of(ended)
-    )
+    assert re.search(r"the rendezvous store 127\.0\.0\.1:\d+ cannot be opened: .*EADDRINUSE", message_of(ended))
 
 
 def test_a_rank_that_never_comes(tmp_path):
     env = {"WORLD_SIZE": "4"}
-    ended = run_ranks(
-        [tiny_arguments(tmp_path, *sets("runtime.load_timeout_s=3"))] * 3, env=env, timeout_s=60
-    )
+    ended = run_ranks([tiny_arguments(tmp_path, *sets("runtime.load_timeout_s=3"))] * 3, env=env, timeout_s=60)
     for message in messages_of(ended):
         assert "rank 3 (not started) did not come within 3 s (runtime.load_timeout_s)" in message
 
@@ -272,9 +263,7 @@ def test_a_disk_that_fills_up(tmp_path):
     """A limit on the size of files stands in for a full disk. What was finished is kept."""
     ended = call_on_ranks(NUM_RANKS, run_on_little_disk, tiny_arguments(tmp_path / "little"), timeout_s=60)
     for message in messages_of(ended):
-        assert re.search(
-            r"rank 0, stage 4, micro-batch \d+: the journal .* cannot be written: File too large", message
-        )
+        assert re.search(r"rank 0, stage 4, micro-batch \d+: the journal .* cannot be written: File too large", message)
         assert "--resume" in message
     for one in run_ranks([tiny_arguments(tmp_path / "little", "--resume")] * NUM_RANKS):
         one.check()

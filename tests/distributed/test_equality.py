@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.helpers.launch import call_on_ranks
-from tests.helpers.tiny_models import MODEL_TYPES, tiny_model, write_text
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pipeline.config import load_config
 from pipeline.dataset import load_text, tokenize
 from pipeline.record import read_per_token, read_record
+from tests.helpers.launch import call_on_ranks
+from tests.helpers.tiny_models import MODEL_TYPES, tiny_model, write_text
 
 LENGTH = 32
 
@@ -127,7 +127,9 @@ def test_other_plans_batches_and_tied_weights(tmp_path):
         "batch": overrides(tiny_model("llama", tied=True), text, tmp_path / "b", 4, batch_size=3),
         "explicit": overrides(tiny_model("gpt_neox"), text, tmp_path / "c", 4, partition__nodes=explicit),
         "few layers": overrides(tiny_model("qwen3", num_layers=2), text, tmp_path / "d", 4),
-        "receives": overrides(tiny_model("qwen2"), text, tmp_path / "e", 4, runtime__receives_ahead=1, runtime__in_flight=7),
+        "receives": overrides(
+            tiny_model("qwen2"), text, tmp_path / "e", 4, runtime__receives_ahead=1, runtime__in_flight=7
+        ),
     }
     run_cases(4, cases)
     records = {name: check(case) for name, case in cases.items()}

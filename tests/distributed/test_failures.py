@@ -177,8 +177,7 @@ def test_a_codec_that_raises_in_one_process(tmp_path):
         ),
         (
             "WrongShape",
-            "rank 1, stage 1, micro-batch 2: ValueError: link layer:1:node1->node2: "
-            "Payload.shape is (1, 64, 64)",
+            "rank 1, stage 1, micro-batch 2: ValueError: link layer:1:node1->node2: Payload.shape is (1, 64, 64)",
         ),
         ("ShortBytes", "rank 2, stage 2, micro-batch 2: RuntimeError: "),
     ],
@@ -328,9 +327,7 @@ def test_a_disk_without_room_for_the_record(tmp_path, uninterrupted):
     """Every micro-batch was finished: nothing is left to send."""
     ended = call_on_ranks(NUM_RANKS, run_out_of_room_at_the_record, arguments(tmp_path))
     for message in last_messages([one.stderr for one in ended]):
-        assert re.search(
-            r"rank 0, collecting results: the record .* cannot be written: .*File too large", message
-        )
+        assert re.search(r"rank 0, collecting results: the record .* cannot be written: .*File too large", message)
         assert RESUME_HINT in message
     assert list(tmp_path.glob("*.json")) == []
     for one in run_ranks([arguments(tmp_path, "--resume")] * NUM_RANKS):

@@ -7,10 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.distributed.test_equality import LENGTH, check, overrides, run_cases
-from tests.helpers.launch import run_alone, run_ranks
-from tests.helpers.tiny_models import tiny_arguments, tiny_model, write_text
-from tests.unit.test_hf_model import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.importance import METRICS, AttentionMetric
@@ -18,6 +14,10 @@ from pipeline.importance_files import write_head_relevance, write_token_importan
 from pipeline.model_source import checkpoint_fingerprint
 from pipeline.plan import default_plan
 from pipeline.record import read_per_token, read_record
+from tests.distributed.test_equality import LENGTH, check, overrides, run_cases
+from tests.helpers.launch import run_alone, run_ranks
+from tests.helpers.tiny_models import tiny_arguments, tiny_model, write_text
+from tests.unit.test_hf_model import SIZES
 
 FILES = ("head_weighted", "head_weighted_causal", "oracle")
 
@@ -36,9 +36,7 @@ def test_hidden_states_are_bit_equal_with_every_metric_that_reads_the_stage(mode
     text = write_text(tmp_path / "text", LENGTH * 3)
     model = tiny_model(model_type)
     relevance = tmp_path / "heads"
-    write_head_relevance(
-        relevance, torch.rand(6, 4) + 0.1, checkpoint_fingerprint=checkpoint_fingerprint(model)
-    )
+    write_head_relevance(relevance, torch.rand(6, 4) + 0.1, checkpoint_fingerprint=checkpoint_fingerprint(model))
     cases = {
         f"{metric} {layers}": overrides(
             model,
@@ -113,7 +111,10 @@ BAD = {
         ["--compressor", codec("colum")],
         r"codec token_mixed wants the importance metric 'colum'; there are: column, column_causal, last_row",
     ),
-    "fraction": (["--compressor", "token_mixed(metric=norm, fraction=1.5)"], r"fraction is 1\.5, allowed: a number from 0 to 1"),
+    "fraction": (
+        ["--compressor", "token_mixed(metric=norm, fraction=1.5)"],
+        r"fraction is 1\.5, allowed: a number from 0 to 1",
+    ),
     "no file": (["--compressor", codec("oracle")], r"metric oracle needs a file: set importance\.oracle"),
     "missing file": (
         ["--compressor", codec("head_weighted"), "--set", "importance.head_weights=nowhere"],
@@ -127,7 +128,10 @@ BAD = {
         ["--compressor", codec("column"), "--set", "partition.nodes=[{layers: [[0, 0]]}, {layers: [[0, 6]]}]"],
         r"metric column reads attention, but stage 0 holds no layers",
     ),
-    "layers": (["--set", "importance.layers=first"], r"importance\.layers must be last, all or a list of layer numbers, got 'first'"),
+    "layers": (
+        ["--set", "importance.layers=first"],
+        r"importance\.layers must be last, all or a list of layer numbers, got 'first'",
+    ),
     "seed": (["--set", "importance.seed=-1"], r"importance\.seed must be at least 0, got -1"),
     "wrapped": (["--compressor", f"zstd({codec('colum')})"], r"wants the importance metric 'colum'"),
 }

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.helpers.launch import ROOT, run_torchrun
 
 from pipeline.record import read_record
+from tests.helpers.launch import ROOT, run_torchrun
 
 _FOLDERS = [os.environ.get("THINWIRE_WIKITEXT"), ROOT.parent / "shared" / "data" / "wikitext-2-raw"]
 WIKITEXT = next((Path(f) / "wiki.test.raw" for f in _FOLDERS if f and (Path(f) / "wiki.test.raw").is_file()), None)

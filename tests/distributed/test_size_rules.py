@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-from tests.helpers.launch import call_on_ranks
 
 from compressors.base import Payload
 from pipeline.link import FrameReceiver, FrameSender
 from pipeline.mailbox import FrameSpec, LinkError, PeerInbox, PeerOutbox, SizeRule
 from pipeline.wire import RemoteError
+from tests.helpers.launch import call_on_ranks
 
 SHAPES = [(1, 64, 16)] * 7 + [(1, 5, 16)]
 
@@ -134,9 +134,7 @@ def peer_gone(rank):
         return
     bounds = [4096] * len(SHAPES)
     memory = {"device": torch.device("cpu"), "pin_memory": False}
-    inbox = PeerInbox(
-        spec(bounds), peer=0, tag=0, group=None, size_rule=SizeRule.SHORTER_ALLOWED, depth=2, **memory
-    )
+    inbox = PeerInbox(spec(bounds), peer=0, tag=0, group=None, size_rule=SizeRule.SHORTER_ALLOWED, depth=2, **memory)
     with pytest.raises(LinkError, match="layer:0:node0->node1: receiving from rank 0, frame of micro-batch 0: "):
         FrameReceiver(spec(bounds), inbox).receive(0)
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from tests.helpers.launch import run_ranks
-from tests.helpers.tiny_models import tiny_arguments
 
 from pipeline.record import read_per_token, read_record
+from tests.helpers.launch import run_ranks
+from tests.helpers.tiny_models import tiny_arguments
 
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 

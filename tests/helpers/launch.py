@@ -117,9 +117,7 @@ class Torchrun:
 
 
 @contextlib.contextmanager
-def start_torchrun(
-    num_ranks: int, *arguments: str, env: Mapping[str, str] | None = None
-) -> Iterator[Torchrun]:
+def start_torchrun(num_ranks: int, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Torchrun]:
     """Start `run_pipeline.py` on `num_ranks` ranks of this machine; whatever is left at the end is killed."""
     with tempfile.TemporaryDirectory(prefix="torchrun_") as logs:
         command = [
@@ -231,9 +229,7 @@ class Ranks:
             if time.monotonic() - self._start_s > timeout_s:
                 left = self.rank_pids()
                 self.kill()
-                told = "\n".join(
-                    f"rank {rank}:\n{self.rank_stderr(rank)}" for rank in range(len(self._processes))
-                )
+                told = "\n".join(f"rank {rank}:\n{self.rank_stderr(rank)}" for rank in range(len(self._processes)))
                 raise AssertionError(f"ranks {list(left)} did not end within {timeout_s} s\n{told}")
             time.sleep(0.02)
         return [

@@ -14,9 +14,7 @@ TOKENS_PER_WINDOW, NUM_WINDOWS = 50, 8
 def losses(change=0.0, spread=0.0, seed=0):
     """Losses of all windows; those of equal `change` and `spread` are equal."""
     base = np.random.default_rng(7).gamma(4.0, 0.8, NUM_WINDOWS * TOKENS_PER_WINDOW)
-    return (base + change + spread * np.random.default_rng(seed).standard_normal(len(base))).astype(
-        np.float32
-    )
+    return (base + change + spread * np.random.default_rng(seed).standard_normal(len(base))).astype(np.float32)
 
 
 def write_point(folder, compressor="none", *, loss=None, nbytes=256, num_tokens=400, codec=None, **changes):
@@ -73,8 +71,7 @@ def write_point(folder, compressor="none", *, loss=None, nbytes=256, num_tokens=
         "stages": {str(s.stage_index): dict(times) for s in PLAN.stages},
         "one_token": {
             "stages": {
-                str(s.stage_index): {"compute_s": 2e-3, "compress_s": 1e-4, "decompress_s": 1e-4}
-                for s in PLAN.stages
+                str(s.stage_index): {"compute_s": 2e-3, "compress_s": 1e-4, "decompress_s": 1e-4} for s in PLAN.stages
             },
             "links": {name: {"payload_bytes": nbytes, "header_bytes": 60} for name in links},
         },

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from tests.helpers.tiny_models import save_tiny_model, tiny_model
-from tests.unit.test_hf_model import OWN_SIZES, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline import attention
@@ -11,6 +9,8 @@ from pipeline.attention import Attention, AttentionError
 from pipeline.hf_model import VERIFIED_MODEL_TYPES, check_attention_readable, load_model_config, load_stage
 from pipeline.plan import default_plan
 from pipeline.stage import Stage
+from tests.helpers.tiny_models import save_tiny_model, tiny_model
+from tests.unit.test_hf_model import OWN_SIZES, SIZES
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 40
@@ -30,9 +30,7 @@ def dense(read: Attention, first_row=0):
     """All weights [B, heads, T, T] from the chunks, rows before `first_row` NaN."""
     weights = torch.full((*read.shape, read.shape[2]), torch.nan)
     for start, rows in read.chunks(first_row):
-        weights[:, :, start : start + rows.shape[2]] = torch.nn.functional.pad(
-            rows, (0, read.shape[2] - rows.shape[3])
-        )
+        weights[:, :, start : start + rows.shape[2]] = torch.nn.functional.pad(rows, (0, read.shape[2] - rows.shape[3]))
     return weights
 
 

@@ -114,8 +114,17 @@ def test_flags_of_the_original_benchmark_reach_their_keys():
 
 def test_numerics_leave_out_paths_devices_and_timeouts():
     base = load().numerics()
-    assert load("runtime.timeout_s=1", "exp_dir=x", "model.dir=y", "runtime.device=cpu", "wandb.enabled=true").numerics() == base
-    for change in ("dataset.stride=7", "batch_size=3", "compressor=nf4", "model.dtype=bf16", "dataset.first_k_tokens=9"):
+    assert (
+        load("runtime.timeout_s=1", "exp_dir=x", "model.dir=y", "runtime.device=cpu", "wandb.enabled=true").numerics()
+        == base
+    )
+    for change in (
+        "dataset.stride=7",
+        "batch_size=3",
+        "compressor=nf4",
+        "model.dtype=bf16",
+        "dataset.first_k_tokens=9",
+    ):
         assert load(change).numerics() != base
 
 

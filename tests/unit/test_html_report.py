@@ -199,9 +199,7 @@ def label_boxes(svg):
 def test_labels_of_the_published_points_do_not_collide(width):
     figures = read_published()
     points = [
-        chart_point(p.method, p.bits_per_value, p.ppl, p.causal)
-        for p in figures.points
-        if p.first_k_tokens == 10_000
+        chart_point(p.method, p.bits_per_value, p.ppl, p.causal) for p in figures.points if p.first_k_tokens == 10_000
     ]
     svg = trade_off_svg(points, hidden_size=5120, base_ppl=7.15, width=width, height=400, title="t")
     boxes = list(label_boxes(svg))
@@ -225,9 +223,7 @@ def test_ruinous_and_infinite_points_stand_in_the_band_and_leave_the_scale_alone
     )
     y_none, y_int8 = (float(y) for _, y in spots.findall(svg))
     assert y_none - y_int8 > 50 and 'class="band"' in svg and svg.count('<path class="mark"') == 2
-    assert 'class="band"' not in trade_off_svg(
-        fine, hidden_size=64, base_ppl=10.0, width=556, height=400, title="t"
-    )
+    assert 'class="band"' not in trade_off_svg(fine, hidden_size=64, base_ppl=10.0, width=556, height=400, title="t")
 
 
 def test_published_figures():
@@ -255,8 +251,6 @@ def test_three_digits(value, text):
     assert significant(value) == text
 
 
-@pytest.mark.parametrize(
-    "value, text", [(0.0127, "+1.27%"), (-0.001, "-0.10%"), (7.67, "× 8.67"), (None, "–")]
-)
+@pytest.mark.parametrize("value, text", [(0.0127, "+1.27%"), (-0.001, "-0.10%"), (7.67, "× 8.67"), (None, "–")])
 def test_changes(value, text):
     assert percent(value) == text

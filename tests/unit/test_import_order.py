@@ -13,7 +13,20 @@ PLAIN = [
     "progress", "layer_analysis", "layer_plots", "quality", "prediction",
     "results", "importance_curves", "columns", "outlook", "charts", "published", "html_parts", "html_costs", "html_prediction", "html_report", "text_report", "plots", "report",
 ]  # fmt: skip
-TORCH = ["staging", "gguf_conversion", "model_source", "dataset", "attention", "hf_model", "stage", "probes", "importance", "importance_files", "relevance", "wire"]
+TORCH = [
+    "staging",
+    "gguf_conversion",
+    "model_source",
+    "dataset",
+    "attention",
+    "hf_model",
+    "stage",
+    "probes",
+    "importance",
+    "importance_files",
+    "relevance",
+    "wire",
+]
 PROCESS_GROUP = [
     "mailbox", "link", "distributed", "compose", "plan_report", "runner", "deployment", "start", "gradients", "model_analysis", "analyse", "calibration", "calibrate", "task", "head", "evaluation", "sweep",
 ]  # fmt: skip

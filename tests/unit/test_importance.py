@@ -144,7 +144,9 @@ def test_oracle_gives_each_micro_batch_its_part():
         start = sum(lengths[:m])
         expected = values[start : start + lengths[m]].view(microbatch.shape)
         assert torch.equal(metric.importance(torch.zeros(*microbatch.shape, 1), m), expected)
-    with pytest.raises(ValueError, match=f"has 7 values for a link, the windows of this run have {sum(lengths)} tokens"):
+    with pytest.raises(
+        ValueError, match=f"has 7 values for a link, the windows of this run have {sum(lengths)} tokens"
+    ):
         METRICS["oracle"](MetricSetting(microbatches=MICROBATCHES, token_importance=values[:7]))
 
 
@@ -183,7 +185,8 @@ def test_files_come_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("checkpoint_fingerprint", "x"), ("ids_sha256", "x"), ("max_length", 24), ("stride", 1), ("bos", "window")]
+    "key, value",
+    [("checkpoint_fingerprint", "x"), ("ids_sha256", "x"), ("max_length", 24), ("stride", 1), ("bos", "window")],
 )
 def test_token_importance_of_another_run_is_refused(key, value, tmp_path):
     path = tmp_path / "importance.safetensors"

@@ -75,7 +75,8 @@ def test_intervals_are_paired_with_the_first_random_choice(tmp_path):
     for name, change in (("random-0.25-0", 0.0), ("random-0.25-1", 0.5), ("norm-0.25-0", -0.1)):
         loss = base + np.float32(change)
         save_file(
-            {"loss": loss, "top1": np.zeros(90, np.int32), "window": window}, tmp_path / f"token_mixed-{name}.safetensors"
+            {"loss": loss, "top1": np.zeros(90, np.int32), "window": window},
+            tmp_path / f"token_mixed-{name}.safetensors",
         )
     points = {(p["metric"], p["seed"]): p for p in collect(RECORDS, tmp_path)["points"]}
     assert points["norm", None]["ppl_over_first_random_interval"] == pytest.approx([np.exp(-0.1)] * 2, rel=1e-5)

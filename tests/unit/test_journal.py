@@ -149,9 +149,7 @@ def test_a_missing_line_is_named(tmp_path):
     lines = path.read_bytes().split(b"\n")
     del lines[6]
     path.write_bytes(b"\n".join(lines))
-    with pytest.raises(
-        RecordError, match="micro-batch 2 stands where 1 is due; delete the file to start over"
-    ):
+    with pytest.raises(RecordError, match="micro-batch 2 stands where 1 is due; delete the file to start over"):
         Journal.open(tmp_path, DIGEST, resume=True)
 
 

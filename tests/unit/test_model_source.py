@@ -85,9 +85,15 @@ def gguf_tensors(model: LlamaForCausalLM) -> dict[str, tuple[str, np.ndarray]]:
     """GGUF name -> (Hugging Face name, values in GGUF's row order)."""
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     parts = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
     }
     for layer in range(model.config.num_hidden_layers):
         names |= {f"model.layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in parts.items()}
@@ -281,10 +287,23 @@ class TestHub:
         monkeypatch.setattr("pipeline.model_source.snapshot_download", download)
         resolve("owner/tiny", revision="v2")
         repository = [
-            "config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja",
-            "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenization_tiny.py",
-            "pytorch_model.bin", "model.pth", "tf_model.h5", "training_args.bin", "tiny.gguf", "data.pkl",
-            "original/model.safetensors", "onnx/config.json", "consolidated.00.safetensors",
+            "config.json",
+            "tokenizer.json",
+            "tokenizer.model",
+            "merges.txt",
+            "chat_template.jinja",
+            "model-00001-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "tokenization_tiny.py",
+            "pytorch_model.bin",
+            "model.pth",
+            "tf_model.h5",
+            "training_args.bin",
+            "tiny.gguf",
+            "data.pkl",
+            "original/model.safetensors",
+            "onnx/config.json",
+            "consolidated.00.safetensors",
         ]
         kept = huggingface_hub.utils.filter_repo_objects(
             repository, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
@@ -512,8 +531,12 @@ class TestFingerprint:
     def test_file_cut_short(self, model_dir):
         weights = model_dir / "model.safetensors"
         size = weights.stat().st_size
-        for length, message in [(size - 1, rf"has {size - 1} bytes, its header announces {size}"),
-                                (100, "cut short"), (3, "cut short"), (0, "cut short")]:
+        for length, message in [
+            (size - 1, rf"has {size - 1} bytes, its header announces {size}"),
+            (100, "cut short"),
+            (3, "cut short"),
+            (0, "cut short"),
+        ]:
             os.truncate(weights, length)
             with pytest.raises(ValueError, match=message):
                 checkpoint_fingerprint(model_dir)

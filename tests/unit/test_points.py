@@ -21,7 +21,9 @@ def overrides(tmp_path, points):
 
 
 def test_points_as_they_stand(tmp_path):
-    found = sweep(tmp_path, "base: {dataset.stride: 4}\npoints: [{compressor: none}, {compressor: {name: nf4, absmax: fp16}}]")
+    found = sweep(
+        tmp_path, "base: {dataset.stride: 4}\npoints: [{compressor: none}, {compressor: {name: nf4, absmax: fp16}}]"
+    )
     assert found.name == "s" and found.base == (("dataset.stride", 4),)
     assert [p.overrides for p in found.points([])] == [
         (("compressor", "none"),),

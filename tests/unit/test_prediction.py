@@ -34,9 +34,7 @@ def simulate(plan, stage_s, frame_bytes, network, num_microbatches, in_flight):
                 if action.kind is ActionKind.FORWARD:
                     clock[rank] += stage_s[slot]
                     if slot + 1 < len(plan.stages):
-                        link_free[slot] = (
-                            max(link_free[slot], clock[rank]) + 8 * frame_bytes[slot] / network.bits_per_s
-                        )
+                        link_free[slot] = max(link_free[slot], clock[rank]) + 8 * frame_bytes[slot] / network.bits_per_s
                         arrived[slot + 1, m] = link_free[slot] + network.rtt_s / 2
                     elif plan.last_node != 0:
                         arrived[slot + 1, m] = clock[rank] + network.rtt_s / 2
@@ -79,9 +77,7 @@ def record_of(plan, stage_s, frame_bytes, microbatch_tokens, in_flight):
         "schedule": {"in_flight": in_flight},
         "one_token": {
             "stages": {str(i): t for i, t in enumerate(times)},
-            "links": {
-                n.name: {"payload_bytes": frame_bytes[n.index] - 60, "header_bytes": 60} for n in plan.links
-            },
+            "links": {n.name: {"payload_bytes": frame_bytes[n.index] - 60, "header_bytes": 60} for n in plan.links},
         },
     }
 

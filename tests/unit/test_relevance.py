@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.make_relevance_goldens import fill_weights
-from tests.helpers.tiny_models import VOCAB_SIZE, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.hf_model import load_model_config, load_stage
 from pipeline.plan import StagePlan
 from pipeline.relevance import RELEVANCE_MODEL_TYPES, attnlrp
+from tests.helpers.make_relevance_goldens import fill_weights
+from tests.helpers.tiny_models import VOCAB_SIZE, tiny_model
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -5,7 +5,12 @@ def record(compressor, ppl, **changes):
     base = {
         "run_id": compressor,
         "finished_at": compressor,
-        "args": {"dtype": "fp32", "load_in_8bit": False, "load_in_4bit": False, "config": {"compressor": compressor, "compressor_per_link": {}}},
+        "args": {
+            "dtype": "fp32",
+            "load_in_8bit": False,
+            "load_in_4bit": False,
+            "config": {"compressor": compressor, "compressor_per_link": {}},
+        },
         "codecs": {"layer:0:node0->node1": {"name": compressor}},
         "results": {"avg_ppl": ppl},
         "traffic_totals": {"bytes_per_token": 36.0, "bits_per_value": 4.5, "total_tokens": 4000},

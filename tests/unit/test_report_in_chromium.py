@@ -21,12 +21,8 @@ from pipeline.prediction import Network, predict_decode, predict_prefill
 from pipeline.results import read_results
 from tests.helpers.records import losses, write_point
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium or Chrome on the PATH to open the report in"
-)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on the PATH to open the report in")
 
 
 def browse(page, *arguments):
@@ -94,9 +90,7 @@ def test_a_click_sorts_by_numbers_a_second_one_turns_around(results, tmp_path):
     before, up, sorted_, down, by_name, num_sorted = ask(results, tmp_path, script)
     points = {p.label + ("" if p.record["causal"] else " *"): p for p in results.points}
     assert before == list(points)
-    finite = sorted(
-        (name for name in points if points[name].ppl is not None), key=lambda name: points[name].ppl
-    )
+    finite = sorted((name for name in points if points[name].ppl is not None), key=lambda name: points[name].ppl)
     assert up == [*finite, "int1"] and down == [*finite[::-1], "int1"]  # what is missing stays last
     assert sorted_ == "ascending" and num_sorted == 1
     assert by_name == ["int1", "int2", "int8", "nf4", "none", "outlier(channels=8, inner=int4) *"]
@@ -180,13 +174,9 @@ def test_only_tables_scroll_sideways(results, tmp_path, width):
     });
     </script>"""
     outer = tmp_path / "framed.html"
-    outer.write_text(
-        f"<!doctype html><title></title><body style='margin:0'>{framed}{script}</body>", encoding="utf-8"
-    )
+    outer.write_text(f"<!doctype html><title></title><body style='margin:0'>{framed}{script}</body>", encoding="utf-8")
     printed = browse(outer, "--allow-file-access-from-files", "--window-size=1400,1000", "--dump-dom")
-    scroll_width, page_width, wide, shown = json.loads(
-        unescape(re.search(r"<title>(.*?)</title>", printed).group(1))
-    )
+    scroll_width, page_width, wide, shown = json.loads(unescape(re.search(r"<title>(.*?)</title>", printed).group(1)))
     assert page_width == width and scroll_width == width and wide == []
     assert shown == (["narrow"] if width == 390 else ["wide"])
 

@@ -22,9 +22,7 @@ def test_points_of_equal_model_text_and_protocol_share_a_setting_and_its_baselin
     first, second = read_results([tmp_path]).settings
     assert [p.label for p in first.points] == ["none", "int8"] and first.baseline.label == "none"
     assert first.points[1].quality.ppl_ratio == pytest.approx(math.exp(0.05), rel=1e-6)
-    assert first.points[1].ppl / first.baseline.ppl == pytest.approx(
-        first.points[1].quality.ppl_ratio, rel=1e-9
-    )
+    assert first.points[1].ppl / first.baseline.ppl == pytest.approx(first.points[1].quality.ppl_ratio, rel=1e-9)
     assert (first.name, second.name) == ("1", "2")
     assert second.baseline is None and second.points[0].quality is None
     assert second.points[0].quality_note == "no uncompressed point of the same model, text and protocol"
@@ -112,9 +110,7 @@ def test_a_missing_or_foreign_per_token_file_costs_the_quality_only(tmp_path):
     other.write_bytes(short.with_suffix(".safetensors").read_bytes())
     by_label = {p.label: p for p in read_results([tmp_path]).points}
     assert by_label["int8"].quality is None and "cannot be read" in by_label["int8"].quality_note
-    assert (
-        by_label["int4"].quality is None and "has 80 tokens, its record 400" in by_label["int4"].quality_note
-    )
+    assert by_label["int4"].quality is None and "has 80 tokens, its record 400" in by_label["int4"].quality_note
     assert by_label["none"].quality.top1_agreement == 1.0
 
 
@@ -143,15 +139,11 @@ def test_the_cheapest_causal_point_within_the_budget_is_recommended(setting):
 
 def test_the_recommendation_in_words(setting):
     text = recommendation_text(setting, Outlook(max_ppl_increase=0.06))
-    assert text.startswith(
-        "Within +6% perplexity the cheapest is nf4: 36.0 bytes per token and link, 7.1 times fewer"
-    )
+    assert text.startswith("Within +6% perplexity the cheapest is nf4: 36.0 bytes per token and link, 7.1 times fewer")
     assert "perplexity +5.13%" in text and text.endswith("Its whole 95% interval is within.")
     text = recommendation_text(setting, Outlook(max_ppl_increase=0.01))
     assert "cheapest is int6" in text and "the cheapest whose interval is: int8: 66.0" in text
-    assert recommendation_text(setting, Outlook(max_ppl_increase=0.0)).startswith(
-        "No compressed causal point"
-    )
+    assert recommendation_text(setting, Outlook(max_ppl_increase=0.0)).startswith("No compressed causal point")
 
 
 def test_the_fastest_point_depends_on_the_network(tmp_path):

@@ -62,7 +62,9 @@ def test_the_ring_deadlocks_exactly_from_its_bound_on(num_nodes, receives_ahead)
 def test_default_depth_runs_every_action_once(plan, num_microbatches):
     schedule = make_schedule(plan, num_microbatches, world_size=plan.num_nodes, in_flight=plan.num_nodes + 2)
     dry_run(schedule, receives_ahead=2)
-    done = [(a.stage_index, a.microbatch_index) for actions in schedule for a in actions if a.kind is ActionKind.FORWARD]
+    done = [
+        (a.stage_index, a.microbatch_index) for actions in schedule for a in actions if a.kind is ActionKind.FORWARD
+    ]
     assert sorted(done) == [(s, m) for s in range(len(plan.stages)) for m in range(num_microbatches)]
 
 

@@ -115,8 +115,7 @@ def end_in(rank: int, how: str) -> None:
         (
             "sigterm",
             1,
-            "rank 1 stops: rank 1, stage 1, micro-batch 7: "
-            "ended by SIGTERM before rank 0, 2, 3 had joined; mend it",
+            "rank 1 stops: rank 1, stage 1, micro-batch 7: ended by SIGTERM before rank 0, 2, 3 had joined; mend it",
         ),
         ("closed stderr", 1, None),
     ],

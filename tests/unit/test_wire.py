@@ -6,7 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.wire import BadFrame, Expectation, FrameKind, Header, body_checksum, decode_error, encode_error, header_nbytes
+from pipeline.wire import (
+    BadFrame,
+    Expectation,
+    FrameKind,
+    Header,
+    body_checksum,
+    decode_error,
+    encode_error,
+    header_nbytes,
+)
 
 EXPECTED = Expectation(stage_index=2, num_trail=2, codec_id=0x0123456789ABCDEF, dtype=torch.bfloat16)
 SHAPE = (2, 16, 64)
@@ -37,8 +46,24 @@ def test_round_trip():
 
 def test_golden_bytes():
     assert header().encode().hex() == (
-        "0edc8fa1" "54576672" "0100" "01" "03" "0200" "0200" "efcdab8967452301" "07000000" "02000000" "10000000"
-        "40000000" "0a000000" "0004000000000000" "efbeadde" "01000000" "e803000000000000" "0000000000010000"
+        "0edc8fa1"
+        "54576672"
+        "0100"
+        "01"
+        "03"
+        "0200"
+        "0200"
+        "efcdab8967452301"
+        "07000000"
+        "02000000"
+        "10000000"
+        "40000000"
+        "0a000000"
+        "0004000000000000"
+        "efbeadde"
+        "01000000"
+        "e803000000000000"
+        "0000000000010000"
     )
 
 
@@ -70,7 +95,12 @@ def resigned(raw: bytes, offset: int, value: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "offset, value, words",
-    [(8, b"\x02\x00", "version 2"), (10, b"\x09", "kind 9"), (11, b"\x77", "dtype code 119"), (56, b"\x05", "checksum flag 5")],
+    [
+        (8, b"\x02\x00", "version 2"),
+        (10, b"\x09", "kind 9"),
+        (11, b"\x77", "dtype code 119"),
+        (56, b"\x05", "checksum flag 5"),
+    ],
 )
 def test_unknown_values_behind_a_valid_checksum(offset, value, words):
     with pytest.raises(BadFrame, match=words):
@@ -98,7 +128,9 @@ def test_every_truncation_is_caught(length):
 
 
 def test_an_error_of_an_earlier_microbatch_is_accepted():
-    raw = header(kind=FrameKind.ERROR, microbatch_index=3, shape=(0, 0, 0), meta_nbytes=0, data_nbytes=40, body_crc=None)
+    raw = header(
+        kind=FrameKind.ERROR, microbatch_index=3, shape=(0, 0, 0), meta_nbytes=0, data_nbytes=40, body_crc=None
+    )
     assert EXPECTED.decode(raw.encode(), **DUE).kind is FrameKind.ERROR
 
 
