@@ -71,12 +71,10 @@ class Klt(Compressor):
         self.needs = ("token_ids",) if content.uses_token_ids else ()
         self._coder = KltCoder(content, tokens, float(step))
 
-    def config(self) -> dict[str, Any]:
-        return super().config() | {"effective_step": self._coder.step}
-
     def format_config(self) -> dict[str, Any]:
-        """The file's digest stands for its path."""
-        return super().format_config() | {"calibration": self._digest}
+        """The files' digest stands for their path, the step for what it was chosen by."""
+        chosen = {"calibration": self._digest, "step": self._coder.step, "target_bits": None}
+        return super().format_config() | chosen
 
     def max_nbytes(self, shape: Sequence[int]) -> int:
         num_tokens = math.prod(shape[:-1])

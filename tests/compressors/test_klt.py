@@ -58,6 +58,17 @@ def test_error_falls_with_the_rate(subject):
     assert error < 0.45
 
 
+@SUBJECTS
+def test_inference_mode_and_gradients_make_no_difference(subject):
+    x = hidden_states((2, 6, 96))
+    codec = subject.make(x)
+    with torch.inference_mode():
+        first = codec.decompress(subject.compress(codec, x), CPU, x.dtype).clone()
+    second = codec.decompress(subject.compress(codec, x.clone().requires_grad_()), CPU, x.dtype)
+    assert torch.equal(first, second)
+    assert not second.requires_grad and not second.is_inference()
+
+
 def test_outliers_are_exact():
     """An attention sink: far larger than other tokens, nearly all in one channel."""
     x = hidden_states((1, 6, 96))
