@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    dataset = dataclasses.replace(config.dataset, first_k_tokens=arguments.tokens, stride=config.dataset.max_length)
+    stride = config.dataset.max_length - (config.dataset.bos == "window")
+    dataset = dataclasses.replace(config.dataset, first_k_tokens=arguments.tokens, stride=stride)
     config = dataclasses.replace(config, dataset=dataset, compressor="none", compressor_per_link={})
 
     def work(deployment: Deployment) -> None:
