@@ -117,8 +117,10 @@ class KltFixed(RowCodec):
 
     def _unpack_largest(self, packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         count = self._num_largest(rows.shape[1])
-        channels = packed[:, : 2 * count].contiguous().view(torch.int16).long().clamp_(0, rows.shape[1] - 1)
-        values = packed[:, 2 * count : 4 * count].contiguous().view(torch.bfloat16).float()
+        # contiguous() would leave a single row as it is, whose stride cannot be viewed as two bytes
+        copy = {"memory_format": torch.contiguous_format}
+        channels = packed[:, : 2 * count].clone(**copy).view(torch.int16).long().clamp_(0, rows.shape[1] - 1)
+        values = packed[:, 2 * count : 4 * count].clone(**copy).view(torch.bfloat16).float()
         return torch.zeros_like(rows).scatter_(1, channels, values)
 
     def _on(self, name: str, like: torch.Tensor) -> torch.Tensor:

@@ -191,6 +191,17 @@ def test_bits_of_klt_fixed_are_whole_and_add_up():
     assert 3 + 16 / 96 <= 8 * codec.max_nbytes((1, 1000, 96)) / 96_000 <= 3 + 16 / 96 + 8 * 7 * 2 / 96
 
 
+@pytest.mark.parametrize("hidden_size", [96, 100])
+@pytest.mark.parametrize("nbits", [2, 3, 4.3])
+def test_klt_fixed_reads_a_single_token(hidden_size, nbits):
+    codec = make({"name": "klt_fixed", "nbits": nbits}, hidden_size=hidden_size)
+    x = torch.randn(1, 3, hidden_size, generator=torch.Generator().manual_seed(0))
+    for t in range(3):
+        alone = codec.decompress(codec.compress(x[:, t : t + 1]), "cpu", torch.float32)
+        together = codec.decompress(codec.compress(x), "cpu", torch.float32)
+        torch.testing.assert_close(alone, together[:, t : t + 1])
+
+
 def test_a_foreign_or_damaged_calibration_is_refused(tmp_path):
     good = Path(folder(96)) / file_name(LINK)
     with pytest.raises(ValueError, match="hidden size 100, got 96"):
