@@ -23,7 +23,7 @@ from pipeline.mailbox import FrameSpec
 from pipeline.probes import blank_side_inputs, squared_error, time_codec
 from pipeline.record import RecordError
 from pipeline.runner import Probe, Runner, StageError
-from pipeline.schedule import Action
+from pipeline.schedule import Action, ScheduleError
 from pipeline.stage import TokenWindows
 from pipeline.task import Task
 from pipeline.watchdog import PipelineError
@@ -45,12 +45,13 @@ class Evaluation(Task):
         With `resume`, micro-batches that an interrupted run's journal holds are taken over and the others are run.
         `sweep` names the sweep that this is a point of.
 
-        Raises StageError on every rank when a stage or codec has raised on one; the deployment stays usable.
+        Raises ScheduleError for a schedule that would deadlock, StageError on every rank when a stage or codec has raised
+        on one; the deployment stays usable.
         """
         head = Head(self, resume, sweep) if self.control.world.rank == 0 else None
         try:
             return self._run(head, in_sweep=sweep is not None)
-        except StageError:
+        except (StageError, ScheduleError):
             if head:
                 head.abandon()
             raise
@@ -60,11 +61,12 @@ class Evaluation(Task):
         first = control.gather(len(head.journal.finished) if head else None)[0]
         if not in_sweep:
             control.watchdog.advice = ADVICE
+        actions = self.make_actions(first)
         control.report("warming up codecs")
         start_s = time.perf_counter()
         with self._failing_alike():
             self._warm_up()
-            actions, specs = self.make_actions(first), self.frame_specs()
+            specs = self.frame_specs()
         warm_up_s = time.perf_counter() - start_s
         runner, links = self._make_runner(head, first, actions, specs)
         control.barrier()

@@ -30,6 +30,7 @@ from pipeline.record import (
 )
 from pipeline.report import write_report
 from pipeline.runner import StageError
+from pipeline.schedule import ScheduleError
 from pipeline.tracking import Tracker
 from pipeline.watchdog import PipelineError
 
@@ -108,7 +109,7 @@ def _run_point(
     resume = head is not None and Journal.exists(head.folder, evaluation.digest)
     try:
         return evaluation.run(resume=resume, sweep=name), None, True
-    except StageError as e:
+    except (StageError, ScheduleError) as e:
         return None, str(e), True
 
 
