@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.codecs import cpu_seconds
 from compressors.kernels import klt as kernels
-from compressors.klt_fit import _prior_models
+from compressors.klt_fit import prior_models
 
 NUM_TOKENS = 512
 NO_RAW_COST = 1 << 40
@@ -40,7 +40,7 @@ def main() -> None:
 def measure(width: int, rounds: int) -> tuple[float, float, float, float]:
     """(bits per value, ns to encode, ns to decode, ns of both transforms), each per value."""
     generator = np.random.default_rng(0)
-    models = {name: tensor.numpy() for name, tensor in _prior_models().items()}
+    models = {name: tensor.numpy() for name, tensor in prior_models().items()}
     magnitude, starts = models["magnitude"], models["starts"]
     classes = np.linspace(20, -16, width).astype(np.int32)
     levels = np.rint(generator.laplace(size=(NUM_TOKENS, width)) * 2 ** (classes / 8)).astype(np.int32)

@@ -1,8 +1,8 @@
 """What a calibrated codec knows: one safetensors file per link, and one of token ids, the same for all links.
 
-Written once and read on every rank. A file's metadata name the format, the link, the model's checkpoint and the text, and a file of another link or
-checkpoint is refused. Shapes and dtypes are checked, so that a codec can trust what it got. `compressors.klt_fit`
-makes the content.
+Written once and read on every rank. A file's metadata name the format, the link, the model's checkpoint and the text,
+and a file of another link or checkpoint is refused. Shapes and dtypes are checked, so that a codec can trust what it
+got. `compressors.klt_fit` makes the content.
 """
 
 from __future__ import annotations

@@ -235,7 +235,9 @@ class KltCoder:
             raise ValueError(f"klt with a token table needs token_ids of {num_tokens} tokens, got {token_ids}")
         ids = token_ids.reshape(-1).to(CPU, torch.int32)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._id_ranks.size:
-            raise ValueError(f"klt's table has {self._id_ranks.size} token ids, got {int(ids.min())} to {int(ids.max())}")
+            raise ValueError(
+                f"klt's table has {self._id_ranks.size} token ids, got {int(ids.min())} to {int(ids.max())}"
+            )
         return ids.numpy()
 
     def _on(self, name: str, device: torch.device) -> torch.Tensor:
@@ -260,7 +262,11 @@ def matmul_rows(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 def step_for_bits(calibration: LinkCalibration, target_bits: float) -> float:
     """The step at which the held-out text took `target_bits` per value, between the steps that were measured."""
     steps, bits = calibration.rate_steps.tolist(), calibration.rate_bits.tolist()
-    if isinstance(target_bits, bool) or not isinstance(target_bits, (int, float)) or not bits[-1] <= target_bits <= bits[0]:
+    if (
+        isinstance(target_bits, bool)
+        or not isinstance(target_bits, (int, float))
+        or not bits[-1] <= target_bits <= bits[0]
+    ):
         raise option_error("klt", "target_bits", target_bits, f"a number from {bits[-1]:.3f} to {bits[0]:.3f}")
     for i in range(len(steps) - 1):
         if bits[i + 1] <= target_bits <= bits[i]:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from compressors.calibration_file import LinkCalibration, TokenTable
-from compressors.klt import FINER_RANGE, RAW_EIGHTHS, KltCoder
+from compressors.klt import RAW_EIGHTHS, KltCoder
 
 __all__ = ["CHUNK", "LinkStatistics", "SampleRow", "fit", "make_token_table"]
 
@@ -120,7 +120,7 @@ def fit(statistics: LinkStatistics, sample: Sequence[SampleRow], tokens: TokenTa
         finer_bias=finer_bias.float(),
         rms_eighths=torch.tensor([statistics.rms_eighths], dtype=torch.int32),
         side_classes=torch.zeros(2, dtype=torch.int32),
-        **_prior_models(),
+        **prior_models(),
         rate_steps=torch.zeros(0, dtype=torch.float64),
         rate_bits=torch.zeros(0, dtype=torch.float64),
     )
@@ -207,7 +207,7 @@ class _Prediction:
         self.residual = space.covariance - explained - explained.T + self.weights.T @ self._products @ self.weights
 
     def temporal_factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(in, out) of the weights of the token before, cut to the directions in which they predict the most variance."""
+        """(in, out) of the weights of the token before, cut to the directions that predict the most variance."""
         inputs = slice(0, len(self.residual))
         weights = self.weights[inputs]
         _, vectors = torch.linalg.eigh(weights.T @ self._products[inputs, inputs] @ weights)
@@ -223,9 +223,7 @@ def _shrunk(covariance: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return (1 - share) * (covariance + covariance.T) / 2 + share * covariance.trace() / size * identity
 
 
-def _fit_finer(
-    statistics: LinkStatistics, space: _Space, basis: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit_finer(statistics: LinkStatistics, space: _Space, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quarter octaves by which a token's step is finer, as a function of its components and of log2 u."""
     size, one = statistics.hidden_size, statistics.hidden_size + 1
     n = statistics.sensitive_products[one, one]
@@ -256,7 +254,7 @@ def _rank_ids(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return ranks.to(torch.int32), torch.from_numpy(_cumulative(by_length))
 
 
-def _prior_models() -> dict[str, torch.Tensor]:
+def prior_models() -> dict[str, torch.Tensor]:
     """Models of a Laplace distribution, in force until histograms replace them."""
     from compressors.kernels.klt import FIRST_CLASS, LAST_CLASS
 
@@ -320,8 +318,10 @@ def _fit_models(calibration: LinkCalibration, tokens: TokenTable, sample: Sequen
     return dataclasses.replace(calibration, **_rates(calibration, tokens, sample))
 
 
-def _component_sizes(calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow]) -> dict[str, torch.Tensor]:
-    """Mean magnitude of what is coded of each component, brought to the nominal step, and classes of side information."""
+def _component_sizes(
+    calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow]
+) -> dict[str, torch.Tensor]:
+    """Mean magnitude coded of each component, brought to the nominal step, and classes of side information."""
     step = REFERENCE_STEP
     coder = KltCoder(calibration, tokens, step)
     sums, weight = torch.zeros(calibration.hidden_size, dtype=torch.float64), 0.0
@@ -346,7 +346,8 @@ def _component_sizes(calibration: LinkCalibration, tokens: TokenTable, sample: S
     return result
 
 
-def _quantized(calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow], step: float
+def _quantized(
+    calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow], step: float
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """(levels, is_raw, finer, class of each component) of every row."""
     coder = KltCoder(calibration, tokens, step)

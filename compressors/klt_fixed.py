@@ -16,8 +16,6 @@ Payload: u bf16 [N], the codes' bytes uint8 [N, P] (`compressors.bitpack`, compo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from compressors.base import LinkInfo

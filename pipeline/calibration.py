@@ -1,4 +1,4 @@
-"""What `calibrate.py` does on every rank: statistics of hidden states and gradients at this rank's links, and their files.
+"""What `calibrate.py` does on every rank: statistics of states and gradients at this rank's links, and their files.
 
 Each rank sums products of what it sends and of the gradients there (`compressors.klt_fit`), and writes the files of its
 own links. Every sixth micro-batch, up to 8192 tokens, is held out to fit the entropy models and to measure rates.
@@ -35,9 +35,7 @@ def calibrate(config: RunConfig, deployment: Deployment, out: Path, *, use_token
     Raises ValueError where the text is too short or gives no gradients.
     """
     control, text, plan = deployment.control, deployment.text, deployment.plan
-    microbatches = _whole_windows(
-        make_microbatches(make_run_windows(config, text.ids, text.bos_id), config.batch_size)
-    )
+    microbatches = _whole_windows(make_microbatches(make_run_windows(config, text.ids, text.bos_id), config.batch_size))
     held_out = _held_out(microbatches)
     tokens = TokenWindows(text.ids, microbatches, text.bos_id)
     hidden_size, vocab_size = deployment.model_config.hidden_size, deployment.model_config.vocab_size

@@ -45,8 +45,8 @@ class Evaluation(Task):
         With `resume`, micro-batches that an interrupted run's journal holds are taken over and the others are run.
         `sweep` names the sweep that this is a point of.
 
-        Raises ScheduleError for a schedule that would deadlock, StageError on every rank when a stage or codec has raised
-        on one; the deployment stays usable.
+        Raises ScheduleError for a schedule that would deadlock, StageError on every rank when a stage or codec has
+        raised on one; the deployment stays usable.
         """
         head = Head(self, resume, sweep) if self.control.world.rank == 0 else None
         try:

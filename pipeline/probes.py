@@ -1,8 +1,8 @@
 """What a run measures beside its results: how well each link's codec reconstructs, and how long one token takes.
 
 Neither belongs to the timed phases of a run. The reconstruction is decoded at the sending end, from the payload's
-bytes, by a codec object of its own; one-token times are taken rank by rank, so that ranks that share a machine do not slow
-each other down.
+bytes, by a codec object of its own; one-token times are taken rank by rank, so that ranks that share a machine do not
+slow each other down.
 """
 
 from __future__ import annotations

@@ -290,9 +290,7 @@ def encode(
                 seen += abs(value) << 8
         if is_raw[t]:
             count = begin
-            count = _put(
-                ops, count, (1 << KIND_PRECISION) - RAW_FREQUENCY, RAW_FREQUENCY, KIND_PRECISION
-            )
+            count = _put(ops, count, (1 << KIND_PRECISION) - RAW_FREQUENCY, RAW_FREQUENCY, KIND_PRECISION)
     if num_marked:
         return ENCODE_AGAIN
     state, num_words = LOWER_BOUND, 0
@@ -360,9 +358,7 @@ def _take_symbol(state, position, words, starts, guesses, index):
 def _take_value(state, position, words, index, starts, guesses):
     """Inverse of `_put_value`."""
     shift = 0 if index <= LAST_CLASS else (index - LAST_CLASS + 7) >> 3
-    symbol, state, position = _take_symbol(
-        state, position, words, starts, guesses, index - 8 * shift - FIRST_CLASS
-    )
+    symbol, state, position = _take_symbol(state, position, words, starts, guesses, index - 8 * shift - FIRST_CLASS)
     if symbol == ESCAPE:
         length, state, position = _take_bits(state, position, words, 5)
         rest, state, position = _take_bits(state, position, words, max(length - 12, 0))
@@ -387,7 +383,8 @@ def decode(
 ):  # fmt: skip
     """Inverse of `encode`; returns the number of words that were used, or -1 where the words cannot be a frame's.
 
-    `id_starts` is int32 [1, B], guesses are from `first_guesses`. Every value that is written is in the range that `encode` can have been given.
+    `id_starts` is int32 [1, B], guesses are from `first_guesses`. Every value that is written is in the range that
+    `encode` can have been given.
     """
     if words.size < 2:
         return -1

@@ -102,7 +102,9 @@ def test_target_bits_is_what_held_out_text_takes():
 def test_prediction_uses_token_ids():
     subject = Calibrated(KLT)
     codec = subject.make(torch.empty(1, 1, 96))
-    assert codec.needs == ("token_ids",) and Calibrated(KLT, use_token_ids=False).make(torch.empty(1, 1, 96)).needs == ()
+    assert (
+        codec.needs == ("token_ids",) and Calibrated(KLT, use_token_ids=False).make(torch.empty(1, 1, 96)).needs == ()
+    )
     x = hidden_states((1, 4, 96))
     with pytest.raises(ValueError, match="needs token_ids of 4 tokens"):
         codec.compress(x)
@@ -129,7 +131,9 @@ def test_damaged_payloads(name, data):
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), nbytes=st.integers(0, 3000), shape=st.tuples(st.integers(0, 2), st.integers(0, 9)))
+@given(
+    seed=st.integers(0, 2**32 - 1), nbytes=st.integers(0, 3000), shape=st.tuples(st.integers(0, 2), st.integers(0, 9))
+)
 @pytest.mark.parametrize("name", CASES)
 def test_any_bytes(name, seed, nbytes, shape):
     codec, shape = make(*CASES[name]), (*shape, 96)
@@ -144,13 +148,13 @@ def test_any_bytes(name, seed, nbytes, shape):
 def test_the_entropy_coder_is_an_integer_format():
     """Symbols of every size and class to the same words on every machine, and back."""
     from compressors.kernels import klt as kernels
-    from compressors.klt_fit import _prior_models
+    from compressors.klt_fit import prior_models
 
     num_tokens, width = 9, 40
     values = (np.arange(num_tokens * width) * 7919 % 1000).reshape(num_tokens, width).astype(np.int32)
     levels = (values - 500) // np.array([[1], [5], [20], [90], [300], [1], [10**6], [100], [7]], np.int32)
     levels[4, 3], levels[4, 4] = kernels.MAX_LEVEL - 1, 1 - kernels.MAX_LEVEL
-    models = {name: tensor.numpy() for name, tensor in _prior_models().items()}
+    models = {name: tensor.numpy() for name, tensor in prior_models().items()}
     component_class = np.linspace(60, -30, width).astype(np.int32)
     side_classes, id_starts = np.array([12, 5], np.int32), np.array([0, 20000, 30000, 32768], np.int32)
     rms, finer = np.arange(-4, 5, dtype=np.int32), np.arange(-8, 10, 2, dtype=np.int32)
@@ -240,8 +244,8 @@ def test_options(options, message):
 
 def test_a_calibration_from_little_text_and_dead_channels():
     """Fewer tokens than channels, channels that never change, tokens far from the others: still a codec."""
-    from compressors.klt import KltCoder
     from compressors.calibration_file import TokenTable
+    from compressors.klt import KltCoder
     from compressors.klt_fit import LinkStatistics, SampleRow, fit
 
     generator = torch.Generator().manual_seed(0)

@@ -3,10 +3,10 @@
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tests.helpers.launch import call_on_ranks, run_ranks
-from tests.helpers.tiny_models import save_tiny_model, tiny_arguments, tiny_model, write_text
 
 from pipeline.record import read_record
+from tests.helpers.launch import call_on_ranks, run_ranks
+from tests.helpers.tiny_models import save_tiny_model, tiny_arguments, tiny_model, write_text
 
 FILES = [
     "layer-0-node0-node1.safetensors",
