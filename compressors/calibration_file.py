@@ -33,7 +33,7 @@ __all__ = [
     "write_token_table",
 ]
 
-FORMAT = "thinwire klt 1"
+FORMAT = "thinwire klt 2"
 TOKENS_FILE = "token-ids.safetensors"
 
 

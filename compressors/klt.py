@@ -3,12 +3,12 @@
 A token x of root mean square u becomes components y = (x / u - mean) @ encode: the Karhunen-Loeve transform (PCA) in a
 space in which every direction weighs as much as the loss is sensitive to it (`compressors.klt_fit`). Each component is
 predicted from the decoded components of the token before and, where the calibration has a table for that, from the
-token's id; what is left is divided by a step, rounded, and coded with a model of its expected size (`kernels.klt`).
+token's id; what is left is quantised (`kernels.trellis`) and coded with a model of its expected size (`kernels.klt`).
 Transform coding after Goyal 2001, "Theoretical foundations of transform coding"; predicting inside the loop is DPCM.
 
-`step` sets rate and quality: the quantisation step of all components, in units of a component's average standard
-deviation before prediction. `target_bits` instead chooses the step at which the calibration's held-out text took so
-many bits per value. Tokens that matter more get a finer step, 2 ** (-n / 4) of it, n being a linear function of y that
+`step` sets rate and quality: the step of the two quantisers between which the trellis switches, the same for all
+components, in units of a component's average standard deviation before prediction. `target_bits` instead chooses the
+step at which the calibration's held-out text took so many bits per value. Tokens that matter more get a finer step, 2 ** (-n / 4) of it, n being a linear function of y that
 the calibration has fitted to the gradient's size; n is sent.
 
 Tokens whose u is far from the calibration's, that are not finite, or that would be larger coded are sent raw: fp16
@@ -36,13 +36,14 @@ from compressors.cast import saturating_cast
 from compressors.options import option_error
 from compressors.rows import Scratch
 
-__all__ = ["Klt", "KltCoder", "matmul_rows"]
+__all__ = ["Klt", "KltCoder", "matmul_rows", "trellis_rates"]
 
 STEP_RANGE = (2.0**-10, 2.0**4)
 RAW_EIGHTHS = 32  # u that lies 4 octaves from the calibration's median, or more, makes a token raw
 FINER_RANGE = (-8, 16)  # quarter octaves
 SIDE_NBYTES = 16  # of a token at most, beside what a raw one takes
 MATMUL_ROWS = 128
+LAMBDA = 0.15  # squared half steps that the trellis gives for a bit
 CPU = torch.device("cpu")
 
 
@@ -104,6 +105,7 @@ class KltCoder:
         self._side_classes = calibration.side_classes.numpy()
         self.component_class = (calibration.component_eighths - round(8 * math.log2(step))).numpy()
         self._magnitude, self._starts = calibration.magnitude.numpy(), calibration.starts.numpy()
+        self._rates = trellis_rates(self._starts)
         frequency = np.arange(1, (1 << 15) + 1)
         self._frequency_bits = np.concatenate([[0], np.ceil(256 * (15 - np.log2(frequency)))]).astype(np.int64)
         self._temporal = calibration.temporal_in.numpy(), calibration.temporal_out.numpy()
@@ -166,15 +168,16 @@ class KltCoder:
     def quantize(
         self, y: torch.Tensor, finer: torch.Tensor, is_raw: torch.Tensor, ids: np.ndarray, tokens_per_row: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(levels int32 [N, H], is_raw bool [N] with what was added, components as decoded float32 [N, H])."""
-        from compressors.kernels import klt as kernels
+        """(levels int32 [N, H] in half steps, is_raw bool [N] with what was added, components as decoded float32
+        [N, H])."""
+        from compressors.kernels import klt, trellis
 
         levels = self._scratch.get("levels", y.shape, torch.int32, CPU).numpy()
         decoded = self._scratch.get("decoded", y.shape, torch.float32, CPU).numpy()
         flags = is_raw.numpy().copy()
-        kernels.quantize(
+        trellis.quantize(
             y.cpu().numpy(), self._predict(ids), self.steps(finer), flags, tokens_per_row, *self._temporal,
-            levels, decoded,
+            self.component_class - klt.FIRST_CLASS, 2 * finer.numpy(), self._rates, levels, decoded,
         )  # fmt: skip
         return levels, flags, decoded
 
@@ -183,6 +186,7 @@ class KltCoder:
     ) -> torch.Tensor:
         """Inverse of `compress`. Raises CorruptPayload for bytes that it cannot have written."""
         from compressors.kernels import klt as kernels
+        from compressors.kernels import trellis
 
         num_tokens, width = math.prod(shape[:-1]), shape[-1]
         if num_tokens == 0:
@@ -204,7 +208,7 @@ class KltCoder:
             raise CorruptPayload(f"{blob.size} bytes are no klt frame of shape {tuple(shape)}")
         ids = self._ids[id_ranks] if num_ids else id_ranks
         decoded = self._scratch.get("decoded", (num_tokens, width), torch.float32, CPU)
-        kernels.reconstruct(
+        trellis.reconstruct(
             levels, self._predict(ids), self.steps(torch.from_numpy(finer)), flags, shape[1], *self._temporal,
             decoded.numpy(),
         )  # fmt: skip
@@ -257,6 +261,14 @@ def matmul_rows(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     for block, out in zip(blocks, product):
         torch.mm(block, matrix, out=out)
     return product.view(-1, matrix.shape[1])[:num_rows]
+
+
+def trellis_rates(starts: np.ndarray) -> np.ndarray:
+    """What magnitudes 0, 1, ... of an index cost the trellis, float32 [classes, 2, magnitudes] in squared half steps."""
+    bits = 15 - np.log2(np.diff(starts.astype(np.int64), axis=1))
+    by_quantizer = bits.reshape(2, -1, bits.shape[1]).swapaxes(0, 1)
+    escape = by_quantizer[..., -1:]
+    return np.ascontiguousarray(LAMBDA * np.concatenate([by_quantizer[..., :-1:2], escape], -1), np.float32)
 
 
 def step_for_bits(calibration: LinkCalibration, target_bits: float) -> float:

@@ -5,7 +5,8 @@ however long the text is. `fit` makes a `LinkCalibration` of them and of a sampl
 
 With z = (x / u - mean) for a token x of root mean square u, and g = u dL/dx:
 
-* Space. F = E[g g^T] has the directions in which errors cost loss. z W, with W = (F / mean eigenvalue + 0.1)^(1/2),
+* Space. F = E[g g^T / |g|] has the directions in which errors cost loss; of the tokens with large gradients it takes
+  less than their share, since they get a finer step. z W, with W = (F / mean eigenvalue + 0.1)^(1/2),
   weighs an error by what it costs; the 0.1 keeps some precision where the gradient is small, since errors at useful
   rates are too large for a quadratic form.
 * Prediction. Ridge regression of z W on that of the token before and on features of the token's id (its embedding,
@@ -34,12 +35,12 @@ from compressors.klt import RAW_EIGHTHS, KltCoder
 __all__ = ["CHUNK", "LinkStatistics", "SampleRow", "fit", "make_token_table"]
 
 FLATTENING = 0.1
-REFERENCE_STEP = 0.6
+REFERENCE_STEP = 0.75
 STEP_EXPONENT = 0.25
 TEMPORAL_RANK = 128
 TOKEN_FEATURES = 1024
 CHUNK = 8192  # rows of an embedding at once
-MODEL_STEPS = (1.6, 1.0, 0.6, 0.2)
+MODEL_STEPS = (2.4, 1.4, 0.8, 0.3)
 RATE_STEPS = tuple(2.0 ** (n / 2) for n in range(-8, 5))
 MAX_RATE_TOKENS = 4096  # of the sample, for rates
 
@@ -90,7 +91,7 @@ class LinkStatistics:
         size = g.square().sum(-1)
         usable = size.isfinite() & (size > 0)  # nothing depends on a row's last token
         g, own, size = g[usable], own[is_coded][usable], size[usable]
-        self.sensitivity += g.T @ g
+        self.sensitivity += (g / size.sqrt().unsqueeze(-1)).T @ g
         self.log_sensitivity[: own.shape[-1]] += size.log() @ own
         self.sensitive_products += own.T @ own
 
@@ -199,7 +200,7 @@ class _Prediction:
         self._products = regressors.T @ products @ regressors
         cross = regressors.T @ products @ own
         noisy = self._products.diagonal().clone()
-        noisy[:size] += REFERENCE_STEP**2 / 12
+        noisy[:size] += REFERENCE_STEP**2 / 15
         ridge = 1e-3 + 0.05 * regressors.shape[1] / n
         normal = self._products + torch.diag(noisy - self._products.diagonal() + ridge * noisy + 1e-9)
         self.weights = torch.linalg.solve(normal, cross)
@@ -259,7 +260,7 @@ def prior_models() -> dict[str, torch.Tensor]:
     from compressors.kernels.klt import FIRST_CLASS, LAST_CLASS
 
     classes = range(FIRST_CLASS, LAST_CLASS + 1)
-    starts = np.stack([_cumulative(_laplace(2 ** (c / 8))) for c in classes])
+    starts = np.stack([_cumulative(_laplace(2 ** (c / 8), quantizer)) for quantizer in (0, 1) for c in classes])
     wide = range(FIRST_CLASS, LAST_CLASS + 8 * 19 + 1)
     magnitude = [round(256 * _laplace_magnitude(2 ** (c / 8))) for c in wide]
     return {"starts": torch.from_numpy(starts), "magnitude": torch.tensor(magnitude, dtype=torch.int64)}
@@ -270,9 +271,10 @@ def _laplace_magnitude(size: float) -> float:
     return math.exp(-0.5 / size) / (1 - math.exp(-1 / size))
 
 
-def _laplace(size: float) -> np.ndarray:
-    """Probabilities of the symbols 0, -1, 1, ..., escape."""
-    tail = [1.0] + [math.exp(-(n - 0.5) / size) for n in range(1, 33)]  # P(|q| >= n)
+def _laplace(size: float, quantizer: int) -> np.ndarray:
+    """Probabilities of the symbols 0, -1, 1, ..., escape, were every value rounded within its quantiser."""
+    edges = [0.25, *range(1, 32)] if quantizer else [n - 0.5 for n in range(1, 33)]
+    tail = [1.0] + [math.exp(-edge / size) for edge in edges]  # P(|q| >= n)
     both = np.repeat([(a - b) / 2 for a, b in zip(tail[1:], tail[2:])], 2)
     return np.concatenate([[1 - tail[1]], both, [tail[32]]])
 
@@ -287,10 +289,19 @@ def _cumulative(weights: np.ndarray) -> np.ndarray:
 
 def _fit_models(calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow]) -> LinkCalibration:
     """Classes, models and rates as the codec meets them in the sample."""
+    calibration = dataclasses.replace(calibration, **_component_sizes(calibration, tokens, sample))
+    # The trellis weighs levels by their bits, so what is counted depends on the models.
+    for _ in range(2):
+        calibration = dataclasses.replace(calibration, **_count_levels(calibration, tokens, sample))
+    return dataclasses.replace(calibration, **_rates(calibration, tokens, sample))
+
+
+def _count_levels(
+    calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow]
+) -> dict[str, torch.Tensor]:
+    """Expected magnitudes from a pass with static classes, then the models from one with activity."""
     from compressors.kernels import klt as kernels
 
-    calibration = dataclasses.replace(calibration, **_component_sizes(calibration, tokens, sample))
-    # A static pass for expected magnitudes, then the histograms with activity.
     magnitude_sums = np.zeros((2, calibration.magnitude.numel()))
     quantized = []
     for step in MODEL_STEPS:
@@ -300,22 +311,21 @@ def _fit_models(calibration: LinkCalibration, tokens: TokenTable, sample: Sequen
             classes = np.empty(levels.shape, np.int16)
             kernels.classify(levels, component_class, 2 * finer, calibration.magnitude.numpy(), False, classes)
             index = classes.reshape(-1).astype(np.int64) - kernels.FIRST_CLASS
-            magnitude_sums[0] += np.bincount(index, np.abs(levels).reshape(-1), magnitude_sums.shape[1])
+            magnitude_sums[0] += np.bincount(index, np.abs(levels).reshape(-1) / 2, magnitude_sums.shape[1])
             magnitude_sums[1] += np.bincount(index, minlength=magnitude_sums.shape[1])
     prior = 1000.0
     magnitude = (256 * magnitude_sums[0] + prior * calibration.magnitude.numpy()) / (magnitude_sums[1] + prior)
-    calibration = dataclasses.replace(calibration, magnitude=torch.from_numpy(magnitude.round().astype(np.int64)))
+    magnitude = magnitude.round().astype(np.int64)
     counts = np.zeros((calibration.starts.shape[0], kernels.NUM_SYMBOLS), np.int64)
     for levels, finer, component_class in quantized:
         classes = np.empty(levels.shape, np.int16)
-        kernels.classify(levels, component_class, 2 * finer, calibration.magnitude.numpy(), True, classes)
+        kernels.classify(levels, component_class, 2 * finer, magnitude, True, classes)
         kernels.count_symbols(levels, classes, counts)
-    laplace = calibration.starts.diff(dim=1).numpy() / (1 << 15)
+    before = calibration.starts.diff(dim=1).numpy() / (1 << 15)
     mirrored = counts.copy()
     mirrored[:, 1:-1:2] = mirrored[:, 2:-1:2] = (counts[:, 1:-1:2] + counts[:, 2:-1:2]) / 2
-    starts = np.stack([_cumulative(row) for row in mirrored + 200 * laplace])
-    calibration = dataclasses.replace(calibration, starts=torch.from_numpy(starts))
-    return dataclasses.replace(calibration, **_rates(calibration, tokens, sample))
+    starts = np.stack([_cumulative(row) for row in mirrored + 200 * before])
+    return {"magnitude": torch.from_numpy(magnitude), "starts": torch.from_numpy(starts)}
 
 
 def _component_sizes(
@@ -332,7 +342,7 @@ def _component_sizes(
         levels, flags, decoded = coder.quantize(y, finer, is_raw, ids, len(y))
         coded = torch.from_numpy(~flags)
         errors = y.cpu() - torch.from_numpy(decoded)
-        unpredicted = errors + torch.from_numpy(levels * coder.steps(finer)[:, None])
+        unpredicted = errors + torch.from_numpy(levels * (0.5 * coder.steps(finer)[:, None]))
         sums += unpredicted[coded].abs().sum(0)
         weight += float(coded.sum())
         sides += [torch.stack([rms - calibration.rms_eighths, finer])[:, coded]]

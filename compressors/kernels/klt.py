@@ -1,17 +1,16 @@
-"""Kernels of compressors.klt: closed-loop quantisation of tokens, and their entropy coding by rANS.
+"""Entropy coding of `compressors.klt` by rANS.
 
-Everything that the entropy coder's models depend on is an integer: quantised values, classes, frequencies. Floats
-occur in the values that are quantised and reconstructed only, so that two machines whose floats differ in the last
-bit still agree on every symbol.
+Everything that the models depend on is an integer: levels, classes, frequencies. Two machines whose floats differ in
+the last bit still agree on every symbol.
 
 The coder is rANS (Duda 2013, "Asymmetric numeral systems", section 3) with a 64-bit state and 32-bit words. Symbols
 are found in the order in which they are decoded, kept as (start, frequency, precision), and encoded backwards.
 
-A value q is coded with the model of its class: |q| up to 31 as one of 63 symbols in the order 0, -1, 1, -2, 2, ...,
-anything larger as symbol 63 and an Exp-Golomb code. The class is eight times the logarithm to base 2 of the value's
-expected size in steps. Of a class above the last model, the low bits are sent as they are and the rest with the last
-model. Expected sizes follow the token: every fourth component, the sum of |q| so far is compared with what the
-calibration expected, which scales the rest (`_activity`).
+A level's index q in its quantiser (`kernels.trellis`) is coded with the model of its class and quantiser: |q| up to
+31 as one of 63 symbols in the order 0, -1, 1, -2, 2, ..., anything larger as symbol 63 and an Exp-Golomb code. The class
+is eight times the logarithm to base 2 of the value's expected size in steps. Of a class above the last model, the low
+bits are sent as they are and the rest with the last model. Expected sizes follow the token: every fourth component, the
+sum of the levels' sizes so far is compared with what the calibration expected, which scales the rest (`_activity`).
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ import numba
 import numpy as np
 
 from compressors.kernels.bits import jit
+from compressors.kernels.trellis import MAX_LEVEL, NEXT_STATE, index_of_level, level_of_index
 
 __all__ = [
     "ENCODE_AGAIN",
     "FIRST_CLASS",
     "LAST_CLASS",
-    "MAX_LEVEL",
+    "NUM_CLASSES",
     "NUM_SYMBOLS",
     "OPS_FULL",
     "PRECISION",
@@ -34,8 +34,6 @@ __all__ = [
     "decode",
     "encode",
     "first_guesses",
-    "quantize",
-    "reconstruct",
 ]
 
 # Called calls keep reference counts of their arrays, which takes as long as decoding a symbol.
@@ -45,14 +43,13 @@ PRECISION = 15  # bits of a model's frequencies
 NUM_SYMBOLS = 64  # 0, -1, 1, ..., -31, 31, and one that announces a larger value
 ESCAPE = NUM_SYMBOLS - 1
 MAX_SMALL = 31
-MAX_LEVEL = 1 << 20  # of |q|
 FIRST_CLASS, LAST_CLASS = -32, 20  # of the models: 2**-4 to 2**2.5 steps
+NUM_CLASSES = LAST_CLASS - FIRST_CLASS + 1  # models of the second quantiser stand behind those of the first
 ACTIVITY_PRIOR = 6 << 8  # in the units of `magnitude`, steps / 256
 ACTIVITY_EVERY = 4  # components
 RAW_FREQUENCY = 1  # of 2**KIND_PRECISION
 KIND_PRECISION = 8
 ENCODE_AGAIN, OPS_FULL = -1, -2
-TEMPORAL_LIMIT = np.float32(1e4)  # of predicted and reconstructed components
 
 LOWER_BOUND = np.uint64(1 << 31)  # of the coder's state
 WORD = np.uint64(32)
@@ -95,7 +92,7 @@ def classify(levels, component_class, token_shift, magnitude, adapt, classes):
     """Classes int16 [N, H] of `levels` int32 [N, H].
 
     `component_class` int32 [H] is each component's class at this step, `token_shift` int32 [N] what a token's finer
-    step adds, `magnitude` int64 the expected |q| of each static class in steps / 256. Without `adapt` the static
+    step adds, `magnitude` int64 the expected size of a level of each static class in steps / 256. Without `adapt` the static
     classes.
     """
     for t in range(levels.shape[0]):
@@ -107,18 +104,27 @@ def classify(levels, component_class, token_shift, magnitude, adapt, classes):
             static = _clamp_class(component_class[k] + token_shift[t])
             classes[t, k] = _clamp_class(static + activity)
             expected += magnitude[static - FIRST_CLASS]
-            seen += abs(np.int64(levels[t, k])) << 8
+            seen += abs(np.int64(levels[t, k])) << 7
 
 
 @jit
 def count_symbols(levels, classes, counts):
-    """Add to counts int64 [classes, NUM_SYMBOLS] the symbols of `levels` in their classes."""
+    """Add to counts int64 [2 NUM_CLASSES, NUM_SYMBOLS] the symbols of `levels` in their classes and quantisers."""
     for t in range(levels.shape[0]):
+        state = 0
         for k in range(levels.shape[1]):
-            index = classes[t, k]
-            shift = 0 if index <= LAST_CLASS else (index - LAST_CLASS + 7) >> 3
-            high = (np.int64(levels[t, k]) + ((1 << shift) >> 1)) >> shift
-            counts[index - 8 * shift - FIRST_CLASS, _symbol(high)] += 1
+            value = index_of_level(np.int64(levels[t, k]), state >> 1)
+            model, shift = _model(classes[t, k], state >> 1)
+            high = (value + ((1 << shift) >> 1)) >> shift
+            counts[model, _symbol(high)] += 1
+            state = NEXT_STATE[state, value & 1]
+
+
+@inlined
+def _model(index, quantizer):
+    """(model, number of low bits that it does not cover) of a class."""
+    shift = 0 if index <= LAST_CLASS else (index - LAST_CLASS + 7) >> 3
+    return index - 8 * shift - FIRST_CLASS + quantizer * NUM_CLASSES, shift
 
 
 @jit
@@ -159,12 +165,12 @@ def _put_bits(ops, count, value, nbits):
 
 
 @jit
-def _put_value(ops, count, value, index, starts):
+def _put_value(ops, count, value, index, quantizer, starts):
     """Append the symbols of an integer of a class."""
-    shift = 0 if index <= LAST_CLASS else (index - LAST_CLASS + 7) >> 3
+    model, shift = _model(index, quantizer)
     half = (1 << shift) >> 1
     high = (value + half) >> shift
-    row = starts[index - 8 * shift - FIRST_CLASS]
+    row = starts[model]
     symbol = _symbol(high)
     count = _put(ops, count, row[symbol], row[symbol + 1] - row[symbol], PRECISION)
     if symbol == ESCAPE:
@@ -195,61 +201,6 @@ def _cost(ops, begin, end, frequency_bits):
 
 
 @jit
-def _predict(previous, temporal_in, temporal_out, hidden, row):
-    """Add the prediction from the previous token's components to `row`; `hidden` [R] is scratch."""
-    hidden[:] = 0
-    for k in range(previous.size):
-        value = previous[k]
-        for r in range(hidden.size):
-            hidden[r] += value * temporal_in[k, r]
-    for r in range(hidden.size):
-        value = hidden[r]
-        for k in range(row.size):
-            row[k] += value * temporal_out[r, k]
-
-
-@jit
-def quantize(y, predicted, steps, is_raw, tokens_per_row, temporal_in, temporal_out, levels, decoded):
-    """Closed-loop quantisation: levels int32 [N, H] of what prediction from tokens before leaves of y [N, H].
-
-    `predicted` float32 [N, H] is the prediction from the token's id; `decoded` [N, H] becomes what `reconstruct`
-    will give. A token with a level out of range is marked in `is_raw`; raw tokens predict nothing.
-    """
-    hidden = np.empty(temporal_in.shape[1], np.float32)
-    for t in range(y.shape[0]):
-        row = decoded[t]
-        row[:] = predicted[t]
-        if hidden.size and t % tokens_per_row and not is_raw[t - 1]:
-            _predict(decoded[t - 1], temporal_in, temporal_out, hidden, row)
-        step = steps[t]
-        inverse = np.float32(1) / step
-        if not is_raw[t]:
-            for k in range(row.size):
-                level = np.rint((y[t, k] - row[k]) * inverse)
-                if not (abs(level) < np.float32(MAX_LEVEL)):
-                    is_raw[t] = True
-                    break
-                levels[t, k] = np.int32(level)
-                row[k] += level * step
-        if is_raw[t]:
-            levels[t] = 0
-
-
-@jit
-def reconstruct(levels, predicted, steps, is_raw, tokens_per_row, temporal_in, temporal_out, decoded):
-    """Components float32 [N, H] from levels."""
-    hidden = np.empty(temporal_in.shape[1], np.float32)
-    for t in range(levels.shape[0]):
-        row = decoded[t]
-        row[:] = predicted[t]
-        if hidden.size and t % tokens_per_row and not is_raw[t - 1]:
-            _predict(decoded[t - 1], temporal_in, temporal_out, hidden, row)
-        for k in range(row.size):
-            value = row[k] + np.float32(levels[t, k]) * steps[t]
-            row[k] = min(max(value, -TEMPORAL_LIMIT), TEMPORAL_LIMIT)
-
-
-@jit
 def encode(
     levels, is_raw, rms, finer, ids, side_classes, component_class, magnitude, starts, frequency_bits,
     id_ranks, id_starts, raw_cost, ops, words,
@@ -266,28 +217,32 @@ def encode(
             return OPS_FULL
         if not is_raw[t]:
             count = _put(ops, count, 0, (1 << KIND_PRECISION) - RAW_FREQUENCY, KIND_PRECISION)
-            count = _put_value(ops, count, np.int64(rms[t]), side_classes[0], starts)
-            count = _put_value(ops, count, np.int64(finer[t]), side_classes[1], starts)
+            count = _put_value(ops, count, np.int64(rms[t]), side_classes[0], 0, starts)
+            count = _put_value(ops, count, np.int64(finer[t]), side_classes[1], 0, starts)
             if id_ranks.size:
                 rank = np.int64(id_ranks[ids[t]])
                 length = _bit_length(rank + 1)
                 count = _put(ops, count, id_starts[length - 1], id_starts[length] - id_starts[length - 1], PRECISION)
                 count = _put_bits(ops, count, rank + 1 - (1 << (length - 1)), length - 1)
             seen = expected = activity = cost = np.int64(0)
+            trellis = 0
             for k in range(levels.shape[1]):
                 if k % ACTIVITY_EVERY == 0:
                     activity = _activity(seen, expected)
                 static = _clamp_class(component_class[k] + 2 * finer[t])
                 before = count
-                value = np.int64(levels[t, k])
-                count = _put_value(ops, count, value, _clamp_class(static + activity), starts)
+                level = np.int64(levels[t, k])
+                quantizer = trellis >> 1
+                value = index_of_level(level, quantizer)
+                count = _put_value(ops, count, value, _clamp_class(static + activity), quantizer, starts)
+                trellis = NEXT_STATE[trellis, value & 1]
                 cost += _cost(ops, before, count, frequency_bits)
                 if cost > raw_cost:
                     is_raw[t] = True
                     num_marked += 1
                     break
                 expected += magnitude[static - FIRST_CLASS]
-                seen += abs(value) << 8
+                seen += abs(level) << 7
         if is_raw[t]:
             count = begin
             count = _put(ops, count, (1 << KIND_PRECISION) - RAW_FREQUENCY, RAW_FREQUENCY, KIND_PRECISION)
@@ -355,10 +310,10 @@ def _take_symbol(state, position, words, starts, guesses, index):
 
 
 @jit
-def _take_value(state, position, words, index, starts, guesses):
+def _take_value(state, position, words, index, quantizer, starts, guesses):
     """Inverse of `_put_value`."""
-    shift = 0 if index <= LAST_CLASS else (index - LAST_CLASS + 7) >> 3
-    symbol, state, position = _take_symbol(state, position, words, starts, guesses, index - 8 * shift - FIRST_CLASS)
+    model, shift = _model(index, quantizer)
+    symbol, state, position = _take_symbol(state, position, words, starts, guesses, model)
     if symbol == ESCAPE:
         length, state, position = _take_bits(state, position, words, 5)
         rest, state, position = _take_bits(state, position, words, max(length - 12, 0))
@@ -400,8 +355,8 @@ def decode(
             levels[t] = 0
             continue
         state, position = _advance(state, position, words, 0, coded, KIND_PRECISION)
-        side_rms, state, position = _take_value(state, position, words, side_classes[0], starts, guesses)
-        side_finer, state, position = _take_value(state, position, words, side_classes[1], starts, guesses)
+        side_rms, state, position = _take_value(state, position, words, side_classes[0], 0, starts, guesses)
+        side_finer, state, position = _take_value(state, position, words, side_classes[1], 0, starts, guesses)
         if abs(side_rms) > 1024 or abs(side_finer) > 64 or position > words.size:
             return -1
         rms[t], finer[t] = side_rms, side_finer
@@ -413,17 +368,21 @@ def decode(
                 return -1
             id_ranks[t] = rank
         seen = expected = activity = np.int64(0)
+        trellis = 0
         for k in range(levels.shape[1]):
             if k % ACTIVITY_EVERY == 0:
                 activity = _activity(seen, expected)
             static = _clamp_class(component_class[k] + 2 * finer[t])
             index = _clamp_class(static + activity)
-            value, state, position = _take_value(state, position, words, index, starts, guesses)
-            if abs(value) >= MAX_LEVEL:
+            quantizer = trellis >> 1
+            value, state, position = _take_value(state, position, words, index, quantizer, starts, guesses)
+            level = level_of_index(value, quantizer)
+            if abs(level) >= MAX_LEVEL:
                 return -1
-            levels[t, k] = value
+            trellis = NEXT_STATE[trellis, value & 1]
+            levels[t, k] = level
             expected += magnitude[static - FIRST_CLASS]
-            seen += abs(value) << 8
+            seen += abs(level) << 7
     if state != LOWER_BOUND or position > words.size:
         return -1
     return position
