@@ -19,7 +19,7 @@ from benchmarks.codecs import cpu_seconds
 from compressors.kernels import klt as kernels
 from compressors.kernels import trellis
 from compressors.klt import trellis_rates
-from compressors.klt_fit import prior_models
+from compressors.klt_models import prior_models
 
 NUM_TOKENS = 512
 NO_RAW_COST = 1 << 40

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from compressors.calibration_file import TokenTable, write_calibration, write_token_table
-from compressors.klt_fit import CHUNK, LinkStatistics, SampleRow, fit, make_token_table
+from compressors.klt_fit import CHUNK, LinkStatistics, fit, make_token_table
+from compressors.klt_models import SampleRow
 from pipeline.compose import make_run_windows
 from pipeline.config import RunConfig
 from pipeline.deployment import Deployment

@@ -193,7 +193,7 @@ def test_the_entropy_coder_is_an_integer_format():
     """Symbols of every size and class to the same words on every machine, and back."""
     from compressors.kernels import klt as kernels
     from compressors.kernels import trellis
-    from compressors.klt_fit import prior_models
+    from compressors.klt_models import prior_models
 
     num_tokens, width = 9, 40
     values = (np.arange(num_tokens * width) * 7919 % 1000).reshape(num_tokens, width).astype(np.int32)
@@ -292,7 +292,8 @@ def test_a_calibration_from_little_text_and_dead_channels():
     """Fewer tokens than channels, channels that never change, tokens far from the others: still a codec."""
     from compressors.calibration_file import TokenTable
     from compressors.klt import KltCoder
-    from compressors.klt_fit import LinkStatistics, SampleRow, fit
+    from compressors.klt_fit import LinkStatistics, fit
+    from compressors.klt_models import SampleRow
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 20, 64, generator=generator)
