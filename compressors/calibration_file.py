@@ -80,7 +80,9 @@ class LinkCalibration:
     mean: torch.Tensor = _tensor(torch.float32, "H")
     encode: torch.Tensor = _tensor(torch.float32, "H", "H")
     decode: torch.Tensor = _tensor(torch.float32, "H", "H")
-    signal_size: torch.Tensor = _tensor(torch.float32, "H")  # standard deviation of y
+    fixed_encode: torch.Tensor = _tensor(torch.float32, "H", "H")  # the same of klt_fixed, which predicts nothing
+    fixed_decode: torch.Tensor = _tensor(torch.float32, "H", "H")
+    fixed_size: torch.Tensor = _tensor(torch.float32, "H")  # standard deviation of its components
     component_eighths: torch.Tensor = _tensor(torch.int32, "H")  # mean |y - prediction|
     temporal_in: torch.Tensor = _tensor(torch.float32, "H", "R")  # prediction: y of the token before @ in @ out
     temporal_out: torch.Tensor = _tensor(torch.float32, "R", "H")

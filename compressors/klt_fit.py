@@ -90,8 +90,8 @@ def fit(statistics: LinkStatistics, sample: Sequence[SampleRow], tokens: TokenTa
     size = statistics.hidden_size
     space = _Space(statistics)
     prediction = _Prediction(statistics, space)
-    variances, basis = torch.linalg.eigh(_shrunk(prediction.residual, statistics.num_tokens))
-    basis = basis.flip(1)
+    variances, basis = _principal(prediction.residual, statistics.num_tokens)
+    fixed_variances, fixed_basis = _principal(space.covariance, statistics.num_tokens)
     temporal_in, temporal_out = prediction.temporal_factors(TEMPORAL_RANK)
     token_out = prediction.weights[size:] @ basis
     finer, finer_bias = _fit_finer(statistics, space, basis)
@@ -99,8 +99,10 @@ def fit(statistics: LinkStatistics, sample: Sequence[SampleRow], tokens: TokenTa
         mean=space.mean.float(),
         encode=(space.to_space @ basis).float(),
         decode=(basis.T @ space.from_space).float(),
-        signal_size=(basis.T @ space.covariance @ basis).diagonal().clamp_min(1e-12).sqrt().float(),
-        component_eighths=eighths(variances.flip(0).clamp_min(1e-9).sqrt() * 0.8),
+        fixed_encode=(space.to_space @ fixed_basis).float(),
+        fixed_decode=(fixed_basis.T @ space.from_space).float(),
+        fixed_size=fixed_variances.clamp_min(1e-12).sqrt().float(),
+        component_eighths=eighths(variances.clamp_min(1e-9).sqrt() * 0.8),
         temporal_in=(basis.T @ temporal_in).float(),
         temporal_out=(temporal_out @ basis).float(),
         token_out=token_out.float(),
@@ -204,12 +206,15 @@ class _Prediction:
         return weights @ kept, kept.T
 
 
-def _shrunk(covariance: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Towards a multiple of the identity, by the share of what is unknown; matters for short texts."""
+def _principal(covariance: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Variances, falling, and principal components as columns. The covariance is first drawn towards a multiple of the
+    identity by the share of what is unknown, which matters for short texts."""
     size = len(covariance)
     share = 0.1 * size / (size + num_tokens)
     identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
-    return (1 - share) * (covariance + covariance.T) / 2 + share * covariance.trace() / size * identity
+    shrunk = (1 - share) * (covariance + covariance.T) / 2 + share * covariance.trace() / size * identity
+    variances, vectors = torch.linalg.eigh(shrunk)
+    return variances.flip(0), vectors.flip(1)
 
 
 def _fit_finer(statistics: LinkStatistics, space: _Space, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

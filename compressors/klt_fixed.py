@@ -2,9 +2,10 @@
 
 Bits go to the components by reverse water-filling (Cover and Thomas, "Elements of Information Theory", section 10.3.3)
 in whole bits: one after the other to the component whose error falls most, up to 8 each, `nbits` times H in all. A
-component is quantised uniformly with the step that is best for a normal distribution at that many bits (Max 1960,
-"Quantizing for minimum distortion", table II) and packed; one without bits is its mean. Nothing is predicted from
-other tokens, all operations are torch's, and the size follows from the shape: it runs on a GPU without waiting for it.
+component is quantised uniformly, with the step that is best for a Laplace distribution at that many bits, and packed;
+one without bits is its mean. Tails are heavier than a normal distribution's, and what is clipped hurts most. Nothing is
+predicted from other tokens, all operations are torch's, and the size follows from the shape: it runs on a GPU without
+waiting for it.
 
 A token whose root mean square lies 4 octaves or more from the calibration's median, such as an attention sink, is
 nearly all in a few channels. Within the same bytes its largest channels are sent as (index, bf16), the others are 0. A
@@ -28,9 +29,9 @@ from compressors.rows import RowCodec
 __all__ = ["KltFixed"]
 
 MAX_NBITS = 8
-# Of a normal variable of variance 1 by bits: step of the best uniform quantiser, and its mean squared error.
-NORMAL_STEP = (0.0, 1.5956, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
-NORMAL_ERROR = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.003495, 0.001041, 0.0003035, 0.0000880)
+# Of a Laplace variable of variance 1 by bits: step of the best uniform quantiser, and its mean squared error.
+LAPLACE_STEP = (0.0, 1.4142, 1.0874, 0.7309, 0.4610, 0.2800, 0.1657, 0.0961, 0.0548)
+LAPLACE_ERROR = (1.0, 0.5, 0.1963, 0.07175, 0.02535, 0.008713, 0.002913, 0.0009486, 0.0003014)
 
 
 class KltFixed(RowCodec):
@@ -44,10 +45,10 @@ class KltFixed(RowCodec):
             raise option_error(self.name, "nbits", nbits, f"a number from 0.25 to {MAX_NBITS}")
         self.calibration, self.nbits = calibration, nbits
         self._content, _, self._digest = read_calibration(self.name, calibration, link)
-        widths = _allocate(self._content.signal_size, round(nbits * self._content.hidden_size))
+        widths = _allocate(self._content.fixed_size, round(nbits * self._content.hidden_size))
         self._groups = [(n, (widths == n).nonzero().squeeze(1)) for n in range(1, MAX_NBITS + 1) if (widths == n).any()]
         self._order = torch.cat([group for _, group in self._groups])
-        self._steps = self._content.signal_size[self._order] * torch.tensor(NORMAL_STEP)[widths[self._order]]
+        self._steps = self._content.fixed_size[self._order] * torch.tensor(LAPLACE_STEP)[widths[self._order]]
         self._levels = torch.exp2(widths[self._order].float())
         self._row_nbytes = max(sum(packed_nbytes(len(group), n) for n, group in self._groups), 4)
         self._median = 2.0 ** (int(self._content.rms_eighths) / 8)
@@ -65,7 +66,7 @@ class KltFixed(RowCodec):
         is_sparse = ~((8 * (u.float() / self._median).log2()).abs() < RAW_EIGHTHS)
         scales.copy_(torch.where(is_sparse, -u, u))
         scaled = torch.where(is_sparse.unsqueeze(1), 0, rows) / u.float().nan_to_num(1).clamp_min(1e-30).unsqueeze(1)
-        y = matmul_rows(scaled - self._on("mean", rows), self._on("encode", rows))[:, self._own("order", rows)]
+        y = matmul_rows(scaled - self._on("mean", rows), self._on("fixed_encode", rows))[:, self._own("order", rows)]
         levels = self._own("levels", rows)
         codes = (y / self._own("steps", rows) + levels / 2).floor().clamp_(min=0).minimum(levels - 1).to(torch.uint8)
         packed.zero_()
@@ -80,7 +81,7 @@ class KltFixed(RowCodec):
         y = rows.new_zeros(rows.shape)
         values = (codes.float() + 0.5 - self._own("levels", rows) / 2) * self._own("steps", rows)
         y[:, self._own("order", rows)] = values
-        dense = matmul_rows(y, self._on("decode", rows)).add_(self._on("mean", rows))
+        dense = matmul_rows(y, self._on("fixed_decode", rows)).add_(self._on("mean", rows))
         u = scales.float().unsqueeze(1)
         is_sparse = torch.signbit(u) & ~u.isnan()
         rows.copy_(torch.where(is_sparse, self._unpack_largest(packed, rows), dense * u)).clamp_(-limit, limit)
@@ -130,7 +131,7 @@ class KltFixed(RowCodec):
 
 def _allocate(sizes: torch.Tensor, total: int) -> torch.Tensor:
     """Whole bits of each component, int64 [H], `total` in all (or as many as 8 each allow)."""
-    error = torch.tensor(NORMAL_ERROR, dtype=torch.float64)
+    error = torch.tensor(LAPLACE_ERROR, dtype=torch.float64)
     # What each bit of each component gains; it falls from bit to bit, so the best `total` are a valid choice.
     gains = sizes.double().square().unsqueeze(1) * (error[:-1] - error[1:])
     chosen = gains.reshape(-1).argsort(descending=True, stable=True)[:total]
