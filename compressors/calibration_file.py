@@ -148,13 +148,15 @@ def read_calibration(codec: str, folder: str, link: LinkInfo | None) -> tuple[Li
             codec, "calibration", str(path), f"hidden size {link.hidden_size}, got {calibration.hidden_size}"
         )
     _check_frequencies(codec, path, calibration.starts)
+    _check_models(codec, path, calibration)
     if not calibration.uses_token_ids:
         return calibration, TokenTable.empty(), digest.hex()
     expected |= {key: metadata.get(key) for key in ("checkpoint", "text_sha256")}
     tokens, _, tokens_digest = _read(codec, place / TOKENS_FILE, TokenTable, expected)
     _check_frequencies(codec, place / TOKENS_FILE, tokens.rank_starts)
     in_order = torch.equal(tokens.ranks.sort().values, torch.arange(tokens.num_ids, dtype=torch.int32))
-    if tokens.codes.shape[1] != calibration.token_out.shape[0] or not in_order:
+    fits = tokens.rank_starts.numel() == tokens.num_ids.bit_length() + 1
+    if tokens.codes.shape[1] != calibration.token_out.shape[0] or not in_order or not fits:
         raise option_error(codec, "calibration", str(place / TOKENS_FILE), f"the file written with {path.name}")
     return calibration, tokens, hashlib.sha256(digest + tokens_digest).hexdigest()
 
@@ -207,6 +209,17 @@ def _check_frequencies(codec: str, path: Path, starts: torch.Tensor) -> None:
     ends_right = (starts[..., 0] == 0).all() and (starts[..., -1] == 1 << 15).all()
     if starts.shape[-1] < 2 or not ends_right or (starts.diff(dim=-1) < 1).any():
         raise _not_whole(codec, path, "these are no cumulative frequencies")
+
+
+def _check_models(codec: str, path: Path, calibration: LinkCalibration) -> None:
+    """The tables are as large as the kernels, which do not look, take them to be."""
+    from compressors.kernels import klt as kernels
+
+    classes = calibration.side_classes
+    fits = calibration.starts.shape == (2 * kernels.NUM_CLASSES, kernels.NUM_SYMBOLS + 1)
+    fits &= calibration.magnitude.numel() == kernels.LAST_WIDE_CLASS - kernels.FIRST_CLASS + 1
+    if not fits or classes.min() < kernels.FIRST_CLASS or classes.max() > kernels.LAST_WIDE_CLASS:
+        raise _not_whole(codec, path, "models of other sizes")
 
 
 def _not_whole(codec: str, path: Path, what: str) -> ValueError:

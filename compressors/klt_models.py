@@ -36,11 +36,11 @@ class SampleRow:
 
 def prior_models() -> dict[str, torch.Tensor]:
     """Models of a Laplace distribution, in force until histograms replace them."""
-    from compressors.kernels.klt import FIRST_CLASS, LAST_CLASS
+    from compressors.kernels.klt import FIRST_CLASS, LAST_CLASS, LAST_WIDE_CLASS
 
     classes = range(FIRST_CLASS, LAST_CLASS + 1)
     starts = np.stack([cumulative(_laplace(2 ** (c / 8), quantizer)) for quantizer in (0, 1) for c in classes])
-    wide = range(FIRST_CLASS, LAST_CLASS + 8 * 19 + 1)
+    wide = range(FIRST_CLASS, LAST_WIDE_CLASS + 1)
     magnitude = [round(256 * _laplace_magnitude(2 ** (c / 8))) for c in wide]
     return {"starts": torch.from_numpy(starts), "magnitude": torch.tensor(magnitude, dtype=torch.int64)}
 

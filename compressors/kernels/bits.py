@@ -17,6 +17,7 @@ __all__ = [
     "clamp",
     "float_of_bf16",
     "float_of_bits",
+    "inlined",
     "jit",
     "pack_row",
     "pack_rows",
@@ -25,6 +26,8 @@ __all__ = [
 ]
 
 jit = numba.njit(nogil=True, cache=True, error_model="numpy")
+# Calls that are not inlined keep reference counts of their arrays, which takes as long as decoding a symbol.
+inlined = numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
 
 QUIET_NAN_BF16 = np.uint16(0x7FC0)
 INFINITY_BITS = np.uint32(0x7F800000)

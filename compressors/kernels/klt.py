@@ -15,16 +15,16 @@ sum of the levels' sizes so far is compared with what the calibration expected, 
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-from compressors.kernels.bits import jit
+from compressors.kernels.bits import inlined, jit
 from compressors.kernels.trellis import MAX_LEVEL, NEXT_STATE, index_of_level, level_of_index
 
 __all__ = [
     "ENCODE_AGAIN",
     "FIRST_CLASS",
     "LAST_CLASS",
+    "LAST_WIDE_CLASS",
     "NUM_CLASSES",
     "NUM_SYMBOLS",
     "OPS_FULL",
@@ -36,14 +36,12 @@ __all__ = [
     "first_guesses",
 ]
 
-# Called calls keep reference counts of their arrays, which takes as long as decoding a symbol.
-inlined = numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
-
 PRECISION = 15  # bits of a model's frequencies
 NUM_SYMBOLS = 64  # 0, -1, 1, ..., -31, 31, and one that announces a larger value
 ESCAPE = NUM_SYMBOLS - 1
 MAX_SMALL = 31
 FIRST_CLASS, LAST_CLASS = -32, 20  # of the models: 2**-4 to 2**2.5 steps
+LAST_WIDE_CLASS = LAST_CLASS + 8 * 19  # whose low bits are sent as they are
 NUM_CLASSES = LAST_CLASS - FIRST_CLASS + 1  # models of the second quantiser stand behind those of the first
 ACTIVITY_PRIOR = 6 << 8  # in the units of `magnitude`, steps / 256
 ACTIVITY_EVERY = 4  # components
@@ -84,7 +82,7 @@ def _activity(seen, expected):
 
 @jit
 def _clamp_class(index):
-    return min(max(index, FIRST_CLASS), LAST_CLASS + 8 * 19)
+    return min(max(index, FIRST_CLASS), LAST_WIDE_CLASS)
 
 
 @jit

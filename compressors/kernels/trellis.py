@@ -3,7 +3,7 @@
 Two quantisers share one step. In half steps, the first reconstructs even numbers, the second odd numbers and 0; a
 value's index counts within its quantiser. Which quantiser a component has follows from the parities of the indices
 before it, by a machine of four states that starts anew with every token. The encoder looks for the path of least
-squared error plus LAMBDA times the bits of each value's expected class (the Viterbi algorithm); the decoder only walks.
+squared error plus a price for the bits that each value's class makes likely (the Viterbi algorithm); the decoder only walks.
 Per token this packs space more densely than rounding can. After Marcellin and Fischer 1990, "Trellis coded
 quantization of memoryless and Gauss-Markov sources"; the states and the 0 of the second quantiser as in Schwarz et al.
 2021, "Quantization and entropy coding in the Versatile Video Coding (VVC) standard".
@@ -11,10 +11,9 @@ quantization of memoryless and Gauss-Markov sources"; the states and the 0 of th
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-from compressors.kernels.bits import jit
+from compressors.kernels.bits import inlined, jit
 
 __all__ = ["MAX_LEVEL", "NEXT_STATE", "index_of_level", "level_of_index", "quantize", "reconstruct"]
 
@@ -23,8 +22,6 @@ NEXT_STATE = np.array([[0, 2], [2, 0], [1, 3], [3, 1]])  # by state and parity o
 TEMPORAL_LIMIT = np.float32(1e4)  # of predicted and reconstructed components
 UNREACHED = np.float32(1e30)
 QUARTER, HALF, ONE, TWO, THREE, FOUR = (np.float32(c) for c in (0.25, 0.5, 1, 2, 3, 4))
-
-inlined = numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
 
 
 @inlined

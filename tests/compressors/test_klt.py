@@ -13,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from klt_cases import LINK, VOCABULARY, Calibrated, calibrate, folder
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from compressors import CorruptPayload, LinkInfo, Payload, make_compressor
 from compressors.calibration_file import file_name
@@ -270,6 +272,30 @@ def test_a_foreign_or_damaged_calibration_is_refused(tmp_path):
         (tmp_path / good.name).write_bytes(damaged)
         with pytest.raises(ValueError, match="a safetensors file made by python -m pipeline.calibrate"):
             make({"calibration": str(tmp_path), **KLT})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change"),
+    [
+        ("starts", lambda starts: starts[:-1]),
+        ("starts", lambda starts: starts.flip(0)[:, :1].repeat(1, starts.shape[1])),
+        ("magnitude", lambda magnitude: magnitude[1:]),
+        ("side_classes", lambda classes: classes + 1000),
+        ("decode", lambda decode: decode[:, 1:]),
+        ("mean", lambda mean: mean * torch.inf),
+    ],
+)
+def test_a_calibration_of_other_sizes_is_refused(tensor, change, tmp_path):
+    """The kernels index its tables without looking."""
+    shutil.copytree(folder(96), tmp_path, dirs_exist_ok=True)
+    path = tmp_path / file_name(LINK)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    make({"calibration": str(tmp_path), **KLT})
+    save_file(tensors | {tensor: change(tensors[tensor]).contiguous()}, path, metadata)
+    with pytest.raises(ValueError, match="a whole file of format"):
+        make({"calibration": str(tmp_path), **KLT})
 
 
 @pytest.mark.parametrize(
