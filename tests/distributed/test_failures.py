@@ -124,9 +124,11 @@ def test_ctrl_c_under_torchrun(tmp_path, benches, reference):
 
 
 def test_ctrl_c_in_one_process(tmp_path):
-    """A longer text than elsewhere: one process is through the short one before the signal comes."""
     interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
-    with start_ranks([arguments(interrupted, num_tokens=4 * NUM_TOKENS_OF_KILLED)], distributed=False) as alone:
+    # Seconds for what one process else has done before the signal comes.
+    slow = ("--compressor", "tests.helpers.bad_codecs:SlowToDecode(rank=-1, seconds=0.008)")
+    command = [arguments(interrupted, *slow, num_tokens=NUM_TOKENS_OF_KILLED)]
+    with start_ranks(command, distributed=False) as alone:
         wait_until(lambda: num_finished(interrupted) > 0)
         os.kill(alone.rank_pids()[0], signal.SIGINT)
         (ended,) = alone.wait(SLACK_S)
@@ -135,7 +137,7 @@ def test_ctrl_c_in_one_process(tmp_path):
     assert message.startswith("error: interrupted") and RESUME_HINT in message
     assert "Traceback" not in ended.stderr
     for folder in (interrupted, whole):
-        run_alone(*arguments(folder, "--resume", num_tokens=4 * NUM_TOKENS_OF_KILLED)).check()
+        run_alone(*arguments(folder, "--resume", *slow, num_tokens=NUM_TOKENS_OF_KILLED)).check()
     assert outcome(interrupted) == outcome(whole)
     assert num_resent(interrupted) <= 1
 

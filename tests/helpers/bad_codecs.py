@@ -130,12 +130,12 @@ class Slow(_Late):
 
 
 class SlowToDecode(_Late):
-    """Takes long for every frame on `rank`."""
+    """Takes long for every frame on `rank`, or on all ranks if that is -1."""
 
     name = "slow_to_decode"
 
     def decompress(self, payload, device, dtype):
-        if os.environ.get("RANK") == str(self.rank):
+        if self.rank in (-1, int(os.environ.get("RANK", -1))):
             time.sleep(self.seconds)
         return super().decompress(payload, device, dtype)
 
