@@ -301,6 +301,7 @@ def _enter_rank(
         os.dup2(file, number)
     os.environ.update(variables)
     os.chdir(ROOT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests are a shell's background job
     sys.exit(function(rank, *arguments))
 
 
