@@ -92,8 +92,8 @@ class LinkCalibration:
     finer_bias: torch.Tensor = _tensor(torch.float32, "two")  # constant, and per octave of u
     rms_eighths: torch.Tensor = _tensor(torch.int32, "one")  # median of u
     side_classes: torch.Tensor = _tensor(torch.int32, "two")  # of u and of the step's refinement
-    magnitude: torch.Tensor = _tensor(torch.int64, "M")  # expected |q| of a class, steps / 256
-    starts: torch.Tensor = _tensor(torch.int32, "C", "S")  # cumulative frequencies of each class's symbols
+    magnitude: torch.Tensor = _tensor(torch.int64, "M")  # expected size of a class's levels, steps / 256
+    starts: torch.Tensor = _tensor(torch.int32, "C", "S")  # cumulative frequencies by quantiser and class
     rate_steps: torch.Tensor = _tensor(torch.float64, "N")  # steps, rising
     rate_bits: torch.Tensor = _tensor(torch.float64, "N")  # and the bits/value that held-out text took at them
 

@@ -104,6 +104,7 @@ class KltCoder:
         self._first_rms = int(calibration.rms_eighths)
         self._side_classes = calibration.side_classes.numpy()
         self.component_class = (calibration.component_eighths - round(8 * math.log2(step))).numpy()
+        self._trellis_class = self.component_class - kernels.FIRST_CLASS
         self._magnitude, self._starts = calibration.magnitude.numpy(), calibration.starts.numpy()
         self._rates = trellis_rates(self._starts)
         frequency = np.arange(1, (1 << 15) + 1)
@@ -170,14 +171,14 @@ class KltCoder:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(levels int32 [N, H] in half steps, is_raw bool [N] with what was added, components as decoded float32
         [N, H])."""
-        from compressors.kernels import klt, trellis
+        from compressors.kernels import trellis
 
         levels = self._scratch.get("levels", y.shape, torch.int32, CPU).numpy()
         decoded = self._scratch.get("decoded", y.shape, torch.float32, CPU).numpy()
         flags = is_raw.numpy().copy()
         trellis.quantize(
             y.cpu().numpy(), self._predict(ids), self.steps(finer), flags, tokens_per_row, *self._temporal,
-            self.component_class - klt.FIRST_CLASS, 2 * finer.numpy(), self._rates, levels, decoded,
+            self._trellis_class, 2 * finer.numpy(), self._rates, levels, decoded,
         )  # fmt: skip
         return levels, flags, decoded
 
