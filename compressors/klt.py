@@ -8,8 +8,8 @@ Transform coding after Goyal 2001, "Theoretical foundations of transform coding"
 
 `step` sets rate and quality: the step of the two quantisers between which the trellis switches, the same for all
 components, in units of a component's average standard deviation before prediction. `target_bits` instead chooses the
-step at which the calibration's held-out text took so many bits per value. Tokens that matter more get a finer step, 2 ** (-n / 4) of it, n being a linear function of y that
-the calibration has fitted to the gradient's size; n is sent.
+step at which the calibration's held-out text took so many bits per value. Tokens that matter more get a finer step,
+2 ** (-n / 4) of it, n being a linear function of y that the calibration has fitted to the gradient's size; n is sent.
 
 Tokens whose u is far from the calibration's, that are not finite, or that would be larger coded are sent raw: fp16
 after division by a power of two. With that the bound on a frame's size holds token by token, and no token's
