@@ -265,7 +265,7 @@ def matmul_rows(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def trellis_rates(starts: np.ndarray) -> np.ndarray:
-    """What magnitudes 0, 1, ... of an index cost the trellis, float32 [classes, 2, magnitudes] in squared half steps."""
+    """What magnitudes 0, 1, ... of an index cost, float32 [classes, 2, magnitudes] in squared half steps."""
     bits = 15 - np.log2(np.diff(starts.astype(np.int64), axis=1))
     by_quantizer = bits.reshape(2, -1, bits.shape[1]).swapaxes(0, 1)
     escape = by_quantizer[..., -1:]

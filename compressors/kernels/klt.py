@@ -6,11 +6,12 @@ the last bit still agree on every symbol.
 The coder is rANS (Duda 2013, "Asymmetric numeral systems", section 3) with a 64-bit state and 32-bit words. Symbols
 are found in the order in which they are decoded, kept as (start, frequency, precision), and encoded backwards.
 
-A level's index q in its quantiser (`kernels.trellis`) is coded with the model of its class and quantiser: |q| up to 31
-as one of 63 symbols in the order 0, -1, 1, -2, 2, ..., anything larger as symbol 63 and an Exp-Golomb code. The class is
-eight times the logarithm to base 2 of the value's expected size in steps. Of a class above the last model, the low bits
-are sent as they are and the rest with the last model. Expected sizes follow the token: every fourth component, the sum
-of the levels' sizes so far is compared with what the calibration expected, which scales the rest (`_activity`).
+A level's index q in its quantiser (`kernels.trellis`) is coded with the model of its class and quantiser: |q| up to
+31 as one of 63 symbols in the order 0, -1, 1, -2, 2, ..., anything larger as symbol 63 and an Exp-Golomb code. The
+class is eight times the logarithm to base 2 of the value's expected size in steps. Of a class above the last model,
+the low bits are sent as they are and the rest with the last model. Expected sizes follow the token: every fourth
+component, the sum of the levels' sizes so far is compared with what the calibration expected, which scales the rest
+(`_activity`).
 """
 
 from __future__ import annotations

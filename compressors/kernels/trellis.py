@@ -3,10 +3,10 @@
 Two quantisers share one step. In half steps, the first reconstructs even numbers, the second odd numbers and 0; a
 value's index counts within its quantiser. Which quantiser a component has follows from the parities of the indices
 before it, by a machine of four states that starts anew with every token. The encoder looks for the path of least
-squared error plus a price for the bits that each value's class makes likely (the Viterbi algorithm); the decoder only walks.
-Per token this packs space more densely than rounding can. After Marcellin and Fischer 1990, "Trellis coded
-quantization of memoryless and Gauss-Markov sources"; the states and the 0 of the second quantiser as in Schwarz et al.
-2021, "Quantization and entropy coding in the Versatile Video Coding (VVC) standard".
+squared error plus a price for the bits that each value's class makes likely (the Viterbi algorithm); the decoder only
+walks. Per token this packs space more densely than rounding can. After Marcellin and Fischer 1990, "Trellis coded
+quantization of memoryless and Gauss-Markov sources"; the states and the 0 of the second quantiser as in Schwarz et
+al. 2021, "Quantization and entropy coding in the Versatile Video Coding (VVC) standard".
 """
 
 from __future__ import annotations
