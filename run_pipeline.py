@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import FLAG_KEYS, ConfigError, RunConfig, find_config, load_config, parse_override
-from pipeline.points import Sweep, find_sweep, load_sweep
-from pipeline.start import on_deployment
+from pipeline.config.schema import FLAG_KEYS, ConfigError, RunConfig, find_config, load_config, parse_override
+from pipeline.config.sweep_file import Sweep, find_sweep, load_sweep
+from pipeline.runtime.launch import on_deployment
 
 if TYPE_CHECKING:
-    from pipeline.deployment import Deployment
-    from pipeline.sweep import SweepResult
+    from pipeline.evaluation.sweep import SweepResult
+    from pipeline.runtime.deployment import Deployment
 
 EXIT_POINTS_FAILED = 3
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show_plan(config: RunConfig) -> int:
-    from pipeline.plan_report import plan_text
+    from pipeline.runtime.plan_report import plan_text
 
     try:
         print(plan_text(config))
@@ -97,7 +97,7 @@ def show_plan(config: RunConfig) -> int:
 
 def run(config: RunConfig, *, resume: bool) -> int:
     def evaluate(deployment: Deployment) -> Path | None:
-        from pipeline.evaluation import Evaluation
+        from pipeline.evaluation.evaluation import Evaluation
 
         # torchrun --max_restarts repeats the command as it was, and means to go on.
         restarted = deployment.control.world.attempt > 0
@@ -105,7 +105,7 @@ def run(config: RunConfig, *, resume: bool) -> int:
 
     path = on_deployment(config, Path(config.exp_dir), evaluate)
     if path is not None:
-        from pipeline.report import print_summary
+        from pipeline.report.summary import print_summary
 
         print_summary([path])
     return 0
@@ -115,7 +115,7 @@ def run_sweep(sweep: Sweep, config: RunConfig) -> int:
     """Returns 3 on rank 0 when points have failed. The other ranks do not: torchrun would end rank 0 in its report."""
 
     def run_points(deployment: Deployment) -> SweepResult:
-        from pipeline.sweep import run_points
+        from pipeline.evaluation.sweep import run_points
 
         return run_points(sweep, config, deployment)
 
@@ -127,9 +127,9 @@ def run_sweep(sweep: Sweep, config: RunConfig) -> int:
 
 def show_sweep(sweep: Sweep, config: RunConfig, result: SweepResult) -> None:
     """Final table, list of failed points, and report."""
-    from pipeline.record import read_failure
-    from pipeline.report import print_summary
-    from pipeline.sweep import write_page
+    from pipeline.evaluation.sweep import write_page
+    from pipeline.records.store import read_failure
+    from pipeline.report.summary import print_summary
 
     print_summary(result.records)
     for path in result.failures:

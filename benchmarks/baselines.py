@@ -23,18 +23,18 @@ from torch.distributed.pipelining.schedules import _Action, _ComputationType, _P
 from transformers import AutoModelForCausalLM
 
 from compressors import Compressor
-from pipeline.compose import available_cores
-from pipeline.config import RunConfig
-from pipeline.deployment import deploy
-from pipeline.distributed import Control
-from pipeline.evaluation import Evaluation
-from pipeline.hf_model import TORCH_DTYPES
-from pipeline.metrics import sum_nll
-from pipeline.model_source import resolve_model
-from pipeline.plan import Plan
-from pipeline.schedule import Action, make_schedule
-from pipeline.stage import Stage, TokenWindows
-from pipeline.world import World
+from pipeline.comm.control import Control
+from pipeline.comm.world import World
+from pipeline.config.schema import RunConfig
+from pipeline.evaluation.evaluation import Evaluation
+from pipeline.models.loading import TORCH_DTYPES
+from pipeline.models.source import resolve_model
+from pipeline.models.stage import Stage, TokenWindows
+from pipeline.partition.plan import Plan
+from pipeline.partition.schedule import Action, make_schedule
+from pipeline.records.traffic import sum_nll
+from pipeline.runtime.compose import available_cores
+from pipeline.runtime.deployment import deploy
 
 __all__ = ["BASELINES", "Run", "serve"]
 

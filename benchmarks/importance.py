@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.codecs import cpu_seconds, median_ratio, peak_growth_mib
-from pipeline.allocator import return_freed_memory
-from pipeline.config import RunConfig
-from pipeline.hf_model import load_model_config, load_stage
-from pipeline.importance import METRICS, AttentionMetric, Metric, MetricSetting
-from pipeline.model_source import resolve_model
-from pipeline.plan import default_plan
-from pipeline.record import software_versions
-from pipeline.stage import Stage
-from pipeline.windows import make_microbatches, make_windows
+from pipeline.config.schema import RunConfig
+from pipeline.data.windows import make_microbatches, make_windows
+from pipeline.importance.metrics import METRICS, AttentionMetric, Metric, MetricSetting
+from pipeline.models.loading import load_model_config, load_stage
+from pipeline.models.source import resolve_model
+from pipeline.models.stage import Stage
+from pipeline.partition.plan import default_plan
+from pipeline.records.store import software_versions
+from pipeline.runtime.memory import return_freed_memory
 
 __all__ = ["measure"]
 

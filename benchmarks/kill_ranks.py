@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.record import read_per_token, read_record
+from pipeline.records.store import read_per_token, read_record
 from tests.helpers.launch import Finished, Ranks, Torchrun, start_ranks, start_torchrun
 from tests.helpers.tiny_models import tiny_arguments
 

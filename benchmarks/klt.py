@@ -18,8 +18,8 @@ import torch
 from benchmarks.codecs import cpu_seconds
 from compressors.kernels import klt as kernels
 from compressors.kernels import trellis
-from compressors.klt import trellis_rates
-from compressors.klt_models import prior_models
+from compressors.klt.codec import trellis_rates
+from compressors.klt.models import prior_models
 
 NUM_TOKENS = 512
 NO_RAW_COST = 1 << 40

@@ -28,11 +28,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.synthetic import save_random_llama
-from pipeline.compose import make_plan
-from pipeline.config import RunConfig, load_config
-from pipeline.hf_model import TORCH_DTYPES, load_model_config, stage_parameter_bytes
-from pipeline.metrics import peak_rss_bytes
-from pipeline.record import read_record
+from pipeline.config.schema import RunConfig, load_config
+from pipeline.models.loading import TORCH_DTYPES, load_model_config, stage_parameter_bytes
+from pipeline.records.store import read_record
+from pipeline.records.traffic import peak_rss_bytes
+from pipeline.runtime.compose import make_plan
 
 __all__ = ["NUM_RANKS", "RankMemory", "overrides", "print_idle_peak", "rank_memories"]
 
@@ -58,7 +58,7 @@ class RankMemory:
 
 def print_idle_peak(rank: int = 0) -> None:
     """Import what a rank imports and print the peak in bytes."""
-    for module in ("run_pipeline", "pipeline.evaluation", "transformers.models.llama.modeling_llama"):
+    for module in ("run_pipeline", "pipeline.evaluation.evaluation", "transformers.models.llama.modeling_llama"):
         importlib.import_module(module)
     print(peak_rss_bytes())
 

@@ -37,14 +37,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.baselines import BASELINES, Run, serve
-from pipeline.allocator import keep_freed_memory, return_freed_memory
-from pipeline.compose import available_cores
-from pipeline.config import RunConfig, load_config, parse_override
-from pipeline.deployment import Deployment, deploy
-from pipeline.distributed import Control
-from pipeline.evaluation import Evaluation
-from pipeline.record import read_per_token, read_record, software_versions
-from pipeline.world import World
+from pipeline.comm.control import Control
+from pipeline.comm.world import World
+from pipeline.config.schema import RunConfig, load_config, parse_override
+from pipeline.evaluation.evaluation import Evaluation
+from pipeline.records.store import read_per_token, read_record, software_versions
+from pipeline.runtime.compose import available_cores
+from pipeline.runtime.deployment import Deployment, deploy
+from pipeline.runtime.memory import keep_freed_memory, return_freed_memory
 
 OURS = "thinwire"
 QUIET = 0.05  # share of all cores that other programs may take in a quiet round

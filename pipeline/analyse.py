@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import ConfigError, find_config, load_config, parse_override
-from pipeline.start import on_deployment
+from pipeline.config.schema import ConfigError, find_config, load_config, parse_override
+from pipeline.runtime.launch import on_deployment
 
 if TYPE_CHECKING:
-    from pipeline.deployment import Deployment
+    from pipeline.runtime.deployment import Deployment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     def analyse(deployment: Deployment) -> None:
-        from pipeline import model_analysis
+        from pipeline.analysis import model_analysis
 
         getattr(model_analysis, f"analyse_{arguments.analysis}")(config, deployment, arguments.out)
 

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import ConfigError, find_config, load_config, parse_override
-from pipeline.start import on_deployment
+from pipeline.config.schema import ConfigError, find_config, load_config, parse_override
+from pipeline.runtime.launch import on_deployment
 
 if TYPE_CHECKING:
-    from pipeline.deployment import Deployment
+    from pipeline.runtime.deployment import Deployment
 
 __all__ = ["main"]
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = dataclasses.replace(config, dataset=dataset, compressor="none", compressor_per_link={})
 
     def work(deployment: Deployment) -> None:
-        from pipeline.calibration import calibrate
+        from pipeline.analysis.calibration import calibrate
 
         calibrate(config, deployment, arguments.out, use_token_ids=not arguments.no_token_table)
 

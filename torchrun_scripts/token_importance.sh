@@ -19,4 +19,4 @@ $run -m pipeline.analyse heads --config "$config" --out "$folder/heads" "$@" \
     --set dataset.split=validation ${VALIDATION:+--set dataset.path="$VALIDATION"}
 $run -m pipeline.analyse oracle --config "$config" --out "$folder/oracle" "$@"
 $run run_pipeline.py --config "$config" --sweep token_importance.yaml --exp_dir "$folder" "$@"
-python -m pipeline.importance_curves "$folder"
+python -m pipeline.report.importance_curves "$folder"

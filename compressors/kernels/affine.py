@@ -1,4 +1,4 @@
-"""Kernels of compressors.affine (intN)."""
+"""Kernels of compressors.scalar.affine (intN)."""
 
 from __future__ import annotations
 

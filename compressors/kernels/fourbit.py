@@ -1,4 +1,4 @@
-"""Kernels of the codecs with 4-bit codes from a table: compressors.fourbit, compressors.mxfp4."""
+"""Kernels of the codecs with 4-bit codes from a table: compressors.scalar.fourbit, compressors.scalar.mxfp4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels of compressors.fp8.
+"""Kernels of compressors.scalar.fp8.
 
 Encoding rounds in integer arithmetic. A float32 with m of its 23 mantissa bits kept is rounded to nearest
 even by adding half of the last kept place, less one, plus the last kept bit. Values below the smallest normal

@@ -1,4 +1,4 @@
-"""Entropy coding of `compressors.klt` by rANS.
+"""Entropy coding of `compressors.klt.codec` by rANS.
 
 Everything that the models depend on is an integer: levels, classes, frequencies. Two machines whose floats differ in
 the last bit still agree on every symbol.

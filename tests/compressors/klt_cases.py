@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from compressors import LinkInfo, make_compressor
-from compressors.calibration_file import TokenTable, write_calibration, write_token_table
 from compressors.check import Subject, hidden_states
-from compressors.klt_fit import LinkStatistics, fit, make_token_table
-from compressors.klt_models import SampleRow
+from compressors.klt.calibration_file import TokenTable, write_calibration, write_token_table
+from compressors.klt.fit import LinkStatistics, fit, make_token_table
+from compressors.klt.models import SampleRow
 
 LINK = "check"  # the link's name in compressors.check
 VOCABULARY = 64

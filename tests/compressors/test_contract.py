@@ -10,10 +10,11 @@ from codec_cases import DTYPES, SPECS, compress, make, round_trip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressors import CorruptPayload, Payload, builtin_names, hadamard
+from compressors import CorruptPayload, Payload, builtin_names
 from compressors.check import CHECKS, find_violations, hidden_states
 from compressors.kernels import hadamard as kernels
 from compressors.rows import RowCodec
+from compressors.wrappers import hadamard
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compressors import CorruptPayload, LinkInfo, Payload, make_compressor
-from compressors.calibration_file import file_name
 from compressors.check import CHECKS, hidden_states, side_inputs
+from compressors.klt.calibration_file import file_name
 
 CPU = torch.device("cpu")
 KLT = {"name": "klt", "step": 0.4}
@@ -195,7 +195,7 @@ def test_the_entropy_coder_is_an_integer_format():
     """Symbols of every size and class to the same words on every machine, and back."""
     from compressors.kernels import klt as kernels
     from compressors.kernels import trellis
-    from compressors.klt_models import prior_models
+    from compressors.klt.models import prior_models
 
     num_tokens, width = 9, 40
     values = (np.arange(num_tokens * width) * 7919 % 1000).reshape(num_tokens, width).astype(np.int32)
@@ -316,10 +316,10 @@ def test_options(options, message):
 
 def test_a_calibration_from_little_text_and_dead_channels():
     """Fewer tokens than channels, channels that never change, tokens far from the others: still a codec."""
-    from compressors.calibration_file import TokenTable
-    from compressors.klt import KltCoder
-    from compressors.klt_fit import LinkStatistics, fit
-    from compressors.klt_models import SampleRow
+    from compressors.klt.calibration_file import TokenTable
+    from compressors.klt.codec import KltCoder
+    from compressors.klt.fit import LinkStatistics, fit
+    from compressors.klt.models import SampleRow
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 20, 64, generator=generator)

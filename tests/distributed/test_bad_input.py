@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from pipeline.record import read_record
+from pipeline.records.store import read_record
 from tests.helpers.launch import call_on_ranks, run_alone, run_ranks, start_ranks
 from tests.helpers.tiny_models import save_tiny_model, tiny_arguments, tiny_model
 

@@ -4,7 +4,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline.record import read_record
+from pipeline.records.store import read_record
 from tests.helpers.launch import call_on_ranks, run_ranks
 from tests.helpers.tiny_models import save_tiny_model, tiny_arguments, tiny_model, write_text
 

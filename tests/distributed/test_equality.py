@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from pipeline.config import load_config
-from pipeline.dataset import load_text, tokenize
-from pipeline.record import read_per_token, read_record
+from pipeline.config.schema import load_config
+from pipeline.data.text import load_text, tokenize
+from pipeline.records.store import read_per_token, read_record
 from tests.helpers.launch import call_on_ranks
 from tests.helpers.tiny_models import MODEL_TYPES, tiny_model, write_text
 
@@ -37,10 +37,10 @@ def overrides(model: Path, text: Path, exp_dir: Path, num_nodes: int, **more):
 
 def evaluate_all(rank: int, cases: dict[str, dict]) -> None:
     """Run every case in one process group; the last stage's hidden states go to `<exp_dir>/hidden`."""
-    from pipeline.deployment import deploy
-    from pipeline.distributed import Control, World
-    from pipeline.evaluation import Evaluation
-    from pipeline.stage import Stage
+    from pipeline.comm.control import Control, World
+    from pipeline.evaluation.evaluation import Evaluation
+    from pipeline.models.stage import Stage
+    from pipeline.runtime.deployment import deploy
 
     control = Control(World.from_environment(), timeout_s=60, load_timeout_s=120, interface=None)
     score = Stage.score

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from benchmarks.kill_ranks import Bench, Kill
-from pipeline.record import read_per_token, read_record
+from pipeline.records.store import read_per_token, read_record
 from tests.helpers.bad_codecs import DUE
 from tests.helpers.launch import call_on_ranks, run_alone, run_ranks, start_ranks, start_torchrun
 from tests.helpers.tiny_models import tiny_arguments
@@ -212,7 +212,7 @@ def test_a_frame_that_is_damaged_on_the_way(damaged, tmp_path):
 def damage_a_frame(rank, command, damaged):
     """Rank 1 changes a bit of its fourth frame, just before it is sent."""
     import run_pipeline
-    from pipeline.mailbox import PeerOutbox
+    from pipeline.comm.mailbox import PeerOutbox
 
     post, posted = PeerOutbox.post, []
 
@@ -342,7 +342,7 @@ def test_a_disk_without_room_for_the_record(tmp_path, uninterrupted):
 
 def run_out_of_room_at_the_record(rank, command):
     import run_pipeline
-    from pipeline import head
+    from pipeline.evaluation import recorder as head
 
     write_record = head.write_record
 

@@ -6,14 +6,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import load_config, parse_override
-from pipeline.deployment import deploy
-from pipeline.distributed import Control
-from pipeline.gradients import GradientPass
-from pipeline.hf_model import TORCH_DTYPES
-from pipeline.stage import Objective
-from pipeline.windows import make_microbatches, make_windows
-from pipeline.world import World
+from pipeline.comm.control import Control
+from pipeline.comm.world import World
+from pipeline.config.schema import load_config, parse_override
+from pipeline.data.windows import make_microbatches, make_windows
+from pipeline.models.loading import TORCH_DTYPES
+from pipeline.models.stage import Objective
+from pipeline.runtime.deployment import deploy
+from pipeline.runtime.gradients import GradientPass
 from tests.helpers.launch import call_on_ranks
 from tests.helpers.tiny_models import tiny_model, write_text
 

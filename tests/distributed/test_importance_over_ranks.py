@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.importance import METRICS, AttentionMetric
-from pipeline.importance_files import write_head_relevance, write_token_importance
-from pipeline.model_source import checkpoint_fingerprint
-from pipeline.plan import default_plan
-from pipeline.record import read_per_token, read_record
+from pipeline.importance.files import write_head_relevance, write_token_importance
+from pipeline.importance.metrics import METRICS, AttentionMetric
+from pipeline.models.source import checkpoint_fingerprint
+from pipeline.partition.plan import default_plan
+from pipeline.records.store import read_per_token, read_record
 from tests.distributed.test_equality import LENGTH, check, overrides, run_cases
 from tests.helpers.launch import run_alone, run_ranks
 from tests.helpers.tiny_models import tiny_arguments, tiny_model, write_text

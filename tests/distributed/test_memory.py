@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.synthetic import save_random_llama
-from pipeline.config import load_config
+from pipeline.config.schema import load_config
 from tests.helpers.launch import call_on_ranks, run_ranks
 
 WINDOW = 64

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.record import read_record
+from pipeline.records.store import read_record
 from tests.helpers.launch import ROOT, run_torchrun
 
 _FOLDERS = [os.environ.get("THINWIRE_WIKITEXT"), ROOT.parent / "shared" / "data" / "wikitext-2-raw"]

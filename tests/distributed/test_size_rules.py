@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 
 from compressors.base import Payload
-from pipeline.link import FrameReceiver, FrameSender
-from pipeline.mailbox import FrameSpec, LinkError, PeerInbox, PeerOutbox, SizeRule
-from pipeline.wire import RemoteError
+from pipeline.comm.link import FrameReceiver, FrameSender
+from pipeline.comm.mailbox import FrameSpec, LinkError, PeerInbox, PeerOutbox, SizeRule
+from pipeline.comm.wire import RemoteError
 from tests.helpers.launch import call_on_ranks
 
 SHAPES = [(1, 64, 16)] * 7 + [(1, 5, 16)]

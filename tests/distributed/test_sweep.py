@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pipeline.record import read_failure, read_per_token, read_record
+from pipeline.records.store import read_failure, read_per_token, read_record
 from tests.helpers.launch import run_alone, run_ranks, run_torchrun, start_torchrun
 from tests.helpers.tiny_models import tiny_arguments
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.record import read_per_token, read_record
+from pipeline.records.store import read_per_token, read_record
 from tests.helpers.launch import run_ranks
 from tests.helpers.tiny_models import tiny_arguments
 

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-_PRELOADED = ["run_pipeline", "pipeline.sweep", "transformers.models.auto.modeling_auto"]
+_PRELOADED = ["run_pipeline", "pipeline.evaluation.sweep", "transformers.models.auto.modeling_auto"]
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

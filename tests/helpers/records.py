@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from pipeline.metrics import perplexity
-from pipeline.plan import default_plan
-from pipeline.record import write_record
+from pipeline.partition.plan import default_plan
+from pipeline.records.store import write_record
+from pipeline.records.traffic import perplexity
 
 PLAN = default_plan(8, 4)
 HIDDEN_SIZE = 64

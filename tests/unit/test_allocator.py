@@ -12,7 +12,7 @@ needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only
 
 FAULTS_OF_A_SECOND_BUFFER = """
 import resource
-from pipeline.allocator import keep_freed_memory
+from pipeline.runtime.memory import keep_freed_memory
 {setting}
 buffer = bytearray(64 << 20)
 del buffer
@@ -22,7 +22,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 MIB_LEFT_BETWEEN_SMALL_BLOCKS = """
-from pipeline.allocator import return_freed_memory
+from pipeline.runtime.memory import return_freed_memory
 {setting}
 def resident_mib():
     with open("/proc/self/statm") as statm:

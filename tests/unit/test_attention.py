@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import attention
-from pipeline.attention import Attention, AttentionError
-from pipeline.hf_model import VERIFIED_MODEL_TYPES, check_attention_readable, load_model_config, load_stage
-from pipeline.plan import default_plan
-from pipeline.stage import Stage
+from pipeline.models import attention
+from pipeline.models.attention import Attention, AttentionError
+from pipeline.models.loading import VERIFIED_MODEL_TYPES, check_attention_readable, load_model_config, load_stage
+from pipeline.models.stage import Stage
+from pipeline.partition.plan import default_plan
 from tests.helpers.tiny_models import save_tiny_model, tiny_model
 from tests.unit.test_hf_model import OWN_SIZES, SIZES
 

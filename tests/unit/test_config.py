@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import FLAG_KEYS, ConfigError, RunConfig, find_config, load_config, parse_override
+from pipeline.config.schema import FLAG_KEYS, ConfigError, RunConfig, find_config, load_config, parse_override
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

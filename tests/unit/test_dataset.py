@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from pipeline.dataset import Text, _wikitext_rows, ids_digest, load_text, tokenize
+from pipeline.data.text import Text, _wikitext_rows, ids_digest, load_text, tokenize
 
 WIKITEXT_DIR = Path(
     os.environ.get("THINWIRE_WIKITEXT", Path(__file__).parents[3] / "shared" / "data" / "wikitext-2-raw")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.hf_model import VERIFIED_MODEL_TYPES, ModelError, load_model_config, load_stage
-from pipeline.plan import default_plan
+from pipeline.models.loading import VERIFIED_MODEL_TYPES, ModelError, load_model_config, load_stage
+from pipeline.partition.plan import default_plan
 from tests.helpers.tiny_models import MODEL_TYPES, VOCAB_SIZE, save_tiny_model
 
 SIZES = {

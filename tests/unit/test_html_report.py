@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.charts import ChartPoint, pareto_front, trade_off_svg
-from pipeline.columns import percent, significant
-from pipeline.html_report import html_page
-from pipeline.outlook import Outlook
-from pipeline.published import read_published
-from pipeline.record import write_failure
-from pipeline.results import read_results
-from pipeline.text_report import csv_table, markdown_page
+from pipeline.records.store import write_failure
+from pipeline.report.charts import ChartPoint, pareto_front, trade_off_svg
+from pipeline.report.html_page import html_page
+from pipeline.report.point_columns import percent, significant
+from pipeline.report.published import read_published
+from pipeline.report.recommendation import Outlook
+from pipeline.report.results import read_results
+from pipeline.report.text_page import csv_table, markdown_page
 from tests.helpers.records import losses, write_point
 
 ROOT = Path(__file__).parents[2]

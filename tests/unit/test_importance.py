@@ -4,11 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compressors.token_mixed import CAUSAL_METRICS
-from pipeline import attention
-from pipeline.attention import Attention, AttentionError
-from pipeline.importance import METRICS, AttentionMetric, MetricSetting
-from pipeline.importance_files import (
+from compressors.wrappers.token_mixed import CAUSAL_METRICS
+from pipeline.data.windows import make_microbatches, make_windows
+from pipeline.importance.files import (
     ImportanceFileError,
     file_digest,
     read_head_relevance,
@@ -16,7 +14,9 @@ from pipeline.importance_files import (
     write_head_relevance,
     write_token_importance,
 )
-from pipeline.windows import make_microbatches, make_windows
+from pipeline.importance.metrics import METRICS, AttentionMetric, MetricSetting
+from pipeline.models import attention
+from pipeline.models.attention import Attention, AttentionError
 
 BATCH, HEADS, NUM_TOKENS = 2, 4, 23
 RELEVANCE = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [4, 0, 3, 1], [1, 0, 0, 0]])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pipeline.importance_curves import collect, plot_curves
+from pipeline.report.importance_curves import collect, plot_curves
 
 
 def record(codec, bits, ppl, *, metric=None, fraction=None, seed=0, model="tiny"):

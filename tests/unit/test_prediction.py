@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.plan import default_plan
-from pipeline.prediction import Network, PipelineCosts, predict_decode, predict_prefill
-from pipeline.schedule import ActionKind, make_schedule
+from pipeline.partition.plan import default_plan
+from pipeline.partition.schedule import ActionKind, make_schedule
+from pipeline.report.prediction import Network, PipelineCosts, predict_decode, predict_prefill
 
 
 def simulate(plan, stage_s, frame_bytes, network, num_microbatches, in_flight):

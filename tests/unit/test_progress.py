@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import WandbConfig
-from pipeline.progress import Progress, SweepProgress
-from pipeline.tracking import Tracker
+from pipeline.config.schema import WandbConfig
+from pipeline.evaluation.progress import Progress, SweepProgress
+from pipeline.evaluation.tracking import Tracker
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +96,7 @@ def test_curves_have_the_bytes_of_every_link():
 
 def test_remaining_time_counts_only_points_that_were_run(monkeypatch):
     now = iter([0.0, 30.0, 30.0, 30.0])
-    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("pipeline.evaluation.progress.time.monotonic", lambda: next(now))
     sweep = SweepProgress("s", 4)
     sweep.begin("a")
     sweep.end("", was_run=False)

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.quality import MIN_WINDOWS, compare
+from pipeline.report.quality import MIN_WINDOWS, compare
 
 
 def per_token(loss, window, top1=None):

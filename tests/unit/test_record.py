@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.record import (
+from pipeline.records.store import (
     RecordError,
     check_writable,
     codec_label,

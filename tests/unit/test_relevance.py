@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pipeline.hf_model import load_model_config, load_stage
-from pipeline.plan import StagePlan
-from pipeline.relevance import RELEVANCE_MODEL_TYPES, attnlrp
+from pipeline.analysis.relevance import RELEVANCE_MODEL_TYPES, attnlrp
+from pipeline.models.loading import load_model_config, load_stage
+from pipeline.partition.plan import StagePlan
 from tests.helpers.make_relevance_goldens import fill_weights
 from tests.helpers.tiny_models import VOCAB_SIZE, tiny_model
 

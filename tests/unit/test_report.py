@@ -1,4 +1,4 @@
-from pipeline.report import load_records, print_summary, summary_rows
+from pipeline.report.summary import load_records, print_summary, summary_rows
 
 
 def record(compressor, ppl, **changes):

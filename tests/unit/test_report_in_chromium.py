@@ -14,11 +14,11 @@ from html import unescape
 import numpy as np
 import pytest
 
-from pipeline.columns import significant
-from pipeline.html_report import html_page
-from pipeline.outlook import Outlook
-from pipeline.prediction import Network, predict_decode, predict_prefill
-from pipeline.results import read_results
+from pipeline.report.html_page import html_page
+from pipeline.report.point_columns import significant
+from pipeline.report.prediction import Network, predict_decode, predict_prefill
+from pipeline.report.recommendation import Outlook
+from pipeline.report.results import read_results
 from tests.helpers.records import losses, write_point
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

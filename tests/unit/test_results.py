@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pipeline.html_report import html_page
-from pipeline.outlook import Outlook, fastest, recommendation_text, within_budget
-from pipeline.prediction import Network
-from pipeline.record import write_failure
-from pipeline.report import summary_rows
-from pipeline.results import load_records, read_results, recommend
-from pipeline.text_report import csv_table, markdown_page
+from pipeline.records.store import write_failure
+from pipeline.report.html_page import html_page
+from pipeline.report.prediction import Network
+from pipeline.report.recommendation import Outlook, fastest, recommendation_text, within_budget
+from pipeline.report.results import load_records, read_results, recommend
+from pipeline.report.summary import summary_rows
+from pipeline.report.text_page import csv_table, markdown_page
 from tests.helpers.records import losses, write_point
 
 

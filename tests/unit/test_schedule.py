@@ -1,7 +1,14 @@
 import pytest
 
-from pipeline.plan import default_plan, explicit_plan
-from pipeline.schedule import Action, ActionKind, ScheduleError, dry_run, make_gradient_schedule, make_schedule
+from pipeline.partition.plan import default_plan, explicit_plan
+from pipeline.partition.schedule import (
+    Action,
+    ActionKind,
+    ScheduleError,
+    dry_run,
+    make_gradient_schedule,
+    make_schedule,
+)
 
 
 def steps(actions):

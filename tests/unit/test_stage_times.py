@@ -2,8 +2,8 @@
 
 import torch
 
-from pipeline import runner
-from pipeline.runner import StageTimes
+from pipeline.runtime import runner
+from pipeline.runtime.runner import StageTimes
 
 
 def test_a_phase_within_another_is_taken_from_it(monkeypatch):

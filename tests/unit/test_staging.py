@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import staging
-from pipeline.staging import stage_directory
+from pipeline.models import staging
+from pipeline.models.staging import stage_directory
 
 CHUNK = 1000
 FILES = ("config.json", "model.safetensors")

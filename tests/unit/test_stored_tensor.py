@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline import hf_model
+from pipeline.models import loading as hf_model
 
 TENSORS = {
     "matrix": torch.arange(37 * 13, dtype=torch.float32).view(37, 13) / 7,

@@ -3,8 +3,8 @@ import types
 
 import pytest
 
-from pipeline.config import WandbConfig
-from pipeline.tracking import Tracker
+from pipeline.config.schema import WandbConfig
+from pipeline.evaluation.tracking import Tracker
 
 
 def track(tmp_path, **settings):

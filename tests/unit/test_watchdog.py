@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from pipeline import watchdog
-from pipeline.watchdog import PipelineError, Watchdog, _Beat, _Clock
-from pipeline.world import World
+from pipeline.comm import watchdog
+from pipeline.comm.watchdog import PipelineError, Watchdog, _Beat, _Clock
+from pipeline.comm.world import World
 from tests.helpers.launch import call_on_ranks
 
 WORLD = World(rank=1, world_size=4)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.windows import make_microbatches, make_windows
+from pipeline.data.windows import make_microbatches, make_windows
 
 
 def counts(windows):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.wire import (
+from pipeline.comm.wire import (
     BadFrame,
     Expectation,
     FrameKind,

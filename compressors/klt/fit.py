@@ -1,0 +1,253 @@
+"""From what a link carried, and the loss's gradients there, to the calibration of `klt`.
+
+`LinkStatistics` is fed token by token and keeps sums of products only, so its memory is that of a few [H, H] matrices
+however long the text is. `fit` makes a `LinkCalibration` of them; its entropy models come from text that was held out
+(`compressors.klt.models`).
+
+With z = (x / u - mean) for a token x of root mean square u, and g = u dL/dx:
+
+* Space. F = E[g g^T / |g|] has the directions in which errors cost loss; a token with a large gradient counts for less
+  than its square, since it gets a finer step. z W, with W = (F / mean eigenvalue + 0.1)^(1/2), weighs an error by what
+  it costs; the 0.1 keeps some precision where the gradient is small, since errors at useful rates are too large for a
+  quadratic form.
+* Prediction. Ridge regression of z W on that of the token before and on features of the token's id (its embedding,
+  `make_token_table`). The token before will be known as decoded only, so the variance of the quantisation error at
+  REFERENCE_STEP is added to its own, and its matrix is cut to a low rank by the variance of what it predicts.
+* Transform. Eigenvectors of the covariance of what prediction leaves.
+* Step. The logarithm of |g|^2 is regressed on z and log2 u. The step of a token is proportional to |g| to the power
+  -2 STEP_EXPONENT as predicted. High-resolution theory has 1/2 in place of STEP_EXPONENT; the prediction is uncertain,
+  and half of that did best.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+
+from compressors.klt.calibration_file import LinkCalibration, TokenTable
+from compressors.klt.codec import RAW_EIGHTHS
+from compressors.klt.models import REFERENCE_STEP, SampleRow, cumulative, eighths, fit_models, prior_models
+
+__all__ = ["CHUNK", "LinkStatistics", "fit", "make_token_table"]
+
+FLATTENING = 0.1
+STEP_EXPONENT = 0.25
+TEMPORAL_RANK = 128
+TOKEN_FEATURES = 1024
+CHUNK = 8192  # rows of an embedding at once
+
+
+class LinkStatistics:
+    """Sums over tokens. The vector of a token is (x / u [H], log2 u, 1, the same of the token before or zeros, its
+    id's features [D]); `products` sums its outer product. D = 0 leaves ids out."""
+
+    def __init__(self, hidden_size: int, num_features: int, device: torch.device) -> None:
+        self.hidden_size, self.num_features = hidden_size, num_features
+        size = 2 * (hidden_size + 2) + num_features
+        make = dict(dtype=torch.float64, device=device)
+        self.products = torch.zeros(size, size, **make)
+        self.sensitivity = torch.zeros(hidden_size, hidden_size, **make)
+        self.log_sensitivity = torch.zeros(size, **make)  # sums of the vector times log |g|^2
+        self.sensitive_products = torch.zeros(hidden_size + 2, hidden_size + 2, **make)
+        self.rms_eighths: int | None = None
+        self.num_tokens = 0
+
+    @torch.no_grad()
+    def add(self, hidden_states: torch.Tensor, gradients: torch.Tensor, features: torch.Tensor) -> None:
+        """One micro-batch: hidden states [B, T, H], gradients float32 [B, T, H], features float32 [B, T, D]."""
+        x = hidden_states.float()
+        octaves = x.square().mean(-1).sqrt().log2()
+        if self.rms_eighths is None:
+            usable = octaves[octaves.isfinite()]
+            if usable.numel() == 0:
+                raise ValueError("calibration text gives no finite, non-zero hidden states")
+            self.rms_eighths = round(8 * usable.median().item())
+        is_coded = ((8 * octaves - self.rms_eighths).abs() < RAW_EIGHTHS) & x.isfinite().all(-1)
+        octaves = torch.where(is_coded, octaves, 0).unsqueeze(-1)
+        u = torch.exp2(octaves)
+        own = torch.cat([x / u, octaves, torch.ones_like(octaves)], -1)
+        own = torch.where(is_coded.unsqueeze(-1), own, 0)
+        before = torch.nn.functional.pad(own, (0, 0, 1, 0))[:, :-1]
+        vectors = torch.cat([own, before, features], -1)[is_coded]
+        self.products += vectors.T @ vectors
+        self.num_tokens += len(vectors)
+        g = (gradients.float() * u)[is_coded]
+        size = g.square().sum(-1)
+        usable = size.isfinite() & (size > 0)  # nothing depends on a row's last token
+        g, own, size = g[usable], own[is_coded][usable], size[usable]
+        self.sensitivity += (g / size.sqrt().unsqueeze(-1)).T @ g
+        self.log_sensitivity[: own.shape[-1]] += size.log() @ own
+        self.sensitive_products += own.T @ own
+
+
+@torch.no_grad()
+def fit(statistics: LinkStatistics, sample: Sequence[SampleRow], tokens: TokenTable) -> LinkCalibration:
+    """The link's calibration. `tokens` is empty, or what gave `statistics` its features."""
+    size = statistics.hidden_size
+    space = _Space(statistics)
+    prediction = _Prediction(statistics, space)
+    variances, basis = _principal(prediction.residual, statistics.num_tokens)
+    fixed_variances, fixed_basis = _principal(space.covariance, statistics.num_tokens)
+    temporal_in, temporal_out = prediction.temporal_factors(TEMPORAL_RANK)
+    token_out = prediction.weights[size:] @ basis
+    finer, finer_bias = _fit_finer(statistics, space, basis)
+    calibration = LinkCalibration(
+        mean=space.mean.float(),
+        encode=(space.to_space @ basis).float(),
+        decode=(basis.T @ space.from_space).float(),
+        fixed_encode=(space.to_space @ fixed_basis).float(),
+        fixed_decode=(fixed_basis.T @ space.from_space).float(),
+        fixed_size=fixed_variances.clamp_min(1e-12).sqrt().float(),
+        component_eighths=eighths(variances.clamp_min(1e-9).sqrt() * 0.8),
+        temporal_in=(basis.T @ temporal_in).float(),
+        temporal_out=(temporal_out @ basis).float(),
+        token_out=token_out.float(),
+        token_bias=-(prediction.features_mean @ token_out).float(),
+        finer=finer.float(),
+        finer_bias=finer_bias.float(),
+        rms_eighths=torch.tensor([statistics.rms_eighths], dtype=torch.int32),
+        side_classes=torch.zeros(2, dtype=torch.int32),
+        **prior_models(),
+        rate_steps=torch.zeros(0, dtype=torch.float64),
+        rate_bits=torch.zeros(0, dtype=torch.float64),
+    )
+    return fit_models(_on_cpu(calibration), tokens, sample)
+
+
+@torch.no_grad()
+def make_token_table(embedding_chunks: Callable[[], Iterable[torch.Tensor]], counts: torch.Tensor) -> TokenTable:
+    """Features of all ids: their embeddings' principal components, at most TOKEN_FEATURES, in int8.
+
+    `embedding_chunks()` gives float32 [n, D] rows in the order of ids, anew at each call; `counts` int64 [V] is how
+    often the text has each id, which weighs the components.
+    """
+    weights = (counts.double() + 0.01).split(CHUNK)
+    total = torch.zeros((), dtype=torch.float64)
+    mean: torch.Tensor | float = 0.0
+    products: torch.Tensor | float = 0.0
+    for rows, weight in zip(_in_chunks(embedding_chunks()), weights):
+        rows = rows.double()
+        total, mean, products = total + weight.sum(), mean + weight @ rows, products + (rows.T * weight) @ rows
+    mean = mean / total
+    _, vectors = torch.linalg.eigh(products / total - torch.outer(mean, mean))
+    kept = vectors[:, -TOKEN_FEATURES:].flip(1)
+    features = torch.cat([((rows.double() - mean) @ kept).float() for rows in embedding_chunks()])
+    # A few ids lie far out; they do not set the scale for all.
+    largest = torch.minimum(features.abs().amax(0), 8 * features.square().mean(0).sqrt()).clamp_min(1e-9)
+    codes = (features * (127 / largest)).round().clamp(-127, 127).to(torch.int8)
+    ranks, rank_starts = _rank_ids(counts)
+    return TokenTable(codes=codes, scales=largest / 127, ranks=ranks, rank_starts=rank_starts)
+
+
+def _in_chunks(rows: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+    """The same rows, CHUNK at a time."""
+    for piece in rows:
+        yield from piece.split(CHUNK)
+
+
+class _Space:
+    """The weighted space: z W with W divided so that the average variance is 1."""
+
+    def __init__(self, statistics: LinkStatistics) -> None:
+        n, size = statistics.num_tokens, statistics.hidden_size
+        if n < 2:
+            raise ValueError(f"calibration needs at least 2 tokens that can be coded, got {n}")
+        one = size + 1
+        self.mean = statistics.products[one, :size] / n
+        eigenvalues, vectors = torch.linalg.eigh(statistics.sensitivity)
+        average = eigenvalues.clamp_min(0).mean()
+        if not average > 0:
+            raise ValueError("calibration text gives no gradients at this link")
+        weights = (eigenvalues.clamp_min(0) / average + FLATTENING).sqrt()
+        root, inverse = (vectors * weights) @ vectors.T, (vectors / weights) @ vectors.T
+        covariance = statistics.products[:size, :size] / n - torch.outer(self.mean, self.mean)
+        scale = (root @ covariance @ root).trace().div(size).clamp_min(1e-12).sqrt()
+        self.to_space, self.from_space = root / scale, inverse * scale
+        self.covariance = self.to_space @ covariance @ self.to_space
+
+
+class _Prediction:
+    """Regression of a token in the space on the token before in the space, and on its own centred features."""
+
+    def __init__(self, statistics: LinkStatistics, space: _Space) -> None:
+        n, size = statistics.num_tokens, statistics.hidden_size
+        before, one = size + 2, size + 1
+        products = statistics.products / n
+        # Regressors as linear maps of the statistics' vector; a row's first token has zeros before it.
+        first = 2 * (size + 2)  # of the features
+        self.features_mean = products[one, first:]
+        regressors = products.new_zeros(products.shape[0], size + statistics.num_features)
+        regressors[before : before + size, :size] = space.to_space
+        regressors[before + one, :size] = -space.mean @ space.to_space
+        regressors[first:, size:].fill_diagonal_(1)
+        regressors[one, size:] = -self.features_mean
+        own = products.new_zeros(products.shape[0], size)
+        own[:size], own[one] = space.to_space, -space.mean @ space.to_space
+        self._products = regressors.T @ products @ regressors
+        cross = regressors.T @ products @ own
+        noisy = self._products.diagonal().clone()
+        noisy[:size] += REFERENCE_STEP**2 / 15
+        ridge = 1e-3 + 0.05 * regressors.shape[1] / n
+        normal = self._products + torch.diag(noisy - self._products.diagonal() + ridge * noisy + 1e-9)
+        self.weights = torch.linalg.solve(normal, cross)
+        explained = cross.T @ self.weights
+        self.residual = space.covariance - explained - explained.T + self.weights.T @ self._products @ self.weights
+
+    def temporal_factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(in, out) of the weights of the token before, cut to the directions that predict the most variance."""
+        inputs = slice(0, len(self.residual))
+        weights = self.weights[inputs]
+        _, vectors = torch.linalg.eigh(weights.T @ self._products[inputs, inputs] @ weights)
+        kept = vectors[:, -rank:]
+        return weights @ kept, kept.T
+
+
+def _principal(covariance: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Variances, falling, and principal components as columns. The covariance is first drawn towards a multiple of the
+    identity by the share of what is unknown, which matters for short texts."""
+    size = len(covariance)
+    share = 0.1 * size / (size + num_tokens)
+    identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
+    shrunk = (1 - share) * (covariance + covariance.T) / 2 + share * covariance.trace() / size * identity
+    variances, vectors = torch.linalg.eigh(shrunk)
+    return variances.flip(0), vectors.flip(1)
+
+
+def _fit_finer(statistics: LinkStatistics, space: _Space, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quarter octaves by which a token's step is finer, as a function of its components and of log2 u."""
+    size, one = statistics.hidden_size, statistics.hidden_size + 1
+    n = statistics.sensitive_products[one, one]
+    to_features = statistics.products.new_zeros(size + 2, size + 1)  # components in the space, log2 u
+    to_features[:size, :size] = space.to_space @ basis
+    to_features[size, size] = 1
+    products = to_features.T @ statistics.sensitive_products @ to_features / n
+    mean = statistics.sensitive_products[one] @ to_features / n
+    centred = products - torch.outer(mean, mean)
+    target_mean = statistics.log_sensitivity[one] / n
+    target = statistics.log_sensitivity[: size + 2] @ to_features / n - mean * target_mean
+    ridge = 1e-3 + 0.1 * size / n
+    weights = torch.linalg.solve(centred + torch.diag(ridge * centred.diagonal() + 1e-9), target)
+    weights *= 4 * STEP_EXPONENT / math.log(2)  # nats of |g|^2 to quarter octaves of the step
+    # The codec's components are centred on the mean of all tokens: y = (x / u) E - mean E.
+    offset = space.mean @ space.to_space @ basis @ weights[:size]
+    return weights[:size], torch.stack([offset - mean @ weights, weights[size]])
+
+
+def _rank_ids(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranks of ids by frequency, and cumulative frequencies of the ranks' bit lengths."""
+    order = counts.argsort(descending=True, stable=True)
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order))
+    by_length = np.zeros(int(len(order)).bit_length())
+    for rank_plus_one, count in enumerate(counts[order].tolist(), 1):
+        by_length[rank_plus_one.bit_length() - 1] += count + 0.05
+    return ranks.to(torch.int32), torch.from_numpy(cumulative(by_length))
+
+
+def _on_cpu(calibration: LinkCalibration) -> LinkCalibration:
+    tensors = {f.name: getattr(calibration, f.name).cpu() for f in dataclasses.fields(calibration)}
+    return dataclasses.replace(calibration, **tensors)

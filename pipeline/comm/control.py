@@ -1,0 +1,276 @@
+"""Process group, devices, and what ranks tell each other beside the links.
+
+`Control` is a run's second channel: ranks compare their configs, wait for each other and exchange small JSON
+values through the rendezvous store, never through pickled objects. What watches for ranks that die or hang is
+`watchdog.py`.
+
+The groups have neither authentication nor encryption; see the README.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pipeline.comm.mailbox import LinkError
+from pipeline.comm.watchdog import Watchdog
+from pipeline.comm.world import World
+
+__all__ = ["AgreementError", "Control", "World", "choose_device", "link_backend"]
+
+T = TypeVar("T")
+
+_MAX_TOKENS = 2**30
+_LEAVING_TIME = datetime.timedelta(seconds=5)
+
+
+class AgreementError(ValueError):
+    """Ranks were started with different configs or checkpoints."""
+
+
+def choose_device(setting: str, world: World) -> torch.device:
+    """`auto` takes a GPU per local rank (sharing them when there are fewer), or the CPU.
+
+    Raises ValueError for a device that this machine lacks.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if setting == "auto":
+        setting = "cuda" if num_gpus else "cpu"
+    try:
+        device = torch.device(setting)
+    except RuntimeError as e:
+        raise ValueError(f"device {setting!r} is not one of auto, cpu, cuda, cuda:N") from e
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {setting!r} is not one of auto, cpu, cuda, cuda:N")
+    if device.type == "cuda":
+        if not num_gpus:
+            raise ValueError(f"device {setting!r}: this machine has no usable GPU")
+        device = torch.device("cuda", world.local_rank % num_gpus if device.index is None else device.index)
+        if device.index >= num_gpus:
+            raise ValueError(f"device {setting!r}: this machine has {num_gpus} GPUs")
+    return device
+
+
+def link_backend(setting: str, devices: list[tuple[str, str]]) -> str:
+    """`gloo` or `nccl` for the links, from (host, device) of every rank.
+
+    NCCL takes one rank per GPU. Raises ValueError when it is asked for without that.
+    """
+    fit = all(device != "cpu" for _, device in devices) and len(set(devices)) == len(devices)
+    if setting == "nccl" and not (fit and dist.is_nccl_available()):
+        raise ValueError(f"runtime.backend is nccl, which needs one GPU per rank; the ranks have {devices}")
+    if setting == "auto":
+        return "nccl" if fit and dist.is_nccl_available() else "gloo"
+    return setting
+
+
+class Control:
+    """Start and end of a run's process group, agreement between ranks, and the watch over them.
+
+    With one process it does none of that.
+
+    Args:
+        timeout_s: of a frame, and of another rank's silence.
+        load_timeout_s: for ranks that wait for each other while they load.
+        interface: network interface of the links; None for loopback where all ranks are on one machine.
+        watchdog: where one was started before this module's imports.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        timeout_s: float,
+        load_timeout_s: float,
+        interface: str | None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        self.world = world
+        self.host = socket.gethostname()
+        self.watchdog = watchdog or Watchdog(world, timeout_s)
+        self._load_timeout = datetime.timedelta(seconds=load_timeout_s)
+        self._rounds = 0
+        self._posted: dict[str, Any] = {}  # with one process
+        if world.world_size == 1:
+            return
+        _set_interface(interface, world)
+        self._store = self._connect(is_host=world.hosts_store)
+        # A client of its own: a blocking call of the main thread must not hold up the heartbeats.
+        self.watchdog.join(dist.PrefixStore("watch", self._connect(is_host=False)))
+        self.barrier()  # ranks may start far apart, and the group waits no longer than for a frame
+        self.report("connecting", waiting=True)
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore("group", self._store),
+                rank=world.rank,
+                world_size=world.world_size,
+                timeout=datetime.timedelta(seconds=timeout_s),
+            )
+        except RuntimeError as e:
+            used = os.environ.get("GLOO_SOCKET_IFNAME", "the default")
+            raise LinkError(
+                f"the ranks cannot connect to each other through interface {used} (runtime.interface): {_first_line(e)}"
+            ) from e
+        self.report("starting")
+
+    def report(self, where: str, *, waiting: bool = False) -> str:
+        """Take down what this rank does and whether it waits for another; returns it with the rank's name."""
+        self.watchdog.where, self.watchdog.waiting = where, waiting
+        return self.watchdog.place
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, in rank order, on every rank.
+
+        Waits up to the load timeout; raises LinkError naming the ranks that have not come by then.
+        """
+        if self.world.world_size == 1:
+            return [value]
+        self._rounds += 1
+        keys = [f"gather/{self._rounds}/{rank}" for rank in range(self.world.world_size)]
+        self.watchdog.waiting = True
+        try:
+            self._store.set(keys[self.world.rank], json.dumps(value))
+            self._store.wait(keys, self._load_timeout)
+            values = [json.loads(text) for text in self._store.multi_get(keys)]
+        except RuntimeError as e:
+            raise LinkError(f"waiting for the other ranks: {self._why_no_gather(keys, e)}") from e
+        self.watchdog.waiting = False
+        return values
+
+    def post(self, key: str, value: Any) -> None:
+        """Leave a JSON value for a rank that will `take` it; does not wait. Keys are valid until the next `gather`."""
+        if self.world.world_size == 1:
+            self._posted[key] = value
+            return
+        try:
+            self._store.set(f"post/{self._rounds}/{key}", json.dumps(value))
+        except RuntimeError as e:
+            raise LinkError(f"the rendezvous store has ended: {_first_line(e)}") from e
+
+    def take(self, keys: Sequence[str]) -> list[Any]:
+        """The values that ranks have posted, once they have."""
+        if self.world.world_size == 1:
+            return [self._posted.pop(key) for key in keys]
+        stored = [f"post/{self._rounds}/{key}" for key in keys]
+        try:
+            self._store.wait(stored, self._load_timeout)
+            values = [json.loads(text) for text in self._store.multi_get(stored)]
+            for key in stored:
+                self._store.delete_key(key)
+        except RuntimeError as e:
+            raise LinkError(f"waiting for what other ranks post: {_first_line(e)}") from e
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks, up to the load timeout."""
+        self.gather(None)
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Do something on one rank after the other, so that ranks on one machine do not slow each other down.
+
+        What it raises is raised when all have had their turn.
+        """
+        for _ in range(self.world.rank):
+            self.barrier()
+        try:
+            return work()
+        finally:
+            for _ in range(self.world.rank, self.world.world_size):
+                self.barrier()
+
+    def agree(self, what: str, value: dict[str, Any]) -> None:
+        """Raise AgreementError, naming rank and key, unless every rank has the same flat mapping."""
+        for rank, other in enumerate(self.gather(value)):
+            for key in sorted(value.keys() | other.keys()):
+                if value.get(key) != other.get(key):
+                    raise AgreementError(
+                        f"rank {rank} was started with another {what}: {key} is {other.get(key)!r} there and "
+                        f"{value.get(key)!r} on rank {self.world.rank}; start all ranks alike"
+                    )
+
+    def broadcast_ids(self, ids: torch.Tensor | None) -> torch.Tensor:
+        """Rank 0's int64 token ids on every rank; sent once, as int32, before anything is counted."""
+        if self.world.world_size == 1:
+            return ids
+        count = self.gather(None if ids is None else ids.numel())[0]
+        if not 0 <= count <= _MAX_TOKENS:
+            raise ValueError(f"rank 0 announces {count} token ids, at most {_MAX_TOKENS} are possible")
+        buffer = torch.empty(count, dtype=torch.int32) if ids is None else ids.to(torch.int32)
+        dist.broadcast(buffer, src=0)
+        return buffer.to(torch.int64)
+
+    def broadcast(self, x: torch.Tensor) -> None:
+        """Overwrite `x`, of one shape and dtype on the CPU, with rank 0's."""
+        if self.world.world_size > 1:
+            dist.broadcast(x, src=0)
+
+    def sum_over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's `x`, of one shape and dtype on the CPU, on every rank; `x` itself is overwritten."""
+        if self.world.world_size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def close(self) -> None:
+        """End a successful run: wait for the others, then take down watch and group."""
+        if self.world.world_size == 1:
+            return
+        self.report("ending", waiting=True)
+        self.barrier()
+        self.watchdog.stop()
+        dist.destroy_process_group()
+        # Rank 0 may host the store, so it goes last. A rank that is lost now takes nothing with it.
+        with contextlib.suppress(RuntimeError):
+            if self.world.rank != 0:
+                self._store.set(f"left/{self.world.rank}", "")
+            else:
+                self._store.wait([f"left/{rank}" for rank in range(1, self.world.world_size)], _LEAVING_TIME)
+
+    def _connect(self, *, is_host: bool) -> dist.Store:
+        """A client of the rendezvous store, and on its host, if that is a rank, the store itself."""
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        try:
+            store = dist.TCPStore(
+                address, int(port), is_master=is_host, timeout=self._load_timeout, wait_for_workers=False
+            )
+        except RuntimeError as e:
+            doing = "opened" if is_host else "reached"
+            raise LinkError(f"the rendezvous store {address}:{port} cannot be {doing}: {_first_line(e)}") from e
+        # The store's values outlive an attempt when torchrun restarts the ranks.
+        return dist.PrefixStore(f"thinwire/{self.world.attempt}", store)
+
+    def _why_no_gather(self, keys: Sequence[str], error: RuntimeError) -> str:
+        try:
+            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+        except RuntimeError:
+            return f"the rendezvous store has ended: {_first_line(error)}"
+        waited_s = self._load_timeout.total_seconds()
+        names = " and ".join(map(self.watchdog.last_known, missing))
+        late = f"{names} did not come within {waited_s:g} s (runtime.load_timeout_s)"
+        return late if missing else _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    """Torch appends a C++ stack to its messages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _set_interface(interface: str | None, world: World) -> None:
+    """Choose the interface that Gloo and NCCL bind to: the user's, or loopback for ranks on one machine.
+
+    Left alone when the user has set the libraries' own variables.
+    """
+    if interface is None and world.local_world_size == world.world_size:
+        names = [name for _, name in socket.if_nameindex()]
+        interface = next((name for name in ("lo", "lo0") if name in names), None)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)

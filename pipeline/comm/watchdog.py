@@ -1,0 +1,307 @@
+"""How a run ends when it fails: every live rank prints one message, also when another rank dies or hangs.
+
+Two threads per rank, which the main thread's blocking calls do not hold up:
+
+* The heartbeat alone talks to the rendezvous store. It writes this rank's position (stage, micro-batch),
+  reads those of the others, publishes this rank's failure and reads the run's: the first cause that was
+  published is what every rank prints. A store whose process is stopped blocks it for good.
+* The watchdog itself never blocks. It waits for signals and for a cause, and looks at how long each
+  heartbeat, its own included, has stood still. SIGTERM, which torchrun sends to the survivors of a dead rank,
+  starts a short search for the cause, also while the main thread sits in a receive, where Python runs no
+  signal handlers.
+
+A rank counts as silent once its heartbeat has not changed for the timeout, however long it works on a
+micro-batch: only a stopped or dead process is silent, or one that holds the interpreter lock all that time.
+
+No torch here, so that the watch begins before torch is imported; the store is handed in later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from pipeline.comm.world import World
+
+__all__ = ["PipelineError", "Watchdog"]
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+# Between a sign of failure and the exit, for the cause to become known.
+_GRACE_S = 2.0
+# SIGTERM comes from torchrun, which has seen a rank end: wait until the dead one differs from the slow ones.
+_SEARCH_S = 3.0
+
+
+class PipelineError(RuntimeError):
+    """Ends a run while it goes on. The text is written for the user, who needs no traceback to read it.
+
+    `is_symptom`: another rank is to blame, `peer` where that is known. `names_place`: the text tells the
+    failed rank's position itself.
+    """
+
+    is_symptom = False
+    names_place = False
+    peer: int | None = None
+
+
+@dataclass
+class _Beat:
+    """The last heartbeat of a rank, and for how long it has been seen to stand still."""
+
+    value: bytes
+    silent_s: float = 0.0
+
+    @property
+    def where(self) -> str:
+        return self.value.decode(errors="replace").split("|", 2)[2]
+
+    @property
+    def waiting(self) -> bool:
+        return self.value.split(b"|", 2)[1] == b"1"
+
+
+class _Clock:
+    """Seconds between ticks, at most what this process can have watched: it may have been stopped itself."""
+
+    def __init__(self, interval_s: float) -> None:
+        self._longest_s = 4 * interval_s
+        self._last_s = time.monotonic()
+
+    def tick(self) -> float:
+        now_s = time.monotonic()
+        passed_s, self._last_s = now_s - self._last_s, now_s
+        return min(passed_s, self._longest_s)
+
+
+class Watchdog:
+    """One rank's watch. It begins with the signals; `join` adds the other ranks, `stop` ends it all.
+
+    `where` is this rank's position in words and `waiting` whether it waits for another rank; whoever drives
+    the run keeps them up to date. `advice` stands behind the last message. With one process there is nothing
+    to watch, and `abort` only prints. Must be made on the main thread.
+    """
+
+    def __init__(self, world: World, timeout_s: float) -> None:
+        self.where = "starting"
+        self.waiting = False
+        self.advice = ""
+        self._world, self._timeout_s = world, timeout_s
+        self._interval_s = min(0.25, timeout_s / 8)
+        self._store: Any = None
+        self._beats: dict[int, _Beat] = {}
+        self._own_cause: str | None = None
+        self._cause: str | None = None
+        self._exit_code = EXIT_FAILED
+        self._unanswered_s = 0.0  # how long the store has not answered
+        self._all_told = threading.Event()
+        self._stopping = threading.Event()
+        self._wake_heart = threading.Event()
+        self._leaving = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        if world.world_size == 1:
+            return
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        # The wakeup descriptor is written at C level, also while the main thread sits in a blocking call.
+        self._old_wakeup_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._old_sigterm = signal.signal(signal.SIGTERM, lambda *_: None)
+        self._thread.start()
+
+    @property
+    def place(self) -> str:
+        return f"rank {self._world.rank}, {self.where}" if self._world.world_size > 1 else self.where
+
+    def join(self, store: Any) -> None:
+        """Watch the other ranks and be watched.
+
+        `store` is a `torch.distributed.Store`: a client of the rendezvous store for this object alone.
+        """
+        self._store = store
+        self._heart.start()
+
+    def stop(self) -> None:
+        """End the watch; signals get the meaning back that they had before."""
+        self._stopping.set()
+        self._wake_heart.set()
+        self._writer.send(b"\0")
+        signal.set_wakeup_fd(self._old_wakeup_fd)
+        signal.signal(signal.SIGTERM, self._old_sigterm)
+        self._thread.join()
+        self._reader.close()
+        self._writer.close()
+        if self._heart.is_alive():
+            self._heart.join(self._interval_s)
+
+    def abort(self, error: BaseException) -> NoReturn:
+        """Print the cause of the end, tell the other ranks, and end this process.
+
+        An error that is not made for users comes with its traceback. Destructors do not run: those of a
+        process group whose peer is gone may block.
+        """
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        message = str(error)
+        with contextlib.suppress(OSError):  # a closed terminal must not keep the rank alive
+            sys.stdout.flush()
+            if isinstance(error, KeyboardInterrupt):
+                message, self._exit_code = "interrupted", EXIT_INTERRUPTED
+            elif not isinstance(error, (ValueError, PipelineError)):
+                message = f"{type(error).__name__}: {error}"
+                traceback.print_exception(error)
+        names_place = isinstance(error, PipelineError) and error.names_place
+        if self._world.world_size == 1:
+            has_place = isinstance(error, PipelineError) and not names_place
+            self._leave(f"{self.where}: {message}" if has_place else message)
+        if isinstance(error, PipelineError) and error.is_symptom:
+            self._leave(self._wait_for_cause() or self._publish(self._blame(error.peer, message)))
+        self._leave(self._publish(message if names_place else f"{self.place}: {message}"))
+
+    def last_known(self, rank: int) -> str:
+        """`rank 2 (last at stage 2, micro-batch 5)`, or that it has not started."""
+        beat = self._beats.get(rank)
+        return f"rank {rank} (last at {beat.where})" if beat else f"rank {rank} (not started)"
+
+    def _watch(self) -> None:
+        clock = _Clock(self._interval_s)
+        while not self._stopping.is_set():
+            ready, _, _ = select.select([self._reader], [], [], self._interval_s / 2)
+            received = set(self._reader.recv(64)) if ready else set()
+            self._unanswered_s += clock.tick() if self._heart.is_alive() else 0.0
+            cause = self._look(received)
+            if cause is not None and not self._stopping.is_set():
+                self._leave(cause)
+
+    def _look(self, received: Container[int]) -> str | None:
+        """A reason to end, if there is one; `received` are the signals since the last look."""
+        if signal.SIGINT in received:
+            time.sleep(0.5)  # the main thread raises KeyboardInterrupt, unless it is blocked
+            self._exit_code = EXIT_INTERRUPTED
+            return self._publish(f"{self.place}: interrupted")
+        if signal.SIGTERM in received:
+            return self._wait_for_cause(_SEARCH_S) or self._publish(self._guess_cause())
+        if self._cause is not None:
+            return self._cause
+        silent = self._silent_ranks(self._timeout_s)
+        if silent:
+            return self._publish(f"no sign of life from {silent} for {self._timeout_s:g} s")
+        if self._unanswered_s > self._timeout_s:
+            return f"{self._store_in_words()} has not answered for {self._timeout_s:g} s"
+        return None
+
+    def _guess_cause(self) -> str:
+        """Why torchrun sends SIGTERM although no rank has published a cause."""
+        silent = self._silent_ranks(0.8 * _SEARCH_S)
+        if silent:
+            return f"{self.place}: ended by SIGTERM; no sign of life from {silent}"
+        missing = [str(rank) for rank in range(self._world.world_size) if rank not in {*self._beats, self._world.rank}]
+        before = f" before rank {', '.join(missing)} had joined" if missing else ""
+        return f"{self.place}: ended by SIGTERM{before}"
+
+    def _wait_for_cause(self, wait_s: float = _GRACE_S) -> str | None:
+        """The run's cause, once a rank has published one; None if none does."""
+        deadline = time.monotonic() + wait_s
+        while self._cause is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self._cause
+
+    def _blame(self, peer: int | None, symptom: str) -> str:
+        """Who is at fault for a link's failure: a silent rank, the peer first, else who does not wait."""
+        gone = [rank for rank, beat in self._others() if beat.silent_s > 0.6 * _GRACE_S]
+        if gone:
+            return f"lost {self._last_known([peer] if peer in gone else gone)}: {symptom}"
+        busy = [rank for rank, beat in self._others() if not beat.waiting]
+        if busy:
+            who = self._last_known(busy)
+            return f"the others wait for {who}, or runtime.timeout_s is too short for it: {symptom}"
+        return f"{self.place}: {symptom}"
+
+    def _silent_ranks(self, limit_s: float) -> str:
+        return self._last_known([rank for rank, beat in self._others() if beat.silent_s > limit_s])
+
+    def _last_known(self, ranks: Iterable[int]) -> str:
+        return " and ".join(map(self.last_known, ranks))
+
+    def _others(self) -> list[tuple[int, _Beat]]:
+        return sorted(item for item in self._beats.copy().items() if item[0] != self._world.rank)
+
+    def _publish(self, cause: str) -> str:
+        """Offer `cause` as the run's; returns the one that was published first, if the store answers."""
+        self._own_cause = cause
+        self._wake_heart.set()
+        deadline = time.monotonic() + _GRACE_S
+        while self._cause is None and self._heart.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self._cause or cause
+
+    def _leave(self, cause: str) -> NoReturn:
+        """Print the last message and end the process; the thread that comes second waits here for the end."""
+        with self._leaving:
+            try:
+                name = f"rank {self._world.rank} stops" if self._world.world_size > 1 else "error"
+                # One write, so that lines of several ranks do not mix; and below Python's locks, which a
+                # blocked main thread may hold.
+                os.write(2, f"\n{name}: {cause}{self.advice}\n".encode(errors="replace"))
+                if self._world.hosts_store and self._heart.is_alive():
+                    self._all_told.wait(_GRACE_S)
+            finally:
+                os._exit(self._exit_code)
+
+    def _beat(self) -> None:
+        """The heartbeat thread."""
+        count, clock = 0, _Clock(self._interval_s)
+        try:
+            while not self._stopping.is_set():
+                count += 1
+                self._store.set(f"beat/{self._world.rank}", f"{count}|{self.waiting:d}|{self.where}")
+                self._read_beats(clock.tick())
+                if self._cause is None:
+                    self._exchange_cause()
+                elif self._world.hosts_store and self._store.check(self._keys_of_told()):
+                    self._all_told.set()
+                self._unanswered_s = 0.0
+                self._wake_heart.wait(0.05 if self._cause else self._interval_s)
+                self._wake_heart.clear()
+        except (RuntimeError, OSError):
+            if not self._stopping.is_set():
+                self._cause = self._cause or self._own_cause or f"{self._store_in_words()} has ended"
+
+    def _read_beats(self, passed_s: float) -> None:
+        started = [rank for rank in range(self._world.world_size) if self._has_started(rank)]
+        for rank, value in zip(started, self._store.multi_get([f"beat/{rank}" for rank in started])):
+            if rank not in self._beats or self._beats[rank].value != value:
+                self._beats[rank] = _Beat(value)
+            else:
+                self._beats[rank].silent_s += passed_s
+
+    def _has_started(self, rank: int) -> bool:
+        return rank in self._beats or self._store.check([f"beat/{rank}"])
+
+    def _exchange_cause(self) -> None:
+        cause = None
+        if self._own_cause is not None:
+            cause = self._store.compare_set("cause", "", self._own_cause)
+        elif self._store.check(["cause"]):
+            cause = self._store.get("cause")
+        if cause is not None:
+            self._store.set(f"told/{self._world.rank}", "")
+            self._cause = cause.decode(errors="replace")
+
+    def _keys_of_told(self) -> list[str]:
+        """Of the ranks that live and will therefore ask for the cause."""
+        return [f"told/{rank}" for rank, beat in self._others() if beat.silent_s < _GRACE_S / 2]
+
+    def _store_in_words(self) -> str:
+        if self._world.store_host is None:
+            return f"{self.place}: torchrun's rendezvous store"
+        return f"{self.last_known(self._world.store_host)}, which hosts the rendezvous store,"

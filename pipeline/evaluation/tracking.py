@@ -1,0 +1,81 @@
+"""Weights & Biases, when asked for. A run never fails because of it.
+
+Online or offline mode; offline needs neither an account nor a network. Only rank 0 tracks. A sweep's runs form a
+group of its name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.schema import WandbConfig
+
+__all__ = ["Tracker"]
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """One W&B run, or nothing where tracking is off or has failed."""
+
+    def __init__(
+        self,
+        settings: WandbConfig,
+        *,
+        run_id: str,
+        config: Mapping[str, Any],
+        folder: Path,
+        group: str | None = None,
+    ) -> None:
+        self._run = None
+        if settings.enabled:
+            self._guard(lambda: self._start(settings, run_id, config, folder, group))
+
+    def log(self, values: Mapping[str, float], *, num_tokens: int) -> None:
+        """Log values against the number of tokens processed so far."""
+        if self._run is not None:
+            self._guard(lambda: self._run.log({**values, "tokens_processed": num_tokens}))
+
+    def attach(self, name: str, files: Sequence[Path]) -> None:
+        """Keep files with the run, as an artifact."""
+        if self._run is not None:
+            self._guard(lambda: self._attach(name, files))
+
+    def finish(self, summary: Mapping[str, Any], *, exit_code: int = 0) -> None:
+        """Close the run with its final values; once is enough."""
+        if self._run is not None:
+            self._guard(lambda: (self._run.summary.update(dict(summary)), self._run.finish(exit_code=exit_code)))
+        self._run = None
+
+    def _attach(self, name: str, files: Sequence[Path]) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(name, type="report")
+        for file in files:
+            artifact.add_file(str(file))
+        self._run.log_artifact(artifact)
+
+    def _start(
+        self, settings: WandbConfig, run_id: str, config: Mapping[str, Any], folder: Path, group: str | None
+    ) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=settings.project,
+            name=run_id if group else settings.run_name or run_id,
+            group=group,
+            mode=settings.mode,
+            config=dict(config),
+            dir=str(folder),
+        )
+        self._run.define_metric("*", step_metric="tokens_processed")
+
+    def _guard(self, operation) -> None:
+        try:
+            operation()
+        except Exception as e:  # whatever it is, the run's result is worth more than its curve
+            logger.warning("W&B is switched off for this run: %s", e)
+            self._run = None

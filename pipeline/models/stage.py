@@ -1,0 +1,149 @@
+"""One stage: token ids or hidden states in, hidden states out; on the last stage, losses of the scored positions.
+
+Sits between the loaded modules (`loading.py`) and the runner. Whether gradients are recorded is the runner's
+choice. Caches and generation are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import nn
+
+from pipeline.data.windows import MicroBatch
+from pipeline.models.attention import AttentionReader, make_readable
+from pipeline.models.loading import StageModel
+from pipeline.partition.plan import StagePlan
+
+__all__ = ["Objective", "Scores", "Stage", "TokenWindows"]
+
+# Logits of one chunk of scored positions take at most this many bytes (or one position's, if that is more).
+MAX_LOGITS_NBYTES = 64 * 2**20
+
+
+class Objective(Enum):
+    """What gradients are taken of, summed over scored positions: the loss, or the logit of the true next token."""
+
+    NLL = "nll"
+    TARGET_LOGIT = "target_logit"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per scored token, in text order: `loss` float32 [n] in nats and `top1` int32 [n], the likeliest token id."""
+
+    loss: torch.Tensor
+    top1: torch.Tensor
+
+
+class TokenWindows:
+    """The text's ids, cut into micro-batches: what goes in and what is scored.
+
+    Args:
+        ids: int64 [num_tokens] on the CPU.
+        microbatches: from `windows.make_microbatches`.
+        bos_id: the token in front of windows that ask for one.
+    """
+
+    def __init__(self, ids: torch.Tensor, microbatches: Sequence[MicroBatch], bos_id: int | None) -> None:
+        self.microbatches = microbatches
+        self._ids = ids
+        self._bos = torch.tensor([] if bos_id is None else [bos_id], dtype=ids.dtype)
+
+    def input_ids(self, microbatch_index: int) -> torch.Tensor:
+        """int64 [B, T]."""
+        windows = self.microbatches[microbatch_index].windows
+        rows = [self._ids[w.start : w.end] for w in windows]
+        return torch.stack([torch.cat([self._bos, row]) if w.prepend_bos else row for w, row in zip(windows, rows)])
+
+    def scored(self, microbatch_index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(row, column, target), int64 [n] each: the logits at [row, column] predict `target`."""
+        microbatch = self.microbatches[microbatch_index]
+        rows, columns, targets = [], [], []
+        for row, window in enumerate(microbatch.windows):
+            n = window.num_scored
+            last_input = window.num_inputs - 1
+            rows.append(torch.full((n,), row))
+            columns.append(torch.arange(last_input - n, last_input))
+            targets.append(self._ids[window.end - n : window.end])
+        return torch.cat(rows), torch.cat(columns), torch.cat(targets)
+
+
+class Stage:
+    """A loaded stage on its device."""
+
+    def __init__(self, plan: StagePlan, model: StageModel, device: torch.device, vocab_size: int) -> None:
+        self.plan = plan
+        self._chunk = max(1, MAX_LOGITS_NBYTES // (4 * vocab_size))
+        self.device = device
+        self.decoder: nn.Module = model.decoder
+        self._head = model.head
+
+    def forward(self, inputs: torch.Tensor, attention_reader: AttentionReader | None = None) -> torch.Tensor:
+        """Token ids int64 [B, T] (first stage), their embeddings or hidden states [B, T, H] to hidden states [B, T, H].
+
+        `attention_reader` is shown the attention of every layer, which changes nothing in the result.
+        """
+        arguments = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs.to(self.device)}
+        if attention_reader is not None:
+            make_readable(self.decoder)
+            arguments["attention_reader"] = attention_reader
+        return self.decoder(**arguments, use_cache=False).last_hidden_state
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids int64 [B, T] to embeddings [B, T, H], on the first stage; `forward` takes either."""
+        return self.decoder.get_input_embeddings()(input_ids.to(self.device))
+
+    def score(
+        self, hidden_states: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor
+    ) -> Scores:
+        """Losses at the scored positions of the last stage's output [B, T, H].
+
+        Only these positions pass the head, in chunks; logits and losses are float32. The result is on the CPU.
+        """
+        selected = hidden_states[rows.to(self.device), columns.to(self.device)]
+        targets = targets.to(self.device)
+        losses, top1 = [torch.empty(0)], [torch.empty(0, dtype=torch.int32)]
+        for part, target in zip(selected.split(self._chunk), targets.split(self._chunk)):
+            logits = self._head(part).float()
+            losses.append(nn.functional.cross_entropy(logits, target, reduction="none").cpu())
+            top1.append(_argmax(logits).to(torch.int32).cpu())
+        return Scores(torch.cat(losses), torch.cat(top1))
+
+    def objective_gradient(
+        self,
+        hidden_states: torch.Tensor,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+        targets: torch.Tensor,
+        objective: Objective,
+    ) -> tuple[float, torch.Tensor]:
+        """Value of an objective, summed over the scored positions, and its gradient [B, T, H] at the stage's output.
+
+        Only the scored positions pass the head, in chunks, so that one chunk's logits are held at a time.
+        """
+        rows, columns, targets = rows.to(self.device), columns.to(self.device), targets.to(self.device)
+        selected = hidden_states.detach()[rows, columns]
+        value, gradients = 0.0, [selected[:0]]
+        for part, target in zip(selected.split(self._chunk), targets.split(self._chunk)):
+            part = part.detach().requires_grad_()
+            logits = self._head(part).float()
+            if objective is Objective.NLL:
+                total = nn.functional.cross_entropy(logits, target, reduction="sum")
+            else:
+                total = logits.gather(1, target[:, None]).sum()
+            gradients += torch.autograd.grad(total, part)
+            value += total.item()
+        gradient = torch.zeros_like(hidden_states)
+        gradient[rows, columns] = torch.cat(gradients)
+        return value, gradient
+
+
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Index of each row's largest value, the first of equals. On a CPU by NumPy, whose kernel is vectorised."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.detach().numpy().argmax(-1))
+    return logits.argmax(-1)

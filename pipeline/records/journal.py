@@ -1,0 +1,195 @@
+"""Finished micro-batches of a run that has not ended yet, so that `--resume` can go on from there.
+
+One file per run digest, in the folder of the records: a line per event, a CRC-32 and JSON, appended and
+handed to the operating system at once, so that a killed process loses nothing that it finished. A torn end is
+dropped on reading; damage before intact lines is an error. The file is removed when the record is written.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import shutil
+import time
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pipeline.records.store import RecordError
+
+__all__ = ["FinishedMicroBatch", "Journal"]
+
+FORMAT = "thinwire journal 1"
+
+
+@dataclass(frozen=True)
+class FinishedMicroBatch:
+    """What one micro-batch contributes to the record.
+
+    `payload_bytes` has one entry per link, `loss` (float32) and `top1` (int32) one per scored token.
+    `squared_error`, where it was measured, has (sum of (x - x')^2, sum of x^2) per link.
+    """
+
+    payload_bytes: tuple[int, ...]
+    loss: np.ndarray
+    top1: np.ndarray
+    squared_error: tuple[tuple[float, float], ...] | None = None
+
+
+@dataclass
+class Journal:
+    """An open journal.
+
+    `finished` are micro-batches 0, 1, ...; `interrupted` those that were in the pipeline when a session
+    ended, whose bytes are sent again, once per such session; `earlier_s` the seconds of earlier sessions up
+    to their last finished micro-batch.
+    """
+
+    path: Path
+    _file: BinaryIO
+    finished: list[FinishedMicroBatch] = field(default_factory=list)
+    interrupted: list[int] = field(default_factory=list)
+    num_sessions: int = 1
+    earlier_s: float = 0.0
+    _num_started: int = 0
+    _start_s: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def open(cls, folder: Path, digest: str, *, resume: bool) -> Journal:
+        """Open the journal of the run with this digest; with `resume`, take over what it holds.
+
+        Without, an unfinished run's journal is set aside as `.journal.old`. Renamed back, it can be resumed.
+        Raises RecordError when another process has it open or it cannot be written or read.
+        """
+        path = folder / f"{digest[:16]}.journal"
+        try:
+            file = open(path, "a+b")
+        except OSError as e:
+            raise RecordError(f"the journal {path} cannot be written: {e.strerror or e}") from e
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise RecordError(f"{path} belongs to a run with the same config that is still going on") from e
+        except OSError as e:
+            raise RecordError(f"the journal {path} cannot be locked: {e.strerror or e}") from e
+        journal = cls(path, file)
+        kept = 0
+        if resume:
+            file.seek(0)
+            kept = journal._replay(file.read(), digest)
+        elif cls.exists(folder, digest):
+            journal._set_aside()
+        file.truncate(kept)
+        if kept:
+            journal._begin_session()
+            journal._append({"resumed": len(journal.finished)})
+        else:
+            journal._append({"format": FORMAT, "digest": digest})
+        return journal
+
+    @staticmethod
+    def exists(folder: Path, digest: str) -> bool:
+        """Whether an unfinished run with this digest has left at least one finished micro-batch."""
+        path = folder / f"{digest[:16]}.journal"
+        return path.is_file() and b'"finished"' in path.read_bytes()
+
+    def start(self, microbatch_index: int) -> None:
+        """Note that a micro-batch enters the pipeline; they do so in order."""
+        self._num_started = microbatch_index + 1
+        self._append({"started": microbatch_index})
+
+    def finish(self, result: FinishedMicroBatch) -> None:
+        """Note the result of the next micro-batch in order."""
+        self._append(
+            {
+                "finished": len(self.finished),
+                "elapsed_s": self.elapsed_s,
+                "payload_bytes": result.payload_bytes,
+                "squared_error": result.squared_error,
+                "loss": base64.b64encode(result.loss.astype("<f4").tobytes()).decode(),
+                "top1": base64.b64encode(result.top1.astype("<i4").tobytes()).decode(),
+            }
+        )
+        self.finished.append(result)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of all sessions, up to the last finished micro-batch of the earlier ones."""
+        return self.earlier_s + time.monotonic() - self._start_s
+
+    def restart_clock(self) -> None:
+        """The run proper begins now; what went before was loading."""
+        self._start_s = time.monotonic()
+
+    def remove(self) -> None:
+        """The record is written; nothing is left to resume."""
+        self.path.unlink()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the journal to another session."""
+        self._file.close()
+
+    def _set_aside(self) -> None:
+        old = self.path.with_suffix(".journal.old")
+        try:
+            shutil.copyfile(self.path, old)
+        except OSError as e:
+            raise RecordError(f"the unfinished run's journal cannot be copied to {old}: {e.strerror or e}") from e
+
+    def _begin_session(self) -> None:
+        self.num_sessions += 1
+        self.interrupted.extend(range(len(self.finished), self._num_started))
+        self._num_started = len(self.finished)
+
+    def _append(self, event: dict[str, Any]) -> None:
+        text = json.dumps(event).encode()
+        try:
+            self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
+            self._file.flush()
+        except OSError as e:
+            raise RecordError(f"the journal {self.path} cannot be written: {e.strerror or e}") from e
+
+    def _replay(self, data: bytes, digest: str) -> int:
+        """Take over the events; returns how many bytes of the file they fill."""
+        lines = data.split(b"\n")[:-1]  # what stands behind the last newline is torn
+        texts = [_intact(line) for line in lines]
+        while texts and texts[-1] is None:
+            texts.pop()
+        for number, text in enumerate(texts, start=1):
+            if text is None:
+                raise RecordError(f"{self.path}, line {number}, is damaged; delete the file to start over")
+            event = json.loads(text)
+            if number == 1:
+                if event != {"format": FORMAT, "digest": digest}:
+                    raise RecordError(f"{self.path} was written by another version or for another config; move it away")
+            elif "started" in event:
+                self._num_started = event["started"] + 1
+            elif "resumed" in event:
+                self._begin_session()
+            else:
+                self._replay_finished(event)
+        return sum(len(line) + 1 for line in lines[: len(texts)])
+
+    def _replay_finished(self, event: dict[str, Any]) -> None:
+        if event["finished"] != len(self.finished):
+            raise RecordError(
+                f"{self.path}: micro-batch {event['finished']} stands where {len(self.finished)} is due; "
+                "delete the file to start over"
+            )
+        loss = np.frombuffer(base64.b64decode(event["loss"]), "<f4")
+        top1 = np.frombuffer(base64.b64decode(event["top1"]), "<i4")
+        measured = event.get("squared_error")
+        squared_error = None if measured is None else tuple(map(tuple, measured))
+        self.finished.append(FinishedMicroBatch(tuple(event["payload_bytes"]), loss, top1, squared_error))
+        self.earlier_s = event["elapsed_s"]
+
+
+def _intact(line: bytes) -> bytes | None:
+    """The JSON text of a line, or None unless its checksum is right."""
+    checksum, _, text = line.partition(b" ")
+    return text if checksum == b"%08x" % zlib.crc32(text) else None

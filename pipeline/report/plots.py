@@ -1,0 +1,58 @@
+"""Figures from run records; nothing else is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+from pipeline.records.store import codec_label, model_label  # noqa: E402
+
+__all__ = ["plot_rate_quality"]
+
+
+def plot_rate_quality(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Perplexity against payload bytes per token and link, one labelled point per record; written as PNG.
+
+    Both axes are logarithmic. Records without a finite perplexity or without links have no point. Raises
+    ValueError when none is left.
+    """
+    points = [
+        (r["traffic_totals"]["bytes_per_token"], r["results"]["avg_ppl"], codec_label(r), r["causal"])
+        for r in records
+        if r["results"]["avg_ppl"] is not None and r["traffic_totals"]["bytes_per_token"]
+    ]
+    if not points:
+        raise ValueError("no record has both a finite perplexity and traffic: nothing to draw")
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for nbytes, ppl, label, causal in points:
+        axes.scatter(
+            nbytes, ppl, s=45, zorder=3, marker="o" if causal else "x", color="tab:blue" if causal else "tab:red"
+        )
+        axes.annotate(label, (nbytes, ppl), xytext=(6, 6), textcoords="offset points")
+    baseline = next((ppl for _, ppl, label, _ in points if label == "none"), None)
+    if baseline is not None:
+        axes.axhline(baseline, color="0.6", linestyle="--", linewidth=1, zorder=1)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    axes.margins(x=0.15, y=0.15)
+    axes.grid(color="0.9", zorder=0)
+    axes.set_xlabel("payload bytes per token and link")
+    axes.set_ylabel("perplexity")
+    first = records[0]
+    protocol = first["protocol"]
+    axes.set_title(
+        f"{model_label(first['args']['model_name'])}, {first['dataset']['num_tokens']} tokens, "
+        f"windows {protocol['max_length']}/{protocol['stride']}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=144)
+    plt.close(figure)

@@ -1,0 +1,91 @@
+"""What a report says about the reader's link: the recommendation in words, the fastest point on a network.
+
+Between `results` and `prediction`, which compute, and the pages, which lay out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.report.point_columns import percent
+from pipeline.report.prediction import Network, predict_decode, predict_prefill
+from pipeline.report.quality import MIN_WINDOWS
+from pipeline.report.results import MeasuredPoint, Setting, recommend
+
+__all__ = ["Outlook", "fastest", "recommendation_text", "within_budget"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """Which networks to predict for, and how much perplexity may rise (0.01: by 1%)."""
+
+    bandwidths_mbits: tuple[float, ...] = (10.0, 100.0, 1000.0)
+    rtts_ms: tuple[float, ...] = (1.0, 40.0)
+    max_ppl_increase: float = 0.01
+
+    @property
+    def networks(self) -> list[tuple[str, Network]]:
+        """(name, network), the bandwidth changing fastest."""
+        return [
+            (f"{mbits:g} Mbit/s, {rtt:g} ms", Network(bits_per_s=mbits * 1e6, rtt_s=rtt / 1e3))
+            for rtt in self.rtts_ms
+            for mbits in self.bandwidths_mbits
+        ]
+
+
+def within_budget(point: MeasuredPoint, outlook: Outlook) -> bool:
+    """Whether the point's perplexity is within the budget and can be believed (a codec that is not causal
+    cannot).
+    """
+    quality = point.quality
+    return bool(quality and point.record["causal"] and quality.ppl_ratio <= 1 + outlook.max_ppl_increase)
+
+
+def fastest(
+    points: Sequence[MeasuredPoint], network: Network, outlook: Outlook, *, decode: bool
+) -> MeasuredPoint | None:
+    """Of the points within the budget, the one with the highest prefill rate or the lowest decode latency."""
+    speeds = {}
+    for index, point in enumerate(points):
+        if point.costs and within_budget(point, outlook):
+            latency = predict_decode(point.costs, network) if decode else None
+            if not decode:
+                speeds[index] = predict_prefill(point.costs, network).tokens_per_s
+            elif latency:
+                speeds[index] = -latency.total_s
+    return points[max(speeds, key=speeds.__getitem__)] if speeds else None
+
+
+def recommendation_text(setting: Setting, outlook: Outlook) -> str:
+    """The cheapest point within the budget, and how sure that is."""
+    budget = f"{100 * outlook.max_ppl_increase:g}%"
+    if setting.baseline is None:
+        return f"No recommendation within +{budget} perplexity: there is no uncompressed point to compare with."
+    best = recommend(setting, outlook.max_ppl_increase)
+    if best.cheapest is None or best.cheapest.uncompressed:
+        return f"No compressed causal point stays within +{budget} perplexity."
+    text = f"Within +{budget} perplexity the cheapest is {_describe(best.cheapest, setting)}."
+    if best.cheapest.quality.ppl_interval is None:
+        return text + f" How sure that is cannot be told from fewer than {MIN_WINDOWS} windows."
+    if best.certain is best.cheapest:
+        return text + " Its whole 95% interval is within."
+    if best.certain is None or best.certain.uncompressed:
+        return text + " Its 95% interval is not within, nor is that of another compressed point."
+    certain = _describe(best.certain, setting)
+    return text + f" Its 95% interval is not within; the cheapest whose interval is: {certain}."
+
+
+def _describe(point: MeasuredPoint, setting: Setting) -> str:
+    quality, baseline = point.quality, setting.baseline
+    interval = ""
+    if quality.ppl_interval:
+        low, high = (percent(end - 1) for end in quality.ppl_interval)
+        interval = f", 95% interval {low} to {high}"
+    saving = ""
+    if baseline.bytes_per_token and point.bytes_per_token:
+        saving = f", {baseline.bytes_per_token / point.bytes_per_token:.2g} times fewer than uncompressed"
+    return (
+        f"{point.label}: {point.bytes_per_token:,.1f} bytes per token and link{saving}; "
+        f"perplexity {percent(quality.ppl_ratio - 1)}{interval}"
+    )

@@ -1,0 +1,235 @@
+"""A model over the ranks, ready to evaluate: what is decided, checked and loaded once per start.
+
+What can be wrong is looked for in the order of what it costs to find out: config, model files, plan, text, codecs,
+and only then weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.comm.control import Control, link_backend
+from pipeline.config.schema import RunConfig
+from pipeline.data.text import ids_digest, load_text, tokenize
+from pipeline.data.windows import make_microbatches
+from pipeline.models.loading import TORCH_DTYPES, load_model_config, load_stage
+from pipeline.models.source import checkpoint_fingerprint, resolve_model
+from pipeline.models.stage import Stage
+from pipeline.partition.plan import Plan
+from pipeline.runtime.compose import (
+    available_cores,
+    check_bos,
+    check_max_length,
+    check_world_size,
+    choose_threads,
+    make_codecs,
+    make_metrics,
+    make_plan,
+    make_run_windows,
+    rank_of,
+    stage_devices,
+)
+from pipeline.runtime.timing import time_one_token
+
+__all__ = ["Deployment", "TokenizedText", "deploy"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedText:
+    """The text's token ids, int64 on the CPU, the same on every rank, and where they come from."""
+
+    ids: torch.Tensor
+    bos_id: int | None
+    description: str
+    text_sha256: str
+    ids_sha256: str
+
+    def cut(self, first_k_tokens: int) -> TokenizedText:
+        """The first k tokens (0: all) as a text of their own."""
+        ids = self.ids[: first_k_tokens or None]
+        if ids.numel() == self.ids.numel():
+            return self
+        return dataclasses.replace(self, ids=ids, ids_sha256=ids_digest(ids.numpy()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """What outlives one evaluation.
+
+    `groups` has an NCCL group per link where the links use NCCL, `one_token_compute_s` the seconds that each stage of
+    this rank takes for a single token.
+    """
+
+    control: Control
+    plan: Plan
+    model_config: Any
+    checkpoint_digest: str
+    text: TokenizedText
+    stages: dict[int, Stage]
+    devices: dict[int, torch.device]
+    backend: str
+    groups: dict[int, dist.ProcessGroup]
+    threads: int
+    one_token_compute_s: dict[int, float]
+
+
+def deploy(config: RunConfig, control: Control) -> Deployment:
+    """Agree, resolve, plan, tokenise, check codecs and load this rank's stages.
+
+    Raises ValueError (ConfigError, PlanError, ModelError, ...) with a message for the user.
+    """
+    world = control.world
+    check_world_size(config, world)
+    control.agree("config", config.numerics())
+    threads = _set_threads(config, control)
+    control.report("resolving the model")
+    model = config.model
+    model_dir = resolve_model(
+        model.name,
+        cache_dir=model.dir,
+        stage_to=model.stage_to,
+        revision=model.revision,
+        show_progress=world.local_rank == 0,
+    )
+    model_config = load_model_config(model_dir, model.architecture, trust_remote_code=model.trust_remote_code)
+    check_max_length(config, model_config)
+    plan = make_plan(config, model_config.num_hidden_layers)
+    devices = stage_devices(config, plan, world)
+    checkpoint_digest = checkpoint_fingerprint(model_dir)
+    control.agree("checkpoint", {"fingerprint": checkpoint_digest})
+    control.report("tokenising")
+    text = _tokenize_once(config, control, model_dir)
+    check_bos(config, text.bos_id)
+    codecs = make_codecs(
+        config,
+        plan,
+        hidden_size=model_config.hidden_size,
+        max_tokens=config.dataset.max_length,
+        checkpoint=checkpoint_digest,
+    )
+    metrics = make_metrics(
+        config,
+        plan,
+        codecs,
+        make_microbatches(make_run_windows(config, text.ids, text.bos_id), config.batch_size),
+        model_config=model_config,
+        checkpoint_digest=checkpoint_digest,
+        ids_sha256=text.ids_sha256,
+    )
+    control.agree("importance", {plan.links[index].name: metric.describe() for index, metric in metrics.items()})
+    backend, groups = _open_groups(config, control, plan, devices)
+    control.report("loading weights")
+    stages: dict[int, Stage] = {}
+    embedding = None
+    for index, device in devices.items():
+        stage_model = load_stage(
+            model_dir,
+            model_config,
+            plan.stages[index],
+            dtype=TORCH_DTYPES[model.dtype],
+            device=device,
+            load_in_8bit=model.load_in_8bit,
+            load_in_4bit=model.load_in_4bit,
+            trust_remote_code=model.trust_remote_code,
+            embedding=embedding if embedding is not None and embedding.weight.device == device else None,
+        )
+        embedding = stage_model.embedding if stage_model.embedding is not None else embedding
+        stages[index] = Stage(plan.stages[index], stage_model, device, model_config.vocab_size)
+    control.barrier()
+    control.report("timing a token")
+    one_token_compute_s = control.in_turn(
+        lambda: {
+            index: time_one_token(stage, model_config.hidden_size, TORCH_DTYPES[model.dtype])
+            for index, stage in stages.items()
+        }
+    )
+    return Deployment(
+        control=control,
+        plan=plan,
+        model_config=model_config,
+        checkpoint_digest=checkpoint_digest,
+        text=text,
+        stages=stages,
+        devices=devices,
+        backend=backend,
+        groups=groups,
+        threads=threads,
+        one_token_compute_s=one_token_compute_s,
+    )
+
+
+def _set_threads(config: RunConfig, control: Control) -> int:
+    threads = choose_threads(config.runtime.threads, control.world)
+    torch.set_num_threads(threads)
+    cores = available_cores()
+    if threads * control.world.local_world_size > max(cores, control.world.local_world_size):
+        logger.warning(
+            "%d ranks with %d threads each share %d cores; more threads than cores can be several times slower",
+            control.world.local_world_size,
+            threads,
+            cores,
+        )
+    return threads
+
+
+def _tokenize_once(config: RunConfig, control: Control, model_dir) -> TokenizedText:
+    """Rank 0 reads and tokenises, the others receive ids and facts."""
+    dataset = config.dataset
+    ids, facts = None, None
+    if control.world.rank == 0:
+        text = load_text(name=dataset.name, path=dataset.path, split=dataset.split)
+        tokens, bos_id = tokenize(text, model_dir, trust_remote_code=config.model.trust_remote_code)
+        ids = torch.tensor(tokens[: dataset.first_k_tokens or None], dtype=torch.int64)
+        facts = {
+            "bos_id": bos_id,
+            "description": text.description,
+            "text_sha256": text.sha256,
+            "ids_sha256": ids_digest(ids.numpy()),
+        }
+    facts = control.gather(facts)[0]
+    return TokenizedText(ids=control.broadcast_ids(ids), **facts)
+
+
+def _open_groups(
+    config: RunConfig, control: Control, plan: Plan, devices: dict[int, torch.device]
+) -> tuple[str, dict[int, dist.ProcessGroup]]:
+    """Backend of the links, and with NCCL one group per link: its operations on one pair share a stream."""
+    world = control.world
+    if world.world_size == 1:
+        return "loopback", {}
+    device = next(iter(devices.values()))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    everywhere = control.gather([control.host, str(device)])
+    backend = link_backend(config.runtime.backend, [(host, name) for host, name in everywhere])
+    groups = {}
+    if backend == "nccl":
+        for link in plan.links:
+            ranks = [rank_of(link.src_node, world), rank_of(link.dst_node, world)]
+            groups[link.index] = dist.new_group(
+                ranks, backend="nccl", timeout=datetime.timedelta(seconds=config.runtime.timeout_s)
+            )
+            _connect(groups[link.index], *ranks, world.rank, device)
+    return backend, groups
+
+
+def _connect(group: dist.ProcessGroup, src: int, dst: int, rank: int, device: torch.device) -> None:
+    """Send one byte over a new NCCL group.
+
+    NCCL connects a pair at its first operation, which blocks until both sides have called it. Receives are posted
+    before anything is sent, so without this every rank would wait in its first one.
+    """
+    byte = torch.zeros(1, dtype=torch.uint8, device=device)
+    if rank == src:
+        dist.send(byte, dst, group=group)
+    elif rank == dst:
+        dist.recv(byte, src, group=group)

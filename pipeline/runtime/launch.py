@@ -1,0 +1,69 @@
+"""Start of a program on all ranks: join, deploy, do the work, leave. What goes wrong on one rank is known to all.
+
+Entry points call `on_deployment`; torch is imported only after the ranks have joined, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from pipeline.comm.watchdog import Watchdog
+from pipeline.comm.world import World
+from pipeline.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from pipeline.runtime.deployment import Deployment
+
+__all__ = ["on_deployment"]
+
+T = TypeVar("T")
+
+
+def on_deployment(config: RunConfig, folder: Path, work: Callable[[Deployment], T]) -> T:
+    """`work(deployment)` on every rank of the config's model, and its result.
+
+    Rank 0 checks first that `folder` can be written to. A failure ends the process, with its message and a non-zero
+    status, on every rank.
+    """
+    try:
+        world = World.from_environment()
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    watchdog = Watchdog(world, config.runtime.timeout_s)
+    try:
+        return _work(config, world, watchdog, folder, work)
+    except (Exception, KeyboardInterrupt) as e:
+        watchdog.abort(e)
+
+
+def _work(config: RunConfig, world: World, watchdog: Watchdog, folder: Path, work: Callable[[Deployment], T]) -> T:
+    # Torch's C++ stacks for a lost connection would bury the message that names the lost rank.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from pipeline.comm.control import Control
+
+    # Joined before the imports of seconds: from here on, what goes wrong on one rank is known to all.
+    runtime = config.runtime
+    control = Control(
+        world,
+        timeout_s=runtime.timeout_s,
+        load_timeout_s=runtime.load_timeout_s,
+        interface=runtime.interface,
+        watchdog=watchdog,
+    )
+    from pipeline.records.store import check_writable
+    from pipeline.runtime.deployment import deploy
+    from pipeline.runtime.memory import keep_freed_memory, return_freed_memory
+
+    if world.rank == 0:
+        check_writable(folder)
+    return_freed_memory()
+    deployment = deploy(config, control)
+    keep_freed_memory()
+    result = work(deployment)
+    control.close()
+    return result

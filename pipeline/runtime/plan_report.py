@@ -1,0 +1,75 @@
+"""`--plan`: what a config would do, from the config alone. Loads no weights and starts no process group.
+
+Prints stages and their weights, links and their bytes per token, and per rank the memory that is certain: weights,
+link buffers, one chunk of logits. Activations, the allocator's slack and the interpreter come on top.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.comm.wire import MAX_ERROR_NBYTES, header_nbytes
+from pipeline.config.schema import RunConfig
+from pipeline.models.loading import TORCH_DTYPES, embedding_bytes, load_model_config, stage_parameter_bytes
+from pipeline.models.stage import MAX_LOGITS_NBYTES
+from pipeline.runtime.compose import SEND_DEPTH, check_max_length, make_codecs, make_plan
+
+__all__ = ["plan_text"]
+
+_GIB = 2**30
+
+
+def plan_text(config: RunConfig) -> str:
+    """The plan as text. Raises ValueError where the config cannot be run or says too little."""
+    model_dir = Path(config.model.name) if Path(config.model.name).is_dir() else None
+    model_config = load_model_config(model_dir, config.model.architecture)
+    check_max_length(config, model_config)
+    plan = make_plan(config, model_config.num_hidden_layers)
+    dtype = TORCH_DTYPES[config.model.dtype]
+    shape = (config.batch_size, config.dataset.max_length, model_config.hidden_size)
+    num_tokens = shape[0] * shape[1]
+    codecs = make_codecs(config, plan, hidden_size=model_config.hidden_size, max_tokens=num_tokens)
+    weights = {
+        stage.stage_index: stage_parameter_bytes(
+            model_config,
+            stage,
+            dtype=dtype,
+            load_in_8bit=config.model.load_in_8bit,
+            load_in_4bit=config.model.load_in_4bit,
+        )
+        for stage in plan.stages
+    }
+    if len(plan.stages) > 1 and plan.last_node == 0 and model_config.tie_word_embeddings:
+        weights[plan.stages[-1].stage_index] -= embedding_bytes(model_config, dtype)
+
+    lines = [
+        f"{config.model.name}: {plan.num_layers} layers, hidden size {model_config.hidden_size}, {config.model.dtype}"
+    ]
+    lines += ["", "stage  node  layers      weights"]
+    for stage in plan.stages:
+        extra = "".join([" + embedding" if stage.is_first else "", " + norm and head" if stage.is_last else ""])
+        layers = f"{stage.start}-{stage.end - 1}" if stage.num_layers else "none"
+        lines.append(
+            f"{stage.stage_index:<5}  {stage.node:<4}  {layers:<10}  {weights[stage.stage_index] / _GIB:.2f} GiB{extra}"
+        )
+    buffers = dict.fromkeys(range(plan.num_nodes), 0)
+    if plan.links:
+        lines += ["", "link                       codec       payload bytes/token  bits/value  header bytes/frame"]
+    for link, codec in zip(plan.links, codecs):
+        nbytes = codec.max_nbytes(shape)
+        bound = "" if codec.fixed_size else "at most "
+        per_token = f"{bound}{nbytes / num_tokens:.1f}"
+        bits = f"{bound}{8 * nbytes / (num_tokens * shape[2]):.3f}"
+        header = header_nbytes(link.index)
+        lines.append(f"{link.name:<25}  {codec.name:<10}  {per_token:<19}  {bits:<10}  {header}")
+        frame = header + max(nbytes, MAX_ERROR_NBYTES)
+        buffers[link.src_node] += SEND_DEPTH * frame
+        buffers[link.dst_node] += config.runtime.receives_ahead * frame
+    lines += ["", "rank  weights      link buffers  logits      sum"]
+    for node in range(plan.num_nodes):
+        own = sum(weights[stage.stage_index] for stage in plan.stages_of_node(node))
+        logits = max(MAX_LOGITS_NBYTES, 4 * model_config.vocab_size) if node == plan.last_node else 0
+        cells = [f"{nbytes / _GIB:.2f} GiB" for nbytes in (own, buffers[node], logits, own + buffers[node] + logits)]
+        lines.append(f"{node:<4}  {cells[0]:<11}  {cells[1]:<12}  {cells[2]:<10}  {cells[3]}")
+    lines += ["", f"a micro-batch has up to {shape[0]} windows of {shape[1]} tokens"]
+    return "\n".join(lines)

@@ -1,0 +1,81 @@
+"""What a run measures beside its results: how well each link's codec reconstructs, and how long one token takes.
+
+Neither belongs to the timed phases of a run. The reconstruction is decoded at the sending end, from the payload's
+bytes, by a codec object of its own; one-token times are taken rank by rank, so that ranks that share a machine do not
+slow each other down.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from compressors import Compressor, Payload
+from pipeline.models.stage import Stage
+
+__all__ = ["blank_side_inputs", "squared_error", "time_codec", "time_one_token"]
+
+REPEATS = 5
+MAX_S = 1.0  # for a large model, fewer repeats have to do
+
+
+def squared_error(decoder: Compressor, payload: Payload, x: torch.Tensor) -> tuple[float, float]:
+    """(sum of (x - x')^2, sum of x^2) in float64 over one frame, x' being what `decoder` makes of the payload."""
+    reconstruction = decoder.decompress(payload, x.device, x.dtype)
+    exact = x.double()
+    return (exact - reconstruction.double()).square().sum().item(), exact.square().sum().item()
+
+
+@torch.inference_mode()
+def time_one_token(stage: Stage, hidden_size: int, dtype: torch.dtype) -> float:
+    """Median seconds of a stage's forward pass for one token without a cache; on the last stage with the head."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    if stage.plan.is_first:
+        inputs = zero.reshape(1, 1)
+    else:
+        inputs = torch.randn(1, 1, hidden_size, generator=torch.Generator().manual_seed(0)).to(stage.device, dtype)
+
+    def pass_one() -> None:
+        output = stage.forward(inputs)
+        if stage.plan.is_last:
+            stage.score(output, zero, zero, zero)
+
+    return _median_s(pass_one, stage.device)
+
+
+@torch.inference_mode()
+def time_codec(encoder: Compressor, decoder: Compressor, x: torch.Tensor) -> tuple[float, float, int]:
+    """Median seconds of `compress` and `decompress` for a frame `x` [1, 1, H], and the payload's bytes."""
+    side = blank_side_inputs(encoder, x)
+    compress_s = _median_s(lambda: encoder.compress(x, **side), x.device)
+    payload = encoder.compress(x, **side)
+    decompress_s = _median_s(lambda: decoder.decompress(payload, x.device, x.dtype), x.device)
+    return compress_s, decompress_s, payload.nbytes
+
+
+def blank_side_inputs(codec: Compressor, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Side inputs of the right form for hidden states [B, T, H], where only time and size matter."""
+    shape = x.shape[:2]
+    side = {"importance": torch.zeros(shape, device=x.device), "token_ids": torch.zeros(shape, dtype=torch.int64)}
+    return {name: side[name] for name in codec.needs}
+
+
+def _median_s(operation: Callable[[], Any], device: torch.device) -> float:
+    operation()
+    times: list[float] = []
+    while len(times) < REPEATS and sum(times) < MAX_S:
+        _synchronize(device)
+        start_s = time.perf_counter()
+        operation()
+        _synchronize(device)
+        times.append(time.perf_counter() - start_s)
+    return statistics.median(times)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
