@@ -1,11 +1,11 @@
-"""Kernels of compressors.scalar.hqq; the constants are the same there."""
+"""Kernels of compressors.scalar.hqq."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from compressors.kernels.bits import bits_of_float, clamp, float_of_bits, jit
-from compressors.scalar.hqq import BETA, GROUP, ITERATIONS, PATIENCE, POWER, POWER_OFFSET
+from compressors.kernels.hqq_constants import BETA, GROUP, ITERATIONS, PATIENCE, POWER, POWER_OFFSET
 
 __all__ = ["decode", "refine"]
 

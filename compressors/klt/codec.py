@@ -34,7 +34,7 @@ from compressors.base import Compressor, CorruptPayload, LinkInfo, Payload
 from compressors.klt.calibration_file import LinkCalibration, TokenTable, read_calibration
 from compressors.options import option_error
 from compressors.rows import Scratch
-from compressors.scalar.cast import saturating_cast
+from compressors.saturation import saturating_cast
 
 __all__ = ["Klt", "KltCoder", "matmul_rows", "trellis_rates"]
 

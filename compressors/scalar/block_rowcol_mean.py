@@ -33,7 +33,7 @@ from compressors.bitpack import Section, sections_nbytes, split_bytes
 from compressors.channels import check_channels
 from compressors.options import check_int, option_error
 from compressors.rows import Scratch
-from compressors.scalar.cast import saturating_copy_
+from compressors.saturation import saturating_copy_
 
 __all__ = ["BlockRowColMean"]
 

@@ -32,22 +32,16 @@ import torch
 
 from compressors.base import LinkInfo
 from compressors.bitpack import Section, pack, packed_nbytes, unpack
+from compressors.kernels.hqq_constants import BETA, GROUP, ITERATIONS, PATIENCE, POWER, POWER_OFFSET
 from compressors.options import check_choice
 from compressors.rows import RowCodec
 
 __all__ = ["Hqq"]
 
-GROUP = 64
 CODES_PER_WORD = 10
-ITERATIONS = 20
-PATIENCE = 3
-BETA = 10.0
 SMALLEST_SCALE = 5e-5
 LARGEST_HALF = 65504.0
 QUIET_NAN_FP16 = 0x7E00
-# float bits are 2^23 (log2 + 127) to first order, so bits -> POWER_OFFSET - 0.3 bits takes a power of -0.3
-POWER = -0.3
-POWER_OFFSET = (1 - POWER) * (127 - 0.045) * 2**23
 
 
 class Hqq(RowCodec):

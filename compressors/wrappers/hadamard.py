@@ -28,8 +28,8 @@ import torch
 
 from compressors.base import LinkInfo, Payload
 from compressors.options import check_int
-from compressors.scalar.cast import saturating_cast
-from compressors.wrappers.wrapper import InnerSpec, Wrapper
+from compressors.saturation import saturating_cast
+from compressors.wrapper import InnerSpec, Wrapper
 
 __all__ = ["Hadamard"]
 

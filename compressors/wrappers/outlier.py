@@ -32,8 +32,8 @@ from compressors.base import CorruptPayload, LinkInfo, Payload
 from compressors.bitpack import Section, sections_nbytes
 from compressors.channels import channels_from_file, check_channels
 from compressors.options import check_int, option_error
-from compressors.scalar.cast import saturating_cast, saturating_copy_
-from compressors.wrappers.wrapper import InnerSpec, Wrapper
+from compressors.saturation import saturating_cast, saturating_copy_
+from compressors.wrapper import InnerSpec, Wrapper
 
 __all__ = ["Outlier"]
 

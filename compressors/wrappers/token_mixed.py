@@ -31,7 +31,7 @@ from compressors.bitpack import Section, pack, packed_nbytes, sections_nbytes, s
 from compressors.options import option_error
 from compressors.registry import make_compressor
 from compressors.rows import Scratch
-from compressors.wrappers.wrapper import InnerSpec
+from compressors.wrapper import InnerSpec
 
 __all__ = ["CAUSAL_METRICS", "TokenGraded", "TokenMixed"]
 

@@ -24,7 +24,7 @@ import torch
 from compressors.base import CorruptPayload, LinkInfo, Payload
 from compressors.bitpack import Section, pack, packed_nbytes, sections_nbytes, unpack
 from compressors.options import option_error
-from compressors.wrappers.wrapper import InnerSpec, Wrapper
+from compressors.wrapper import InnerSpec, Wrapper
 
 __all__ = ["TopK"]
 

@@ -22,7 +22,7 @@ import zstandard
 
 from compressors.base import CorruptPayload, LinkInfo, Payload
 from compressors.options import check_int
-from compressors.wrappers.wrapper import InnerSpec, Wrapper
+from compressors.wrapper import InnerSpec, Wrapper
 
 __all__ = ["Zstd"]
 
