@@ -32,9 +32,9 @@ from pipeline.models.source import resolve_model
 from pipeline.models.stage import Stage, TokenWindows
 from pipeline.partition.plan import Plan
 from pipeline.partition.schedule import Action, make_schedule
-from pipeline.records.traffic import sum_nll
-from pipeline.runtime.compose import available_cores
+from pipeline.records.perplexity import sum_nll
 from pipeline.runtime.deployment import deploy
+from pipeline.runtime.devices import available_cores
 
 __all__ = ["BASELINES", "Run", "serve"]
 

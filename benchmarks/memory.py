@@ -31,8 +31,8 @@ from benchmarks.synthetic import save_random_llama
 from pipeline.config.schema import RunConfig, load_config
 from pipeline.models.loading import TORCH_DTYPES, load_model_config, stage_parameter_bytes
 from pipeline.records.store import read_record
-from pipeline.records.traffic import peak_rss_bytes
-from pipeline.runtime.compose import make_plan
+from pipeline.runtime.memory import peak_rss_bytes
+from pipeline.runtime.placement import make_plan
 
 __all__ = ["NUM_RANKS", "RankMemory", "overrides", "print_idle_peak", "rank_memories"]
 

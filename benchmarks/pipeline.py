@@ -42,8 +42,8 @@ from pipeline.comm.world import World
 from pipeline.config.schema import RunConfig, load_config, parse_override
 from pipeline.evaluation.evaluation import Evaluation
 from pipeline.records.store import read_per_token, read_record, software_versions
-from pipeline.runtime.compose import available_cores
 from pipeline.runtime.deployment import Deployment, deploy
+from pipeline.runtime.devices import available_cores
 from pipeline.runtime.memory import keep_freed_memory, return_freed_memory
 
 OURS = "thinwire"

@@ -19,9 +19,9 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.windows import MicroBatch, make_microbatches
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.models.stage import TokenWindows
-from pipeline.runtime.compose import make_run_windows
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.gradients import GradientPass
+from pipeline.runtime.text import make_run_windows
 
 __all__ = ["calibrate"]
 

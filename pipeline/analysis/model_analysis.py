@@ -28,9 +28,9 @@ from pipeline.models.loading import TORCH_DTYPES, check_attention_readable
 from pipeline.models.stage import Objective
 from pipeline.partition.plan import StagePlan
 from pipeline.records.store import model_label, software_versions
-from pipeline.runtime.compose import make_run_windows
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.gradients import GradientPass
+from pipeline.runtime.text import make_run_windows
 
 __all__ = ["LAYER_METRICS", "analyse_heads", "analyse_layers", "analyse_oracle"]
 

@@ -1,4 +1,4 @@
-"""Process group, devices, and what ranks tell each other beside the links.
+"""Process group, and what ranks tell each other beside the links.
 
 `Control` is a run's second channel: ranks compare their configs, wait for each other and exchange small JSON
 values through the rendezvous store, never through pickled objects. What watches for ranks that die or hang is
@@ -24,7 +24,7 @@ from pipeline.comm.mailbox import LinkError
 from pipeline.comm.watchdog import Watchdog
 from pipeline.comm.world import World
 
-__all__ = ["AgreementError", "Control", "World", "choose_device", "link_backend"]
+__all__ = ["AgreementError", "Control"]
 
 T = TypeVar("T")
 
@@ -34,42 +34,6 @@ _LEAVING_TIME = datetime.timedelta(seconds=5)
 
 class AgreementError(ValueError):
     """Ranks were started with different configs or checkpoints."""
-
-
-def choose_device(setting: str, world: World) -> torch.device:
-    """`auto` takes a GPU per local rank (sharing them when there are fewer), or the CPU.
-
-    Raises ValueError for a device that this machine lacks.
-    """
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if setting == "auto":
-        setting = "cuda" if num_gpus else "cpu"
-    try:
-        device = torch.device(setting)
-    except RuntimeError as e:
-        raise ValueError(f"device {setting!r} is not one of auto, cpu, cuda, cuda:N") from e
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {setting!r} is not one of auto, cpu, cuda, cuda:N")
-    if device.type == "cuda":
-        if not num_gpus:
-            raise ValueError(f"device {setting!r}: this machine has no usable GPU")
-        device = torch.device("cuda", world.local_rank % num_gpus if device.index is None else device.index)
-        if device.index >= num_gpus:
-            raise ValueError(f"device {setting!r}: this machine has {num_gpus} GPUs")
-    return device
-
-
-def link_backend(setting: str, devices: list[tuple[str, str]]) -> str:
-    """`gloo` or `nccl` for the links, from (host, device) of every rank.
-
-    NCCL takes one rank per GPU. Raises ValueError when it is asked for without that.
-    """
-    fit = all(device != "cpu" for _, device in devices) and len(set(devices)) == len(devices)
-    if setting == "nccl" and not (fit and dist.is_nccl_available()):
-        raise ValueError(f"runtime.backend is nccl, which needs one GPU per rank; the ranks have {devices}")
-    if setting == "auto":
-        return "nccl" if fit and dist.is_nccl_available() else "gloo"
-    return setting
 
 
 class Control:

@@ -43,3 +43,7 @@ class World:
     @property
     def hosts_store(self) -> bool:
         return self.store_host == self.rank
+
+    def rank_of(self, node: int) -> int:
+        """The rank that plays a node of a plan; one process plays all of them."""
+        return 0 if self.world_size == 1 else node

@@ -1,6 +1,6 @@
 """One evaluation on a deployed model: windows -> micro-batches -> runner -> sums -> record.
 
-Every rank makes an `Evaluation`; rank 0 keeps journal, progress and record in a `Head`.
+Every rank makes an `Evaluation`; rank 0 keeps journal, progress and record in a `Recorder`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 from compressors import Compressor, Payload
+from pipeline.comm.link_ends import LinkEnds, make_links
 from pipeline.comm.mailbox import FrameSpec
 from pipeline.comm.watchdog import PipelineError
 from pipeline.comm.wire import RemoteError, header_nbytes
-from pipeline.evaluation.job import Task
-from pipeline.evaluation.recorder import Head, error_key
+from pipeline.evaluation.job import Job
+from pipeline.evaluation.recorder import Recorder, error_key
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.models.stage import TokenWindows
 from pipeline.partition.schedule import Action, ScheduleError
-from pipeline.records import traffic as metrics
 from pipeline.records.store import RecordError
-from pipeline.runtime.compose import LinkEnds, make_links
+from pipeline.runtime.memory import peak_rss_bytes
 from pipeline.runtime.runner import Probe, Runner, StageError
 from pipeline.runtime.timing import blank_side_inputs, squared_error, time_codec
 
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 ADVICE = "; finished micro-batches are kept: the same command with --resume goes on from them"
 
 
-class Evaluation(Task):
-    """A task that can be run, on one rank."""
+class Evaluation(Job):
+    """A job that can be run, on one rank."""
 
     def run(self, *, resume: bool = False, sweep: str | None = None) -> Path | None:
         """Run to the end and write the record; returns its path on rank 0, None elsewhere.
@@ -48,17 +48,17 @@ class Evaluation(Task):
         Raises ScheduleError for a schedule that would deadlock, StageError on every rank when a stage or codec has
         raised on one; the deployment stays usable.
         """
-        head = Head(self, resume, sweep) if self.control.world.rank == 0 else None
+        recorder = Recorder(self, resume, sweep) if self.control.world.rank == 0 else None
         try:
-            return self._run(head, in_sweep=sweep is not None)
+            return self._run(recorder, in_sweep=sweep is not None)
         except (StageError, ScheduleError):
-            if head:
-                head.abandon()
+            if recorder:
+                recorder.abandon()
             raise
 
-    def _run(self, head: Head | None, *, in_sweep: bool) -> Path | None:
+    def _run(self, recorder: Recorder | None, *, in_sweep: bool) -> Path | None:
         control = self.control
-        first = control.gather(len(head.journal.finished) if head else None)[0]
+        first = control.gather(len(recorder.journal.finished) if recorder else None)[0]
         if not in_sweep:
             control.watchdog.advice = ADVICE
         actions = self.make_actions(first)
@@ -68,10 +68,10 @@ class Evaluation(Task):
             self._warm_up()
             specs = self.frame_specs()
         warm_up_s = time.perf_counter() - start_s
-        runner, links = self._make_runner(head, first, actions, specs)
+        runner, links = self._make_runner(recorder, first, actions, specs)
         control.barrier()
-        if head:
-            head.begin()
+        if recorder:
+            recorder.begin()
         with self._failing_alike():
             runner.run()
         control.report("timing a token")
@@ -79,9 +79,9 @@ class Evaluation(Task):
             one_token = control.in_turn(lambda: self._one_token(runner))
         control.report("collecting results", waiting=True)
         reports = control.gather({**self._rank_report(runner, links), "warm_up_s": warm_up_s, "one_token": one_token})
-        if not head:
+        if not recorder:
             return None
-        path = head.finish(reports, first)
+        path = recorder.finish(reports, first)
         if not in_sweep:
             control.watchdog.advice = f"; the record was written before: {path}"
         return path
@@ -105,7 +105,7 @@ class Evaluation(Task):
             raise StageError(failures[0])
 
     def _make_runner(
-        self, head: Head | None, first: int, actions: Sequence[Action], specs: Sequence[FrameSpec]
+        self, recorder: Recorder | None, first: int, actions: Sequence[Action], specs: Sequence[FrameSpec]
     ) -> tuple[Runner, LinkEnds]:
         deployment = self.deployment
         links = make_links(
@@ -129,8 +129,8 @@ class Evaluation(Task):
             senders=links.senders,
             receivers=links.receivers,
             dtype=TORCH_DTYPES[self.config.model.dtype],
-            on_start=head.journal.start if head else _only_on_rank_0,
-            on_result=head.take if head else _only_on_rank_0,
+            on_start=recorder.journal.start if recorder else _only_on_rank_0,
+            on_result=recorder.take if recorder else _only_on_rank_0,
             report=self.control.report,
             probes=self._make_probes(),
         )
@@ -195,7 +195,7 @@ class Evaluation(Task):
             "rank": self.control.world.rank,
             "host": self.control.host,
             "threads": self.deployment.threads,
-            "peak_rss_bytes": metrics.peak_rss_bytes(),
+            "peak_rss_bytes": peak_rss_bytes(),
             "peak_cuda_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
             "stages": {
                 str(index): {"device": str(devices[index]), **times.as_dict()} for index, times in runner.times.items()

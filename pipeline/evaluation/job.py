@@ -6,19 +6,22 @@ Between a deployment, which outlives it, and `evaluation.py`, which runs it.
 from __future__ import annotations
 
 from compressors import Compressor
+from pipeline.comm.link_ends import frame_specs
 from pipeline.comm.mailbox import FrameSpec
 from pipeline.config.schema import RunConfig
 from pipeline.data.windows import make_microbatches
+from pipeline.importance.selection import make_metrics
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.partition.schedule import Action, dry_run, make_schedule
 from pipeline.records.store import digest_of
-from pipeline.runtime.compose import frame_specs, make_codecs, make_metrics, make_run_windows
+from pipeline.runtime.codecs import make_codecs
 from pipeline.runtime.deployment import Deployment
+from pipeline.runtime.text import make_run_windows
 
-__all__ = ["Task"]
+__all__ = ["Job"]
 
 
-class Task:
+class Job:
     """One config on one deployment. `digest` is of all that changes numbers or bytes: a resumed run recognises itself.
 
     Raises ValueError for what this model, plan or text cannot serve.

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.evaluation.tracking import Tracker
-from pipeline.records.traffic import perplexity
+from pipeline.records.perplexity import perplexity
 
 __all__ = ["Progress", "SweepProgress"]
 

@@ -11,56 +11,57 @@ from typing import Any
 import numpy as np
 
 from pipeline.comm.wire import header_nbytes
-from pipeline.evaluation.job import Task
+from pipeline.evaluation.job import Job
 from pipeline.evaluation.progress import Progress
 from pipeline.evaluation.tracking import Tracker
 from pipeline.models.stage import Scores
-from pipeline.records import traffic as metrics
 from pipeline.records.journal import FinishedMicroBatch, Journal
+from pipeline.records.perplexity import perplexity, sum_nll
 from pipeline.records.store import make_run_id, model_label, software_versions, write_record
+from pipeline.records.traffic import LinkTraffic, per_link_record, traffic_totals
 
-__all__ = ["Head", "error_key"]
+__all__ = ["Recorder", "error_key"]
 
 logger = logging.getLogger(__name__)
 
 
-class Head:
+class Recorder:
     """Rank 0's part: journal, progress, record."""
 
-    def __init__(self, task: Task, resume: bool, sweep: str | None) -> None:
-        self._task = task
-        config = task.config
+    def __init__(self, job: Job, resume: bool, sweep: str | None) -> None:
+        self._job = job
+        config = job.config
         folder = Path(config.exp_dir)
-        if not resume and Journal.exists(folder, task.digest):
+        if not resume and Journal.exists(folder, job.digest):
             logger.warning(
                 "an unfinished run with this config is set aside as *.journal.old; --resume would have continued it"
             )
-        self.journal = Journal.open(folder, task.digest, resume=resume)
+        self.journal = Journal.open(folder, job.digest, resume=resume)
         if config.measure_error and any(done.squared_error is None for done in self.journal.finished):
             logger.warning("the unfinished run was started without measure_error; it starts over")
             self.journal.close()
-            self.journal = Journal.open(folder, task.digest, resume=False)
+            self.journal = Journal.open(folder, job.digest, resume=False)
         if resume and self.journal.num_sessions > 1:
-            done, total = len(self.journal.finished), len(task.microbatches)
+            done, total = len(self.journal.finished), len(job.microbatches)
             logger.warning("resuming: %d of %d micro-batches were finished before", done, total)
         elif resume:
             logger.warning("nothing to resume: %s has no unfinished run with this config; starting anew", folder)
-        codec_names = sorted({codec.name for codec in task.encoders}) or ["unsplit"]
-        self.run_id = make_run_id(model_label(config.model.name), "+".join(codec_names), task.digest[:8])
+        codec_names = sorted({codec.name for codec in job.encoders}) or ["unsplit"]
+        self.run_id = make_run_id(model_label(config.model.name), "+".join(codec_names), job.digest[:8])
         self._tracker = Tracker(config.wandb, run_id=self.run_id, config=config.as_dict(), folder=folder, group=sweep)
         self._folder, self._sweep = folder, sweep
         self._progress: Progress | None = None
 
     def begin(self) -> None:
         """The run proper begins: show progress, and start the clock."""
-        task = self._task
+        job = self._job
         self._progress = Progress(
-            num_tokens=sum(m.num_tokens for m in task.microbatches),
-            link_names=[link.name for link in task.plan.links],
+            num_tokens=sum(m.num_tokens for m in job.microbatches),
+            link_names=[link.name for link in job.plan.links],
             tracker=self._tracker,
             in_sweep=self._sweep is not None,
         )
-        for microbatch, done in zip(task.microbatches, self.journal.finished):
+        for microbatch, done in zip(job.microbatches, self.journal.finished):
             self._progress.add(
                 num_tokens=microbatch.num_tokens, loss=done.loss, payload_bytes=done.payload_bytes, fresh=False
             )
@@ -70,11 +71,11 @@ class Head:
         """One micro-batch is finished (`runner.OnResult`)."""
         loss, top1 = scores.loss.numpy(), scores.top1.numpy()
         squared_error = None
-        if self._task.config.measure_error:
+        if self._job.config.measure_error:
             keys = [error_key(index, microbatch_index) for index in range(len(payload_bytes))]
-            squared_error = tuple(map(tuple, self._task.control.take(keys)))
+            squared_error = tuple(map(tuple, self._job.control.take(keys)))
         self.journal.finish(FinishedMicroBatch(payload_bytes, loss, top1, squared_error))
-        microbatch = self._task.microbatches[microbatch_index]
+        microbatch = self._job.microbatches[microbatch_index]
         self._progress.add(num_tokens=microbatch.num_tokens, loss=loss, payload_bytes=payload_bytes)
 
     def finish(self, reports: Sequence[dict[str, Any]], first: int) -> Path:
@@ -98,7 +99,7 @@ class Head:
     def _check_traffic(self, reports: Sequence[dict[str, Any]], first: int) -> None:
         """What the frames told rank 0 must be what the senders counted."""
         counted = {name: traffic["payload_bytes"] for report in reports for name, traffic in report["sent"].items()}
-        for link in self._task.plan.links:
+        for link in self._job.plan.links:
             told = sum(done.payload_bytes[link.index] for done in self.journal.finished[first:])
             if told != counted[link.name]:
                 raise RuntimeError(
@@ -107,7 +108,7 @@ class Head:
                 )
 
     def _per_token(self) -> dict[str, np.ndarray]:
-        counts = [window.num_scored for window in self._task.windows]
+        counts = [window.num_scored for window in self._job.windows]
         return {
             "loss": np.concatenate([done.loss for done in self.journal.finished]),
             "top1": np.concatenate([done.top1 for done in self.journal.finished]),
@@ -115,43 +116,43 @@ class Head:
         }
 
     def _record(self, reports: Sequence[dict[str, Any]], time_run_s: float, first: int) -> dict[str, Any]:
-        task, journal = self._task, self.journal
-        config, deployment, plan = task.config, task.deployment, task.plan
-        total_nll = metrics.sum_nll(float(loss) for done in journal.finished for loss in done.loss)
-        num_scored = sum(m.num_scored for m in task.microbatches)
-        num_processed = sum(m.num_tokens for m in task.microbatches)
-        num_fresh = sum(m.num_tokens for m in task.microbatches[first:])
-        traffic = {link.name: metrics.LinkTraffic() for link in plan.links}
-        for microbatch, done in zip(task.microbatches, journal.finished):
+        job, journal = self._job, self.journal
+        config, deployment, plan = job.config, job.deployment, job.plan
+        total_nll = sum_nll(float(loss) for done in journal.finished for loss in done.loss)
+        num_scored = sum(m.num_scored for m in job.microbatches)
+        num_processed = sum(m.num_tokens for m in job.microbatches)
+        num_fresh = sum(m.num_tokens for m in job.microbatches[first:])
+        traffic = {link.name: LinkTraffic() for link in plan.links}
+        for microbatch, done in zip(job.microbatches, journal.finished):
             for link in plan.links:
                 traffic[link.name].add(
                     num_tokens=microbatch.num_tokens,
                     payload_bytes=done.payload_bytes[link.index],
                     header_bytes=header_nbytes(link.index),
                 )
-        hidden_size = task.hidden_size
+        hidden_size = job.hidden_size
         return {
             "run_id": self.run_id,
-            "digest": task.digest,
+            "digest": job.digest,
             "args": {**config.original_args(), "config": config.as_dict()},
             "results": {
-                "avg_ppl": metrics.perplexity(total_nll, num_scored),
+                "avg_ppl": perplexity(total_nll, num_scored),
                 "total_nll": total_nll,
                 "total_loss_tokens": num_scored,
                 "total_processed_tokens": num_processed,
-                "num_windows": len(task.windows),
-                "num_microbatches": len(task.microbatches),
+                "num_windows": len(job.windows),
+                "num_microbatches": len(job.microbatches),
             },
-            "traffic_totals": metrics.traffic_totals(traffic, hidden_size=hidden_size, num_scored=num_scored),
+            "traffic_totals": traffic_totals(traffic, hidden_size=hidden_size, num_scored=num_scored),
             "traffic_other": self._other_traffic(reports),
-            "traffic_per_link": {name: metrics.per_link_record(t, hidden_size) for name, t in traffic.items()},
+            "traffic_per_link": {name: per_link_record(t, hidden_size) for name, t in traffic.items()},
             "time_run_s": time_run_s,
             "timed_tokens": num_fresh,
             "tokens_per_s": num_fresh / (time_run_s - journal.earlier_s),
-            "causal": all(codec.causal for codec in task.encoders) and not config.model.load_in_8bit,
+            "causal": all(codec.causal for codec in job.encoders) and not config.model.load_in_8bit,
             "notes": self._notes(),
-            "codecs": {link.name: codec.config() for link, codec in zip(plan.links, task.encoders)},
-            "importance": {plan.links[i].name: metric.describe() for i, metric in task.metrics.items()},
+            "codecs": {link.name: codec.config() for link, codec in zip(plan.links, job.encoders)},
+            "importance": {plan.links[i].name: metric.describe() for i, metric in job.metrics.items()},
             "plan": [{"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in plan.stages],
             "resumed": {
                 "num_sessions": journal.num_sessions,
@@ -172,7 +173,7 @@ class Head:
                 }
                 for report in reports
             ],
-            "schedule": {"in_flight": task.in_flight, "receives_ahead": config.runtime.receives_ahead},
+            "schedule": {"in_flight": job.in_flight, "receives_ahead": config.runtime.receives_ahead},
             "backend": deployment.backend,
             "model": {
                 "model_type": deployment.model_config.model_type,
@@ -181,10 +182,10 @@ class Head:
                 "checkpoint_fingerprint": deployment.checkpoint_digest,
             },
             "dataset": {
-                "description": task.text.description,
-                "num_tokens": task.text.ids.numel(),
-                "text_sha256": task.text.text_sha256,
-                "ids_sha256": task.text.ids_sha256,
+                "description": job.text.description,
+                "num_tokens": job.text.ids.numel(),
+                "text_sha256": job.text.text_sha256,
+                "ids_sha256": job.text.ids_sha256,
             },
             "protocol": {
                 "name": "token perplexity, sliding window",
@@ -198,10 +199,10 @@ class Head:
 
     def _reconstruction(self) -> dict[str, Any]:
         """Relative squared error of each link over all frames, where it was measured."""
-        if not self._task.config.measure_error:
+        if not self._job.config.measure_error:
             return {}
         errors = {}
-        for link in self._task.plan.links:
+        for link in self._job.plan.links:
             error, power = zip(*(done.squared_error[link.index] for done in self.journal.finished))
             total, power = math.fsum(error), math.fsum(power)
             errors[link.name] = {"relative_squared_error": total / power if power else None}
@@ -209,25 +210,25 @@ class Head:
 
     def _other_traffic(self, reports: Sequence[dict[str, Any]]) -> dict[str, int]:
         """Bytes beside the hidden states, of this session: losses on their way to rank 0, END frames, token ids."""
-        task = self._task
-        hidden = {link.name for link in task.plan.links}
+        job = self._job
+        hidden = {link.name for link in job.plan.links}
         results = [t for report in reports for name, t in report["sent"].items() if name not in hidden]
         num_ends = sum(len(report["sent"]) for report in reports)
-        num_ids = task.deployment.text.ids.numel()
+        num_ids = job.deployment.text.ids.numel()
         return {
             "result_bytes": sum(t["payload_bytes"] + t["header_bytes"] for t in results),
             "end_bytes": sum(header_nbytes(index) for index in range(num_ends)),
-            "setup_bytes": 4 * num_ids * (task.control.world.world_size - 1),
+            "setup_bytes": 4 * num_ids * (job.control.world.world_size - 1),
         }
 
     def _notes(self) -> list[str]:
         """Sentences that a reader of the numbers must know."""
         notes = [
             f"codec {codec.name} on {codec.link.name} is not causal: later tokens leak into the perplexity"
-            for codec in self._task.encoders
+            for codec in self._job.encoders
             if not codec.causal
         ]
-        if self._task.config.model.load_in_8bit:
+        if self._job.config.model.load_in_8bit:
             notes.append("8-bit bitsandbytes weights mix tokens inside the model: hidden states are not causal")
         return notes
 

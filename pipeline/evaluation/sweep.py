@@ -30,9 +30,9 @@ from pipeline.records.store import (
 )
 from pipeline.report.recommendation import Outlook
 from pipeline.report.summary import write_report
-from pipeline.runtime.compose import check_max_length
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.runner import StageError
+from pipeline.runtime.text import check_max_length
 
 __all__ = ["SweepResult", "run_points", "write_page"]
 
@@ -59,27 +59,27 @@ def run_points(sweep: Sweep, config: RunConfig, deployment: Deployment) -> Sweep
     points = sweep.points([link.name for link in deployment.plan.links])
     control.agree("sweep", {"base": digest_of(config.numerics()), "points": digest_of([p.overrides for p in points])})
     control.watchdog.advice = ADVICE
-    head = _Head(sweep.name, len(points), Path(config.exp_dir)) if control.world.rank == 0 else None
+    recorder = _SweepRecorder(sweep.name, len(points), Path(config.exp_dir)) if control.world.rank == 0 else None
     result = SweepResult()
     for point in points:
         label = _label(config, point)
-        if head:
-            head.progress.begin(label)
-        path, error, was_run = _run_point(point, config, deployment, head, sweep.name)
+        if recorder:
+            recorder.progress.begin(label)
+        path, error, was_run = _run_point(point, config, deployment, recorder, sweep.name)
         result.num_run += was_run
-        if head and error is not None:
-            result.failures.append(head.fail(point, config, label, error, was_run))
-        elif head:
-            head.finish(point, config, path, was_run)
+        if recorder and error is not None:
+            result.failures.append(recorder.fail(point, config, label, error, was_run))
+        elif recorder:
+            recorder.finish(point, config, path, was_run)
             if path not in result.records:
                 result.records.append(path)
-    if head:
-        head.progress.close()
+    if recorder:
+        recorder.progress.close()
     return result
 
 
 def _run_point(
-    point: Point, config: RunConfig, deployment: Deployment, head: _Head | None, name: str
+    point: Point, config: RunConfig, deployment: Deployment, recorder: _SweepRecorder | None, name: str
 ) -> tuple[Path | None, str | None, bool]:
     """(record's path on rank 0, error on every rank, whether it was run now)."""
     control = deployment.control
@@ -95,7 +95,7 @@ def _run_point(
     except Exception as e:  # a plug-in's constructor may raise anything
         logger.exception("a codec cannot be made")
         error = f"{type(e).__name__}: {e}"
-    finished = head.find(evaluation) if head and evaluation else None
+    finished = recorder.find(evaluation) if recorder and evaluation else None
     told = control.gather(
         {"error": error, "digest": evaluation and evaluation.digest, "finished": finished and str(finished)}
     )
@@ -106,14 +106,14 @@ def _run_point(
         return None, "the ranks have different versions of its codecs", False
     if told[0]["finished"]:
         return finished, None, False
-    resume = head is not None and Journal.exists(head.folder, evaluation.digest)
+    resume = recorder is not None and Journal.exists(recorder.folder, evaluation.digest)
     try:
         return evaluation.run(resume=resume, sweep=name), None, True
     except (StageError, ScheduleError) as e:
         return None, str(e), True
 
 
-class _Head:
+class _SweepRecorder:
     """Rank 0's part: which points are done, progress, failures."""
 
     def __init__(self, name: str, num_points: int, folder: Path) -> None:

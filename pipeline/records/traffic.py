@@ -1,19 +1,16 @@
-"""Sums, counts and units of a run; ratios are taken once, at the end. Plain Python.
+"""What links carried: counts that add up; ratios are taken once, at the end. Plain Python.
 
-Perplexity is exp(total NLL / scored tokens). Traffic is counted per link: payload bytes are a codec's bytes
-(what the original benchmark calls bytes), header bytes the frames' headers; a token counts each time that it
-crosses, window overlap included.
+Payload bytes are a codec's bytes (what the original benchmark calls bytes), header bytes the frames' headers; a token
+counts each time that it crosses, window overlap included.
 """
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["LinkTraffic", "peak_rss_bytes", "per_link_record", "perplexity", "sum_nll", "traffic_totals"]
+__all__ = ["LinkTraffic", "per_link_record", "traffic_totals"]
 
 
 @dataclass
@@ -36,16 +33,6 @@ class LinkTraffic:
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
-
-
-def perplexity(total_nll: float, num_scored: int) -> float:
-    """exp of the mean negative log-likelihood in nats; inf when that overflows, nan when nothing was scored."""
-    if num_scored == 0:
-        return math.nan
-    try:
-        return math.exp(total_nll / num_scored)
-    except OverflowError:
-        return math.inf
 
 
 def per_link_record(traffic: LinkTraffic, hidden_size: int) -> dict[str, Any]:
@@ -79,21 +66,3 @@ def traffic_totals(links: Mapping[str, LinkTraffic], *, hidden_size: int, num_sc
         "header_bytes": total.header_bytes,
         "padding_bytes": total.padding_bytes,
     }
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process so far (Linux: VmHWM)."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            line = next(line for line in status if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def sum_nll(losses: Iterable[float]) -> float:
-    """Exactly rounded sum, so that it does not depend on how tokens were grouped."""
-    return math.fsum(losses)

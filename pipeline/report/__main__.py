@@ -35,7 +35,9 @@ _share.__name__, _positive.__name__ = "share (1% or 0.01)", "number above 0"  # 
 
 def make_parser() -> argparse.ArgumentParser:
     defaults = Outlook()
-    parser = argparse.ArgumentParser(prog="python -m pipeline.report", description="Tables and a page from run records.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.report", description="Tables and a page from run records."
+    )
     parser.add_argument("paths", nargs="+", type=Path, help="records, or folders of them")
     parser.add_argument("-o", "--output", type=Path, metavar="HTML", help="write a page, with .md and .csv beside it")
     parser.add_argument("--png", type=Path, help="also draw perplexity against bytes per token")

@@ -1,8 +1,4 @@
-"""Reports from run records; nothing else is read.
-
-python -m pipeline.report.summary results/demo                  # a table on the console
-python -m pipeline.report.summary results/demo -o report.html   # a page; report.md and report.csv beside it
-"""
+"""The table of records that a console shows, and the files of a report."""
 
 from __future__ import annotations
 

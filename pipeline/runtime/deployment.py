@@ -6,7 +6,6 @@ and only then weights.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import logging
 from dataclasses import dataclass
@@ -15,50 +14,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.comm.control import Control, link_backend
+from pipeline.comm.control import Control
 from pipeline.config.schema import RunConfig
-from pipeline.data.text import ids_digest, load_text, tokenize
 from pipeline.data.windows import make_microbatches
+from pipeline.importance.selection import make_metrics
 from pipeline.models.loading import TORCH_DTYPES, load_model_config, load_stage
 from pipeline.models.source import checkpoint_fingerprint, resolve_model
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import Plan
-from pipeline.runtime.compose import (
-    available_cores,
-    check_bos,
-    check_max_length,
-    check_world_size,
-    choose_threads,
-    make_codecs,
-    make_metrics,
-    make_plan,
-    make_run_windows,
-    rank_of,
-    stage_devices,
-)
+from pipeline.runtime.codecs import make_codecs
+from pipeline.runtime.devices import available_cores, choose_threads, link_backend, stage_devices
+from pipeline.runtime.placement import check_world_size, make_plan
+from pipeline.runtime.text import TokenizedText, check_bos, check_max_length, make_run_windows, tokenize_once
 from pipeline.runtime.timing import time_one_token
 
-__all__ = ["Deployment", "TokenizedText", "deploy"]
+__all__ = ["Deployment", "deploy"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizedText:
-    """The text's token ids, int64 on the CPU, the same on every rank, and where they come from."""
-
-    ids: torch.Tensor
-    bos_id: int | None
-    description: str
-    text_sha256: str
-    ids_sha256: str
-
-    def cut(self, first_k_tokens: int) -> TokenizedText:
-        """The first k tokens (0: all) as a text of their own."""
-        ids = self.ids[: first_k_tokens or None]
-        if ids.numel() == self.ids.numel():
-            return self
-        return dataclasses.replace(self, ids=ids, ids_sha256=ids_digest(ids.numpy()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +79,7 @@ def deploy(config: RunConfig, control: Control) -> Deployment:
     checkpoint_digest = checkpoint_fingerprint(model_dir)
     control.agree("checkpoint", {"fingerprint": checkpoint_digest})
     control.report("tokenising")
-    text = _tokenize_once(config, control, model_dir)
+    text = tokenize_once(config, control, model_dir)
     check_bos(config, text.bos_id)
     codecs = make_codecs(
         config,
@@ -181,24 +153,6 @@ def _set_threads(config: RunConfig, control: Control) -> int:
     return threads
 
 
-def _tokenize_once(config: RunConfig, control: Control, model_dir) -> TokenizedText:
-    """Rank 0 reads and tokenises, the others receive ids and facts."""
-    dataset = config.dataset
-    ids, facts = None, None
-    if control.world.rank == 0:
-        text = load_text(name=dataset.name, path=dataset.path, split=dataset.split)
-        tokens, bos_id = tokenize(text, model_dir, trust_remote_code=config.model.trust_remote_code)
-        ids = torch.tensor(tokens[: dataset.first_k_tokens or None], dtype=torch.int64)
-        facts = {
-            "bos_id": bos_id,
-            "description": text.description,
-            "text_sha256": text.sha256,
-            "ids_sha256": ids_digest(ids.numpy()),
-        }
-    facts = control.gather(facts)[0]
-    return TokenizedText(ids=control.broadcast_ids(ids), **facts)
-
-
 def _open_groups(
     config: RunConfig, control: Control, plan: Plan, devices: dict[int, torch.device]
 ) -> tuple[str, dict[int, dist.ProcessGroup]]:
@@ -214,7 +168,7 @@ def _open_groups(
     groups = {}
     if backend == "nccl":
         for link in plan.links:
-            ranks = [rank_of(link.src_node, world), rank_of(link.dst_node, world)]
+            ranks = [world.rank_of(link.src_node), world.rank_of(link.dst_node)]
             groups[link.index] = dist.new_group(
                 ranks, backend="nccl", timeout=datetime.timedelta(seconds=config.runtime.timeout_s)
             )

@@ -14,11 +14,11 @@ import torch
 
 from compressors.base import Payload
 from pipeline.comm.link import FrameReceiver, FrameSender
+from pipeline.comm.link_ends import make_gradient_links
 from pipeline.data.windows import MicroBatch
 from pipeline.models.attention import AttentionReader
 from pipeline.models.stage import Objective, TokenWindows
 from pipeline.partition.schedule import Action, ActionKind, make_gradient_schedule
-from pipeline.runtime.compose import make_gradient_links
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.runner import describe, execute
 

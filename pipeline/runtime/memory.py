@@ -1,6 +1,6 @@
-"""The C library's allocator, told what a rank on a CPU needs: small while it loads, quick while it runs.
+"""This process's memory: its peak, and the C library's allocator, told what a rank on a CPU needs.
 
-Both are about blocks of some MiB. glibc learns from the first one freed to cut the next out of its heap, where a
+It is to stay small while the rank loads and quick while it runs. Both are about blocks of some MiB. glibc learns from the first one freed to cut the next out of its heap, where a
 quantised layer that stays keeps the freed full-precision layer before it from going back to the system. And it
 returns the free end of the heap: a stage's activations would take their pages anew with each micro-batch and have them
 zeroed, which costs a small model a tenth of its CPU time.
@@ -9,8 +9,9 @@ zeroed, which costs a small model a tenth of its CPU time.
 from __future__ import annotations
 
 import ctypes
+import sys
 
-__all__ = ["keep_freed_memory", "return_freed_memory"]
+__all__ = ["keep_freed_memory", "peak_rss_bytes", "return_freed_memory"]
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD = -1
@@ -32,6 +33,19 @@ def keep_freed_memory() -> bool:
     Returns whether the C library has such settings.
     """
     return _set({_M_TRIM_THRESHOLD: -1, _M_MMAP_MAX: 0})
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process so far (Linux: VmHWM)."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            line = next(line for line in status if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _set(options: dict[int, int]) -> bool:

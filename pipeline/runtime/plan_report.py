@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.comm.link_ends import SEND_DEPTH
 from pipeline.comm.wire import MAX_ERROR_NBYTES, header_nbytes
 from pipeline.config.schema import RunConfig
 from pipeline.models.loading import TORCH_DTYPES, embedding_bytes, load_model_config, stage_parameter_bytes
 from pipeline.models.stage import MAX_LOGITS_NBYTES
-from pipeline.runtime.compose import SEND_DEPTH, check_max_length, make_codecs, make_plan
+from pipeline.runtime.codecs import make_codecs
+from pipeline.runtime.placement import make_plan
+from pipeline.runtime.text import check_max_length
 
 __all__ = ["plan_text"]
 

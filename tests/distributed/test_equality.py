@@ -37,7 +37,8 @@ def overrides(model: Path, text: Path, exp_dir: Path, num_nodes: int, **more):
 
 def evaluate_all(rank: int, cases: dict[str, dict]) -> None:
     """Run every case in one process group; the last stage's hidden states go to `<exp_dir>/hidden`."""
-    from pipeline.comm.control import Control, World
+    from pipeline.comm.control import Control
+    from pipeline.comm.world import World
     from pipeline.evaluation.evaluation import Evaluation
     from pipeline.models.stage import Stage
     from pipeline.runtime.deployment import deploy

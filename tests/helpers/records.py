@@ -3,8 +3,8 @@
 import numpy as np
 
 from pipeline.partition.plan import default_plan
+from pipeline.records.perplexity import perplexity
 from pipeline.records.store import write_record
-from pipeline.records.traffic import perplexity
 
 PLAN = default_plan(8, 4)
 HIDDEN_SIZE = 64

@@ -3,7 +3,9 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.records.traffic import LinkTraffic, peak_rss_bytes, per_link_record, perplexity, sum_nll, traffic_totals
+from pipeline.records.perplexity import perplexity, sum_nll
+from pipeline.records.traffic import LinkTraffic, per_link_record, traffic_totals
+from pipeline.runtime.memory import peak_rss_bytes
 
 
 def test_perplexity():

@@ -1,0 +1,79 @@
+"""Which metric each link's codec gets, and from which layers and files it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compressors import Compressor
+from pipeline.config.schema import ConfigError, RunConfig
+from pipeline.data.windows import MicroBatch
+from pipeline.importance.files import file_digest, read_head_relevance, read_token_importance
+from pipeline.importance.metrics import METRICS, Metric, MetricSetting
+from pipeline.models.loading import check_attention_readable
+from pipeline.partition.plan import Plan, StagePlan
+
+__all__ = ["make_metrics"]
+
+
+def make_metrics(
+    config: RunConfig,
+    plan: Plan,
+    codecs: Sequence[Compressor],
+    microbatches: Sequence[MicroBatch],
+    *,
+    model_config: Any,
+    checkpoint_digest: str,
+    ids_sha256: str,
+) -> dict[int, Metric]:
+    """What computes the importance for the codecs that need it, by link index.
+
+    Raises ConfigError or another ValueError for what this model, plan, text or kernel cannot give.
+    """
+    metrics = {}
+    for link, codec in zip(plan.links, codecs):
+        if "importance" not in codec.needs:
+            continue
+        cls, stage, section = METRICS[codec.importance_metric], plan.stages[link.index], config.importance
+        options: dict[str, Any] = {"seed": section.seed, "microbatches": microbatches, "first_layer": stage.start}
+        if "layers" in cls.setting_keys:
+            check_attention_readable(model_config, trust_remote_code=config.model.trust_remote_code)
+            options["layers"] = _layers_to_read(section.layers, stage, cls.name)
+        for key in {"head_weights", "oracle"}.intersection(cls.setting_keys):
+            if getattr(section, key) is None:
+                raise ConfigError(f"metric {cls.name} needs a file: set importance.{key}")
+            path = Path(getattr(section, key)).expanduser()
+            options["file_digest"] = file_digest(path)
+            if key == "head_weights":
+                options["head_relevance"] = read_head_relevance(
+                    path,
+                    checkpoint_fingerprint=checkpoint_digest,
+                    num_layers=plan.num_layers,
+                    num_heads=model_config.num_attention_heads,
+                )
+            else:
+                options["token_importance"] = read_token_importance(
+                    path,
+                    link.name,
+                    checkpoint_fingerprint=checkpoint_digest,
+                    ids_sha256=ids_sha256,
+                    max_length=config.dataset.max_length,
+                    stride=config.dataset.stride,
+                    bos=config.dataset.bos,
+                )
+        metrics[link.index] = cls(MetricSetting(**options))
+    return metrics
+
+
+def _layers_to_read(setting: str | Sequence[int], stage: StagePlan, metric: str) -> list[int]:
+    """Of the sending stage's layers, those that `importance.layers` asks for."""
+    own = range(stage.start, stage.end)
+    chosen = list(own[-1:] if setting == "last" else own if setting == "all" else sorted(set(setting) & set(own)))
+    if not chosen:
+        holds = f"layers {stage.start} to {stage.end - 1}" if own else "no layers"
+        raise ConfigError(
+            f"metric {metric} reads attention, but stage {stage.stage_index} holds {holds}, and importance.layers "
+            f"is {setting!r}"
+        )
+    return chosen
