@@ -12,13 +12,15 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import sys
 from pathlib import Path
+from unittest import mock
 
 from filelock import FileLock
 
 __all__ = ["convert_gguf_once"]
 
-CONVERSION_VERSION = 1  # raised when this file writes something else
+CONVERSION_VERSION = 2  # raised when this file writes something else; 1 could be published without weights
 
 
 def convert_gguf_once(gguf: Path, cache_dir: str | None) -> Path:
@@ -79,8 +81,10 @@ def _convert(gguf: Path, out: Path) -> None:
     """Write config, tokenizer and float32 weights, exactly as transformers dequantises them, to `out`."""
     # Imported here: seconds to import, and needed once per model.
     import torch
+    import torch.distributed as dist
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    print(f"converting {gguf.name} to float32, once; it will lie in {out.parent}", file=sys.stderr, flush=True)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -98,5 +102,12 @@ def _convert(gguf: Path, out: Path) -> None:
                 f"{gguf} does not fit its architecture {model.config.model_type!r}: {problem} "
                 f"{sorted(map(str, report[problem]))[:4]}"
             )
-    model.save_pretrained(out)
+    # In a process group transformers writes weights on its rank 0 alone; here any rank may be the one that converts.
+    with mock.patch.object(dist, "is_initialized", return_value=False):
+        model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if not (out / "config.json").is_file() or not any(out.glob("*.safetensors")):
+        raise ValueError(
+            f"transformers {importlib.metadata.version('transformers')} wrote no config or no weights of {gguf}, only "
+            f"{sorted(path.name for path in out.iterdir())}; install a version that setup.cfg names"
+        )

