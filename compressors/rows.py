@@ -26,7 +26,16 @@ import torch
 from compressors.base import Compressor, LinkInfo, Payload
 from compressors.bitpack import Section, sections_nbytes, split_bytes
 
-__all__ = ["RowCodec", "Scratch"]
+__all__ = ["RowCodec", "Scratch", "divide"]
+
+
+def divide(x: torch.Tensor, divisor: float) -> torch.Tensor:
+    """`x / divisor`, rounded once on every device.
+
+    Torch on CUDA multiplies by the rounded reciprocal when the divisor is a Python number or lies on the CPU, which
+    moves half of the quotients by a bit. Powers of two need no such care.
+    """
+    return x / x.new_full((), divisor)
 
 
 class Scratch:

@@ -24,7 +24,7 @@ from compressors.bitpack import Section, pack, packed_nbytes, unpack
 from compressors.klt.calibration_file import read_calibration
 from compressors.klt.codec import RAW_EIGHTHS, matmul_rows
 from compressors.options import option_error
-from compressors.rows import RowCodec
+from compressors.rows import RowCodec, divide
 
 __all__ = ["KltFixed"]
 
@@ -63,7 +63,7 @@ class KltFixed(RowCodec):
     def encode(self, rows, scales, packed):
         u = rows.square().mean(1).sqrt().to(torch.bfloat16)
         u = torch.where(rows.isfinite().all(1), u, torch.nan)
-        is_sparse = ~((8 * (u.float() / self._median).log2()).abs() < RAW_EIGHTHS)
+        is_sparse = ~((8 * divide(u.float(), self._median).log2()).abs() < RAW_EIGHTHS)
         scales.copy_(torch.where(is_sparse, -u, u))
         scaled = torch.where(is_sparse.unsqueeze(1), 0, rows) / u.float().nan_to_num(1).clamp_min(1e-30).unsqueeze(1)
         y = matmul_rows(scaled - self._on("mean", rows), self._on("fixed_encode", rows))[:, self._own("order", rows)]

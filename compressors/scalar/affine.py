@@ -27,7 +27,7 @@ import torch
 from compressors.base import LinkInfo
 from compressors.bitpack import Section, pack, packed_nbytes, unpack
 from compressors.options import check_choice
-from compressors.rows import RowCodec
+from compressors.rows import RowCodec, divide
 
 __all__ = ["IntN"]
 
@@ -62,7 +62,7 @@ class IntN(RowCodec):
         lo, hi = rows.amin(1).clamp_(max=0), rows.amax(1).clamp_(min=0)
         levels = self._q_max - self._q_min
         width = hi - lo
-        row_scale = torch.where(width.isinf(), hi / levels - lo / levels, width / levels)
+        row_scale = torch.where(width.isinf(), divide(hi, levels) - divide(lo, levels), divide(width, levels))
         row_scale = row_scale.clamp_(min=SMALLEST_NORMAL)
         row_zero = (self._q_min - (lo / row_scale).round_()).clamp_(self._q_min, self._q_max)
         lost = ~row_scale.isfinite()

@@ -18,7 +18,7 @@ import torch
 from compressors.base import LinkInfo
 from compressors.bitpack import Section
 from compressors.options import check_choice
-from compressors.rows import RowCodec
+from compressors.rows import RowCodec, divide
 
 __all__ = ["Fp8"]
 
@@ -40,7 +40,7 @@ class Fp8(RowCodec):
         return [(torch.float32, (num_rows,)), (torch.uint8, (num_rows, width))]
 
     def encode(self, rows, scale, codes):
-        torch.div(rows.abs().amax(1), self._max, out=scale)
+        scale.copy_(divide(rows.abs().amax(1), self._max))
         lost = ~scale.isfinite()
         scale.masked_fill_(scale == 0, 1.0).masked_fill_(lost, torch.nan)
         scaled = (rows / scale[:, None]).clamp_(-self._max, self._max).masked_fill_(lost[:, None], 0)

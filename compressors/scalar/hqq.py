@@ -34,7 +34,7 @@ from compressors.base import LinkInfo
 from compressors.bitpack import Section, pack, packed_nbytes, unpack
 from compressors.kernels.hqq_constants import BETA, GROUP, ITERATIONS, PATIENCE, POWER, POWER_OFFSET
 from compressors.options import check_choice
-from compressors.rows import RowCodec
+from compressors.rows import RowCodec, divide
 
 __all__ = ["Hqq"]
 
@@ -90,7 +90,7 @@ class Hqq(RowCodec):
         """(scale, zero) [N, groups] before refinement, the scale rounded to fp16; NaN for lost groups."""
         lo, hi = groups.amin(2), groups.amax(2)
         largest = torch.maximum(lo.abs(), hi.abs())
-        scale = hi / self._levels - lo / self._levels
+        scale = divide(hi, self._levels) - divide(lo, self._levels)
         scale = torch.maximum(scale, largest / 2**15).clamp_(SMALLEST_SCALE, LARGEST_HALF)
         scale = scale.half().float().masked_fill_(~largest.isfinite(), torch.nan)
         return scale, (-lo / scale).clamp_(-LARGEST_HALF, LARGEST_HALF)
