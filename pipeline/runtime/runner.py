@@ -29,6 +29,7 @@ from pipeline.models.attention import Attention, AttentionReader
 from pipeline.models.stage import Scores, Stage, TokenWindows
 from pipeline.partition.schedule import Action, ActionKind
 from pipeline.records.store import RecordError
+from pipeline.runtime.timing import wait_for_stream
 
 __all__ = ["OnResult", "Probe", "Report", "Runner", "StageError", "StageTimes", "describe", "execute"]
 
@@ -313,8 +314,7 @@ class Runner:
                 side["importance"] = self._metrics[index].importance(hidden_states, microbatch_index)
         with times.measure("compress", stage.device):
             payload = codec.compress(hidden_states, **side)
-        if stage.device.type == "cuda":
-            torch.cuda.synchronize(stage.device)  # else the copy to the host counts the GPU's work as waiting
+        wait_for_stream(stage.device)  # else the copy to the host counts the GPU's work as waiting
         if index in self._probes:
             with times.measure("measure", stage.device):
                 self._probes[index](microbatch_index, hidden_states, payload)

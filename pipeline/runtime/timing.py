@@ -17,7 +17,7 @@ import torch
 from compressors import Compressor, Payload
 from pipeline.models.stage import Stage
 
-__all__ = ["blank_side_inputs", "squared_error", "time_codec", "time_one_token"]
+__all__ = ["blank_side_inputs", "squared_error", "time_codec", "time_one_token", "wait_for_stream"]
 
 REPEATS = 5
 MAX_S = 1.0  # for a large model, fewer repeats have to do
@@ -68,14 +68,18 @@ def _median_s(operation: Callable[[], Any], device: torch.device) -> float:
     operation()
     times: list[float] = []
     while len(times) < REPEATS and sum(times) < MAX_S:
-        _synchronize(device)
+        wait_for_stream(device)
         start_s = time.perf_counter()
         operation()
-        _synchronize(device)
+        wait_for_stream(device)
         times.append(time.perf_counter() - start_s)
     return statistics.median(times)
 
 
-def _synchronize(device: torch.device) -> None:
+def wait_for_stream(device: torch.device) -> None:
+    """Wait until a GPU has done what this thread has asked of it; a CPU always has.
+
+    Never for the device as a whole: an NCCL receive is work on it, too, and ends only when another rank has sent.
+    """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
