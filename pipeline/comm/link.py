@@ -16,7 +16,7 @@ import contextlib
 import torch
 
 from compressors.base import Payload, decode_meta, encode_meta
-from pipeline.comm.mailbox import FrameSpec, Inbox, Outbox, SizeRule
+from pipeline.comm.mailbox import FrameBuffer, FrameSpec, Inbox, Outbox
 from pipeline.comm.wire import (
     BadFrame,
     Expectation,
@@ -45,7 +45,7 @@ class FrameSender:
         self.traffic = LinkTraffic()
         self._outbox = outbox
         self._following = first_microbatch  # the place of the next frame
-        self._receives_ahead = 1 if outbox.size_rule is SizeRule.HEADER_FIRST else receives_ahead
+        self._receives_ahead = receives_ahead
         self._closed = False
 
     def send(self, microbatch_index: int, payload: Payload, trail: tuple[int, ...]) -> int:
@@ -59,17 +59,16 @@ class FrameSender:
         data_nbytes = payload.data.numel()
         bound = spec.max_nbytes[microbatch_index]
         nbytes = len(meta) + data_nbytes
-        if nbytes > bound or (nbytes != bound and self._outbox.size_rule is SizeRule.EXACT):
-            relation = "exactly" if self._outbox.size_rule is SizeRule.EXACT else "at most"
+        if nbytes > bound:
             raise ValueError(
-                f"link {spec.name}: the payload has {nbytes} bytes, its codec's max_nbytes promised {relation} {bound}"
+                f"link {spec.name}: the payload has {nbytes} bytes, its codec's max_nbytes promised at most {bound}"
             )
         if payload.shape != spec.shapes[microbatch_index]:
             raise ValueError(
                 f"link {spec.name}: Payload.shape is {payload.shape}, the input had {spec.shapes[microbatch_index]}"
             )
         buffer = self._outbox.acquire()
-        body = buffer[spec.header_nbytes : spec.header_nbytes + nbytes]
+        body = buffer.body[:nbytes]
         if meta:
             body[: len(meta)].copy_(torch.frombuffer(bytearray(meta), dtype=torch.uint8))
         body[len(meta) :].copy_(payload.data)
@@ -85,7 +84,7 @@ class FrameSender:
             body_crc=body_checksum(body) if body.device.type == "cpu" else None,
             trail=trail,
         )
-        self._post(buffer, header, microbatch_index)
+        self._post(buffer, header)
         self._following = microbatch_index + 1
         self.traffic.add(
             num_tokens=payload.shape[0] * payload.shape[1],
@@ -110,7 +109,7 @@ class FrameSender:
     def end(self) -> None:
         """Send END: no more micro-batches follow."""
         end = len(self.spec.shapes)
-        self._post(self._outbox.acquire(), self._control_header(FrameKind.END, end, 0), end)
+        self._post(self._outbox.acquire(), self._control_header(FrameKind.END, end, 0))
         self._closed = True
 
     def flush(self) -> None:
@@ -118,14 +117,12 @@ class FrameSender:
         self._outbox.flush()
 
     def _post_error(self, place: int, body: bytes) -> None:
-        if self._outbox.size_rule is SizeRule.EXACT:
-            body = body[: self.spec.exact_nbytes(place) - self.spec.header_nbytes]
         buffer = self._outbox.allocate()
         start = self.spec.header_nbytes
-        buffer[start : start + len(body)].copy_(
+        buffer.host[start : start + len(body)].copy_(
             torch.frombuffer(bytearray(body or b" "), dtype=torch.uint8)[: len(body)]
         )
-        self._post(buffer, self._control_header(FrameKind.ERROR, place, len(body)), place)
+        self._post(buffer, self._control_header(FrameKind.ERROR, place, len(body)))
 
     def _control_header(self, kind: FrameKind, microbatch_index: int, nbytes: int) -> Header:
         return Header(
@@ -141,12 +138,9 @@ class FrameSender:
             trail=(0,) * self.spec.num_trail,
         )
 
-    def _post(self, buffer: torch.Tensor, header: Header, microbatch_index: int) -> None:
-        buffer[: self.spec.header_nbytes].copy_(torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8))
-        nbytes = self.spec.header_nbytes + header.body_nbytes
-        if self._outbox.size_rule is SizeRule.EXACT:
-            nbytes = self.spec.exact_nbytes(microbatch_index)
-        self._outbox.post(buffer, nbytes)
+    def _post(self, buffer: FrameBuffer, header: Header) -> None:
+        buffer.host[: self.spec.header_nbytes].copy_(torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8))
+        self._outbox.post(buffer, header.body_nbytes, is_data=header.kind is FrameKind.DATA)
 
 
 class FrameReceiver:
@@ -160,7 +154,7 @@ class FrameReceiver:
         self._expectation = Expectation(
             stage_index=spec.stage_index, num_trail=spec.num_trail, codec_id=spec.codec_id, dtype=spec.dtype
         )
-        self._taken: tuple[torch.Tensor, int] | None = None
+        self._taken: tuple[FrameBuffer, int] | None = None
 
     def receive(self, microbatch_index: int) -> tuple[Header, Payload]:
         """Wait for a micro-batch's frame and check it.
@@ -213,7 +207,7 @@ class FrameReceiver:
         self._following = microbatch_index + 1
         try:
             header = self._expectation.decode(
-                bytes(buffer[: spec.header_nbytes].cpu().numpy()),
+                bytes(buffer.host[: spec.header_nbytes].numpy()),
                 microbatch_index=microbatch_index,
                 shape=(0, 0, 0) if at_end else spec.shapes[microbatch_index],
                 max_body_nbytes=0 if at_end else spec.max_nbytes[microbatch_index],
@@ -221,10 +215,11 @@ class FrameReceiver:
         except BadFrame as e:
             raise BadFrame(f"link {spec.name}, micro-batch {microbatch_index}: {e}") from e
         self._closed = header.kind is not FrameKind.DATA
-        self._inbox.complete(buffer, header.body_nbytes)
-        body = buffer[spec.header_nbytes : spec.header_nbytes + header.body_nbytes]
         if header.kind is FrameKind.ERROR:
-            raise RemoteError(decode_error(bytes(body.cpu().numpy())))
+            text = buffer.host[spec.header_nbytes : spec.header_nbytes + header.body_nbytes]
+            raise RemoteError(decode_error(bytes(text.numpy())))
+        self._inbox.complete(buffer, header.body_nbytes)
+        body = buffer.body[: header.body_nbytes]
         if header.body_crc is not None and body_checksum(body) != header.body_crc:
             raise BadFrame(
                 f"link {spec.name}, micro-batch {microbatch_index}: the body's checksum does not match: "

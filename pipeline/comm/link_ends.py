@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from compressors import Compressor
 from pipeline.comm.link import FrameReceiver, FrameSender
-from pipeline.comm.mailbox import FrameSpec, Loopback, PeerInbox, PeerOutbox, SizeRule
+from pipeline.comm.mailbox import BodyChannel, FrameMemory, FrameSpec, Loopback, PeerInbox, PeerOutbox
 from pipeline.comm.world import World
 from pipeline.data.windows import MicroBatch
 from pipeline.partition.plan import Plan
@@ -32,30 +30,22 @@ class LinkEnds:
 
 def make_links(
     plan: Plan,
-    codecs: Sequence[Compressor],
     specs: Sequence[FrameSpec],
     world: World,
     *,
     devices: Mapping[int, torch.device],
-    backend: str,
     receives_ahead: int,
     first_microbatch: int,
-    groups: Mapping[int, dist.ProcessGroup],
+    channels: Mapping[int, BodyChannel],
 ) -> LinkEnds:
     """Open this rank's link ends, of which `specs` come from `frame_specs`, and post their receives.
 
-    `groups` has one NCCL group per link where the backend is nccl. Losses always travel over Gloo.
+    `channels` has what carries the bodies of each link where the backend is nccl. Losses always travel over Gloo.
     """
     hops = {}
-    for link, codec in zip(plan.links, codecs):
-        if backend != "nccl":
-            size_rule = SizeRule.SHORTER_ALLOWED
-        else:
-            size_rule = SizeRule.EXACT if codec.fixed_size else SizeRule.HEADER_FIRST
+    for link in plan.links:
         i = link.index
-        hops[i] = _Hop(
-            specs[i], link.src_node, link.dst_node, devices.get(i), devices.get(i + 1), size_rule, groups.get(i)
-        )
+        hops[i] = _Hop(specs[i], link.src_node, link.dst_node, devices.get(i), devices.get(i + 1), channels.get(i))
     if plan.last_node != 0:
         end = len(plan.links)
         hops[end] = _Hop(specs[end], plan.last_node, 0, devices.get(end))
@@ -106,8 +96,7 @@ class _Hop:
     dst_node: int
     src_device: torch.device | None = None
     dst_device: torch.device | None = None
-    size_rule: SizeRule = SizeRule.SHORTER_ALLOWED
-    group: dist.ProcessGroup | None = None
+    channel: BodyChannel | None = None
 
 
 def _open(hops: Mapping[int, _Hop], world: World, *, receives_ahead: int, first_microbatch: int) -> LinkEnds:
@@ -121,16 +110,14 @@ def _open(hops: Mapping[int, _Hop], world: World, *, receives_ahead: int, first_
             senders[index] = FrameSender(spec, loopback, first_microbatch=first_microbatch)
             receivers[index] = FrameReceiver(spec, loopback, first_microbatch=first_microbatch)
             continue
-        common: dict[str, Any] = {"tag": index, "group": hop.group, "size_rule": hop.size_rule}
-        on_gpu = hop.group is not None
         if src == world.rank:
-            place = _buffer_place(hop.src_device, on_gpu)
-            outbox = PeerOutbox(spec, peer=dst, depth=SEND_DEPTH, **common, **place)
+            memory = FrameMemory(spec, pin=_is_gpu(hop.src_device), channel=hop.channel)
+            outbox = PeerOutbox(spec, memory, peer=dst, tag=index, depth=SEND_DEPTH)
             senders[index] = FrameSender(spec, outbox, first_microbatch=first_microbatch, receives_ahead=receives_ahead)
         if dst == world.rank:
-            place = _buffer_place(hop.dst_device, on_gpu)
+            memory = FrameMemory(spec, pin=_is_gpu(hop.dst_device), channel=hop.channel)
             inbox = PeerInbox(
-                spec, peer=src, depth=receives_ahead, first_microbatch=first_microbatch, **common, **place
+                spec, memory, peer=src, tag=index, depth=receives_ahead, first_microbatch=first_microbatch
             )
             receivers[index] = FrameReceiver(spec, inbox, first_microbatch=first_microbatch)
     return LinkEnds(senders, receivers)
@@ -171,9 +158,5 @@ def frame_specs(
     return [*specs, result]
 
 
-def _buffer_place(stage_device: torch.device | None, on_gpu: bool) -> dict[str, Any]:
-    """Where a link's buffers lie: on the GPU for NCCL, else in host memory, pinned for a GPU stage."""
-    is_cuda = stage_device is not None and stage_device.type == "cuda"
-    if on_gpu:
-        return {"device": stage_device, "pin_memory": False}
-    return {"device": torch.device("cpu"), "pin_memory": is_cuda}
+def _is_gpu(device: torch.device | None) -> bool:
+    return device is not None and device.type == "cuda"

@@ -4,10 +4,11 @@ An outbox owns the buffers that frames are written into and sends them without b
 receives posted, because a receive that is posted only after another message arrived costs a whole round trip.
 
 * `Loopback`: both ends in one process; a posted buffer is simply taken by the other end.
-* `PeerOutbox` and `PeerInbox`: `torch.distributed` point-to-point. On Gloo, buffers lie in host memory (pinned for
-  a CUDA stage), receives are posted with the codec's bound and a frame may be shorter. NCCL needs equal sizes on
-  both sides: frames of fixed-size codecs have an exact size that both ends know; other codecs send the header,
-  then the body at its true length. The tests run both of NCCL's size rules on Gloo; NCCL itself they do not run.
+* `PeerOutbox` and `PeerInbox`: `torch.distributed` point-to-point. Over Gloo a frame is one message in host memory
+  (pinned for a CUDA stage); receives are posted with room for any frame, and a frame may be shorter. With a
+  `BodyChannel` Gloo carries headers, ERROR and END; a body lies on the GPU and goes over NCCL, whose receive is posted
+  once the header has announced its size. A posted NCCL receive occupies the GPU, and both sides must name one size.
+  The tests run this, too, with Gloo in the place of NCCL; NCCL itself they do not run.
 
 What the bytes mean is `link.py`'s business.
 """
@@ -15,10 +16,10 @@ What the bytes mean is `link.py`'s business.
 from __future__ import annotations
 
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol, TypeVar
 
 import torch
@@ -27,9 +28,22 @@ import torch.distributed as dist
 from pipeline.comm.watchdog import PipelineError
 from pipeline.comm.wire import MAX_ERROR_NBYTES, header_nbytes
 
-__all__ = ["FrameSpec", "Inbox", "LinkError", "Loopback", "Outbox", "PeerInbox", "PeerOutbox", "SizeRule"]
+__all__ = [
+    "BodyChannel",
+    "FrameBuffer",
+    "FrameMemory",
+    "FrameSpec",
+    "Inbox",
+    "LinkError",
+    "Loopback",
+    "Outbox",
+    "PeerInbox",
+    "PeerOutbox",
+]
 
 T = TypeVar("T")
+
+_POLL_S = 1e-4
 
 
 class LinkError(PipelineError):
@@ -62,48 +76,84 @@ class FrameSpec:
         return header_nbytes(self.num_trail)
 
     @property
-    def buffer_nbytes(self) -> int:
-        """Room for any frame of the link."""
-        return self.header_nbytes + max([MAX_ERROR_NBYTES, *self.max_nbytes])
-
-    def exact_nbytes(self, microbatch_index: int) -> int:
-        """Size of a padded frame, for transports with equal sizes on both sides; END has no body."""
-        done = microbatch_index >= len(self.max_nbytes)
-        return self.header_nbytes + (0 if done else self.max_nbytes[microbatch_index])
+    def max_body_nbytes(self) -> int:
+        return max(self.max_nbytes, default=0)
 
 
-class SizeRule(Enum):
-    """How the receiving side learns a frame's size: see the module docstring."""
+@dataclass(frozen=True)
+class FrameBuffer:
+    """Room for one frame, uint8.
 
-    SHORTER_ALLOWED = "shorter allowed"  # Gloo
-    EXACT = "exact"  # NCCL, fixed-size codec
-    HEADER_FIRST = "header first"  # NCCL, other codecs
+    `host` begins with the header, behind which an ERROR has its text. `body` is for that of a DATA frame: the same
+    place behind the header, or memory of its own on a GPU.
+    """
+
+    host: torch.Tensor
+    body: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BodyChannel:
+    """What carries a link's bodies apart from their headers: an NCCL group of the two ranks, for one GPU's tensors."""
+
+    group: dist.ProcessGroup
+    device: torch.device
+    timeout_s: float
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait until a send or receive is done. Raises RuntimeError after `timeout_s`.
+
+        NCCL's own wait only puts the stream behind the transfer: the host would go on, count the transfer as its next
+        work, and hang there when the peer is gone.
+        """
+        if self.device.type == "cuda":
+            end_s = time.monotonic() + self.timeout_s
+            while not work.is_completed():
+                if time.monotonic() > end_s:
+                    raise RuntimeError(f"nothing moved within {self.timeout_s:g} s (runtime.timeout_s)")
+                time.sleep(_POLL_S)
+        work.wait()
+
+
+@dataclass(frozen=True)
+class FrameMemory:
+    """Where the buffers of a link's end lie; `pin` for copies to and from a GPU."""
+
+    spec: FrameSpec
+    pin: bool = False
+    channel: BodyChannel | None = None
+
+    def allocate(self) -> FrameBuffer:
+        header, nbytes = self.spec.header_nbytes, self.spec.max_body_nbytes
+        in_host = MAX_ERROR_NBYTES if self.channel else max(MAX_ERROR_NBYTES, nbytes)
+        host = torch.empty(header + in_host, dtype=torch.uint8, pin_memory=self.pin and self.channel is None)
+        if self.channel is None:
+            return FrameBuffer(host, host[header:])
+        return FrameBuffer(host, torch.empty(nbytes, dtype=torch.uint8, device=self.channel.device))
 
 
 class Outbox(Protocol):
-    size_rule: SizeRule
-
-    def acquire(self) -> torch.Tensor:
+    def acquire(self) -> FrameBuffer:
         """A free buffer of the link's size; waits for the oldest send when there is none."""
 
-    def allocate(self) -> torch.Tensor:
+    def allocate(self) -> FrameBuffer:
         """One more buffer, for what may not wait."""
 
-    def post(self, buffer: torch.Tensor, nbytes: int) -> None:
-        """Send the first `nbytes` of an acquired buffer without waiting."""
+    def post(self, buffer: FrameBuffer, nbytes: int, *, is_data: bool) -> None:
+        """Send header and `nbytes` of body without waiting; other frames than DATA have it behind the header."""
 
     def flush(self) -> None:
         """Wait until every posted frame has been taken over by the transport."""
 
 
 class Inbox(Protocol):
-    def take(self, microbatch_index: int) -> torch.Tensor:
-        """The next frame's buffer, header complete."""
+    def take(self, microbatch_index: int) -> FrameBuffer:
+        """The next frame's buffer; what lies in `host` is complete."""
 
-    def complete(self, buffer: torch.Tensor, nbytes: int) -> None:
-        """Make sure that `nbytes` of body behind the header have arrived."""
+    def complete(self, buffer: FrameBuffer, nbytes: int) -> None:
+        """Make sure that the `nbytes` of a DATA frame's body have arrived."""
 
-    def recycle(self, buffer: torch.Tensor, microbatch_index: int) -> None:
+    def recycle(self, buffer: FrameBuffer, microbatch_index: int) -> None:
         """Give back the buffer that held this micro-batch's frame."""
 
     def discard(self) -> None:
@@ -113,42 +163,36 @@ class Inbox(Protocol):
 class Loopback:
     """Outbox and inbox in one, for stages of one process."""
 
-    size_rule = SizeRule.SHORTER_ALLOWED
-
     def __init__(self, spec: FrameSpec) -> None:
-        self._spec = spec
-        self._free: deque[torch.Tensor] = deque()
-        self._posted: deque[torch.Tensor] = deque()
+        self._spec, self._memory = spec, FrameMemory(spec)
+        self._free: deque[FrameBuffer] = deque()
+        self._posted: deque[FrameBuffer] = deque()
 
-    def acquire(self) -> torch.Tensor:
+    def acquire(self) -> FrameBuffer:
         return self._free.popleft() if self._free else self.allocate()
 
-    def allocate(self) -> torch.Tensor:
-        return torch.empty(self._spec.buffer_nbytes, dtype=torch.uint8)
+    def allocate(self) -> FrameBuffer:
+        return self._memory.allocate()
 
-    def post(self, buffer: torch.Tensor, nbytes: int) -> None:
+    def post(self, buffer: FrameBuffer, nbytes: int, *, is_data: bool) -> None:
         self._posted.append(buffer)
 
     def flush(self) -> None:
         pass
 
-    def take(self, microbatch_index: int) -> torch.Tensor:
+    def take(self, microbatch_index: int) -> FrameBuffer:
         if not self._posted:
             raise LinkError(f"link {self._spec.name}: no frame for micro-batch {microbatch_index} was sent")
         return self._posted.popleft()
 
-    def complete(self, buffer: torch.Tensor, nbytes: int) -> None:
+    def complete(self, buffer: FrameBuffer, nbytes: int) -> None:
         pass
 
-    def recycle(self, buffer: torch.Tensor, microbatch_index: int) -> None:
+    def recycle(self, buffer: FrameBuffer, microbatch_index: int) -> None:
         self._free.append(buffer)
 
     def discard(self) -> None:
         pass
-
-
-def _allocate(nbytes: int, device: torch.device, pin: bool) -> torch.Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
 
 
 class PeerOutbox:
@@ -157,52 +201,37 @@ class PeerOutbox:
     `isend` reads the live buffer until its handle is waited on, so a buffer is reused only after that.
     """
 
-    def __init__(
-        self,
-        spec: FrameSpec,
-        *,
-        peer: int,
-        tag: int,
-        group: dist.ProcessGroup | None,
-        size_rule: SizeRule,
-        depth: int,
-        device: torch.device,
-        pin_memory: bool,
-    ) -> None:
-        self.size_rule = size_rule
-        self._spec, self._peer, self._tag, self._group = spec, peer, tag, group
-        self._device, self._pin_memory = device, pin_memory
+    def __init__(self, spec: FrameSpec, memory: FrameMemory, *, peer: int, tag: int, depth: int) -> None:
+        self._spec, self._memory, self._peer, self._tag = spec, memory, peer, tag
         self._free = deque(self.allocate() for _ in range(depth))
-        self._pending: deque[tuple[torch.Tensor, list[dist.Work]]] = deque()
+        self._pending: deque[tuple[FrameBuffer, dist.Work, dist.Work | None]] = deque()
 
-    def acquire(self) -> torch.Tensor:
+    def acquire(self) -> FrameBuffer:
         if not self._free:
             self._wait_oldest()
         return self._free.popleft()
 
-    def allocate(self) -> torch.Tensor:
-        return _allocate(self._spec.buffer_nbytes, self._device, self._pin_memory)
+    def allocate(self) -> FrameBuffer:
+        return self._memory.allocate()
 
-    def post(self, buffer: torch.Tensor, nbytes: int) -> None:
-        header = self._spec.header_nbytes
-        if self.size_rule is SizeRule.HEADER_FIRST:
-            parts = [buffer[:header], buffer[header:nbytes]]
-        else:
-            parts = [buffer[:nbytes]]
-        works = []
-        for part in parts:
-            if part.numel():
-                works.append(self._guard(lambda p=part: dist.isend(p, self._peer, group=self._group, tag=self._tag)))
-        self._pending.append((buffer, works))
+    def post(self, buffer: FrameBuffer, nbytes: int, *, is_data: bool) -> None:
+        channel, moving = self._memory.channel, None
+        apart = channel is not None and is_data
+        message = buffer.host[: self._spec.header_nbytes + (0 if apart else nbytes)]
+        sending = self._guard(lambda: dist.isend(message, self._peer, tag=self._tag))
+        if apart and nbytes:
+            moving = self._guard(lambda: dist.isend(buffer.body[:nbytes], self._peer, group=channel.group))
+        self._pending.append((buffer, sending, moving))
 
     def flush(self) -> None:
         while self._pending:
             self._wait_oldest()
 
     def _wait_oldest(self) -> None:
-        buffer, works = self._pending.popleft()
-        for work in works:
-            self._guard(work.wait)
+        buffer, sending, moving = self._pending.popleft()
+        self._guard(sending.wait)
+        if moving is not None:
+            self._guard(lambda: self._memory.channel.wait(moving))
         self._free.append(buffer)
 
     def _guard(self, operation: Callable[[], T]) -> T:
@@ -213,56 +242,38 @@ class PeerInbox:
     """Receives from one rank, posted `depth` deep so that no frame waits a round trip for its receive."""
 
     def __init__(
-        self,
-        spec: FrameSpec,
-        *,
-        peer: int,
-        tag: int,
-        group: dist.ProcessGroup | None,
-        size_rule: SizeRule,
-        depth: int,
-        device: torch.device,
-        pin_memory: bool,
-        first_microbatch: int = 0,
+        self, spec: FrameSpec, memory: FrameMemory, *, peer: int, tag: int, depth: int, first_microbatch: int = 0
     ) -> None:
-        self._spec, self._peer, self._tag, self._group = spec, peer, tag, group
-        self._size_rule = size_rule
+        self._spec, self._channel, self._peer, self._tag = spec, memory.channel, peer, tag
         self._last = len(spec.shapes)  # the END frame's place
-        # A body comes between two headers, so only one header can be waited for.
-        self._depth = 1 if size_rule is SizeRule.HEADER_FIRST else depth
-        self._pending: deque[tuple[torch.Tensor, dist.Work]] = deque()
-        for microbatch_index in range(first_microbatch, first_microbatch + self._depth):
+        self._depth = depth
+        self._pending: deque[tuple[FrameBuffer, dist.Work]] = deque()
+        for microbatch_index in range(first_microbatch, first_microbatch + depth):
             if microbatch_index <= self._last:
-                self._post(_allocate(spec.buffer_nbytes, device, pin_memory), microbatch_index)
+                self._post(memory.allocate())
 
-    def take(self, microbatch_index: int) -> torch.Tensor:
+    def take(self, microbatch_index: int) -> FrameBuffer:
         buffer, work = self._pending.popleft()
         self._guard(work.wait, f"frame of micro-batch {microbatch_index}")
         return buffer
 
-    def complete(self, buffer: torch.Tensor, nbytes: int) -> None:
-        if self._size_rule is SizeRule.HEADER_FIRST and nbytes:
-            body = buffer[self._spec.header_nbytes : self._spec.header_nbytes + nbytes]
-            self._guard(lambda: dist.recv(body, self._peer, group=self._group, tag=self._tag), "body")
+    def complete(self, buffer: FrameBuffer, nbytes: int) -> None:
+        channel = self._channel
+        if channel is not None and nbytes:
+            body = buffer.body[:nbytes]
+            self._guard(lambda: channel.wait(dist.irecv(body, self._peer, group=channel.group)), "body")
 
-    def recycle(self, buffer: torch.Tensor, microbatch_index: int) -> None:
-        following = microbatch_index + self._depth
-        if following <= self._last:
-            self._post(buffer, following)
+    def recycle(self, buffer: FrameBuffer, microbatch_index: int) -> None:
+        if microbatch_index + self._depth <= self._last:
+            self._post(buffer)
 
     def discard(self) -> None:
         while self._pending:
             _, work = self._pending.popleft()
             self._guard(work.wait, "what follows an error")
 
-    def _post(self, buffer: torch.Tensor, microbatch_index: int) -> None:
-        if self._size_rule is SizeRule.HEADER_FIRST:
-            room = buffer[: self._spec.header_nbytes]
-        elif self._size_rule is SizeRule.EXACT:
-            room = buffer[: self._spec.exact_nbytes(microbatch_index)]
-        else:
-            room = buffer
-        work = self._guard(lambda: dist.irecv(room, self._peer, group=self._group, tag=self._tag), "posting")
+    def _post(self, buffer: FrameBuffer) -> None:
+        work = self._guard(lambda: dist.irecv(buffer.host, self._peer, tag=self._tag), "posting")
         self._pending.append((buffer, work))
 
     def _guard(self, operation: Callable[[], T], what: str) -> T:

@@ -58,6 +58,8 @@ class Evaluation(Job):
 
     def _run(self, recorder: Recorder | None, *, in_sweep: bool) -> Path | None:
         control = self.control
+        for gpu in self._gpus():
+            torch.cuda.reset_peak_memory_stats(gpu)
         first = control.gather(len(recorder.journal.finished) if recorder else None)[0]
         if not in_sweep:
             control.watchdog.advice = ADVICE
@@ -110,14 +112,12 @@ class Evaluation(Job):
         deployment = self.deployment
         links = make_links(
             self.plan,
-            self.encoders,
             specs,
             self.control.world,
             devices=deployment.devices,
-            backend=deployment.backend,
             receives_ahead=self.config.runtime.receives_ahead,
             first_microbatch=first,
-            groups=deployment.groups,
+            channels=deployment.channels,
         )
         runner = Runner(
             stages=deployment.stages,
@@ -187,21 +187,32 @@ class Evaluation(Job):
                 payload = encoder.compress(x, **blank_side_inputs(encoder, x))
                 self.decoders[index].decompress(payload, device, dtype)
 
+    def _gpus(self) -> set[torch.device]:
+        return {device for device in self.deployment.devices.values() if device.type == "cuda"}
+
     def _rank_report(self, runner: Runner, links: LinkEnds) -> dict[str, Any]:
         """What this rank tells rank 0 at the end, as JSON."""
-        devices = self.deployment.devices
-        gpus = {device for device in devices.values() if device.type == "cuda"}
+        devices, gpus = self.deployment.devices, self._gpus()
+        rank = self.control.world.rank
         return {
-            "rank": self.control.world.rank,
+            "rank": rank,
             "host": self.control.host,
             "threads": self.deployment.threads,
             "peak_rss_bytes": peak_rss_bytes(),
+            "gpu": self.deployment.gpus[rank],
             "peak_cuda_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
+            "cuda_in_use_bytes": sum(map(_in_use_nbytes, gpus)) if gpus else None,
             "stages": {
                 str(index): {"device": str(devices[index]), **times.as_dict()} for index, times in runner.times.items()
             },
             "sent": {sender.spec.name: sender.traffic.as_dict() for sender in links.senders.values()},
         }
+
+
+def _in_use_nbytes(gpu: torch.device) -> int:
+    """Of a GPU's memory, by all processes: contexts and libraries too, which torch's own count leaves out."""
+    free_nbytes, total_nbytes = torch.cuda.mem_get_info(gpu)
+    return total_nbytes - free_nbytes
 
 
 def _only_on_rank_0(*_: Any) -> None:

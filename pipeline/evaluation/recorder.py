@@ -19,6 +19,7 @@ from pipeline.records.journal import FinishedMicroBatch, Journal
 from pipeline.records.perplexity import perplexity, sum_nll
 from pipeline.records.store import make_run_id, model_label, software_versions, write_record
 from pipeline.records.traffic import LinkTraffic, per_link_record, traffic_totals
+from pipeline.runtime.devices import shared_gpus
 
 __all__ = ["Recorder", "error_key"]
 
@@ -169,7 +170,10 @@ class Recorder:
             "ranks": [
                 {
                     key: report[key]
-                    for key in ("rank", "host", "threads", "peak_rss_bytes", "peak_cuda_bytes", "warm_up_s")
+                    for key in (
+                        *("rank", "host", "threads", "gpu", "peak_rss_bytes"),
+                        *("peak_cuda_bytes", "cuda_in_use_bytes", "warm_up_s"),
+                    )
                 }
                 for report in reports
             ],
@@ -230,6 +234,10 @@ class Recorder:
         ]
         if self._job.config.model.load_in_8bit:
             notes.append("8-bit bitsandbytes weights mix tokens inside the model: hidden states are not causal")
+        notes += [
+            f"ranks {', '.join(map(str, ranks))} share GPU {gpu}: the times of a stage contain the others' work"
+            for gpu, ranks in shared_gpus(self._job.deployment.gpus).items()
+        ]
         return notes
 
 

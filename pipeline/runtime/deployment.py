@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.comm.control import Control
+from pipeline.comm.mailbox import BodyChannel
 from pipeline.config.schema import RunConfig
 from pipeline.data.windows import make_microbatches
 from pipeline.importance.selection import make_metrics
@@ -23,7 +24,14 @@ from pipeline.models.source import checkpoint_fingerprint, resolve_model
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import Plan
 from pipeline.runtime.codecs import make_codecs
-from pipeline.runtime.devices import available_cores, choose_threads, link_backend, stage_devices
+from pipeline.runtime.devices import (
+    available_cores,
+    choose_threads,
+    gpu_identity,
+    link_backend,
+    shared_gpus,
+    stage_devices,
+)
 from pipeline.runtime.placement import check_world_size, make_plan
 from pipeline.runtime.text import TokenizedText, check_bos, check_max_length, make_run_windows, tokenize_once
 from pipeline.runtime.timing import time_one_token
@@ -37,8 +45,8 @@ logger = logging.getLogger(__name__)
 class Deployment:
     """What outlives one evaluation.
 
-    `groups` has an NCCL group per link where the links use NCCL, `one_token_compute_s` the seconds that each stage of
-    this rank takes for a single token.
+    `gpus` has the identity of every rank's GPU, None for a CPU, `channels` an NCCL group per link where bodies use
+    NCCL, `one_token_compute_s` the seconds that each stage of this rank takes for a single token.
     """
 
     control: Control
@@ -48,8 +56,9 @@ class Deployment:
     text: TokenizedText
     stages: dict[int, Stage]
     devices: dict[int, torch.device]
+    gpus: list[str | None]
     backend: str
-    groups: dict[int, dist.ProcessGroup]
+    channels: dict[int, BodyChannel]
     threads: int
     one_token_compute_s: dict[int, float]
 
@@ -98,7 +107,7 @@ def deploy(config: RunConfig, control: Control) -> Deployment:
         ids_sha256=text.ids_sha256,
     )
     control.agree("importance", {plan.links[index].name: metric.describe() for index, metric in metrics.items()})
-    backend, groups = _open_groups(config, control, plan, devices)
+    gpus, backend, channels = _open_channels(config, control, plan, devices)
     control.report("loading weights")
     stages: dict[int, Stage] = {}
     embedding = None
@@ -132,8 +141,9 @@ def deploy(config: RunConfig, control: Control) -> Deployment:
         text=text,
         stages=stages,
         devices=devices,
+        gpus=gpus,
         backend=backend,
-        groups=groups,
+        channels=channels,
         threads=threads,
         one_token_compute_s=one_token_compute_s,
     )
@@ -153,35 +163,44 @@ def _set_threads(config: RunConfig, control: Control) -> int:
     return threads
 
 
-def _open_groups(
+# NCCL's own watchdog ends the process at the group's timeout, counted from posting. Ours comes first and names the link.
+_NCCL_TIMEOUT = datetime.timedelta(days=1)
+
+
+def _open_channels(
     config: RunConfig, control: Control, plan: Plan, devices: dict[int, torch.device]
-) -> tuple[str, dict[int, dist.ProcessGroup]]:
-    """Backend of the links, and with NCCL one group per link: its operations on one pair share a stream."""
+) -> tuple[list[str | None], str, dict[int, BodyChannel]]:
+    """The ranks' GPUs, the links' backend, and with NCCL one group per link: operations of a pair share a stream."""
     world = control.world
-    if world.world_size == 1:
-        return "loopback", {}
     device = next(iter(devices.values()))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    everywhere = control.gather([control.host, str(device)])
-    backend = link_backend(config.runtime.backend, [(host, name) for host, name in everywhere])
-    groups = {}
+    gpus = control.gather(gpu_identity(device))
+    if world.world_size == 1:
+        return gpus, "loopback", {}
+    backend = link_backend(config.runtime.backend, gpus)
+    if world.rank == 0:
+        _tell_backend(config.runtime.backend, backend, gpus)
+    channels = {}
     if backend == "nccl":
         for link in plan.links:
             ranks = [world.rank_of(link.src_node), world.rank_of(link.dst_node)]
-            groups[link.index] = dist.new_group(
-                ranks, backend="nccl", timeout=datetime.timedelta(seconds=config.runtime.timeout_s)
-            )
-            _connect(groups[link.index], *ranks, world.rank, device)
-    return backend, groups
+            group = dist.new_group(ranks, backend="nccl", timeout=_NCCL_TIMEOUT)
+            channels[link.index] = BodyChannel(group, device, config.runtime.timeout_s)
+            _connect(group, *ranks, world.rank, device)
+    return gpus, backend, channels
+
+
+def _tell_backend(setting: str, backend: str, gpus: list[str | None]) -> None:
+    logger.info("links go over %s (runtime.backend is %s)", backend, setting)
+    for gpu, ranks in shared_gpus(gpus).items():
+        logger.warning("ranks %s share GPU %s: each one's times contain the others' work", ranks, gpu)
+    if setting == "auto" and None not in gpus and not shared_gpus(gpus):
+        logger.warning("links go over Gloo with pinned buffers; NCCL has to be asked for: runtime.backend=nccl")
 
 
 def _connect(group: dist.ProcessGroup, src: int, dst: int, rank: int, device: torch.device) -> None:
-    """Send one byte over a new NCCL group.
-
-    NCCL connects a pair at its first operation, which blocks until both sides have called it. Receives are posted
-    before anything is sent, so without this every rank would wait in its first one.
-    """
+    """Send one byte over a new NCCL group: it connects a pair at its first operation, which takes seconds."""
     byte = torch.zeros(1, dtype=torch.uint8, device=device)
     if rank == src:
         dist.send(byte, dst, group=group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,15 @@ from pipeline.comm.world import World
 from pipeline.config.schema import RunConfig
 from pipeline.partition.plan import Plan
 
-__all__ = ["available_cores", "choose_device", "choose_threads", "link_backend", "stage_devices"]
+__all__ = [
+    "available_cores",
+    "choose_device",
+    "choose_threads",
+    "gpu_identity",
+    "link_backend",
+    "shared_gpus",
+    "stage_devices",
+]
 
 
 def choose_device(setting: str, world: World) -> torch.device:
@@ -47,16 +56,43 @@ def stage_devices(config: RunConfig, plan: Plan, world: World) -> dict[int, torc
     return devices
 
 
-def link_backend(setting: str, devices: list[tuple[str, str]]) -> str:
-    """`gloo` or `nccl` for the links, from (host, device) of every rank.
+def gpu_identity(device: torch.device) -> str | None:
+    """What tells a GPU from every other, on any machine; None for a CPU.
 
-    NCCL takes one rank per GPU. Raises ValueError when it is asked for without that.
+    Names do not: where each rank sees one GPU only, all of them call it cuda:0, and containers that share one have
+    host names of their own.
     """
-    fit = all(device != "cpu" for _, device in devices) and len(set(devices)) == len(devices)
-    if setting == "nccl" and not (fit and dist.is_nccl_available()):
-        raise ValueError(f"runtime.backend is nccl, which needs one GPU per rank; the ranks have {devices}")
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+def shared_gpus(gpus: Sequence[str | None]) -> dict[str, list[int]]:
+    """Ranks by the GPU that they share, from the GPU (or None) of every rank."""
+    ranks: dict[str, list[int]] = {}
+    for rank, gpu in enumerate(gpus):
+        if gpu is not None:
+            ranks.setdefault(gpu, []).append(rank)
+    return {gpu: sharing for gpu, sharing in ranks.items() if len(sharing) > 1}
+
+
+def link_backend(setting: str, gpus: Sequence[str | None]) -> str:
+    """`gloo` or `nccl` for the links, from the GPU (or None) of every rank.
+
+    `auto` is Gloo, with pinned buffers for GPUs, until NCCL has been run. NCCL takes one rank per GPU; raises
+    ValueError when it is asked for without that.
+    """
     if setting == "auto":
-        return "nccl" if fit and dist.is_nccl_available() else "gloo"
+        return "gloo"
+    if setting == "nccl":
+        without = [rank for rank, gpu in enumerate(gpus) if gpu is None]
+        why = [f"rank {rank} has no GPU" for rank in without]
+        why += [f"ranks {', '.join(map(str, ranks))} share GPU {gpu}" for gpu, ranks in shared_gpus(gpus).items()]
+        if not dist.is_nccl_available():
+            why.append("this build of torch has no NCCL")
+        if why:
+            raise ValueError(
+                f"runtime.backend is nccl, which needs one GPU per rank: {'; '.join(why)}. "
+                "Use runtime.backend=gloo, whose buffers are pinned for GPUs"
+            )
     return setting
 
 

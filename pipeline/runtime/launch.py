@@ -44,6 +44,9 @@ def on_deployment(config: RunConfig, folder: Path, work: Callable[[Deployment], 
 def _work(config: RunConfig, world: World, watchdog: Watchdog, folder: Path, work: Callable[[Deployment], T]) -> T:
     # Torch's C++ stacks for a lost connection would bury the message that names the lost rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if config.runtime.backend == "nccl":
+        # Loaded at its first launch, a kernel may wait for the whole device, and so for a send that no one has met.
+        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     from pipeline.comm.control import Control
 
     # Joined before the imports of seconds: from here on, what goes wrong on one rank is known to all.

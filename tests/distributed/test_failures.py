@@ -216,11 +216,12 @@ def damage_a_frame(rank, command, damaged):
 
     post, posted = PeerOutbox.post, []
 
-    def damaging_post(self, buffer, nbytes):
+    def damaging_post(self, buffer, nbytes, *, is_data):
         posted.append(nbytes)
         if len(posted) == 4:
-            buffer[10 if damaged == "header" else nbytes - 10] ^= 4
-        post(self, buffer, nbytes)
+            part, position = (buffer.host, 10) if damaged == "header" else (buffer.body, nbytes - 10)
+            part[position] ^= 4
+        post(self, buffer, nbytes, is_data=is_data)
 
     if rank == 1:
         PeerOutbox.post = damaging_post

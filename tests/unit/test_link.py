@@ -29,9 +29,9 @@ class Tampering(Loopback):
         super().__init__(spec)
         self.change = change
 
-    def post(self, buffer, nbytes):
-        self.change(buffer, nbytes)
-        super().post(buffer, nbytes)
+    def post(self, buffer, nbytes, *, is_data):
+        self.change(buffer.host, self._spec.header_nbytes + nbytes)
+        super().post(buffer, nbytes, is_data=is_data)
 
 
 def pair(change=lambda buffer, nbytes: None):
@@ -148,7 +148,7 @@ def _is_prefix_of_the_frame(raw):
     sender, _ = pair()
     box = sender._outbox
     sender.send(0, payload(), (5,))
-    return bytes(box._posted[0].numpy()[: len(raw)]) == raw
+    return bytes(box._posted[0].host.numpy()[: len(raw)]) == raw
 
 
 @given(st.binary(min_size=1, max_size=40))
@@ -158,10 +158,10 @@ def test_meta_that_no_sender_writes_is_corrupt(blob):
     body = Payload(torch.tensor(list(blob), dtype=torch.uint8), SHAPES[0])
     original = sender._post
 
-    def claim_meta(buffer, header, microbatch_index):
+    def claim_meta(buffer, header):
         object.__setattr__(header, "meta_nbytes", header.data_nbytes)
         object.__setattr__(header, "data_nbytes", 0)
-        original(buffer, header, microbatch_index)
+        original(buffer, header)
 
     sender._post = claim_meta
     sender.send(0, body, (0,))
