@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from compressors.base import LinkInfo
 from compressors.options import option_error
+from compressors.user_files import InputError, read_text, user_path
 
 __all__ = ["channels_from_file", "check_channels"]
 
@@ -30,11 +32,11 @@ def channels_from_file(codec: str, path: str, link: LinkInfo | None) -> list[int
     if link is None:
         raise option_error(codec, "calibration", path, "a calibration file needs a link (LinkInfo) to look up")
     try:
-        with open(path, encoding="utf-8") as f:
-            by_link = json.load(f)["channels"]
-            channels = by_link[link.name]
-    except OSError as e:
-        raise option_error(codec, "calibration", path, f"a readable file ({e.strerror})") from e
+        file = Path(user_path(path))
+        by_link = json.loads(read_text(file, str(file)))["channels"]
+        channels = by_link[link.name]
+    except InputError as e:
+        raise option_error(codec, "calibration", path, f"a readable file ({e})") from e
     except (ValueError, TypeError, KeyError) as e:
         form = '{"channels": {"' + link.name + '": [index, ...]}}'
         raise option_error(codec, "calibration", path, f"JSON of the form {form} (failed with {e!r})") from e

@@ -26,9 +26,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from compressors.base import Compressor, LinkInfo, option_names
+from compressors.strict_yaml import MAX_DEPTH, parse_yaml_value
+from compressors.user_files import InputError
 
 __all__ = ["builtin_names", "make_compressor"]
 
@@ -102,19 +102,16 @@ def _parse_short_form(text: str) -> tuple[str, dict[str, Any]]:
         key, value = (named["key"], named["value"]) if named else ("inner", argument)
         if key in options:
             raise ValueError(f"compressor {text!r}: option {key} is given twice")
-        try:
-            options[key] = _parse_value(value)
-        except yaml.YAMLError as e:
-            raise ValueError(f"compressor {text!r}: {key}={value.strip()!r} is not a YAML value") from e
+        options[key] = _parse_value(value, f"compressor {text!r}: {key}={value.strip()}")
     return match["name"], options
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str, where: str) -> Any:
     """A YAML scalar, or a list, whose items may be codecs in short form: YAML alone would cut at their commas."""
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
-        return [_parse_value(item) for item in _split_arguments(text[1:-1], text)]
-    return yaml.safe_load(text)
+        return [_parse_value(item, where) for item in _split_arguments(text[1:-1], text)]
+    return parse_yaml_value(text, where)
 
 
 def _split_arguments(arguments: str, text: str) -> list[str]:
@@ -122,11 +119,13 @@ def _split_arguments(arguments: str, text: str) -> list[str]:
     parts, depth, start = [], 0, 0
     for i, character in enumerate(arguments):
         depth += (character in "([") - (character in ")]")
-        if depth < 0:
+        if not 0 <= depth <= MAX_DEPTH:
             break
         if character == "," and depth == 0:
             parts.append(arguments[start:i])
             start = i + 1
+    if depth > MAX_DEPTH:
+        raise InputError(f"compressor {text[:80]!r}...: nested deeper than {MAX_DEPTH} levels")
     if depth != 0:
         raise ValueError(f"compressor {text!r}: brackets do not match")
     parts.append(arguments[start:])

@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 
 from compressors.base import LinkInfo
 from compressors.options import option_error
+from compressors.user_files import InputError, user_path
 
 __all__ = [
     "FORMAT",
@@ -140,7 +141,10 @@ def read_calibration(codec: str, folder: str, link: LinkInfo | None) -> tuple[Li
     if link is None:
         raise option_error(codec, "calibration", folder, "a calibration needs a link (LinkInfo) to look up")
     expected = {"format": FORMAT} | ({"checkpoint": link.checkpoint} if link.checkpoint is not None else {})
-    place = Path(folder).expanduser()
+    try:
+        place = Path(user_path(folder))
+    except (InputError, TypeError) as e:
+        raise option_error(codec, "calibration", folder, f"a folder ({e})") from e
     path = place / file_name(link.name)
     calibration, metadata, digest = _read(codec, path, LinkCalibration, expected | {"link": link.name})
     if calibration.hidden_size != link.hidden_size:

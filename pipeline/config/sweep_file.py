@@ -16,15 +16,14 @@ equal are one point. What may vary is what a loaded model and its process group 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipeline.config.schema import ConfigError, RunConfig, find_config, with_overrides
+from pipeline.config.schema import ConfigError, RunConfig, find_config, read_mapping, with_overrides
 
 __all__ = ["Point", "Sweep", "find_sweep", "load_sweep"]
 
@@ -39,6 +38,9 @@ SWEPT_KEYS = (
 SWEPT_SECTIONS = ("importance",)
 LINKS = "links"
 
+MAX_POINTS = 10_000
+
+_NAME = re.compile(r"\w[\w .-]*")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -63,6 +65,8 @@ class Sweep:
         for entry in self.entries:
             values = {name: link_names if v == LINKS else v for name, v in entry.get("for", {}).items()}
             keys = {key: value for key, value in entry.items() if key != "for"}
+            if len(points) + math.prod(map(len, values.values())) > MAX_POINTS:
+                raise ConfigError(f"sweep {self.name} has more than {MAX_POINTS} points; make several sweeps of it")
             for combination in itertools.product(*values.values()):
                 filled = _fill(keys, dict(zip(values, combination)))
                 point = Point(tuple(filled.items()))
@@ -87,11 +91,8 @@ def find_sweep(name: str) -> Path:
 
 def load_sweep(path: Path) -> Sweep:
     """Read and check a sweep file. Raises ConfigError naming the entry and key at fault, and what is allowed."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ConfigError(f"{path} cannot be read as YAML: {e}") from e
-    if not isinstance(tree, Mapping) or not isinstance(tree.get("points"), list) or not tree["points"]:
+    tree = read_mapping(path, "with points, a list of mappings")
+    if not isinstance(tree.get("points"), list) or not tree["points"]:
         raise ConfigError(f"{path} must be a mapping with `points`, a list of mappings")
     unknown = sorted(map(str, tree.keys() - {"name", "base", "points"}))
     if unknown:
@@ -99,7 +100,9 @@ def load_sweep(path: Path) -> Sweep:
     name = tree.get("name", path.stem)
     if not isinstance(name, str):
         raise ConfigError(f"{path}: name must be a string, got {name!r}")
-    base = tree.get("base") or {}
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{path}: name becomes a file's: letters, digits, spaces and ._- only, got {name!r}")
+    base = {} if tree.get("base") is None else tree["base"]
     _check_keys(base, f"{path}, base")
     for number, entry in enumerate(tree["points"], start=1):
         _check_entry(entry, f"{path}, point {number}")
@@ -156,7 +159,10 @@ def _fill(value: Any, chosen: Mapping[str, Any]) -> Any:
         whole = _PLACEHOLDER.fullmatch(value)
         return chosen[whole[1]] if whole else _PLACEHOLDER.sub(lambda match: str(chosen[match[1]]), value)
     if isinstance(value, Mapping):
-        return {_fill(key, chosen): _fill(item, chosen) for key, item in value.items()}
+        filled = {_fill(key, chosen): _fill(item, chosen) for key, item in value.items()}
+        if len(filled) < len(value):
+            raise ConfigError(f"keys {', '.join(value)} become equal for {dict(chosen)!r}; give each of them once")
+        return filled
     if isinstance(value, list):
         return [_fill(item, chosen) for item in value]
     return value

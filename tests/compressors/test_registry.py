@@ -93,6 +93,15 @@ def test_short_form_of_plugins_and_nested_codecs():
         ("int4(granularity=[)", "brackets do not match"),
         ("int4(,)", "an argument is empty"),
         ("plugin_for_tests:Constant(value={a)", "is not a YAML value"),
+        ("topk(density=064)", r"density=064: 064 is one number to some readers"),
+        ("topk(density=.inf)", r"density=.inf: .inf is not a finite number"),
+        ("topk(density=0.1 # ten percent)", "# ten percent is a comment to YAML"),
+        ("klt(calibration=~, step=1)", "~ alone is nothing to YAML and the home folder to a shell"),
+        ("outlier(channels=[1, 02], inner=int4)", "02 is one number"),
+        ("outlier(channels=8, inner=no)", "unknown compressor 'no'"),
+        ("outlier(channels=1e1, inner=int4)", "channels is 10.0, allowed"),
+        ("hadamard(" * 40 + "int4" + ")" * 40, "nested deeper than 32 levels"),
+        ("outlier(channels=" + "[" * 5000 + "]" * 5000 + ")", "nested deeper than 32 levels"),
         ("no_such_module:X", "cannot import module 'no_such_module'"),
         ("plugin_for_tests:Missing", "module 'plugin_for_tests' has no 'Missing'"),
         ("plugin_for_tests:number", "number is not a subclass of compressors.Compressor"),
@@ -104,6 +113,24 @@ def test_short_form_of_plugins_and_nested_codecs():
 def test_bad_specs_say_what_is_wrong(spec, message):
     with pytest.raises(ValueError, match=message):
         make_compressor(spec)
+
+
+def test_a_float_in_the_form_of_people():
+    assert make_compressor("topk(density=1e-1)").codec_id() == make_compressor("topk(density=0.1)").codec_id()
+
+
+def test_a_calibration_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "channels.json").write_text('{"channels": {"a": [2, 0]}}', encoding="utf-8-sig")
+    link = LinkInfo(name="a", hidden_size=8, max_tokens=4, dtype=torch.float32)
+    codec = make_compressor("outlier(channels=1, calibration=~/channels.json, inner=int4)", link)
+    assert codec.format_config()["channels"] == [2]
+    for spec in ("klt(calibration=~/calib, step=1)", "klt_fixed(calibration=~/calib, nbits=3)"):
+        with pytest.raises(ValueError, match=f"calibration is '{tmp_path}/calib', allowed: a folder with a.safetensors"):
+            make_compressor(spec, link)
+    for spec in ("klt(calibration=~nobody-of-this-name/c, step=1)", "klt(calibration=7, step=1)"):
+        with pytest.raises(ValueError, match="compressor 'klt': calibration is .*, allowed: a folder"):
+            make_compressor(spec, link)
 
 
 def test_listing_and_making_codecs_loads_no_numba():

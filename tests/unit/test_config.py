@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config.schema import FLAG_KEYS, ConfigError, RunConfig, find_config, load_config, parse_override
+from pipeline.config.schema import FLAG_KEYS, ConfigError, RunConfig, find_config, load_config, parse_override, with_overrides
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -72,6 +72,36 @@ def test_an_option_of_a_codec_given_by_name():
         ("partition.nodes=[{layers: [[0, 1]]}, {}, {}, {}]", r"nodes\[1\].layers is missing"),
         ("partition.nodes=[{layer: []}, {}, {}, {}]", r"unknown key partition.nodes\[0\].layer; did you mean"),
         ("dataset.bos=window", None),
+        ("batch_size=010", "--set batch_size=010: 010 is one number to some readers .* plain decimal digits"),
+        ("dataset.stride=5:30", "--set dataset.stride=5:30: 5:30 is one number"),
+        ("dataset.stride=0x10", "0x10 is one number"),
+        ("dataset.first_k_tokens=1_000", "1_000 is one number"),
+        ("dataset.first_k_tokens=1e4", r"first_k_tokens must be an integer, got 10000.0; write 10000"),
+        ("dataset.stride='256'", "dataset.stride must be an integer, got '256'"),
+        ("dataset.stride=256 # half", "# half is a comment to YAML; put the whole value in quotes"),
+        ("dataset.stride=", "dataset.stride must be an integer, got None"),
+        ("runtime.timeout_s=.inf", r"--set runtime.timeout_s=.inf: .inf is not a finite number"),
+        ("runtime.timeout_s=.nan", r".nan is not a finite number"),
+        ("runtime.timeout_s=inf", "runtime.timeout_s must be a number, got 'inf'"),
+        ("runtime.load_timeout_s=1e300", "runtime.load_timeout_s must be at most 1e.07, got 1e.300"),
+        ("runtime.timeout_s=1e3", None),
+        ("runtime.threads=100000", "runtime.threads must be at most 1024"),
+        ("runtime.receives_ahead=1000000000", "runtime.receives_ahead must be at most 1024"),
+        ("importance.seed=99999999999999999999", "does not fit 64 bits"),
+        ("wandb.enabled=yes", "wandb.enabled must be true or false, got 'yes'"),
+        ("model.load_in_8bit=on", "model.load_in_8bit must be true or false, got 'on'"),
+        ("model.revision=1234567", "model.revision must be a string, got 1234567; put it in quotes"),
+        ("model.revision='1234567'", None),
+        ("wandb.run_name=2024-01-31", None),
+        ("wandb.run_name=no", None),
+        ("compressor=no", None),  # a name, to be looked up
+        ("dataset=null", "dataset must be a mapping of keys, got None"),
+        ("model.dir=~", "--set model.dir=~: ~ alone is nothing to YAML"),
+        ("exp_dir=''", "exp_dir: the path is empty"),
+        ("exp_dir=~nobody-of-this-name/x", "exp_dir: .*: ~nobody-of-this-name is nobody's home folder"),
+        ('exp_dir="a\\0b"', "holds a NUL character"),
+        ("batch_size=&a 1", "anchors and aliases are not read"),
+        ("batch_size=!!int '1'", "tags are not read"),
     ],
 )
 def test_bad_values_are_named(override, words):
@@ -93,12 +123,37 @@ def test_rules_between_keys():
         parse_override("x={")
 
 
-@pytest.mark.parametrize("text, words", [("[1, 2]", "holds a list"), ("a: [", "cannot be read as YAML")])
+FILES = {
+    "[1, 2]": "bad.yaml holds a list",
+    "true": "bad.yaml holds a bool",
+    "": "bad.yaml is empty; it must hold keys, such as dataset: {name: wikitext}; for the defaults, name no file",
+    "# nothing\n": "bad.yaml is empty",
+    "a: [": "bad.yaml cannot be read as YAML: line 1, column 5: ",
+    "dataset: {name: text}\ndataset: {stride: 3}\n": "bad.yaml: line 2, column 1: key 'dataset' is given twice",
+    "dataset:\n  stride: 8\n  stride: 9\n": "bad.yaml: line 3, column 3: key 'stride' is given twice, first in line 2",
+    "batch_size: 010\nexp_dir: x\n": "bad.yaml: line 1, column 13: 010 is one number",
+    "batch_size: two": "bad.yaml: batch_size must be an integer, got 'two'",
+    "dataset.stride: 8": "unknown key dataset.stride; in a file, sections are nested, not dotted",
+    "defaults: &d {stride: 8}\ndataset: {<<: *d}\n": "bad.yaml cannot be read as YAML: line 1, column 11: .*anchors and aliases",
+}
+
+
+@pytest.mark.parametrize("text, words", FILES.items())
 def test_files_that_are_no_config(tmp_path, text, words):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=words):
         load_config(path)
+
+
+def test_a_section_set_as_a_whole_leaves_its_other_keys(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("dataset: {name: wikitext, max_length: 300, stride: 100}\n")
+    config = load_config(path, [parse_override("dataset={stride: 50}")])
+    assert (config.dataset.name, config.dataset.max_length, config.dataset.stride) == ("wikitext", 300, 50)
+    with pytest.raises(ConfigError, match="unknown key dataset.strde"):
+        load_config(path, [parse_override("dataset={strde: 50}")])
+    assert with_overrides(config, [("importance", {"seed": 3})]).importance.seed == 3
 
 
 def test_a_missing_config_names_the_shipped_ones():

@@ -69,6 +69,13 @@ def test_a_plan_without_links_may_leave_no_points(tmp_path):
     [
         ("[", "cannot be read as YAML"),
         ("compressor: none", "must be a mapping with `points`"),
+        ("", "s.yaml is empty; it must hold keys, with points"),
+        ("- compressor: none", "s.yaml holds a list, not a mapping"),
+        ("points: [{compressor: none}]\npoints: [{compressor: nf4}]", "line 2, column 1: key 'points' is given twice"),
+        ("points: [{compressor: none, compressor: nf4}]", "key 'compressor' is given twice"),
+        ("points: [{for: {n: [010]}, compressor: 'int{n}'}]", "010 is one number to some readers"),
+        ("name: ../x\npoints: [{compressor: none}]", r"name becomes a file's: letters.* got '\.\./x'"),
+        ("base: false\npoints: [{compressor: none}]", "base must be a mapping of dotted keys, got False"),
         ("points: []", "must be a mapping with `points`"),
         ("points: [{compressor: none}]\nmodel: x", "unknown key model; a sweep has name, base and points"),
         ("name: 3\npoints: [{compressor: none}]", "name must be a string, got 3"),
@@ -89,6 +96,21 @@ def test_a_plan_without_links_may_leave_no_points(tmp_path):
 def test_what_is_refused(tmp_path, text, words):
     with pytest.raises(ConfigError, match=words):
         sweep(tmp_path, text)
+
+
+def test_keys_that_become_equal_are_refused(tmp_path):
+    found = sweep(
+        tmp_path, "points: [{for: {link: links}, compressor_per_link: {'{link}': nf4, 'layer:0:node0->node1': int8}}]"
+    )
+    with pytest.raises(ConfigError, match="keys {link}, layer:0:node0->node1 become equal"):
+        found.points(LINKS)
+
+
+def test_the_number_of_points_has_a_bound(tmp_path):
+    many = list(range(1000))
+    found = sweep(tmp_path, f"points: [{{for: {{a: {many}, b: {many}}}, batch_size: '{{a}}', dataset.stride: '{{b}}'}}]")
+    with pytest.raises(ConfigError, match="sweep s has more than 10000 points; make several sweeps"):
+        found.points(LINKS)
 
 
 def test_shipped_sweeps_are_found_and_their_points_are_valid_configs():
