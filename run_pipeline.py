@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.schema import FLAG_KEYS, ConfigError, RunConfig, find_config, load_config, parse_override
+from pipeline.config.options import OptionParser, add_config_options, read_config
+from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.config.sweep_file import Sweep, find_sweep, load_sweep
 from pipeline.runtime.launch import on_deployment
 
@@ -25,55 +26,25 @@ EXIT_POINTS_FAILED = 3
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         description="Run a causal LM split over ranks, hidden states compressed, and measure its perplexity.",
         epilog="Every key of a config can be set with --set; see docs/configuration.md.",
     )
-    parser.add_argument("--config", metavar="YAML", help="a path, or a name in configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    add_config_options(parser)
     parser.add_argument("--plan", action="store_true", help="print stages, links, bytes and memory; load nothing")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from its journal")
     parser.add_argument(
         "--sweep", metavar="YAML", help="run every point of a sweep, a path or a name in configs/sweeps/"
     )
-    original = parser.add_argument_group("flags of the original benchmark")
-    flags = {
-        "model_name": {"metavar": "ID|DIR|FILE"},
-        "model_dir": {"metavar": "DIR", "help": "cache of downloads and conversions"},
-        "dtype": {"choices": ("fp32", "fp16", "bf16")},
-        "compressor": {"help": "a codec, e.g. nf4 or package.module:Class(option=value)"},
-        "batch_size": {"type": int, "help": "windows per micro-batch"},
-        "first_k_tokens": {"type": int, "help": "0: all"},
-        "max_length": {"type": int},
-        "stride": {"type": int},
-        "exp_dir": {"metavar": "DIR", "help": "where records go"},
-        "wandb_project": {},
-        "wandb_run_name": {},
-    }
-    for name in ("load_in_8bit", "load_in_4bit"):
-        original.add_argument(f"--{name}", action="store_true", default=None)
-    original.add_argument("--wandb", action=argparse.BooleanOptionalAction, default=None)
-    for name, options in flags.items():
-        original.add_argument(f"--{name}", default=None, **options)
     return parser
-
-
-def read_config(arguments: argparse.Namespace, sweep: Sweep | None) -> RunConfig:
-    """YAML, then the sweep's base, then flags, then --set."""
-    overrides = [("measure_error", True), *sweep.base] if sweep else []
-    overrides += [
-        (key, getattr(arguments, flag)) for flag, key in FLAG_KEYS.items() if getattr(arguments, flag) is not None
-    ]
-    overrides += [parse_override(text) for text in arguments.overrides]
-    return load_config(find_config(arguments.config) if arguments.config else None, overrides)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        sweep = load_sweep(find_sweep(arguments.sweep)) if arguments.sweep else None
-        config = read_config(arguments, sweep)
+        sweep = None if arguments.sweep is None else load_sweep(find_sweep(arguments.sweep))
+        config = read_config(arguments, own=[("measure_error", True), *sweep.base] if sweep else [])
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -49,11 +49,13 @@ TARGETS = {
 
 
 def parse_arguments() -> argparse.Namespace:
+    from pipeline.options import path_option
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("specs", nargs="*", default=DEFAULT_SPECS, help="codecs, default: the built-in family")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warm", action="store_true", help="use compiled loops that the machine has cached")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=path_option, help="write the figures there")
     return parser.parse_args()
 
 

@@ -26,6 +26,8 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
+from pipeline.config.options import path_option
+
 NUM_RANKS = 4
 CALIBRATION_TOKENS = 2048
 CODECS = (
@@ -94,8 +96,8 @@ class Checkout:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("before", type=Path, help="a checkout")
-    parser.add_argument("after", type=Path, help="another")
+    parser.add_argument("before", type=path_option, help="a checkout")
+    parser.add_argument("after", type=path_option, help="another")
     parser.add_argument("--codecs", nargs="+", default=list(CODECS))
     parser.add_argument("--tokens", type=int, default=384, help="of the demo's text")
     arguments = parser.parse_args(argv)

@@ -11,7 +11,6 @@ growth of the resident set during one pass, weights and input not counted.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -20,30 +19,42 @@ from pathlib import Path
 import torch
 
 from benchmarks.codecs import cpu_seconds, median_ratio, peak_growth_mib
-from pipeline.config.schema import RunConfig
+from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
+from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.windows import make_microbatches, make_windows
 from pipeline.importance.metrics import METRICS, AttentionMetric, Metric, MetricSetting
 from pipeline.models.loading import load_model_config, load_stage
 from pipeline.models.source import resolve_model
 from pipeline.models.stage import Stage
-from pipeline.partition.plan import default_plan
 from pipeline.records.store import software_versions
 from pipeline.runtime.memory import return_freed_memory
+from pipeline.runtime.placement import make_plan
 
 __all__ = ["measure"]
 
 PLAIN = "no metric"
 CPU = torch.device("cpu")
+_WEIGHT_FORMATS = ("model.dtype", "model.load_in_8bit", "model.load_in_4bit")
+_OF_RUNS = ("dataset", "compressor", "compressor_per_link", "importance", "batch_size", "measure_error")
+_OF_RUNS += ("exp_dir", "runtime", "wandb")
+UNUSED = {
+    **{key: "this benchmark runs in float32; leave it out" for key in _WEIGHT_FORMATS},
+    **{key: "this benchmark takes a model and a partition; leave it out" for key in _OF_RUNS},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = OptionParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file; lengths that it has already are kept")
+    parser.add_argument("--out", type=path_option, help="JSON file; lengths that it has already are kept")
+    add_config_options(parser)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    stage, model_config = _load_middle_stage()
+    try:
+        stage, model_config = _load_middle_stage(read_config(arguments, unused=UNUSED))
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from e
     report = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
     report |= {"layers": [stage.plan.start, stage.plan.end], "versions": software_versions()}
     for num_tokens in arguments.tokens:
@@ -88,12 +99,21 @@ def measure(stage: Stage, model_config, num_tokens: int, rounds: int) -> dict[st
     }
 
 
-def _load_middle_stage() -> tuple[Stage, object]:
-    model_dir = resolve_model(RunConfig().model.name, cache_dir=None, stage_to=None, revision=None, show_progress=False)
-    model_config = load_model_config(model_dir, {})
-    plan = default_plan(model_config.num_hidden_layers, 4).stages[2]
-    model = load_stage(model_dir, model_config, plan, dtype=torch.float32, device=CPU)
-    return Stage(plan, model, CPU, model_config.vocab_size), model_config
+def _load_middle_stage(config: RunConfig) -> tuple[Stage, object]:
+    """Of the stages that hold neither embedding nor head, the one in the middle."""
+    model = config.model
+    model_dir = resolve_model(
+        model.name, cache_dir=model.dir, stage_to=model.stage_to, revision=model.revision, show_progress=False
+    )
+    model_config = load_model_config(model_dir, model.architecture, trust_remote_code=model.trust_remote_code)
+    stages = make_plan(config, model_config.num_hidden_layers).stages[1:-1]
+    if not stages:
+        raise ConfigError(f"partition.num_nodes is {config.partition.num_nodes}: no stage is in the middle; use 4")
+    plan = stages[len(stages) // 2]
+    loaded = load_stage(
+        model_dir, model_config, plan, dtype=torch.float32, device=CPU, trust_remote_code=model.trust_remote_code
+    )
+    return Stage(plan, loaded, CPU, model_config.vocab_size), model_config
 
 
 def _metrics(stage: Stage, model_config, num_tokens: int) -> dict[str, Metric]:

@@ -39,7 +39,8 @@ import numpy as np
 from benchmarks.baselines import BASELINES, Run, serve
 from pipeline.comm.control import Control
 from pipeline.comm.world import World
-from pipeline.config.schema import RunConfig, load_config, parse_override
+from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
+from pipeline.config.schema import ConfigError, RunConfig, with_overrides
 from pipeline.evaluation.evaluation import Evaluation
 from pipeline.records.store import read_per_token, read_record, software_versions
 from pipeline.runtime.deployment import Deployment, deploy
@@ -54,12 +55,21 @@ IDLE_S = 6.0  # how long the cores must have been idle before a round that waits
 MAX_LOSS_DIFFERENCE = 1e-3
 MAX_NLL_DIFFERENCE = 1e-5
 
+UNUSED = {
+    "dataset.first_k_tokens": "the text is cut to --windows full windows; leave it out",
+    "exp_dir": "the records are not kept; rounds go to --out",
+    "wandb": "a benchmark logs nothing to Weights & Biases; leave it out",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     world = World.from_environment()
     with tempfile.TemporaryDirectory(prefix="thinwire_benchmark_") as folder:
-        config = _make_config(arguments, folder)
+        try:
+            config = _make_config(arguments, folder)
+        except ConfigError as e:
+            raise SystemExit(f"error: {e}") from e
         if world.world_size == 1 or world.world_size != config.partition.num_nodes:
             raise SystemExit(f"start it with torchrun --nproc_per_node={config.partition.num_nodes}")
         runtime = config.runtime
@@ -75,22 +85,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = OptionParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--windows", type=int, default=16, help="full windows that each contender computes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--patience", type=float, default=0, help="seconds that a round may wait for idle cores")
     parser.add_argument("--only", nargs="+", default=list(BASELINES), choices=BASELINES)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--out", type=Path, help="JSON file; rounds under the same conditions that it has are kept")
+    parser.add_argument(
+        "--out", type=path_option, help="JSON file; rounds under the same conditions that it has are kept"
+    )
+    add_config_options(parser)
     return parser
 
 
 def _make_config(arguments: argparse.Namespace, folder: str) -> RunConfig:
     """The configuration of our runs. The token list is cut so that every window is full."""
-    given = [*map(parse_override, arguments.overrides), ("exp_dir", folder)]
-    dataset = load_config(None, given).dataset
-    num_tokens = dataset.max_length + (arguments.windows - 1) * dataset.stride
-    return load_config(None, [*given, ("dataset.first_k_tokens", num_tokens)])
+    config = read_config(arguments, unused=UNUSED)
+    num_tokens = config.dataset.max_length + (arguments.windows - 1) * config.dataset.stride
+    own = [("exp_dir", folder), ("dataset.first_k_tokens", num_tokens), ("wandb.enabled", False)]
+    return with_overrides(config, own)
 
 
 def _benchmark(config: RunConfig, control: Control, arguments: argparse.Namespace) -> None:

@@ -15,31 +15,37 @@ Without torchrun one process plays all nodes.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.schema import ConfigError, find_config, load_config, parse_override
+from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
+from pipeline.config.schema import ConfigError
 from pipeline.runtime.launch import on_deployment
 
 if TYPE_CHECKING:
     from pipeline.runtime.deployment import Deployment
 
+UNUSED = {
+    "compressor": "an analysis looks at the uncompressed model; leave it out",
+    "compressor_per_link": "an analysis looks at the uncompressed model; leave it out",
+    "exp_dir": "an analysis writes to --out; leave it out",
+    "measure_error": "an analysis compresses nothing; leave it out",
+    "wandb": "an analysis logs nothing to Weights & Biases; leave it out",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = OptionParser(description=__doc__.partition("\n")[0])
     parser.add_argument("analysis", choices=("layers", "heads", "oracle"))
-    parser.add_argument("--config", metavar="YAML", help="a path, or a name in configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--out", type=path_option, required=True, metavar="DIR", help="folder of the results")
+    add_config_options(parser)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        overrides = [parse_override(text) for text in arguments.overrides]
-        config = load_config(find_config(arguments.config) if arguments.config else None, overrides)
+        config = read_config(arguments, unused=UNUSED)
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -12,15 +12,14 @@ plays all nodes. Use text that you will not score.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.schema import ConfigError, find_config, load_config, parse_override
+from pipeline.config.options import OptionParser, add_config_options, given_keys, path_option, read_config
+from pipeline.config.schema import ConfigError, with_overrides
 from pipeline.runtime.launch import on_deployment
 
 if TYPE_CHECKING:
@@ -29,29 +28,36 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 DEFAULT_TOKENS = 50_000
+UNUSED = {
+    "compressor": "calibration looks at the uncompressed model; leave it out",
+    "compressor_per_link": "calibration looks at the uncompressed model; leave it out",
+    "exp_dir": "calibration writes to --out; leave it out",
+    "measure_error": "calibration compresses nothing; leave it out",
+    "wandb": "calibration logs nothing to Weights & Biases; leave it out",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--config", metavar="YAML", help="a path, or a name in configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the files")
-    parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, help="of the text's beginning; 0: all")
+    parser = OptionParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=path_option, required=True, metavar="DIR", help="folder of the files")
     parser.add_argument(
         "--no-token-table", action="store_true", help="predict nothing from token ids, which are then not sent"
     )
+    add_config_options(parser, more_names={"first_k_tokens": ["--tokens"]})
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        # Any valid stride while max_length is not known; windows that do not overlap follow below.
-        overrides = [*(parse_override(text) for text in arguments.overrides), ("dataset.stride", 1)]
-        config = load_config(find_config(arguments.config) if arguments.config else None, overrides)
+        # Any valid stride while max_length is not known; windows that do not overlap follow.
+        own = [("dataset.first_k_tokens", DEFAULT_TOKENS), ("compressor", "none"), ("compressor_per_link", {})]
+        config = read_config(arguments, own=[*own, ("dataset.stride", 1)], unused=UNUSED)
+        stride = config.dataset.max_length - (config.dataset.bos == "window")
+        given = dict(given_keys(arguments)).get("dataset.stride", stride)
+        if given != stride:
+            raise ConfigError(f"dataset.stride is {given}, but calibration's windows do not overlap; leave it out")
+        config = with_overrides(config, [("dataset.stride", stride)])
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    stride = config.dataset.max_length - (config.dataset.bos == "window")
-    dataset = dataclasses.replace(config.dataset, first_k_tokens=arguments.tokens, stride=stride)
-    config = dataclasses.replace(config, dataset=dataset, compressor="none", compressor_per_link={})
 
     def work(deployment: Deployment) -> None:
         from pipeline.analysis.calibration import calibrate

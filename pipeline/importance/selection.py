@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors import Compressor
+from compressors.user_files import user_path
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.windows import MicroBatch
 from pipeline.importance.files import file_digest, read_head_relevance, read_token_importance
@@ -39,11 +40,11 @@ def make_metrics(
         options: dict[str, Any] = {"seed": section.seed, "microbatches": microbatches, "first_layer": stage.start}
         if "layers" in cls.setting_keys:
             check_attention_readable(model_config, trust_remote_code=config.model.trust_remote_code)
-            options["layers"] = _layers_to_read(section.layers, stage, cls.name)
+            options["layers"] = _layers_to_read(section.layers, stage, plan.num_layers, cls.name)
         for key in {"head_weights", "oracle"}.intersection(cls.setting_keys):
             if getattr(section, key) is None:
                 raise ConfigError(f"metric {cls.name} needs a file: set importance.{key}")
-            path = Path(getattr(section, key)).expanduser()
+            path = Path(user_path(getattr(section, key)))
             options["file_digest"] = file_digest(path)
             if key == "head_weights":
                 options["head_relevance"] = read_head_relevance(
@@ -66,9 +67,12 @@ def make_metrics(
     return metrics
 
 
-def _layers_to_read(setting: str | Sequence[int], stage: StagePlan, metric: str) -> list[int]:
+def _layers_to_read(setting: str | Sequence[int], stage: StagePlan, num_layers: int, metric: str) -> list[int]:
     """Of the sending stage's layers, those that `importance.layers` asks for."""
     own = range(stage.start, stage.end)
+    beyond = [] if isinstance(setting, str) else [n for n in setting if n >= num_layers]
+    if beyond:
+        raise ConfigError(f"importance.layers has {beyond[0]}, the model's layers are 0 to {num_layers - 1}")
     chosen = list(own[-1:] if setting == "last" else own if setting == "all" else sorted(set(setting) & set(own)))
     if not chosen:
         holds = f"layers {stage.start} to {stage.end - 1}" if own else "no layers"

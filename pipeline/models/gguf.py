@@ -18,6 +18,8 @@ from unittest import mock
 
 from filelock import FileLock
 
+from compressors.user_files import user_path
+
 __all__ = ["convert_gguf_once"]
 
 CONVERSION_VERSION = 2  # raised when this file writes something else; 1 could be published without weights
@@ -41,9 +43,9 @@ def convert_gguf_once(gguf: Path, cache_dir: str | None) -> Path:
         while block := file.read(1 << 20):
             digest.update(block)
     if cache_dir is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thinwire"
+        root = Path(user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "thinwire"
     else:
-        root = Path(cache_dir).expanduser()
+        root = Path(user_path(cache_dir))
     versions = f"v{CONVERSION_VERSION}-transformers{importlib.metadata.version('transformers')}"
     target = root / f"{gguf.stem}-{digest.hexdigest()[:16]}-{versions}"
     if target.is_dir():

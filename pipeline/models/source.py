@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm as hub_tqdm
 
+from compressors.user_files import user_path
 from pipeline.models.gguf import convert_gguf_once
 from pipeline.models.staging import stage_directory
 
@@ -70,7 +71,7 @@ def resolve_model(
     if name.startswith(_PACKAGE_PREFIX):
         path = _package_path(name)
     else:
-        path = Path(os.path.expanduser(name))  # as it is where the home is unknown
+        path = Path(user_path(name or "."))
     if not name or not path.exists():
         if _HUB_ID.fullmatch(name) is None:
             raise ValueError(f"model.name={name!r}: there is no such file or directory. {_ACCEPTED}")
@@ -189,7 +190,7 @@ def _download(name: str, *, cache_dir: str | None, revision: str | None, show_pr
             snapshot_download(
                 name,
                 revision=revision,
-                cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
+                cache_dir=None if cache_dir is None else user_path(cache_dir),
                 allow_patterns=[*SMALL_FILE_PATTERNS, "*.safetensors"],
                 ignore_patterns=list(HUB_IGNORE_PATTERNS),
                 tqdm_class=None if show_progress else _SilentTqdm,

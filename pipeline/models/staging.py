@@ -31,6 +31,8 @@ from typing import BinaryIO
 from filelock import FileLock
 from tqdm import tqdm
 
+from compressors.user_files import user_path
+
 __all__ = ["stage_directory"]
 
 CHUNK_BYTES = 64 << 20
@@ -49,7 +51,7 @@ def stage_directory(src: Path, stage_to: str, *, files: Sequence[str], show_prog
     copied stays and is used by the next call.
     """
     src = Path(os.path.abspath(src))
-    root = Path(stage_to).expanduser()
+    root = Path(user_path(stage_to))
     path_digest = hashlib.sha256(os.fsencode(src)).hexdigest()[:12]
     target = root / f"{src.name}-{path_digest}"
     with _locked_folder(root, target):

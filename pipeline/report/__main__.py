@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 
+from pipeline.config.options import OptionParser, path_option
 from pipeline.report.recommendation import Outlook
 from pipeline.report.results import load_records
 from pipeline.report.summary import print_summary, write_report
@@ -35,12 +35,12 @@ _share.__name__, _positive.__name__ = "share (1% or 0.01)", "number above 0"  # 
 
 def make_parser() -> argparse.ArgumentParser:
     defaults = Outlook()
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.report", description="Tables and a page from run records."
+    parser = OptionParser(prog="python -m pipeline.report", description="Tables and a page from run records.")
+    parser.add_argument("paths", nargs="+", type=path_option, help="records, or folders of them")
+    parser.add_argument(
+        "-o", "--output", type=path_option, metavar="HTML", help="write a page, with .md and .csv beside it"
     )
-    parser.add_argument("paths", nargs="+", type=Path, help="records, or folders of them")
-    parser.add_argument("-o", "--output", type=Path, metavar="HTML", help="write a page, with .md and .csv beside it")
-    parser.add_argument("--png", type=Path, help="also draw perplexity against bytes per token")
+    parser.add_argument("--png", type=path_option, help="also draw perplexity against bytes per token")
     parser.add_argument("--mbits", nargs="+", type=_positive, metavar="MBIT/S", default=defaults.bandwidths_mbits)
     parser.add_argument("--rtt-ms", nargs="+", type=_positive, metavar="MS", default=defaults.rtts_ms)
     parser.add_argument(

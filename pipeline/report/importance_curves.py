@@ -10,7 +10,6 @@ interpolated linearly between the neighbouring numbers of bits.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config.options import OptionParser, path_option
 from pipeline.records.store import RecordError, model_label, read_per_token
 from pipeline.report.quality import compare
 from pipeline.report.results import is_uncompressed, load_records, setting_key
@@ -217,8 +217,8 @@ def _ratio(value: float | None) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="records of a sweep over metrics")
+    parser = OptionParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=path_option, help="records of a sweep over metrics")
     folder = parser.parse_args().folder
     try:
         curves = collect(load_records([folder]), folder)
