@@ -7,18 +7,26 @@ is `windows`' part, as is a beginning-of-sequence token for every window.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["DATASET_NAMES", "Text", "ids_digest", "load_text", "tokenize"]
+from compressors.user_files import read_text, unified_line_ends, user_path
+
+__all__ = ["DATASET_NAMES", "Text", "Tokens", "ids_digest", "load_text", "tokenize"]
+
+logger = logging.getLogger(__name__)
 
 DATASET_NAMES = ("wikitext", "pydoc", "text")
 
+_TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _WIKITEXT_HUB_ID = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
@@ -43,12 +51,17 @@ def load_text(*, name: str, path: str | None, split: str) -> Text:
       through `datasets`; with it, a raw file such as `wiki.test.raw`, whose rows are made as `datasets` does.
     * `pydoc`: the help topics of the running Python's standard library, always at hand but different from one
       Python version to the next.
-    * `text`: the UTF-8 file at `path`, as it is.
+    * `text`: the UTF-8 file at `path`.
+
+    Line ends are `\\n` in all of them, and a byte-order mark is no text. `split` matters for the hub's text alone.
 
     Raises ValueError for an unknown name, a file that is missing, empty or not UTF-8, and a failed download.
     """
     if name not in DATASET_NAMES:
         raise ValueError(f"dataset.name={name!r}: expected one of {', '.join(DATASET_NAMES)}")
+    if split != "test" and (name != "wikitext" or path is not None):
+        source = f"dataset.path={path}" if path is not None else f"dataset.name={name}"
+        logger.warning("dataset.split=%s is for the hub's WikiText-2: %s is read as a whole", split, source)
     if name == "pydoc":
         if path is not None:
             raise ValueError(
@@ -57,10 +70,13 @@ def load_text(*, name: str, path: str | None, split: str) -> Text:
         return _load_pydoc()
     if name == "wikitext" and path is None:
         text = "\n\n".join(_download_wikitext_rows(split))
-        return Text(text=text, description=f"WikiText-2 raw v1, {split} split ({_WIKITEXT_HUB_ID[0]})")
+        description = f"WikiText-2 raw v1, {split} split ({_WIKITEXT_HUB_ID[0]})"
+        return Text(text=unified_line_ends(text), description=description)
     if path is None:
         raise ValueError("dataset.name=text needs a file: --set dataset.path=FILE")
-    content = _read_utf8(Path(path).expanduser())
+    content = read_text(Path(user_path(path)), f"dataset.path={path}")
+    if not content.strip():
+        raise ValueError(f"dataset.path={path} is empty; expected a text to evaluate on")
     if name == "wikitext":
         text, kind = "\n\n".join(_wikitext_rows(content)), "WikiText-2 raw, rows of"
     else:
@@ -68,29 +84,47 @@ def load_text(*, name: str, path: str | None, split: str) -> Text:
     return Text(text=text, description=f"{kind} {Path(path).name}")
 
 
-def tokenize(text: Text, model_dir: Path, *, trust_remote_code: bool = False) -> tuple[list[int], int | None]:
-    """Token ids of the whole text, with the special tokens that the model's tokenizer adds, once.
+def tokenize(
+    text: Text,
+    model_dir: Path,
+    *,
+    trust_remote_code: bool = False,
+    first_k_tokens: int = 0,
+    vocab_size: int | None = None,
+) -> tuple[list[int], int | None]:
+    """Token ids of the text, made of the whole with the special tokens that the tokenizer adds, then cut (0: not).
 
-    Returns the ids and the tokenizer's `bos_token_id` (None where it has none). Raises ValueError when
-    `model_dir` has no tokenizer that loads, and for a text of 0 or 1 token: there is nothing to predict in
-    it.
+    Returns the ids and the tokenizer's `bos_token_id` (None where it has none). Raises ValueError when `model_dir` has
+    no tokenizer that loads, for a text of 0 or 1 token, since there is nothing to predict in it, and for an id that
+    has no row in an embedding of `vocab_size` rows.
     """
-    from transformers import AutoTokenizer  # seconds to import, and only rank 0 tokenises
+    _check_json(model_dir)
+    with _tokenizer_errors(f"no tokenizer loads from {model_dir}"):
+        from transformers import AutoTokenizer  # seconds to import, and only rank 0 tokenises
 
-    try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many types here
-        raise ValueError(f"no tokenizer loads from {model_dir}: {type(error).__name__}: {error}") from error
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no files
+        is_empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)  # transformers' of no files
+    if is_empty:
         raise ValueError(f"no tokenizer loads from {model_dir}: its vocabulary is missing; copy it again")
-    # Not verbose: else it warns that the text is longer than the model's context, which windows take care of.
-    ids = tokenizer(text.text, verbose=False)["input_ids"]
+    with _tokenizer_errors(f"the tokenizer in {model_dir} fails on {text.description}"):
+        # Not verbose: else it warns that the text is longer than the model's context, which windows take care of.
+        ids = tokenizer(text.text, verbose=False)["input_ids"][: first_k_tokens or None]
+        bos_id = tokenizer.bos_token_id
+        highest = max([*ids, -1 if bos_id is None else bos_id], default=-1)
+        token = tokenizer.convert_ids_to_tokens(highest) if highest >= 0 else None
     if len(ids) < 2:
         raise ValueError(
             f"the dataset is empty: {text.description} gives {len(ids)} token(s), and at least 2 are needed "
             "to score one; check dataset.name and dataset.path"
         )
-    return ids, tokenizer.bos_token_id
+    if vocab_size is not None and highest >= vocab_size:
+        place = f"token {ids.index(highest)} of {text.description}" if highest in ids else "the BOS token"
+        raise ValueError(
+            f"{place} is {token!r} with id {highest}, but the model's vocab_size is {vocab_size}, so that its ids end "
+            f"at {vocab_size - 1}: the tokenizer in {model_dir} belongs to another model, or tokens were added to it "
+            "without rows in the embedding. Take the tokenizer files that came with the weights"
+        )
+    return ids, bos_id
 
 
 def ids_digest(ids: Sequence[int]) -> str:
@@ -98,16 +132,31 @@ def ids_digest(ids: Sequence[int]) -> str:
     return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest()
 
 
-def _read_utf8(path: Path) -> str:
+def _check_json(model_dir: Path) -> None:
+    """Name the file that is no JSON; the libraries say only where in it."""
+    for name in _TOKENIZER_JSON:
+        path = model_dir / name
+        if path.is_file():
+            try:
+                content = json.loads(path.read_bytes())
+            except (OSError, ValueError, RecursionError) as e:
+                raise ValueError(f"no tokenizer loads from {path}: it is damaged ({e}); copy the file again") from e
+            if not isinstance(content, dict):
+                raise ValueError(f"no tokenizer loads from {path}: it holds a {type(content).__name__}, not an object")
+
+
+@contextlib.contextmanager
+def _tokenizer_errors(what: str) -> Iterator[None]:
+    """transformers and tokenizers raise many types, and the latter's Rust panics are no Exceptions."""
     try:
-        content = path.read_bytes().decode("utf-8")  # as bytes: opening as text would translate line ends
-    except UnicodeDecodeError as error:
-        raise ValueError(f"dataset.path={path} is not UTF-8: {error}; convert it, e.g. with iconv") from error
-    except OSError as error:
-        raise ValueError(f"dataset.path={path} cannot be read: {error}") from error
-    if not content.strip():
-        raise ValueError(f"dataset.path={path} is empty; expected a text to evaluate on")
-    return content
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as e:
+        raise ValueError(
+            f"{what}: {type(e).__name__}: {e}. Copy the model's tokenizer files "
+            f"({', '.join(_TOKENIZER_JSON)}, ...) again, or take another copy of the model"
+        ) from e
 
 
 def _wikitext_rows(content: str) -> list[str]:

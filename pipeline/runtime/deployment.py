@@ -88,7 +88,7 @@ def deploy(config: RunConfig, control: Control) -> Deployment:
     checkpoint_digest = checkpoint_fingerprint(model_dir)
     control.agree("checkpoint", {"fingerprint": checkpoint_digest})
     control.report("tokenising")
-    text = tokenize_once(config, control, model_dir)
+    text = tokenize_once(config, control, model_dir, vocab_size=model_config.vocab_size)
     check_bos(config, text.bos_id)
     codecs = make_codecs(
         config,

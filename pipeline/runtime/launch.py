@@ -37,7 +37,7 @@ def on_deployment(config: RunConfig, folder: Path, work: Callable[[Deployment], 
     watchdog = Watchdog(world, config.runtime.timeout_s)
     try:
         return _work(config, world, watchdog, folder, work)
-    except (Exception, KeyboardInterrupt) as e:
+    except BaseException as e:  # a panic of a library in Rust is no Exception
         watchdog.abort(e)
 
 

@@ -35,14 +35,20 @@ class TokenizedText:
         return dataclasses.replace(self, ids=ids, ids_sha256=ids_digest(ids.numpy()))
 
 
-def tokenize_once(config: RunConfig, control: Control, model_dir: Path) -> TokenizedText:
+def tokenize_once(config: RunConfig, control: Control, model_dir: Path, *, vocab_size: int) -> TokenizedText:
     """Rank 0 reads and tokenises, the others receive ids and facts."""
     dataset = config.dataset
     ids, facts = None, None
     if control.world.rank == 0:
         text = load_text(name=dataset.name, path=dataset.path, split=dataset.split)
-        tokens, bos_id = tokenize(text, model_dir, trust_remote_code=config.model.trust_remote_code)
-        ids = torch.tensor(tokens[: dataset.first_k_tokens or None], dtype=torch.int64)
+        tokens, bos_id = tokenize(
+            text,
+            model_dir,
+            trust_remote_code=config.model.trust_remote_code,
+            first_k_tokens=dataset.first_k_tokens,
+            vocab_size=vocab_size,
+        )
+        ids = torch.tensor(tokens, dtype=torch.int64)
         facts = {
             "bos_id": bos_id,
             "description": text.description,

@@ -47,8 +47,16 @@ def files(tmp_path_factory):
     (folder / "latin-1.txt").write_bytes(b"caf\xe9 au lait")
     (folder / "broken.yaml").write_text("dataset: [1")
     (folder / "list.yaml").write_text("- dataset")
-    for name in ("truncated", "no_tokenizer", "no_config", "no_weights", "too_few_layers"):
+    (folder / "twice.yaml").write_text("dataset: {name: text}\ndataset: {stride: 32}\n")
+    (folder / "empty.yaml").write_text("")
+    save_tiny_model(folder / "small_vocabulary", "llama", vocab_size=200)
+    for name in ("truncated", "no_tokenizer", "no_config", "no_weights", "too_few_layers", "no_json", "panics"):
         shutil.copytree(tiny_model(), folder / name)
+    (folder / "no_json" / "tokenizer.json").write_text("{")
+    tokenizer = folder / "panics" / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["post_processor"]["special_tokens"] = {}  # the library's Rust code looks up <bos> there
+    tokenizer.write_text(json.dumps(content))
     weights = folder / "truncated" / "model.safetensors"
     os.truncate(weights, weights.stat().st_size - 100)
     (folder / "no_tokenizer" / "tokenizer.json").unlink()
@@ -71,9 +79,12 @@ IN_ONE_PROCESS = {
         r"config 'nope\.yaml' is neither a file nor in .*demo\.yaml",
     ),
     "broken YAML": (["--config", "{}/broken.yaml"], r"broken\.yaml cannot be read as YAML"),
+    "a key given twice": (["--config", "{}/twice.yaml"], r"twice\.yaml: line 2, column 1: key 'dataset' is given twice"),
+    "an empty config": (["--config", "{}/empty.yaml"], r"empty\.yaml is empty; it must hold keys"),
+    "an octal number": (["--batch_size", "010"], r"--batch_size 010: 010 is one number to some readers"),
     "YAML without keys": (["--config", "{}/list.yaml"], r"list\.yaml holds a list, not a mapping"),
     "unknown value of a flag": (["--dtype", "int3"], r"argument --dtype: invalid choice: 'int3'"),
-    "unknown flag": (["--batchsize", "3"], r"unrecognized arguments: --batchsize"),
+    "unknown flag": (["--batchsize", "3"], r"unrecognized arguments: --batchsize 3; did you mean --batch_size\?"),
     "stride beyond the window": (["--stride", "65"], r"dataset\.stride must be at most 64 .*got 65"),
     "unknown codec": (["--compressor", "int9"], r"unknown compressor 'int9', did you mean 'int8'"),
     "unknown option of a codec": (
@@ -97,6 +108,12 @@ IN_ONE_PROCESS = {
         r"model\.safetensors has \d+ bytes, its header announces \d+",
     ),
     "model without tokenizer": (["--model_name", "{}/no_tokenizer"], r"no tokenizer loads from "),
+    "a damaged tokenizer": (["--model_name", "{}/no_json"], r"no_json/tokenizer\.json: it is damaged"),
+    "a tokenizer that panics": (["--model_name", "{}/panics"], r"the tokenizer in .*panics fails on .*PanicException"),
+    "a tokenizer of another model": (
+        ["--model_name", "{}/small_vocabulary"],
+        r"token 0 of .* is '<bos>' with id 256, but the model's vocab_size is 200.*the tokenizer in .* belongs to another",
+    ),
     "model without config": (["--model_name", "{}/no_config"], r"no_config has no config\.json"),
     "model without weights": (["--model_name", "{}/no_weights"], r"no_weights holds no weights"),
     "model without some layers": (

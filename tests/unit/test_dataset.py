@@ -1,7 +1,10 @@
 """Texts, their digests, and tokenisation in one piece."""
 
 import hashlib
+import json
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,13 +37,13 @@ def model_dir(tmp_path_factory):
 @pytest.fixture
 def raw_file(tmp_path):
     path = tmp_path / "wiki.test.raw"
-    path.write_bytes(" \n = Title = \n \n Caf\u00e9 , a\r\u2028 line . \n\n \t\n".encode())
+    path.write_bytes(" \n = Title = \n \n Caf\u00e9 , a\u2028\x0b line . \n\n \t\n".encode())
     return path
 
 
 def test_wikitext_rows_of_a_raw_file(raw_file):
     text = load_text(name="wikitext", path=str(raw_file), split="test")
-    rows = ["", " = Title = \n", "", " Caf\u00e9 , a\r\u2028 line . \n", "", ""]
+    rows = ["", " = Title = \n", "", " Caf\u00e9 , a\u2028\x0b line . \n", "", ""]
     assert text.text == "\n\n".join(rows)
     assert text.description == "WikiText-2 raw, rows of wiki.test.raw"
 
@@ -58,7 +61,7 @@ def test_wikitext_through_datasets_gives_the_same_text(raw_file, monkeypatch):
 
     def load_dataset(*args, **kwargs):
         seen.append((args, kwargs))
-        return {"text": ["", " = Title = \n", "", " Caf\u00e9 , a\r\u2028 line . \n", "", ""]}
+        return {"text": ["", " = Title = \n", "", " Caf\u00e9 , a\u2028\x0b line . \n", "", ""]}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     downloaded = load_text(name="wikitext", path=None, split="validation")
@@ -68,13 +71,77 @@ def test_wikitext_through_datasets_gives_the_same_text(raw_file, monkeypatch):
 
 
 def test_text_file_is_taken_as_it_is(tmp_path):
-    content = b"\xef\xbb\xbfone\r\ntwo\n\n\nthree"
+    content = "one\ntwo \n\n\n\u2028thr\u00e9e\ufeff\x0c".encode()
     path = tmp_path / "book.txt"
     path.write_bytes(content)
     text = load_text(name="text", path=str(path), split="test")
     assert text.text.encode() == content
     assert text.sha256 == hashlib.sha256(content).hexdigest()
     assert text.description == "text file book.txt"
+
+
+OTHER_BYTES = {
+    "CR LF": lambda text: text.replace("\n", "\r\n").encode(),
+    "CR": lambda text: text.replace("\n", "\r").encode(),
+    "CR CR LF, converted twice": lambda text: text.replace("\n", "\r\r\n").encode(),
+    "CR, then CR LF, then LF": lambda text: text.replace("\n", "\r", 1).replace("\n", "\r\n", 2).encode(),
+    "byte-order mark": lambda text: b"\xef\xbb\xbf" + text.encode(),
+    "two byte-order marks": lambda text: 2 * b"\xef\xbb\xbf" + text.encode(),
+    "byte-order mark and CR LF": lambda text: text.replace("\n", "\r\n").encode("utf-8-sig"),
+}
+
+
+@pytest.mark.parametrize("name", ["wikitext", "text"])
+@pytest.mark.parametrize("written", OTHER_BYTES.values(), ids=OTHER_BYTES)
+def test_line_ends_and_marks_do_not_change_the_text(tmp_path, name, written):
+    text = " \n = Title = \n \n Caf\u00e9 \n\n\n last"
+    found = {}
+    for file, content in (("plain", text.encode()), ("other", written(text))):
+        (tmp_path / file).mkdir()
+        path = tmp_path / file / "wiki.raw"
+        path.write_bytes(content)
+        found[file] = load_text(name=name, path=str(path), split="test")
+    assert found["other"] == found["plain"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text".encode("utf-16"), "is UTF-16, by its byte-order mark.*iconv -f UTF-16 -t UTF-8"),
+        ("text".encode("utf-32"), "is UTF-32, by its byte-order mark.*iconv -f UTF-32 -t UTF-8"),
+        (b"\xfe\xff\0t", "is UTF-16, by its byte-order mark"),
+        ("a\nb".encode("utf-16-le"), "has a NUL byte at byte 1, line 1: .* UTF-16 without a byte-order mark"),
+        (b"one\ntwo\0", "has a NUL byte at byte 7, line 2"),
+        (b"one\ncaf\xe9", r"is not UTF-8.*0xe9 in position 7.*\(at byte 7, line 2\); convert it"),
+        (b"cut short: \xc3", "is not UTF-8.*position 11"),
+        (b"\xed\xa0\x80", "is not UTF-8"),
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf \r\n", "is empty"),
+    ],
+)
+@pytest.mark.parametrize("name", ["wikitext", "text"])
+def test_bytes_that_are_no_text(tmp_path, name, content, message):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"dataset\.path=.*file {message}"):
+        load_text(name=name, path=str(path), split="test")
+
+
+def test_a_downloaded_row_keeps_its_text(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: {"text": ["a\r\n", "b\n"]})
+    assert load_text(name="wikitext", path=None, split="test").text == "a\n\n\nb\n"
+
+
+@pytest.mark.parametrize(("name", "path"), [("pydoc", None), ("text", "book.txt"), ("wikitext", "book.txt")])
+def test_a_split_that_is_not_looked_at_is_said(tmp_path, monkeypatch, caplog, name, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("text")
+    load_text(name=name, path=path, split="test")
+    assert not caplog.records
+    load_text(name=name, path=path, split="validation")
+    assert re.search(r"dataset.split=validation is for the hub's WikiText-2: .* is read as a whole", caplog.text)
 
 
 def test_pydoc_is_the_running_pythons(monkeypatch):
@@ -153,6 +220,72 @@ def test_model_without_tokenizer(tmp_path, config):
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no tokenizer loads from"):
         tokenize(Text(text="some text", description="a test"), tmp_path)
+
+
+DAMAGE = {
+    "not JSON": ("tokenizer.json", "{", r"tokenizer\.json: it is damaged \(Expecting property name"),
+    "empty": ("tokenizer_config.json", "", r"tokenizer_config\.json: it is damaged"),
+    "a list": ("tokenizer_config.json", "[]", r"tokenizer_config\.json: it holds a list, not an object"),
+    "nested without end": ("tokenizer.json", '{"a":' + 100_000 * "[", r"tokenizer\.json: it is damaged"),
+    "no tokenizer's JSON": ("tokenizer.json", "{}", r"no tokenizer loads from .*Copy the model's tokenizer files"),
+    "a wrong type": ("tokenizer_config.json", '{"tokenizer_class": 5}', r"no tokenizer loads from .*Copy the"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_tokenizer_files_are_named(tmp_path, model_dir, name, content, message):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        tokenize(Text(text="some text", description="a test"), folder)
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error(tmp_path, model_dir):
+    """A map of characters that are not in the text makes the Rust code panic; that is no Exception in Python."""
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="Copy the model's tokenizer files"):
+        tokenize(Text(text="some text", description="a test"), folder)
+
+
+class Panic(BaseException):
+    """As pyo3's, which cannot be made in Python."""
+
+
+@pytest.mark.parametrize("method", ["get_vocab", "__call__"])
+@pytest.mark.parametrize("error", [Panic, RuntimeError, KeyboardInterrupt, SystemExit])
+def test_every_error_of_the_tokenizer_but_interruptions(model_dir, monkeypatch, method, error):
+    def fail(*args, **kwargs):
+        raise error("index out of bounds")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, method, fail)
+    expected = error if error in (KeyboardInterrupt, SystemExit) else ValueError
+    with pytest.raises(expected, match="index out of bounds") as caught:
+        tokenize(Text(text="some text", description="a test"), model_dir)
+    if expected is ValueError:
+        assert str(model_dir) in str(caught.value) and error.__name__ in str(caught.value)
+
+
+def test_ids_beyond_the_embedding_are_named(model_dir):
+    text = Text(text="aab", description="letters")
+    ids, _ = tokenize(text, model_dir)
+    assert tokenize(text, model_dir, vocab_size=max(ids) + 1) == (ids, 0)
+    with pytest.raises(ValueError, match=rf"token 3 of letters is 'b' with id {ids[3]}, but .*vocab_size is {ids[3]}, "):
+        tokenize(text, model_dir, vocab_size=ids[3])
+    assert tokenize(text, model_dir, vocab_size=ids[3], first_k_tokens=3) == (ids[:3], 0)  # what is not used may be
+
+
+def test_a_bos_token_beyond_the_embedding_is_named(tmp_path, model_dir):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    tokenizer.add_special_tokens({"bos_token": "<new>"})
+    tokenizer.save_pretrained(tmp_path)
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the BOS token is '<new>' with id 257, but the model's vocab_size is 257"):
+        tokenize(Text(text="aab", description="letters"), tmp_path, vocab_size=257)
 
 
 def test_ids_digest_is_of_little_endian_int32():
