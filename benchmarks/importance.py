@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 

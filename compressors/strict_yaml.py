@@ -135,7 +135,9 @@ class _Composer(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
-            self._refuse(event, f"{sign}{event.anchor}: anchors and aliases are not read; write the value out or quote it")
+            self._refuse(
+                event, f"{sign}{event.anchor}: anchors and aliases are not read; write the value out or quote it"
+            )
         if event.tag is not None:
             self._refuse(event, f"{event.tag}: tags are not read; leave it out or quote the value")
         if self.depth >= MAX_DEPTH:

@@ -186,9 +186,7 @@ class RunConfig:
 
 
 # Keys that are sections: set as a whole, they change the keys given and leave the others.
-SECTIONS = frozenset(
-    name for name, hint in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(hint)
-)
+SECTIONS = frozenset(name for name, hint in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(hint))
 
 
 def find_config(name: str, folder: str = "") -> Path:

@@ -20,7 +20,7 @@ import numpy as np
 
 from compressors.user_files import read_text, unified_line_ends, user_path
 
-__all__ = ["DATASET_NAMES", "Text", "Tokens", "ids_digest", "load_text", "tokenize"]
+__all__ = ["DATASET_NAMES", "Text", "ids_digest", "load_text", "tokenize"]
 
 logger = logging.getLogger(__name__)
 

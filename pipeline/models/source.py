@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import re
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath

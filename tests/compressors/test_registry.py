@@ -126,7 +126,9 @@ def test_a_calibration_in_the_home_folder(tmp_path, monkeypatch):
     codec = make_compressor("outlier(channels=1, calibration=~/channels.json, inner=int4)", link)
     assert codec.format_config()["channels"] == [2]
     for spec in ("klt(calibration=~/calib, step=1)", "klt_fixed(calibration=~/calib, nbits=3)"):
-        with pytest.raises(ValueError, match=f"calibration is '{tmp_path}/calib', allowed: a folder with a.safetensors"):
+        with pytest.raises(
+            ValueError, match=f"calibration is '{tmp_path}/calib', allowed: a folder with a.safetensors"
+        ):
             make_compressor(spec, link)
     for spec in ("klt(calibration=~nobody-of-this-name/c, step=1)", "klt(calibration=7, step=1)"):
         with pytest.raises(ValueError, match="compressor 'klt': calibration is .*, allowed: a folder"):

@@ -79,7 +79,10 @@ IN_ONE_PROCESS = {
         r"config 'nope\.yaml' is neither a file nor in .*demo\.yaml",
     ),
     "broken YAML": (["--config", "{}/broken.yaml"], r"broken\.yaml cannot be read as YAML"),
-    "a key given twice": (["--config", "{}/twice.yaml"], r"twice\.yaml: line 2, column 1: key 'dataset' is given twice"),
+    "a key given twice": (
+        ["--config", "{}/twice.yaml"],
+        r"twice\.yaml: line 2, column 1: key 'dataset' is given twice",
+    ),
     "an empty config": (["--config", "{}/empty.yaml"], r"empty\.yaml is empty; it must hold keys"),
     "an octal number": (["--batch_size", "010"], r"--batch_size 010: 010 is one number to some readers"),
     "YAML without keys": (["--config", "{}/list.yaml"], r"list\.yaml holds a list, not a mapping"),
@@ -112,7 +115,7 @@ IN_ONE_PROCESS = {
     "a tokenizer that panics": (["--model_name", "{}/panics"], r"the tokenizer in .*panics fails on .*PanicException"),
     "a tokenizer of another model": (
         ["--model_name", "{}/small_vocabulary"],
-        r"token 0 of .* is '<bos>' with id 256, but the model's vocab_size is 200.*the tokenizer in .* belongs to another",
+        r"token 0 of .* is '<bos>' with id 256, but the model's vocab_size is 200.*belongs to another model",
     ),
     "model without config": (["--model_name", "{}/no_config"], r"no_config has no config\.json"),
     "model without weights": (["--model_name", "{}/no_weights"], r"no_weights holds no weights"),

@@ -273,7 +273,9 @@ def test_ids_beyond_the_embedding_are_named(model_dir):
     text = Text(text="aab", description="letters")
     ids, _ = tokenize(text, model_dir)
     assert tokenize(text, model_dir, vocab_size=max(ids) + 1) == (ids, 0)
-    with pytest.raises(ValueError, match=rf"token 3 of letters is 'b' with id {ids[3]}, but .*vocab_size is {ids[3]}, "):
+    with pytest.raises(
+        ValueError, match=rf"token 3 of letters is 'b' with id {ids[3]}, but .*vocab_size is {ids[3]}, "
+    ):
         tokenize(text, model_dir, vocab_size=ids[3])
     assert tokenize(text, model_dir, vocab_size=ids[3], first_k_tokens=3) == (ids[:3], 0)  # what is not used may be
 

@@ -108,7 +108,9 @@ def test_keys_that_become_equal_are_refused(tmp_path):
 
 def test_the_number_of_points_has_a_bound(tmp_path):
     many = list(range(1000))
-    found = sweep(tmp_path, f"points: [{{for: {{a: {many}, b: {many}}}, batch_size: '{{a}}', dataset.stride: '{{b}}'}}]")
+    found = sweep(
+        tmp_path, f"points: [{{for: {{a: {many}, b: {many}}}, batch_size: '{{a}}', dataset.stride: '{{b}}'}}]"
+    )
     with pytest.raises(ConfigError, match="sweep s has more than 10000 points; make several sweeps"):
         found.points(LINKS)
 
