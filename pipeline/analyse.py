@@ -18,13 +18,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
 from pipeline.config.schema import ConfigError
 from pipeline.runtime.launch import on_deployment
 
 if TYPE_CHECKING:
+    from pipeline.partition.plan import Plan
     from pipeline.runtime.deployment import Deployment
 
 UNUSED = {
@@ -54,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         getattr(model_analysis, f"analyse_{arguments.analysis}")(config, deployment, arguments.out)
 
-    on_deployment(config, arguments.out, analyse)
+    def check(plan: Plan, model_config: Any) -> None:
+        from pipeline.analysis import model_analysis
+
+        getattr(model_analysis, f"check_{arguments.analysis}")(config, plan, model_config)
+
+    on_deployment(config, arguments.out, analyse, check)
     return 0
 
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.options import OptionParser, add_config_options, given_keys, path_option, read_config
 from pipeline.config.schema import ConfigError, with_overrides
 from pipeline.runtime.launch import on_deployment
 
 if TYPE_CHECKING:
+    from pipeline.partition.plan import Plan
     from pipeline.runtime.deployment import Deployment
 
 __all__ = ["main"]
@@ -63,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         calibrate(config, deployment, arguments.out, use_token_ids=not arguments.no_token_table)
 
-    on_deployment(config, arguments.out, work)
+    def check(plan: Plan, model_config: Any) -> None:
+        if not plan.links:
+            raise ConfigError(f"partition.num_nodes is {config.partition.num_nodes}: there is no link to calibrate")
+
+    on_deployment(config, arguments.out, work, check)
     return 0
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pipeline.analysis.layer_statistics import compare_layers, early_and_late, position_correlation
 from pipeline.analysis.plots import plot_heads, plot_layers
-from pipeline.analysis.relevance import attnlrp
+from pipeline.analysis.relevance import attnlrp, check_rules
 from pipeline.comm.control import Control
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.windows import MicroBatch, make_microbatches
@@ -26,24 +26,47 @@ from pipeline.importance.metrics import METRICS, MetricSetting
 from pipeline.models.attention import Attention, AttentionReader
 from pipeline.models.loading import TORCH_DTYPES, check_attention_readable
 from pipeline.models.stage import Objective
-from pipeline.partition.plan import StagePlan
+from pipeline.partition.plan import Plan, StagePlan
 from pipeline.records.store import model_label, software_versions
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.gradients import GradientPass
 from pipeline.runtime.text import make_run_windows
 
-__all__ = ["LAYER_METRICS", "analyse_heads", "analyse_layers", "analyse_oracle"]
+__all__ = [
+    "LAYER_METRICS",
+    "analyse_heads",
+    "analyse_layers",
+    "analyse_oracle",
+    "check_heads",
+    "check_layers",
+    "check_oracle",
+]
 
 LAYER_METRICS = ("column", "column_causal", "last_row")
 TOP_FRACTION = 0.1
 SCHEMA_VERSION = 1
 
 
+def check_layers(config: RunConfig, plan: Plan, model_config: Any) -> None:
+    """Raise ValueError where attention cannot be read."""
+    check_attention_readable(model_config, trust_remote_code=config.model.trust_remote_code)
+
+
+def check_heads(config: RunConfig, plan: Plan, model_config: Any) -> None:
+    """Raise ValueError for a model type without rules of relevance."""
+    check_rules(model_config)
+
+
+def check_oracle(config: RunConfig, plan: Plan, model_config: Any) -> None:
+    """Raise ConfigError where there is nothing between stages."""
+    if not plan.links:
+        raise ConfigError(f"partition.num_nodes is {config.partition.num_nodes}: there is no link to rate tokens at")
+
+
 def analyse_layers(config: RunConfig, deployment: Deployment, out: Path) -> None:
     """Compare all pairs of layers by each of `LAYER_METRICS`."""
     plan, control = deployment.plan, deployment.control
     microbatches = _microbatches(config, deployment)
-    check_attention_readable(deployment.model_config, trust_remote_code=config.model.trust_remote_code)
     metrics = [METRICS[name](MetricSetting()) for name in LAYER_METRICS]
     taken: dict[int, list[list[torch.Tensor]]] = {}  # layer -> one entry per micro-batch: [B, T] of each metric
 
@@ -157,8 +180,6 @@ def analyse_oracle(config: RunConfig, deployment: Deployment, out: Path) -> None
     of no preferred direction, the product is how large that change is.
     """
     plan, control, dataset = deployment.plan, deployment.control, config.dataset
-    if not plan.links:
-        raise ConfigError(f"partition.num_nodes is {config.partition.num_nodes}: there is no link to rate tokens at")
     microbatches = _microbatches(config, deployment)
     starts = [0]
     for microbatch in microbatches:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["RELEVANCE_MODEL_TYPES", "StageRelevance", "attnlrp"]
+__all__ = ["RELEVANCE_MODEL_TYPES", "StageRelevance", "attnlrp", "check_rules"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,15 @@ class StageRelevance:
         return float(self.softmax.sum() / self.output)
 
 
+def check_rules(model_config: Any) -> None:
+    """Raise ValueError for a model type without rules."""
+    if model_config.model_type not in _PARTS:
+        raise ValueError(
+            f"there are no rules of relevance for model type {model_config.model_type!r}, only for "
+            f"{', '.join(RELEVANCE_MODEL_TYPES)}; take such a model, or a metric that needs no relevance of heads"
+        )
+
+
 @contextmanager
 def attnlrp(decoder: nn.Module) -> Iterator[StageRelevance]:
     """Give a stage's decoder the rules of AttnLRP, and sum up relevance, until the block is left.
@@ -111,11 +120,7 @@ def attnlrp(decoder: nn.Module) -> Iterator[StageRelevance]:
             requires none.
     """
     config = decoder.config
-    if config.model_type not in _PARTS:
-        raise ValueError(
-            f"there are no rules of relevance for model type {config.model_type!r}, only for "
-            f"{', '.join(RELEVANCE_MODEL_TYPES)}; take such a model, or a metric that needs no relevance of heads"
-        )
+    check_rules(config)
     parts = _PARTS[config.model_type]
     num_layers, num_heads = len(decoder.layers), config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads

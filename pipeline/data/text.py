@@ -108,7 +108,10 @@ def tokenize(
         raise ValueError(f"no tokenizer loads from {model_dir}: its vocabulary is missing; copy it again")
     with _tokenizer_errors(f"the tokenizer in {model_dir} fails on {text.description}"):
         # Not verbose: else it warns that the text is longer than the model's context, which windows take care of.
-        ids = tokenizer(text.text, verbose=False)["input_ids"][: first_k_tokens or None]
+        ids = tokenizer(text.text, verbose=False)["input_ids"]
+        if len(ids) < first_k_tokens:
+            logger.warning("dataset.first_k_tokens is %d, %s has %d", first_k_tokens, text.description, len(ids))
+        ids = ids[: first_k_tokens or None]
         bos_id = tokenizer.bos_token_id
         highest = max([*ids, -1 if bos_id is None else bos_id], default=-1)
         token = tokenizer.convert_ids_to_tokens(highest) if highest >= 0 else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +64,10 @@ class Deployment:
     one_token_compute_s: dict[int, float]
 
 
-def deploy(config: RunConfig, control: Control) -> Deployment:
+def deploy(config: RunConfig, control: Control, check: Callable[[Plan, Any], None] | None = None) -> Deployment:
     """Agree, resolve, plan, tokenise, check codecs and load this rank's stages.
 
-    Raises ValueError (ConfigError, PlanError, ModelError, ...) with a message for the user.
+    `check(plan, model_config)` may raise where they do not serve what is to be done. Raises ValueError (ConfigError, PlanError, ModelError, ...) with a message for the user.
     """
     world = control.world
     check_world_size(config, world)
@@ -84,6 +85,8 @@ def deploy(config: RunConfig, control: Control) -> Deployment:
     model_config = load_model_config(model_dir, model.architecture, trust_remote_code=model.trust_remote_code)
     check_max_length(config, model_config)
     plan = make_plan(config, model_config.num_hidden_layers)
+    if check is not None:
+        check(plan, model_config)
     devices = stage_devices(config, plan, world)
     checkpoint_digest = checkpoint_fingerprint(model_dir)
     control.agree("checkpoint", {"fingerprint": checkpoint_digest})

@@ -9,13 +9,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.comm.watchdog import Watchdog
 from pipeline.comm.world import World
 from pipeline.config.schema import RunConfig
 
 if TYPE_CHECKING:
+    from pipeline.partition.plan import Plan
     from pipeline.runtime.deployment import Deployment
 
 __all__ = ["on_deployment"]
@@ -23,10 +24,16 @@ __all__ = ["on_deployment"]
 T = TypeVar("T")
 
 
-def on_deployment(config: RunConfig, folder: Path, work: Callable[[Deployment], T]) -> T:
+def on_deployment(
+    config: RunConfig,
+    folder: Path,
+    work: Callable[[Deployment], T],
+    check: Callable[[Plan, Any], None] | None = None,
+) -> T:
     """`work(deployment)` on every rank of the config's model, and its result.
 
-    Rank 0 checks first that `folder` can be written to. A failure ends the process, with its message and a non-zero
+    Rank 0 checks first that `folder` can be written to; `check(plan, model_config)` raises, before weights load, where the
+    work cannot be done. A failure ends the process, with its message and a non-zero
     status, on every rank.
     """
     try:
@@ -36,12 +43,19 @@ def on_deployment(config: RunConfig, folder: Path, work: Callable[[Deployment], 
         sys.exit(2)
     watchdog = Watchdog(world, config.runtime.timeout_s)
     try:
-        return _work(config, world, watchdog, folder, work)
+        return _work(config, world, watchdog, folder, work, check)
     except BaseException as e:  # a panic of a library in Rust is no Exception
         watchdog.abort(e)
 
 
-def _work(config: RunConfig, world: World, watchdog: Watchdog, folder: Path, work: Callable[[Deployment], T]) -> T:
+def _work(
+    config: RunConfig,
+    world: World,
+    watchdog: Watchdog,
+    folder: Path,
+    work: Callable[[Deployment], T],
+    check: Callable[[Plan, Any], None] | None,
+) -> T:
     # Torch's C++ stacks for a lost connection would bury the message that names the lost rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if config.runtime.backend == "nccl":
@@ -65,7 +79,7 @@ def _work(config: RunConfig, world: World, watchdog: Watchdog, folder: Path, wor
     if world.rank == 0:
         check_writable(folder)
     return_freed_memory()
-    deployment = deploy(config, control)
+    deployment = deploy(config, control, check)
     keep_freed_memory()
     result = work(deployment)
     control.close()

@@ -1,6 +1,7 @@
 """The three analyses over ranks, and what the metrics make of their files."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -100,11 +101,36 @@ def test_files_of_another_model_or_protocol_are_refused(tmp_path):
         assert not list((tmp_path / "x").glob("*.json"))
 
 
-def test_no_link_no_oracle(tmp_path):
-    argv = [*arguments(tmp_path), "--set", "partition.num_nodes=1"]
-    (rank,) = call_on_ranks(1, analyse_on_rank, ["oracle", "--out", str(tmp_path), *argv], distributed=False)
-    assert rank.returncode != 0
-    assert "there is no link" in rank.stderr
+def model_that_does_not_load(folder):
+    shutil.copytree(tiny_model(), folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 8}))
+    return folder
+
+
+def calibrate_on_rank(rank, argv):
+    from pipeline.calibrate import main
+
+    return main(argv)
+
+
+def test_what_cannot_be_done_is_known_before_weights_load(tmp_path):
+    """Neither program gets to the weights, of which some are missing."""
+    text = write_text(tmp_path / "text", 300)
+    argv = ["--out", str(tmp_path / "out"), "--model_name", str(model_that_does_not_load(tmp_path / "model"))]
+    argv += ["--max_length", "64", "--set", f"dataset={{name: text, path: {text}}}", "--set", "runtime.threads=1"]
+    for function, words, expected in (
+        (
+            analyse_on_rank,
+            ["oracle", "--stride=64", "--set=partition.num_nodes=1"],
+            "there is no link to rate tokens at",
+        ),
+        (calibrate_on_rank, ["--set=partition.num_nodes=1"], "there is no link to calibrate"),
+        (calibrate_on_rank, ["--set=partition.num_nodes=2"], "tensors of layers"),
+    ):
+        (rank,) = call_on_ranks(1, function, [*words, *argv], distributed=False)
+        assert rank.returncode != 0
+        assert expected in rank.stderr
 
 
 def test_models_without_rules_are_refused(tmp_path):

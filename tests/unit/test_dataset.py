@@ -280,6 +280,13 @@ def test_ids_beyond_the_embedding_are_named(model_dir):
     assert tokenize(text, model_dir, vocab_size=ids[3], first_k_tokens=3) == (ids[:3], 0)  # what is not used may be
 
 
+def test_a_text_shorter_than_asked_for_is_said(model_dir, caplog):
+    text = Text(text="aab", description="letters")
+    assert len(tokenize(text, model_dir, first_k_tokens=4)[0]) == 4 and not caplog.records
+    assert len(tokenize(text, model_dir, first_k_tokens=99)[0]) == 4
+    assert "dataset.first_k_tokens is 99, letters has 4" in caplog.text
+
+
 def test_a_bos_token_beyond_the_embedding_is_named(tmp_path, model_dir):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
