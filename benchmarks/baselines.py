@@ -33,6 +33,7 @@ from pipeline.models.stage import Stage, TokenWindows
 from pipeline.partition.plan import Plan
 from pipeline.partition.schedule import Action, make_schedule
 from pipeline.records.perplexity import sum_nll
+from pipeline.runtime.codecs import make_codec
 from pipeline.runtime.deployment import deploy
 from pipeline.runtime.devices import available_cores
 
@@ -228,7 +229,8 @@ def _load(config: RunConfig, control: Control, names: Sequence[str]) -> dict[str
         model_dir = resolve_model(config.model.name, cache_dir=config.model.dir, stage_to=None, show_progress=False)
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).eval()
         baselines["plain"] = _on_all_cores(PlainModel(model, tokens), deployment.threads)
-        baselines["hooks"] = _on_all_cores(HookedModel(model, tokens, plan, evaluation.encoders), deployment.threads)
+        codecs = [make_codec(request) for request in evaluation.codecs.requests]
+        baselines["hooks"] = _on_all_cores(HookedModel(model, tokens, plan, codecs), deployment.threads)
     return baselines
 
 

@@ -117,8 +117,8 @@ def _benchmark(config: RunConfig, control: Control, arguments: argparse.Namespac
         contenders |= {name: lambda name=name: ask(name) for name in arguments.only}
         on_rank_0 = control.world.rank == 0
         first = {name: _measure(run, control)[0] for name, run in contenders.items()}
+        conditions = _conditions(config, deployment)
         if on_rank_0:
-            conditions = _conditions(config, deployment)
             report = _begin_report(arguments.out, conditions, _differences(first, conditions["codecs"]))
         for _ in range(arguments.rounds):
             if on_rank_0:
@@ -229,7 +229,7 @@ def _conditions(config: RunConfig, deployment: Deployment) -> dict[str, Any]:
         "max_length": config.dataset.max_length,
         "stride": config.dataset.stride,
         "batch_size": config.batch_size,
-        "codecs": sorted({codec.name for codec in evaluation.encoders}),
+        "codecs": sorted({facts.name for facts in evaluation.codecs.facts}),
         "plan": [f"[{stage.start}, {stage.end}) on {stage.node}" for stage in deployment.plan.stages],
         "in_flight": evaluation.in_flight,
         "ranks": deployment.control.world.world_size,

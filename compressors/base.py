@@ -9,7 +9,8 @@ Rules that a codec keeps (`python -m compressors.check` tests them):
 
 * The bytes are real and complete: `decompress` is called on a codec object of another process, which has
   seen nothing but its own options.
-* No state crosses frames. Scratch buffers may be reused: `Payload.data` is valid until the same codec
+* An object serves one end of a link, as encoder or as decoder.
+* No state crosses frames, nor runs. Scratch buffers may be reused: `Payload.data` is valid until the same codec
   object's next `compress`, the result of `decompress` belongs to the caller.
 * `max_nbytes(shape)` is a true upper bound; buffers of that size are posted before the bytes arrive.
 * Every option is a keyword argument of `__init__` and is stored under its own name (the convention of
@@ -53,8 +54,9 @@ class CorruptPayload(ValueError):
 class LinkInfo:
     """What a codec may know of the link that it serves; both ends derive it from the config.
 
-    `name` is the link's name (`layer:7:node0->node1`), `max_tokens` the largest B * T of a frame, `dtype`
-    that of the hidden states on both sides, `checkpoint` the fingerprint of the model's files where it is known.
+    `name` is the link's name (`layer:7:node0->node1`), `dtype` that of the hidden states on both sides, `checkpoint`
+    the fingerprint of the model's files where it is known. No frame has more than `max_tokens` tokens (B * T): the
+    config's batch size times its window length, the same on both ends and while the weights are still to be loaded.
     """
 
     name: str

@@ -3,21 +3,32 @@
 Written once and read on every rank. A file's metadata name the format, the link, the model's checkpoint and the text,
 and a file of another link or checkpoint is refused. Shapes and dtypes are checked, so that a codec can trust what it
 got. `compressors.klt.fit` makes the content.
+
+**What is shared.** A process reads, hashes and checks a file once, however many codecs ask for it. The large tables
+(the matrices of a link, the features of the token ids) stay mappings of the file, so that the processes of one machine
+have them in memory once, and pages that nobody uses not at all. What kernels use as indices or bounds is copied, since
+they do not look. A mapping shows what is done to its file. A new file in its place, which is how files are written
+here, does nothing to it. One that is overwritten is noticed by `Calibration.check_unchanged` after each frame. A read
+beyond the end of one that is cut short ends the process with SIGBUS, and with it the run: no number comes of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
-import json
+import os
 import re
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from compressors.base import LinkInfo
 from compressors.options import option_error
@@ -26,6 +37,7 @@ from compressors.user_files import InputError, user_path
 __all__ = [
     "FORMAT",
     "TOKENS_FILE",
+    "Calibration",
     "LinkCalibration",
     "TokenTable",
     "file_name",
@@ -37,17 +49,20 @@ __all__ = [
 FORMAT = "thinwire klt 2"
 TOKENS_FILE = "token-ids.safetensors"
 
+_BLOCK_NBYTES = 2**22  # of a file that is being hashed
+_TICK_NS = 100_000_000  # a file written within this time of another may have the same time stamp
 
-def _tensor(dtype: torch.dtype, *shape: str) -> torch.Tensor:
-    """A field with its dtype and the names of its sizes; equal names are equal sizes."""
-    return dataclasses.field(metadata={"dtype": dtype, "shape": shape})
+
+def _tensor(dtype: torch.dtype, *shape: str, mapped: bool = False) -> torch.Tensor:
+    """A field with its dtype, the names of its sizes, which are equal where names are, and whether it stays mapped."""
+    return dataclasses.field(metadata={"dtype": dtype, "shape": shape, "mapped": mapped})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenTable:
     """Of V token ids: D features each, codes[id] * scales, and ranks to code ids with. Without ids, V and D are 0."""
 
-    codes: torch.Tensor = _tensor(torch.int8, "V", "D")
+    codes: torch.Tensor = _tensor(torch.int8, "V", "D", mapped=True)
     scales: torch.Tensor = _tensor(torch.float32, "D")
     ranks: torch.Tensor = _tensor(torch.int32, "V")  # of ids by frequency, the most frequent first
     rank_starts: torch.Tensor = _tensor(torch.int32, "B")  # cumulative frequencies of the bit length of rank + 1
@@ -55,6 +70,11 @@ class TokenTable:
     @property
     def num_ids(self) -> int:
         return len(self.ranks)
+
+    @functools.cached_property
+    def by_rank(self) -> torch.Tensor:
+        """Ids int32 [V], the most frequent first."""
+        return self.ranks.argsort().to(torch.int32)
 
     @classmethod
     def empty(cls) -> TokenTable:
@@ -79,15 +99,17 @@ class LinkCalibration:
     """
 
     mean: torch.Tensor = _tensor(torch.float32, "H")
-    encode: torch.Tensor = _tensor(torch.float32, "H", "H")
-    decode: torch.Tensor = _tensor(torch.float32, "H", "H")
-    fixed_encode: torch.Tensor = _tensor(torch.float32, "H", "H")  # the same of klt_fixed, which predicts nothing
-    fixed_decode: torch.Tensor = _tensor(torch.float32, "H", "H")
+    encode: torch.Tensor = _tensor(torch.float32, "H", "H", mapped=True)
+    decode: torch.Tensor = _tensor(torch.float32, "H", "H", mapped=True)
+    # The same of klt_fixed, which predicts nothing.
+    fixed_encode: torch.Tensor = _tensor(torch.float32, "H", "H", mapped=True)
+    fixed_decode: torch.Tensor = _tensor(torch.float32, "H", "H", mapped=True)
     fixed_size: torch.Tensor = _tensor(torch.float32, "H")  # standard deviation of its components
     component_eighths: torch.Tensor = _tensor(torch.int32, "H")  # mean |y - prediction|
-    temporal_in: torch.Tensor = _tensor(torch.float32, "H", "R")  # prediction: y of the token before @ in @ out
-    temporal_out: torch.Tensor = _tensor(torch.float32, "R", "H")
-    token_out: torch.Tensor = _tensor(torch.float32, "D", "H")  # prediction: features @ out + bias
+    # Prediction: y of the token before @ in @ out.
+    temporal_in: torch.Tensor = _tensor(torch.float32, "H", "R", mapped=True)
+    temporal_out: torch.Tensor = _tensor(torch.float32, "R", "H", mapped=True)
+    token_out: torch.Tensor = _tensor(torch.float32, "D", "H", mapped=True)  # prediction: features @ out + bias
     token_bias: torch.Tensor = _tensor(torch.float32, "H")
     finer: torch.Tensor = _tensor(torch.float32, "H")  # quarter octaves of the token's step: y @ finer + bias
     finer_bias: torch.Tensor = _tensor(torch.float32, "two")  # constant, and per octave of u
@@ -133,67 +155,168 @@ def _write(path: Path, content: LinkCalibration | TokenTable, facts: dict[str, s
     return path
 
 
-def read_calibration(codec: str, folder: str, link: LinkInfo | None) -> tuple[LinkCalibration, TokenTable, str]:
-    """The link's calibration in `folder`, the token table that goes with it, and a SHA-256 of both files.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _File:
+    """A file that has been hashed and checked, and what it holds as a `TokenTable` or a `LinkCalibration`.
 
-    Raises ValueError for a file that is missing, damaged, or of another format, link, hidden size or checkpoint.
+    `opened` is the file that is mapped, whatever its path leads to by now; `stamp` is from before it was read.
+    """
+
+    path: Path
+    opened: BinaryIO
+    stamp: tuple[int, ...]
+    read_ns: int
+    content: Any
+    facts: Mapping[str, str]
+    digest: bytes
+
+    @property
+    def is_unchanged(self) -> bool:
+        return _stamp(os.fstat(self.opened.fileno())) == self.stamp
+
+    @property
+    def is_in_place(self) -> bool:
+        try:
+            return _stamp(self.path.stat()) == self.stamp
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calibration:
+    """What a link's codecs know: the link's statistics, the token table, and a SHA-256 (hex) of both files."""
+
+    link: LinkCalibration
+    tokens: TokenTable
+    digest: str
+    files: Sequence[_File]
+
+    def check_unchanged(self) -> None:
+        """Raise ValueError where a file was overwritten: what has been computed from it since may be anything."""
+        for file in self.files:
+            if not file.is_unchanged:
+                raise ValueError(
+                    f"{file.path} was overwritten while in use: what was computed from it may be wrong; run again, and "
+                    "put other files beside it or in its place (mv), not into it (cp)"
+                )
+
+
+def read_calibration(codec: str, folder: str, link: LinkInfo | None) -> Calibration:
+    """The link's calibration in `folder` and the token table that goes with it.
+
+    Raises ValueError for a file that is missing, damaged, or of another link, hidden size or checkpoint.
     """
     if link is None:
         raise option_error(codec, "calibration", folder, "a calibration needs a link (LinkInfo) to look up")
-    expected = {"format": FORMAT} | ({"checkpoint": link.checkpoint} if link.checkpoint is not None else {})
+    checkpoint = {"checkpoint": link.checkpoint} if link.checkpoint is not None else {}
     try:
         place = Path(user_path(folder))
     except (InputError, TypeError) as e:
         raise option_error(codec, "calibration", folder, f"a folder ({e})") from e
     path = place / file_name(link.name)
-    calibration, metadata, digest = _read(codec, path, LinkCalibration, expected | {"link": link.name})
+    of_link = _read(codec, path, LinkCalibration, checkpoint | {"link": link.name})
+    calibration = of_link.content
     if calibration.hidden_size != link.hidden_size:
         raise option_error(
             codec, "calibration", str(path), f"hidden size {link.hidden_size}, got {calibration.hidden_size}"
         )
-    _check_frequencies(codec, path, calibration.starts)
-    _check_models(codec, path, calibration)
     if not calibration.uses_token_ids:
-        return calibration, TokenTable.empty(), digest.hex()
-    expected |= {key: metadata.get(key) for key in ("checkpoint", "text_sha256")}
-    tokens, _, tokens_digest = _read(codec, place / TOKENS_FILE, TokenTable, expected)
-    _check_frequencies(codec, place / TOKENS_FILE, tokens.rank_starts)
-    in_order = torch.equal(tokens.ranks.sort().values, torch.arange(tokens.num_ids, dtype=torch.int32))
-    fits = tokens.rank_starts.numel() == tokens.num_ids.bit_length() + 1
-    if tokens.codes.shape[1] != calibration.token_out.shape[0] or not in_order or not fits:
-        raise option_error(codec, "calibration", str(place / TOKENS_FILE), f"the file written with {path.name}")
-    return calibration, tokens, hashlib.sha256(digest + tokens_digest).hexdigest()
+        return Calibration(link=calibration, tokens=TokenTable.empty(), digest=of_link.digest.hex(), files=[of_link])
+    origin = {key: of_link.facts.get(key) for key in ("checkpoint", "text_sha256")}
+    of_tokens = _read(codec, place / TOKENS_FILE, TokenTable, checkpoint | origin)
+    if of_tokens.content.codes.shape[1] != calibration.token_out.shape[0]:
+        raise option_error(codec, "calibration", str(of_tokens.path), f"the file written with {path.name}")
+    return Calibration(
+        link=calibration,
+        tokens=of_tokens.content,
+        digest=hashlib.sha256(of_link.digest + of_tokens.digest).hexdigest(),
+        files=[of_link, of_tokens],
+    )
 
 
-def _read(codec: str, path: Path, cls: type, expected: dict[str, str | None]) -> tuple[Any, dict[str, str], bytes]:
-    """A file's content as `cls`, its metadata, which must have what is `expected`, and its SHA-256."""
+_files: dict[tuple[Path, type], _File] = {}  # what this process has read
+
+
+def _read(codec: str, path: Path, cls: type, expected: Mapping[str, str | None]) -> _File:
+    """The file at `path`, which holds a `cls` and whose metadata must have what is `expected`.
+
+    It is read once for as long as it stays the same.
+    """
+    key = path.absolute(), cls
+    file = _files.get(key)
+    if file is None or not file.is_in_place or file.read_ns - file.stamp[-1] < _TICK_NS:
+        file = _files[key] = _open(codec, path, cls, expected)
+    _check_facts(codec, path, file.facts, expected)
+    return file
+
+
+def _open(codec: str, path: Path, cls: type, expected: Mapping[str, str | None]) -> _File:
     made_by = "made by python -m pipeline.calibrate"
     try:
-        blob = path.read_bytes()
+        with contextlib.ExitStack() as stack:
+            opened = stack.enter_context(path.open("rb"))
+            stamp, read_ns = _stamp(os.fstat(opened.fileno())), time.time_ns()
+            tensors, facts = _mapped(path)
+            # Before names and shapes, which are others in a file of another format.
+            _check_facts(codec, path, facts, {"format": FORMAT, **expected})
+            _check(codec, path, cls, tensors)
+            del tensors  # pages that the checks have touched count as this process's for as long as they are mapped
+            file = _File(
+                path=path,
+                opened=opened,
+                stamp=stamp,
+                read_ns=read_ns,
+                content=_content(cls, _mapped(path)[0]),
+                facts=facts,
+                digest=_digest(opened),
+            )
+            stack.pop_all()
     except OSError as e:
         raise option_error(
             codec, "calibration", str(path.parent), f"a folder with {path.name}, {made_by} ({e.strerror})"
         ) from e
-    try:
-        tensors, metadata = load(blob), _metadata(blob)
-    except (SafetensorError, ValueError) as e:
+    except (SafetensorError, RuntimeError) as e:  # the latter where the file cannot be mapped
         raise option_error(codec, "calibration", str(path), f"a safetensors file {made_by} ({e})") from e
+    if not (file.is_unchanged and file.is_in_place):
+        raise option_error(codec, "calibration", str(path), "a file that nobody writes to while it is read")
+    return file
+
+
+def _digest(file: BinaryIO) -> bytes:
+    """SHA-256 of a file, which is read and not mapped: it stays out of this process's memory."""
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK_NBYTES):
+        digest.update(block)
+    return digest.digest()
+
+
+def _content(cls: type, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """`cls` of mapped tensors, those that do not stay in the file as copies."""
+    fields = dataclasses.fields(cls)
+    return cls(**{f.name: tensors[f.name] if f.metadata["mapped"] else tensors[f.name].clone() for f in fields})
+
+
+def _mapped(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A safetensors file's tensors, as mappings of which nothing is read yet, and its metadata."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    """What changes with another file or other content; the time last."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _check_facts(codec: str, path: Path, facts: Mapping[str, str], expected: Mapping[str, str | None]) -> None:
     for key, value in expected.items():
-        if metadata.get(key) != value:
+        if facts.get(key) != value:
             raise option_error(
-                codec, "calibration", str(path), f"a file with {key} {value!r}, this one has {metadata.get(key)!r}"
+                codec, "calibration", str(path), f"a file with {key} {value!r}, this one has {facts.get(key)!r}"
             )
-    return _checked(codec, path, cls, tensors), metadata, hashlib.sha256(blob).digest()
 
 
-def _metadata(blob: bytes) -> dict[str, str]:
-    """The string pairs in a safetensors file's header, whose length `load` has checked."""
-    header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-    return header.get("__metadata__") or {}
-
-
-def _checked(codec: str, path: Path, cls: type, tensors: dict[str, torch.Tensor]) -> Any:
-    """`cls` of tensors with the right names, dtypes and sizes."""
+def _check(codec: str, path: Path, cls: type, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless these are a `cls` that codecs can trust."""
     fields = dataclasses.fields(cls)
     sizes: dict[str, int] = {"one": 1, "two": 2}
     if tensors.keys() != {f.name for f in fields}:
@@ -203,9 +326,18 @@ def _checked(codec: str, path: Path, cls: type, tensors: dict[str, torch.Tensor]
         fits = tensor.dtype == f.metadata["dtype"] and tensor.dim() == len(names)
         if not fits or any(sizes.setdefault(n, size) != size for n, size in zip(names, tensor.shape)):
             raise _not_whole(codec, path, f"{f.name} is {tensor.dtype} {tuple(tensor.shape)}")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        # A sum, since isfinite() takes several times the tensor's memory; float32 cannot overflow in it.
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():
             raise _not_whole(codec, path, f"{f.name} is not finite")
-    return cls(**tensors)
+    content = cls(**tensors)
+    if cls is LinkCalibration:
+        _check_frequencies(codec, path, content.starts)
+        _check_models(codec, path, content)
+        return
+    _check_frequencies(codec, path, content.rank_starts)
+    in_order = torch.equal(content.ranks.sort().values, torch.arange(content.num_ids, dtype=torch.int32))
+    if not in_order or content.rank_starts.numel() != content.num_ids.bit_length() + 1:
+        raise _not_whole(codec, path, "ranks of other ids")
 
 
 def _check_frequencies(codec: str, path: Path, starts: torch.Tensor) -> None:

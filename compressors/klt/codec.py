@@ -62,19 +62,19 @@ class Klt(Compressor):
     ) -> None:
         super().__init__(link=link)
         self.calibration, self.step, self.target_bits = calibration, step, target_bits
-        content, tokens, self._digest = read_calibration(self.name, calibration, link)
+        self._known = read_calibration(self.name, calibration, link)
         if (step is None) == (target_bits is None):
             raise option_error(self.name, "step", step, "a number, or target_bits instead of it")
         if target_bits is not None:
-            step = step_for_bits(content, target_bits)
+            step = step_for_bits(self._known.link, target_bits)
         if isinstance(step, bool) or not isinstance(step, (int, float)) or not _in_range(step):
             raise option_error(self.name, "step", step, f"a number from {STEP_RANGE[0]} to {STEP_RANGE[1]}")
-        self.needs = ("token_ids",) if content.uses_token_ids else ()
-        self._coder = KltCoder(content, tokens, float(step))
+        self.needs = ("token_ids",) if self._known.link.uses_token_ids else ()
+        self._coder = KltCoder(self._known.link, self._known.tokens, float(step))
 
     def format_config(self) -> dict[str, Any]:
         """The files' digest stands for their path, the step for what it was chosen by."""
-        chosen = {"calibration": self._digest, "step": self._coder.step, "target_bits": None}
+        chosen = {"calibration": self._known.digest, "step": self._coder.step, "target_bits": None}
         return super().format_config() | chosen
 
     def max_nbytes(self, shape: Sequence[int]) -> int:
@@ -84,12 +84,15 @@ class Klt(Compressor):
     @torch.no_grad()
     def compress(self, x: torch.Tensor, **side: Any) -> Payload:
         data = self._coder.compress(x, side.get("token_ids"))
+        self._known.check_unchanged()
         return Payload(data.to(x.device), tuple(x.shape))
 
     @torch.no_grad()
     def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         data = self._data_without_meta(payload).cpu()
-        return self._coder.decompress(data, payload.shape, device, dtype)
+        x = self._coder.decompress(data, payload.shape, device, dtype)
+        self._known.check_unchanged()
+        return x
 
 
 class KltCoder:
@@ -113,7 +116,7 @@ class KltCoder:
         self._id_ranks, self._id_starts = tokens.ranks.numpy(), tokens.rank_starts.numpy()
         self._guesses = kernels.first_guesses(self._starts)
         self._id_guesses = kernels.first_guesses(self._id_starts[None])
-        self._ids = tokens.ranks.argsort().to(torch.int32).numpy()  # by rank
+        self._ids = tokens.by_rank.numpy()
 
     def compress(self, x: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """Bytes of x [B, T, H], uint8 on the CPU."""

@@ -44,7 +44,8 @@ class KltFixed(RowCodec):
         if isinstance(nbits, bool) or not isinstance(nbits, (int, float)) or not 0.25 <= nbits <= MAX_NBITS:
             raise option_error(self.name, "nbits", nbits, f"a number from 0.25 to {MAX_NBITS}")
         self.calibration, self.nbits = calibration, nbits
-        self._content, _, self._digest = read_calibration(self.name, calibration, link)
+        self._known = read_calibration(self.name, calibration, link)
+        self._content = self._known.link
         widths = _allocate(self._content.fixed_size, round(nbits * self._content.hidden_size))
         self._groups = [(n, (widths == n).nonzero().squeeze(1)) for n in range(1, MAX_NBITS + 1) if (widths == n).any()]
         self._order = torch.cat([group for _, group in self._groups])
@@ -55,7 +56,7 @@ class KltFixed(RowCodec):
 
     def format_config(self) -> dict:
         """The file's digest stands for its path."""
-        return super().format_config() | {"calibration": self._digest}
+        return super().format_config() | {"calibration": self._known.digest}
 
     def sections(self, num_rows: int, width: int) -> list[Section]:
         return [(torch.bfloat16, (num_rows,)), (torch.uint8, (num_rows, self._row_nbytes))]
@@ -73,6 +74,7 @@ class KltFixed(RowCodec):
         for begin, end, first, last, nbits in self._parts():
             packed[:, begin:end] = pack(codes[:, first:last].contiguous(), nbits)
         packed.copy_(torch.where(is_sparse.unsqueeze(1), self._pack_largest(rows), packed))
+        self._known.check_unchanged()
 
     def decode(self, rows, limit, scales, packed):
         codes = packed.new_empty(packed.shape[0], len(self._order))
@@ -85,6 +87,7 @@ class KltFixed(RowCodec):
         u = scales.float().unsqueeze(1)
         is_sparse = torch.signbit(u) & ~u.isnan()
         rows.copy_(torch.where(is_sparse, self._unpack_largest(packed, rows), dense * u)).clamp_(-limit, limit)
+        self._known.check_unchanged()
 
     def _parts(self):
         """(first byte, last byte, first component, last component, nbits) of each width; ends are exclusive."""

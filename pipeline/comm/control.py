@@ -151,6 +151,23 @@ class Control:
             for _ in range(self.world.rank, self.world.world_size):
                 self.barrier()
 
+    def together(self, work: Callable[[], tuple[T, Any]]) -> tuple[T, list[Any]]:
+        """What `work` gives on this rank, and the JSON value that goes with it of every rank.
+
+        Where it raises on a rank, that rank raises the same and the others a ValueError which names it.
+        """
+        try:
+            result, told = work()
+            told = json.loads(json.dumps(told))
+        except Exception as e:
+            self.gather({"error": str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"})
+            raise
+        everyone = self.gather({"told": told})
+        for rank, value in enumerate(everyone):
+            if "error" in value:
+                raise ValueError(f"rank {rank}: {value['error']}")
+        return result, [value["told"] for value in everyone]
+
     def agree(self, what: str, value: dict[str, Any]) -> None:
         """Raise AgreementError, naming rank and key, unless every rank has the same flat mapping."""
         for rank, other in enumerate(self.gather(value)):

@@ -30,7 +30,7 @@ class LinkEnds:
 
 def make_links(
     plan: Plan,
-    specs: Sequence[FrameSpec],
+    specs: Mapping[int, FrameSpec],
     world: World,
     *,
     devices: Mapping[int, torch.device],
@@ -45,7 +45,9 @@ def make_links(
     hops = {}
     for link in plan.links:
         i = link.index
-        hops[i] = _Hop(specs[i], link.src_node, link.dst_node, devices.get(i), devices.get(i + 1), channels.get(i))
+        if i in specs:
+            ends = devices.get(i), devices.get(i + 1)
+            hops[i] = _Hop(specs[i], link.src_node, link.dst_node, *ends, channels.get(i))
     if plan.last_node != 0:
         end = len(plan.links)
         hops[end] = _Hop(specs[end], plan.last_node, 0, devices.get(end))
@@ -125,28 +127,28 @@ def _open(hops: Mapping[int, _Hop], world: World, *, receives_ahead: int, first_
 
 def frame_specs(
     plan: Plan,
-    codecs: Sequence[Compressor],
+    codecs: Mapping[int, Compressor],
     microbatches: Sequence[MicroBatch],
     *,
     hidden_size: int,
     dtype: torch.dtype,
-) -> list[FrameSpec]:
-    """What both ends know of each link's frames; the last spec is that of the losses."""
+) -> dict[int, FrameSpec]:
+    """What an end knows of its link's frames, by link index as `codecs`; the last one is that of the losses."""
     shapes = [(*m.shape, hidden_size) for m in microbatches]
-    specs = [
-        FrameSpec(
-            name=link.name,
-            stage_index=link.index,
-            num_trail=link.index,
+    specs = {
+        index: FrameSpec(
+            name=plan.links[index].name,
+            stage_index=index,
+            num_trail=index,
             codec_id=codec.codec_id(),
             dtype=dtype,
             shapes=shapes,
             max_nbytes=[codec.max_nbytes(shape) for shape in shapes],
         )
-        for link, codec in zip(plan.links, codecs)
-    ]
+        for index, codec in sorted(codecs.items())
+    }
     num_links = len(plan.links)
-    result = FrameSpec(
+    specs[num_links] = FrameSpec(
         name=f"result:node{plan.last_node}->node0",
         stage_index=num_links,
         num_trail=num_links,
@@ -155,7 +157,7 @@ def frame_specs(
         shapes=[(1, m.num_scored, 2) for m in microbatches],
         max_nbytes=[8 * m.num_scored for m in microbatches],
     )
-    return [*specs, result]
+    return specs
 
 
 def _is_gpu(device: torch.device | None) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 
 from compressors import Compressor, Payload
 from pipeline.comm.link_ends import LinkEnds, make_links
-from pipeline.comm.mailbox import FrameSpec
 from pipeline.comm.watchdog import PipelineError
 from pipeline.comm.wire import RemoteError, header_nbytes
 from pipeline.evaluation.job import Job
@@ -27,7 +26,14 @@ from pipeline.partition.schedule import Action, ScheduleError
 from pipeline.records.store import RecordError
 from pipeline.runtime.memory import peak_rss_bytes
 from pipeline.runtime.runner import Probe, Runner, StageError
-from pipeline.runtime.timing import blank_side_inputs, squared_error, time_codec
+from pipeline.runtime.timing import (
+    blank_side_inputs,
+    payload_from_json,
+    payload_to_json,
+    squared_error,
+    time_compress,
+    time_decompress,
+)
 
 __all__ = ["Evaluation"]
 
@@ -66,19 +72,16 @@ class Evaluation(Job):
         actions = self.make_actions(first)
         control.report("warming up codecs")
         start_s = time.perf_counter()
-        with self._failing_alike():
-            self._warm_up()
-            specs = self.frame_specs()
+        self._warm_up()
         warm_up_s = time.perf_counter() - start_s
-        runner, links = self._make_runner(recorder, first, actions, specs)
+        runner, links = self._make_runner(recorder, first, actions)
         control.barrier()
         if recorder:
             recorder.begin()
         with self._failing_alike():
             runner.run()
         control.report("timing a token")
-        with self._failing_alike():
-            one_token = control.in_turn(lambda: self._one_token(runner))
+        one_token = self._one_token(runner)
         control.report("collecting results", waiting=True)
         reports = control.gather({**self._rank_report(runner, links), "warm_up_s": warm_up_s, "one_token": one_token})
         if not recorder:
@@ -107,12 +110,12 @@ class Evaluation(Job):
             raise StageError(failures[0])
 
     def _make_runner(
-        self, recorder: Recorder | None, first: int, actions: Sequence[Action], specs: Sequence[FrameSpec]
+        self, recorder: Recorder | None, first: int, actions: Sequence[Action]
     ) -> tuple[Runner, LinkEnds]:
         deployment = self.deployment
         links = make_links(
             self.plan,
-            specs,
+            self.specs,
             self.control.world,
             devices=deployment.devices,
             receives_ahead=self.config.runtime.receives_ahead,
@@ -123,8 +126,8 @@ class Evaluation(Job):
             stages=deployment.stages,
             actions=actions,
             tokens=TokenWindows(self.text.ids, self.microbatches, self.text.bos_id),
-            encoders=dict(enumerate(self.encoders)),
-            decoders=dict(enumerate(self.decoders)),
+            encoders=self.codecs.encoders,
+            decoders=self.codecs.decoders,
             metrics=self.metrics,
             senders=links.senders,
             receivers=links.receivers,
@@ -147,45 +150,59 @@ class Evaluation(Job):
 
             return probe
 
-        own = self.deployment.stages
-        return {index: make_probe(index, codec) for index, codec in enumerate(self.make_codecs()) if index in own}
+        return {index: make_probe(index, decoder) for index, decoder in self.codecs.probes.items()}
 
     def _one_token(self, runner: Runner) -> dict[str, Any]:
         """What a frame of one token costs at this rank's stages and sending ends; see docs/design.md, Records."""
-        dtype = TORCH_DTYPES[self.config.model.dtype]
-        stages, links = {}, {}
-        for index, compute_s in self.deployment.one_token_compute_s.items():
-            device, times = (
-                self.deployment.devices[index],
-                {"compute_s": compute_s, "compress_s": 0.0, "decompress_s": 0.0},
-            )
-            for link in self.plan.links:
-                if index not in (link.index, link.index + 1):
-                    continue
-                token = runner.last_tokens.get(link.index)
+        devices, dtype = self.deployment.devices, TORCH_DTYPES[self.config.model.dtype]
+        stages = {
+            index: {"compute_s": compute_s, "compress_s": 0.0, "decompress_s": 0.0}
+            for index, compute_s in self.deployment.one_token_compute_s.items()
+        }
+        links = {}
+
+        def compress() -> dict[str, Any]:
+            written = {}
+            for index, encoder in self.codecs.encoders.items():
+                token = runner.last_tokens.get(index)
                 if token is None:  # every micro-batch was finished in an earlier session
-                    token = torch.ones((1, 1, self.hidden_size), dtype=dtype, device=device)
-                codecs = self.encoders[link.index], self.decoders[link.index]
-                compress_s, decompress_s, payload_bytes = time_codec(*codecs, token)
-                if index == link.index:
-                    times["compress_s"] = compress_s
-                    links[link.name] = {"payload_bytes": payload_bytes, "header_bytes": header_nbytes(link.index)}
-                else:
-                    times["decompress_s"] = decompress_s
-            stages[str(index)] = times
-        return {"stages": stages, "links": links}
+                    token = torch.ones((1, 1, self.hidden_size), dtype=dtype, device=devices[index])
+                stages[index]["compress_s"], payload = time_compress(encoder, token)
+                name = self.plan.links[index].name
+                links[name] = {"payload_bytes": payload.nbytes, "header_bytes": header_nbytes(index)}
+                written[str(index)] = payload_to_json(payload)
+            return written
+
+        def decompress(written: Mapping[str, Any]) -> None:
+            for index, decoder in self.codecs.decoders.items():
+                device = devices[index + 1]
+                payload = payload_from_json(written[str(index)], device)
+                stages[index + 1]["decompress_s"] = time_decompress(decoder, payload, device, dtype)
+
+        with self._failing_alike():
+            own = self.control.in_turn(compress)
+        written = self._from_all_ranks(own)
+        with self._failing_alike():
+            self.control.in_turn(lambda: decompress(written))
+        return {"stages": {str(index): times for index, times in stages.items()}, "links": links}
 
     def _warm_up(self) -> None:
         """Run this rank's codecs once on a small tensor, so that compiling kernels is not timed with the run."""
-        dtype = TORCH_DTYPES[self.config.model.dtype]
-        for index in range(len(self.plan.links)):
-            shape = (1, 2, self.hidden_size)
-            device = self.deployment.devices.get(index, self.deployment.devices.get(index + 1))
-            if device is not None:
-                encoder = self.encoders[index]
-                x = torch.ones(shape, dtype=dtype, device=device)
-                payload = encoder.compress(x, **blank_side_inputs(encoder, x))
-                self.decoders[index].decompress(payload, device, dtype)
+        devices, dtype = self.deployment.devices, TORCH_DTYPES[self.config.model.dtype]
+        own = {}
+        with self._failing_alike():
+            for index, encoder in self.codecs.encoders.items():
+                x = torch.ones((1, 2, self.hidden_size), dtype=dtype, device=devices[index])
+                own[str(index)] = payload_to_json(encoder.compress(x, **blank_side_inputs(encoder, x)))
+        written = self._from_all_ranks(own)
+        with self._failing_alike():
+            for index, decoder in self.codecs.decoders.items():
+                device = devices[index + 1]
+                decoder.decompress(payload_from_json(written[str(index)], device), device, dtype)
+
+    def _from_all_ranks(self, by_link: dict[str, Any]) -> dict[str, Any]:
+        """JSON by link from every rank, in one mapping: a decoder's rank has no encoder to make it a frame."""
+        return {index: value for rank in self.control.gather(by_link) for index, value in rank.items()}
 
     def _gpus(self) -> set[torch.device]:
         return {device for device in self.deployment.devices.values() if device.type == "cuda"}

@@ -5,16 +5,11 @@ Between a deployment, which outlives it, and `evaluation.py`, which runs it.
 
 from __future__ import annotations
 
-from compressors import Compressor
-from pipeline.comm.link_ends import frame_specs
-from pipeline.comm.mailbox import FrameSpec
 from pipeline.config.schema import RunConfig
 from pipeline.data.windows import make_microbatches
-from pipeline.importance.selection import make_metrics
-from pipeline.models.loading import TORCH_DTYPES
 from pipeline.partition.schedule import Action, dry_run, make_schedule
 from pipeline.records.store import digest_of
-from pipeline.runtime.codecs import make_codecs
+from pipeline.runtime.codecs import codec_requests, make_codecs, make_link_parts
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.text import make_run_windows
 
@@ -22,9 +17,13 @@ __all__ = ["Job"]
 
 
 class Job:
-    """One config on one deployment. `digest` is of all that changes numbers or bytes: a resumed run recognises itself.
+    """One config on one deployment; every rank makes it alike.
 
-    Raises ValueError for what this model, plan or text cannot serve.
+    `codecs` are the deployment's where those serve. `metrics` and `specs` (of frames) are those of this rank's ends, by
+    link index; `importance` describes the metrics of all links. `digest` is of all that changes numbers or bytes: a
+    resumed run recognises itself.
+
+    Raises ValueError, on all ranks if on one, for what this model, plan or text cannot serve.
     """
 
     def __init__(self, config: RunConfig, deployment: Deployment) -> None:
@@ -34,38 +33,35 @@ class Job:
         self.text = text = deployment.text.cut(config.dataset.first_k_tokens)
         self.windows = make_run_windows(config, text.ids, text.bos_id)
         self.microbatches = make_microbatches(self.windows, config.batch_size)
-        self.encoders, self.decoders = self.make_codecs(), self.make_codecs()
-        self.metrics = make_metrics(
+        requests = codec_requests(
+            config, self.plan, hidden_size=self.hidden_size, checkpoint=deployment.checkpoint_digest
+        )
+        if deployment.codecs.serve(requests, measure_error=config.measure_error):
+            self.codecs = deployment.codecs
+        else:
+            self.codecs = make_codecs(requests, self.plan, self.control, measure_error=config.measure_error)
+        parts = make_link_parts(
             config,
             self.plan,
-            self.encoders,
+            self.control,
+            self.codecs,
             self.microbatches,
             model_config=deployment.model_config,
             checkpoint_digest=deployment.checkpoint_digest,
             ids_sha256=text.ids_sha256,
         )
+        self.metrics, self.specs, self.importance = parts.metrics, parts.specs, parts.importance
         self.in_flight = config.runtime.in_flight or self.plan.num_nodes + 2
         self.digest = digest_of(
             {
                 **config.numerics(),
-                "compressor": [codec.format_config() for codec in self.encoders],
+                "compressor": [facts.format_config for facts in self.codecs.facts],
                 **dict.fromkeys(("compressor_per_link", "importance.layers", "importance.seed")),
-                "importance": {str(index): metric.describe() for index, metric in self.metrics.items()},
+                "importance": {str(index): metric for index, metric in self.importance.items()},
                 "checkpoint": deployment.checkpoint_digest,
                 "ids": text.ids_sha256,
                 "bos_id": text.bos_id,
             }
-        )
-
-    def make_codecs(self) -> list[Compressor]:
-        """New codec objects, one per link."""
-        max_tokens = max(m.num_tokens for m in self.microbatches)
-        return make_codecs(
-            self.config,
-            self.plan,
-            hidden_size=self.hidden_size,
-            max_tokens=max_tokens,
-            checkpoint=self.deployment.checkpoint_digest,
         )
 
     def make_actions(self, first: int) -> list[Action]:
@@ -80,8 +76,3 @@ class Job:
         )
         dry_run(schedule, receives_ahead=self.config.runtime.receives_ahead)
         return schedule[world.rank]
-
-    def frame_specs(self) -> list[FrameSpec]:
-        """What both ends of each link know of its frames."""
-        dtype = TORCH_DTYPES[self.config.model.dtype]
-        return frame_specs(self.plan, self.encoders, self.microbatches, hidden_size=self.hidden_size, dtype=dtype)

@@ -47,7 +47,7 @@ class Recorder:
             logger.warning("resuming: %d of %d micro-batches were finished before", done, total)
         elif resume:
             logger.warning("nothing to resume: %s has no unfinished run with this config; starting anew", folder)
-        codec_names = sorted({codec.name for codec in job.encoders}) or ["unsplit"]
+        codec_names = sorted({codec.name for codec in job.codecs.facts}) or ["unsplit"]
         self.run_id = make_run_id(model_label(config.model.name), "+".join(codec_names), job.digest[:8])
         self._tracker = Tracker(config.wandb, run_id=self.run_id, config=config.as_dict(), folder=folder, group=sweep)
         self._folder, self._sweep = folder, sweep
@@ -150,10 +150,10 @@ class Recorder:
             "time_run_s": time_run_s,
             "timed_tokens": num_fresh,
             "tokens_per_s": num_fresh / (time_run_s - journal.earlier_s),
-            "causal": all(codec.causal for codec in job.encoders) and not config.model.load_in_8bit,
+            "causal": all(codec.causal for codec in job.codecs.facts) and not config.model.load_in_8bit,
             "notes": self._notes(),
-            "codecs": {link.name: codec.config() for link, codec in zip(plan.links, job.encoders)},
-            "importance": {plan.links[i].name: metric.describe() for i, metric in job.metrics.items()},
+            "codecs": {link.name: codec.config for link, codec in zip(plan.links, job.codecs.facts)},
+            "importance": {plan.links[i].name: metric for i, metric in job.importance.items()},
             "plan": [{"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in plan.stages],
             "resumed": {
                 "num_sessions": journal.num_sessions,
@@ -228,8 +228,8 @@ class Recorder:
     def _notes(self) -> list[str]:
         """Sentences that a reader of the numbers must know."""
         notes = [
-            f"codec {codec.name} on {codec.link.name} is not causal: later tokens leak into the perplexity"
-            for codec in self._job.encoders
+            f"codec {codec.name} on {link.name} is not causal: later tokens leak into the perplexity"
+            for link, codec in zip(self._job.plan.links, self._job.codecs.facts)
             if not codec.causal
         ]
         if self._job.config.model.load_in_8bit:

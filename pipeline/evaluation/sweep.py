@@ -96,14 +96,10 @@ def _run_point(
         logger.exception("a codec cannot be made")
         error = f"{type(e).__name__}: {e}"
     finished = recorder.find(evaluation) if recorder and evaluation else None
-    told = control.gather(
-        {"error": error, "digest": evaluation and evaluation.digest, "finished": finished and str(finished)}
-    )
+    told = control.gather({"error": error, "finished": finished and str(finished)})
     errors = [one["error"] for one in told if one["error"] is not None]
     if errors:
         return None, errors[0], False
-    if len({one["digest"] for one in told}) > 1:
-        return None, "the ranks have different versions of its codecs", False
     if told[0]["finished"]:
         return finished, None, False
     resume = recorder is not None and Journal.exists(recorder.folder, evaluation.digest)

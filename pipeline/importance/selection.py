@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,22 @@ __all__ = ["make_metrics"]
 def make_metrics(
     config: RunConfig,
     plan: Plan,
-    codecs: Sequence[Compressor],
+    encoders: Mapping[int, Compressor],
     microbatches: Sequence[MicroBatch],
     *,
     model_config: Any,
     checkpoint_digest: str,
     ids_sha256: str,
 ) -> dict[int, Metric]:
-    """What computes the importance for the codecs that need it, by link index.
+    """What computes the importance for those of `encoders` that need it, by link index as they.
 
     Raises ConfigError or another ValueError for what this model, plan, text or kernel cannot give.
     """
     metrics = {}
-    for link, codec in zip(plan.links, codecs):
+    for index, codec in encoders.items():
         if "importance" not in codec.needs:
             continue
-        cls, stage, section = METRICS[codec.importance_metric], plan.stages[link.index], config.importance
+        cls, stage, section = METRICS[codec.importance_metric], plan.stages[index], config.importance
         options: dict[str, Any] = {"seed": section.seed, "microbatches": microbatches, "first_layer": stage.start}
         if "layers" in cls.setting_keys:
             check_attention_readable(model_config, trust_remote_code=config.model.trust_remote_code)
@@ -56,14 +56,14 @@ def make_metrics(
             else:
                 options["token_importance"] = read_token_importance(
                     path,
-                    link.name,
+                    plan.links[index].name,
                     checkpoint_fingerprint=checkpoint_digest,
                     ids_sha256=ids_sha256,
                     max_length=config.dataset.max_length,
                     stride=config.dataset.stride,
                     bos=config.dataset.bos,
                 )
-        metrics[link.index] = cls(MetricSetting(**options))
+        metrics[index] = cls(MetricSetting(**options))
     return metrics
 
 

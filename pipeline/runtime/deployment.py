@@ -19,12 +19,11 @@ from pipeline.comm.control import Control
 from pipeline.comm.mailbox import BodyChannel
 from pipeline.config.schema import RunConfig
 from pipeline.data.windows import make_microbatches
-from pipeline.importance.selection import make_metrics
 from pipeline.models.loading import TORCH_DTYPES, load_model_config, load_stage
 from pipeline.models.source import checkpoint_fingerprint, resolve_model
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import Plan
-from pipeline.runtime.codecs import make_codecs
+from pipeline.runtime.codecs import LinkCodecs, codec_requests, make_codecs, make_link_parts
 from pipeline.runtime.devices import (
     available_cores,
     choose_threads,
@@ -46,8 +45,9 @@ logger = logging.getLogger(__name__)
 class Deployment:
     """What outlives one evaluation.
 
-    `gpus` has the identity of every rank's GPU, None for a CPU, `channels` an NCCL group per link where bodies use
-    NCCL, `one_token_compute_s` the seconds that each stage of this rank takes for a single token.
+    `codecs` are those of the config that it was deployed with. `gpus` has the identity of every rank's GPU, None for a
+    CPU, `channels` an NCCL group per link where bodies use NCCL, `one_token_compute_s` the seconds that each stage of
+    this rank takes for a single token.
     """
 
     control: Control
@@ -55,6 +55,7 @@ class Deployment:
     model_config: Any
     checkpoint_digest: str
     text: TokenizedText
+    codecs: LinkCodecs
     stages: dict[int, Stage]
     devices: dict[int, torch.device]
     gpus: list[str | None]
@@ -93,23 +94,19 @@ def deploy(config: RunConfig, control: Control, check: Callable[[Plan, Any], Non
     control.report("tokenising")
     text = tokenize_once(config, control, model_dir, vocab_size=model_config.vocab_size)
     check_bos(config, text.bos_id)
-    codecs = make_codecs(
+    control.report("making codecs")
+    requests = codec_requests(config, plan, hidden_size=model_config.hidden_size, checkpoint=checkpoint_digest)
+    codecs = make_codecs(requests, plan, control, measure_error=config.measure_error)
+    make_link_parts(  # to see that they can be made
         config,
         plan,
-        hidden_size=model_config.hidden_size,
-        max_tokens=config.dataset.max_length,
-        checkpoint=checkpoint_digest,
-    )
-    metrics = make_metrics(
-        config,
-        plan,
+        control,
         codecs,
         make_microbatches(make_run_windows(config, text.ids, text.bos_id), config.batch_size),
         model_config=model_config,
         checkpoint_digest=checkpoint_digest,
         ids_sha256=text.ids_sha256,
     )
-    control.agree("importance", {plan.links[index].name: metric.describe() for index, metric in metrics.items()})
     gpus, backend, channels = _open_channels(config, control, plan, devices)
     control.report("loading weights")
     stages: dict[int, Stage] = {}
@@ -142,6 +139,7 @@ def deploy(config: RunConfig, control: Control, check: Callable[[Plan, Any], Non
         model_config=model_config,
         checkpoint_digest=checkpoint_digest,
         text=text,
+        codecs=codecs,
         stages=stages,
         devices=devices,
         gpus=gpus,

@@ -13,7 +13,7 @@ from pipeline.comm.wire import MAX_ERROR_NBYTES, header_nbytes
 from pipeline.config.schema import RunConfig
 from pipeline.models.loading import TORCH_DTYPES, embedding_bytes, load_model_config, stage_parameter_bytes
 from pipeline.models.stage import MAX_LOGITS_NBYTES
-from pipeline.runtime.codecs import make_codecs
+from pipeline.runtime.codecs import codec_requests, make_codec
 from pipeline.runtime.placement import make_plan
 from pipeline.runtime.text import check_max_length
 
@@ -31,7 +31,7 @@ def plan_text(config: RunConfig) -> str:
     dtype = TORCH_DTYPES[config.model.dtype]
     shape = (config.batch_size, config.dataset.max_length, model_config.hidden_size)
     num_tokens = shape[0] * shape[1]
-    codecs = make_codecs(config, plan, hidden_size=model_config.hidden_size, max_tokens=num_tokens)
+    codecs = [make_codec(request) for request in codec_requests(config, plan, hidden_size=model_config.hidden_size)]
     weights = {
         stage.stage_index: stage_parameter_bytes(
             model_config,

@@ -7,17 +7,29 @@ slow each other down.
 
 from __future__ import annotations
 
+import base64
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from compressors import Compressor, Payload
+from compressors.base import decode_meta, encode_meta
 from pipeline.models.stage import Stage
 
-__all__ = ["blank_side_inputs", "squared_error", "time_codec", "time_one_token", "wait_for_stream"]
+__all__ = [
+    "blank_side_inputs",
+    "payload_from_json",
+    "payload_to_json",
+    "squared_error",
+    "time_compress",
+    "time_decompress",
+    "time_one_token",
+    "wait_for_stream",
+]
 
 REPEATS = 5
 MAX_S = 1.0  # for a large model, fewer repeats have to do
@@ -48,13 +60,16 @@ def time_one_token(stage: Stage, hidden_size: int, dtype: torch.dtype) -> float:
 
 
 @torch.inference_mode()
-def time_codec(encoder: Compressor, decoder: Compressor, x: torch.Tensor) -> tuple[float, float, int]:
-    """Median seconds of `compress` and `decompress` for a frame `x` [1, 1, H], and the payload's bytes."""
+def time_compress(encoder: Compressor, x: torch.Tensor) -> tuple[float, Payload]:
+    """Median seconds of `compress` for a frame `x` [1, 1, H], and the payload."""
     side = blank_side_inputs(encoder, x)
-    compress_s = _median_s(lambda: encoder.compress(x, **side), x.device)
-    payload = encoder.compress(x, **side)
-    decompress_s = _median_s(lambda: decoder.decompress(payload, x.device, x.dtype), x.device)
-    return compress_s, decompress_s, payload.nbytes
+    return _median_s(lambda: encoder.compress(x, **side), x.device), encoder.compress(x, **side)
+
+
+@torch.inference_mode()
+def time_decompress(decoder: Compressor, payload: Payload, device: torch.device, dtype: torch.dtype) -> float:
+    """Median seconds of `decompress`."""
+    return _median_s(lambda: decoder.decompress(payload, device, dtype), device)
 
 
 def blank_side_inputs(codec: Compressor, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -62,6 +77,18 @@ def blank_side_inputs(codec: Compressor, x: torch.Tensor) -> dict[str, torch.Ten
     shape = x.shape[:2]
     side = {"importance": torch.zeros(shape, device=x.device), "token_ids": torch.zeros(shape, dtype=torch.int64)}
     return {name: side[name] for name in codec.needs}
+
+
+def payload_to_json(payload: Payload) -> dict[str, Any]:
+    """A small payload as text, for the few that travel outside the links."""
+    data, meta = payload.data.cpu().numpy().tobytes(), encode_meta(payload.meta)
+    return {"data": base64.b64encode(data).decode(), "meta": base64.b64encode(meta).decode(), "shape": payload.shape}
+
+
+def payload_from_json(value: Mapping[str, Any], device: torch.device) -> Payload:
+    """Inverse of `payload_to_json`, on `device`."""
+    data = torch.from_numpy(np.frombuffer(base64.b64decode(value["data"]), np.uint8).copy()).to(device)
+    return Payload(data, tuple(value["shape"]), decode_meta(base64.b64decode(value["meta"])))
 
 
 def _median_s(operation: Callable[[], Any], device: torch.device) -> float:
