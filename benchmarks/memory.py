@@ -135,7 +135,8 @@ def _run(model_dir: Path, folder: Path, window: int, dtype: str, options: Sequen
         given = overrides(model_dir, Path(run_folder), window=window, dtype=dtype) + [(o, True) for o in options]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={NUM_RANKS}"]
         settings = [word for key, value in given for word in ("--set", f"{key}={value}")]
-        finished = subprocess.run([*command, "run_pipeline.py", *settings], cwd=ROOT, capture_output=True, text=True)
+        command += ["run_pipeline.py", *settings]
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if finished.returncode:
             raise SystemExit(f"run_pipeline.py failed:\n{finished.stderr}")
         return rank_memories(load_config(None, given))

@@ -89,7 +89,7 @@ def decode_text(content: bytes, where: str) -> str:
 
 
 def unified_line_ends(text: str) -> str:
-    """`text` with `\\n` for CR LF and lone CR, as Python's text files have it; CR CR LF, converted twice, is one end."""
+    """`text` with `\\n` for CR LF and lone CR, as Python's text files have it; CR CR LF, made twice, is one end."""
     return _LINE_END.sub("\n", text) if "\r" in text else text
 
 

@@ -1,4 +1,4 @@
-"""Dependent quantisation of `compressors.klt.codec`: a trellis chooses a token's levels, tokens are predicted in the loop.
+"""Dependent quantisation of `compressors.klt.codec`: a trellis chooses a token's levels, prediction is in the loop.
 
 Two quantisers share one step. In half steps, the first reconstructs even numbers, the second odd numbers and 0; a
 value's index counts within its quantiser. Which quantiser a component has follows from the parities of the indices

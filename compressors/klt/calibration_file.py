@@ -324,7 +324,7 @@ def _check(codec: str, path: Path, cls: type, tensors: Mapping[str, torch.Tensor
     for f in fields:
         tensor, names = tensors[f.name], f.metadata["shape"]
         fits = tensor.dtype == f.metadata["dtype"] and tensor.dim() == len(names)
-        if not fits or any(sizes.setdefault(n, size) != size for n, size in zip(names, tensor.shape)):
+        if not fits or any(sizes.setdefault(n, size) != size for n, size in zip(names, tensor.shape, strict=True)):
             raise _not_whole(codec, path, f"{f.name} is {tensor.dtype} {tuple(tensor.shape)}")
         # A sum, since isfinite() takes several times the tensor's memory; float32 cannot overflow in it.
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():

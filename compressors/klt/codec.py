@@ -262,7 +262,7 @@ def matmul_rows(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     blocks = rows.new_zeros(-(-num_rows // MATMUL_ROWS), MATMUL_ROWS, rows.shape[1])
     blocks.view(-1, rows.shape[1])[:num_rows] = rows
     product = rows.new_empty(*blocks.shape[:2], matrix.shape[1])
-    for block, out in zip(blocks, product):
+    for block, out in zip(blocks, product, strict=True):
         torch.mm(block, matrix, out=out)
     return product.view(-1, matrix.shape[1])[:num_rows]
 

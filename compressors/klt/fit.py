@@ -129,7 +129,7 @@ def make_token_table(embedding_chunks: Callable[[], Iterable[torch.Tensor]], cou
     total = torch.zeros((), dtype=torch.float64)
     mean: torch.Tensor | float = 0.0
     products: torch.Tensor | float = 0.0
-    for rows, weight in zip(_in_chunks(embedding_chunks()), weights):
+    for rows, weight in zip(_in_chunks(embedding_chunks()), weights, strict=True):
         rows = rows.double()
         total, mean, products = total + weight.sum(), mean + weight @ rows, products + (rows.T * weight) @ rows
     mean = mean / total

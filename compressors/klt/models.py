@@ -8,6 +8,7 @@ few.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def _laplace(size: float, quantizer: int) -> np.ndarray:
     """Probabilities of the symbols 0, -1, 1, ..., escape, were every value rounded within its quantiser."""
     edges = [0.25, *range(1, 32)] if quantizer else [n - 0.5 for n in range(1, 33)]
     tail = [1.0] + [math.exp(-edge / size) for edge in edges]  # P(|q| >= n)
-    both = np.repeat([(a - b) / 2 for a, b in zip(tail[1:], tail[2:])], 2)
+    both = np.repeat([(a - b) / 2 for a, b in itertools.pairwise(tail[1:])], 2)
     return np.concatenate([[1 - tail[1]], both, [tail[32]]])
 
 

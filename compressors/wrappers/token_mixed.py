@@ -21,6 +21,7 @@ the codecs' bytes in the order of the levels; a level without tokens takes none.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ class _TokenLevels(Compressor):
                 raise option_error(self.name, option, codec.name, allowed)
             needs |= set(codec.needs)
         self.needs = tuple(sorted(needs))
-        chooses = sum(end > start for start, end in zip([0.0, *self._cumulative], self._cumulative)) > 1
+        chooses = sum(end > start for start, end in itertools.pairwise([0.0, *self._cumulative])) > 1
         by_place = metric in CAUSAL_METRICS or not chooses
         self.causal = by_place and all(codec.causal for codec in self._levels)
         self.fixed_size = all(codec.fixed_size for codec in self._levels)
@@ -68,13 +69,13 @@ class _TokenLevels(Compressor):
     def _counts(self, num_tokens: int) -> list[int]:
         """Tokens of each level in a row of T."""
         bounds = [0, *(min(int(p * num_tokens + 0.5), num_tokens) for p in self._cumulative)]
-        return [end - start for start, end in zip(bounds, bounds[1:])]
+        return [end - start for start, end in itertools.pairwise(bounds)]
 
     def _layout(self, shape: Sequence[int]) -> tuple[list[Section], list[Level]]:
         """Sections in front and the levels that have tokens, for hidden states [B, T, H]."""
         batch, num_tokens, width = shape
         counts = self._counts(num_tokens)
-        parts = [(codec, (batch, n, width)) for codec, n in zip(self._levels, counts) if batch * n]
+        parts = [(codec, (batch, n, width)) for codec, n in zip(self._levels, counts, strict=True) if batch * n]
         num_variable = sum(not codec.fixed_size for codec, _ in parts)
         codes = (batch, packed_nbytes(num_tokens, self._nbits)) if len(parts) > 1 else (0,)
         return [(torch.uint8, codes), (torch.uint8, (8 * num_variable,))], parts
@@ -98,7 +99,7 @@ class _TokenLevels(Compressor):
             codes_section.copy_(pack(codes, self._nbits))
         side = {name: value.to(x.device) for name, value in {**side, "importance": importance}.items()}
         sizes = []
-        for (codec, shape), index in zip(parts, self._split(codes)):
+        for (codec, shape), index in zip(parts, self._split(codes), strict=True):
             part = x.gather(1, index[..., None].expand(shape))
             payload = codec.compress(part, **{name: side[name].gather(1, index) for name in codec.needs})
             if payload.meta:
@@ -123,7 +124,7 @@ class _TokenLevels(Compressor):
         sizes = self._sizes(parts, sizes_section, data.numel() - start)
         codes = self._received_codes(codes_section, payload.shape)
         x = torch.empty(payload.shape, dtype=dtype, device=device)
-        for (codec, shape), index, nbytes in zip(parts, self._split(codes), sizes):
+        for (codec, shape), index, nbytes in zip(parts, self._split(codes), sizes, strict=True):
             part = codec.decompress(Payload(data[start : start + nbytes], shape), device, dtype)
             x.scatter_(1, index[..., None].expand(shape), part)
             start += nbytes

@@ -53,7 +53,7 @@ def calibrate(config: RunConfig, deployment: Deployment, out: Path, *, use_token
     def take(link_index: int, m: int, hidden_states: torch.Tensor, gradient: torch.Tensor) -> None:
         ids = tokens.input_ids(m)
         if m in held_out:
-            samples[link_index] += [SampleRow(x.clone(), row.int()) for x, row in zip(hidden_states, ids)]
+            samples[link_index] += [SampleRow(x.clone(), row.int()) for x, row in zip(hidden_states, ids, strict=True)]
         if m not in held_out or len(microbatches) == len(held_out):
             features = table.features(ids.reshape(-1)) if use_token_ids else torch.zeros(ids.numel(), 0)
             features = features.view(*ids.shape, -1).to(hidden_states.device)

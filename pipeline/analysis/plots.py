@@ -30,7 +30,7 @@ def plot_layers(analysis: Mapping[str, Any], metric: str, path: Path) -> None:
     titles = {name: title.format(top=analysis["top_fraction"]) for name, title in _TITLES.items()}
     figure = _figure(13.5, 8.2)
     *maps, last = figure.subplots(2, 3).ravel()
-    for axis, (name, matrix) in zip(maps, measures.items()):
+    for axis, (name, matrix) in zip(maps, measures.items(), strict=True):
         limits = {"vmin": -1, "vmax": 1, "cmap": "RdBu"} if name in _CORRELATIONS else {"vmin": 0, "cmap": "viridis"}
         if name in _SHARES:
             limits["vmax"] = 1

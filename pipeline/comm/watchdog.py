@@ -278,7 +278,8 @@ class Watchdog:
 
     def _read_beats(self, passed_s: float) -> None:
         started = [rank for rank in range(self._world.world_size) if self._has_started(rank)]
-        for rank, value in zip(started, self._store.multi_get([f"beat/{rank}" for rank in started])):
+        beats = self._store.multi_get([f"beat/{rank}" for rank in started])
+        for rank, value in zip(started, beats, strict=True):
             if rank not in self._beats or self._beats[rank].value != value:
                 self._beats[rank] = _Beat(value)
             else:

@@ -34,10 +34,10 @@ class World:
         return cls(
             rank=int(os.environ["RANK"]),
             world_size=world_size,
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
             store_host=None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0,
-            attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
         )
 
     @property

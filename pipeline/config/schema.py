@@ -356,7 +356,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(inner) != len(value):
             raise ConfigError(f"{key} must have {len(inner)} entries, got {value!r}")
-        return tuple(_convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, inner)))
+        return tuple(_convert(v, a, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, inner, strict=True)))
     if origin is not None and issubclass(origin, Mapping):
         if value is None:
             return {}

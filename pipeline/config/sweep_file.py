@@ -68,7 +68,7 @@ class Sweep:
             if len(points) + math.prod(map(len, values.values())) > MAX_POINTS:
                 raise ConfigError(f"sweep {self.name} has more than {MAX_POINTS} points; make several sweeps of it")
             for combination in itertools.product(*values.values()):
-                filled = _fill(keys, dict(zip(values, combination)))
+                filled = _fill(keys, dict(zip(values, combination, strict=True)))
                 point = Point(tuple(filled.items()))
                 if point not in points:
                     points.append(point)

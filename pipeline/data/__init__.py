@@ -1,1 +1,1 @@
-"""The text that is scored: where it comes from (`text`) and how it is cut into windows and micro-batches (`windows`)."""
+"""The text that is scored: where it comes from (`text`), how it is cut into windows and micro-batches (`windows`)."""

@@ -50,7 +50,7 @@ class Progress:
         self._num_scored += len(loss)
         self._num_processed += num_tokens
         self._num_fresh += num_tokens if fresh else 0
-        for name, nbytes in zip(self._link_bytes, payload_bytes):
+        for name, nbytes in zip(self._link_bytes, payload_bytes, strict=True):
             self._link_bytes[name] += nbytes
         shown = {"ppl": perplexity(self._nll, self._num_scored), "window_ppl": perplexity(window_nll, len(loss))}
         if self._link_bytes:

@@ -62,7 +62,7 @@ class Recorder:
             tracker=self._tracker,
             in_sweep=self._sweep is not None,
         )
-        for microbatch, done in zip(job.microbatches, self.journal.finished):
+        for microbatch, done in zip(job.microbatches, self.journal.finished, strict=False):
             self._progress.add(
                 num_tokens=microbatch.num_tokens, loss=done.loss, payload_bytes=done.payload_bytes, fresh=False
             )
@@ -124,7 +124,7 @@ class Recorder:
         num_processed = sum(m.num_tokens for m in job.microbatches)
         num_fresh = sum(m.num_tokens for m in job.microbatches[first:])
         traffic = {link.name: LinkTraffic() for link in plan.links}
-        for microbatch, done in zip(job.microbatches, journal.finished):
+        for microbatch, done in zip(job.microbatches, journal.finished, strict=True):
             for link in plan.links:
                 traffic[link.name].add(
                     num_tokens=microbatch.num_tokens,
@@ -152,7 +152,7 @@ class Recorder:
             "tokens_per_s": num_fresh / (time_run_s - journal.earlier_s),
             "causal": all(codec.causal for codec in job.codecs.facts) and not config.model.load_in_8bit,
             "notes": self._notes(),
-            "codecs": {link.name: codec.config for link, codec in zip(plan.links, job.codecs.facts)},
+            "codecs": {link.name: codec.config for link, codec in zip(plan.links, job.codecs.facts, strict=True)},
             "importance": {plan.links[i].name: metric for i, metric in job.importance.items()},
             "plan": [{"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in plan.stages],
             "resumed": {
@@ -207,7 +207,7 @@ class Recorder:
             return {}
         errors = {}
         for link in self._job.plan.links:
-            error, power = zip(*(done.squared_error[link.index] for done in self.journal.finished))
+            error, power = zip(*(done.squared_error[link.index] for done in self.journal.finished), strict=True)
             total, power = math.fsum(error), math.fsum(power)
             errors[link.name] = {"relative_squared_error": total / power if power else None}
         return {"reconstruction": errors}
@@ -229,7 +229,7 @@ class Recorder:
         """Sentences that a reader of the numbers must know."""
         notes = [
             f"codec {codec.name} on {link.name} is not causal: later tokens leak into the perplexity"
-            for link, codec in zip(self._job.plan.links, self._job.codecs.facts)
+            for link, codec in zip(self._job.plan.links, self._job.codecs.facts, strict=True)
             if not codec.causal
         ]
         if self._job.config.model.load_in_8bit:

@@ -182,13 +182,13 @@ def load_stage(
     head: Head | None = None
     if shares_head:
         weight = embedding.weight
-        head = lambda hidden: nn.functional.linear(hidden, weight)  # noqa: E731
+        head = lambda hidden: nn.functional.linear(hidden, weight)
     elif with_head:
         head = model.get_output_embeddings()
     softcap = getattr(config, "final_logit_softcapping", None)
     if head is not None and softcap is not None:
         projection = head
-        head = lambda hidden: torch.tanh(projection(hidden) / softcap) * softcap  # noqa: E731
+        head = lambda hidden: torch.tanh(projection(hidden) / softcap) * softcap
     return StageModel(
         decoder=model.base_model,
         head=head,

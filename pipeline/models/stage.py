@@ -57,7 +57,9 @@ class TokenWindows:
         """int64 [B, T]."""
         windows = self.microbatches[microbatch_index].windows
         rows = [self._ids[w.start : w.end] for w in windows]
-        return torch.stack([torch.cat([self._bos, row]) if w.prepend_bos else row for w, row in zip(windows, rows)])
+        return torch.stack(
+            [torch.cat([self._bos, row]) if w.prepend_bos else row for w, row in zip(windows, rows, strict=True)]
+        )
 
     def scored(self, microbatch_index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(row, column, target), int64 [n] each: the logits at [row, column] predict `target`."""
@@ -107,7 +109,7 @@ class Stage:
         selected = hidden_states[rows.to(self.device), columns.to(self.device)]
         targets = targets.to(self.device)
         losses, top1 = [torch.empty(0)], [torch.empty(0, dtype=torch.int32)]
-        for part, target in zip(selected.split(self._chunk), targets.split(self._chunk)):
+        for part, target in zip(selected.split(self._chunk), targets.split(self._chunk), strict=True):
             logits = self._head(part).float()
             losses.append(nn.functional.cross_entropy(logits, target, reduction="none").cpu())
             top1.append(_argmax(logits).to(torch.int32).cpu())
@@ -128,7 +130,7 @@ class Stage:
         rows, columns, targets = rows.to(self.device), columns.to(self.device), targets.to(self.device)
         selected = hidden_states.detach()[rows, columns]
         value, gradients = 0.0, [selected[:0]]
-        for part, target in zip(selected.split(self._chunk), targets.split(self._chunk)):
+        for part, target in zip(selected.split(self._chunk), targets.split(self._chunk), strict=True):
             part = part.detach().requires_grad_()
             logits = self._head(part).float()
             if objective is Objective.NLL:

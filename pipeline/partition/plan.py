@@ -8,6 +8,7 @@ stages and links.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ class Plan:
     @property
     def links(self) -> tuple[LinkPlan, ...]:
         links = []
-        for stage, following in zip(self.stages, self.stages[1:]):
+        for stage, following in itertools.pairwise(self.stages):
             boundary = f"layer:{stage.end - 1}" if stage.end > 0 else "embed"
             links.append(
                 LinkPlan(

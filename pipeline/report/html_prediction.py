@@ -83,7 +83,7 @@ def _network_table(
     rows = []
     for setting, point in points:
         cells = []
-        for (_, network), winners in zip(outlook.networks, best):
+        for (_, network), winners in zip(outlook.networks, best, strict=True):
             predicted = predict_decode(point.costs, network) if decode else predict_prefill(point.costs, network)
             if predicted is None:
                 cells.append(f"<td>{MISSING}</td>")

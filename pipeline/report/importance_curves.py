@@ -85,7 +85,7 @@ def plot_curves(curves: Mapping[str, Any], path: Path) -> None:
     metrics = sorted({p["metric"] for p in curves["points"]})
     figure = Figure(figsize=(6.4 * len(pairs), 5.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, pair in zip(np.atleast_1d(figure.subplots(1, len(pairs))), pairs):
+    for axes, pair in zip(np.atleast_1d(figure.subplots(1, len(pairs))), pairs, strict=True):
         points = [p for p in curves["points"] if _pair(p) == pair]
         low, high = (f(p["bits_per_value"] for p in points) for f in (min, max))
         family = points[0]["family"]
@@ -153,7 +153,7 @@ def _point(record: Mapping[str, Any], uniform: Sequence[Mapping[str, Any]]) -> d
         "bits_per_value": bits,
         "ppl": ppl,
         "causal": record["causal"],
-        "ppl_over_uniform_bits": float(ppl / np.exp(np.interp(bits, *zip(*line)))) if inside else None,
+        "ppl_over_uniform_bits": float(ppl / np.exp(np.interp(bits, *zip(*line, strict=True)))) if inside else None,
     }
 
 
@@ -206,9 +206,9 @@ def _print(curves: Mapping[str, Any]) -> None:
             + (_ratio(p["ppl_over_none"]), _ratio(p["ppl_over_random"]))
             + (f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "-", _ratio(p["ppl_over_uniform_bits"]))
         )
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("* not causal: the choice of tokens looks at later ones")
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from pipeline.records.store import codec_label, model_label  # noqa: E402
+from pipeline.records.store import codec_label, model_label
 
 __all__ = ["plot_rate_quality"]
 

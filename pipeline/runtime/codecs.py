@@ -210,7 +210,9 @@ def make_link_parts(
             hidden_size=model_config.hidden_size,
             dtype=TORCH_DTYPES[config.model.dtype],
         )
-        bounds = {str(i): {str(s): n for s, n in zip(specs[i].shapes, specs[i].max_nbytes)} for i in codecs.ends}
+        bounds = {
+            str(i): {str(s): n for s, n in zip(specs[i].shapes, specs[i].max_nbytes, strict=True)} for i in codecs.ends
+        }
         return (metrics, specs), [{str(index): metric.describe() for index, metric in metrics.items()}, bounds]
 
     largest = max(m.num_tokens for m in microbatches)

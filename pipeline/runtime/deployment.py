@@ -68,7 +68,8 @@ class Deployment:
 def deploy(config: RunConfig, control: Control, check: Callable[[Plan, Any], None] | None = None) -> Deployment:
     """Agree, resolve, plan, tokenise, check codecs and load this rank's stages.
 
-    `check(plan, model_config)` may raise where they do not serve what is to be done. Raises ValueError (ConfigError, PlanError, ModelError, ...) with a message for the user.
+    `check(plan, model_config)` may raise where they do not serve what is to be done. Raises ValueError (ConfigError,
+    PlanError, ModelError, ...) with a message for the user.
     """
     world = control.world
     check_world_size(config, world)
@@ -164,7 +165,7 @@ def _set_threads(config: RunConfig, control: Control) -> int:
     return threads
 
 
-# NCCL's own watchdog ends the process at the group's timeout, counted from posting. Ours comes first and names the link.
+# NCCL's own watchdog ends the process at the group's timeout, counted from posting. Ours comes first, naming the link.
 _NCCL_TIMEOUT = datetime.timedelta(days=1)
 
 

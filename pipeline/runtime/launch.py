@@ -32,9 +32,8 @@ def on_deployment(
 ) -> T:
     """`work(deployment)` on every rank of the config's model, and its result.
 
-    Rank 0 checks first that `folder` can be written to; `check(plan, model_config)` raises, before weights load, where the
-    work cannot be done. A failure ends the process, with its message and a non-zero
-    status, on every rank.
+    Rank 0 checks first that `folder` can be written to; `check(plan, model_config)` raises, before weights load, where
+    the work cannot be done. A failure ends the process, with its message and a non-zero status, on every rank.
     """
     try:
         world = World.from_environment()

@@ -1,9 +1,9 @@
 """This process's memory: its peak, and the C library's allocator, told what a rank on a CPU needs.
 
-It is to stay small while the rank loads and quick while it runs. Both are about blocks of some MiB. glibc learns from the first one freed to cut the next out of its heap, where a
-quantised layer that stays keeps the freed full-precision layer before it from going back to the system. And it
-returns the free end of the heap: a stage's activations would take their pages anew with each micro-batch and have them
-zeroed, which costs a small model a tenth of its CPU time.
+It is to stay small while the rank loads and quick while it runs. Both are about blocks of some MiB. glibc learns from
+the first one freed to cut the next out of its heap, where a quantised layer that stays keeps the freed full-precision
+layer before it from going back to the system. And it returns the free end of the heap: a stage's activations would take
+their pages anew with each micro-batch and have them zeroed, which costs a small model a tenth of its CPU time.
 """
 
 from __future__ import annotations

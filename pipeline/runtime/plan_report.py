@@ -58,7 +58,7 @@ def plan_text(config: RunConfig) -> str:
     buffers = dict.fromkeys(range(plan.num_nodes), 0)
     if plan.links:
         lines += ["", "link                       codec       payload bytes/token  bits/value  header bytes/frame"]
-    for link, codec in zip(plan.links, codecs):
+    for link, codec in zip(plan.links, codecs, strict=True):
         nbytes = codec.max_nbytes(shape)
         bound = "" if codec.fixed_size else "at most "
         per_token = f"{bound}{nbytes / num_tokens:.1f}"

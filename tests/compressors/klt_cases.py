@@ -21,7 +21,7 @@ NUM_ROWS, ROW_LENGTH = 6, 80
 
 @functools.cache
 def calibrate(hidden_size, use_token_ids):
-    """Calibration and token table for `check.hidden_states`, some of which follow from token ids, and random gradients."""
+    """Calibration and token table for `check.hidden_states`, some of which follow from ids, and random gradients."""
     generator = torch.Generator().manual_seed(1)
     embedding = torch.randn(VOCABULARY, hidden_size, generator=generator)
     rows = [torch.randint(0, VOCABULARY, (ROW_LENGTH,), generator=generator) for _ in range(NUM_ROWS)]

@@ -168,7 +168,7 @@ def test_the_trellis_finds_the_nearest_levels():
     num_tokens, width, largest = 40, 5, 3
     target = np.random.default_rng(0).normal(scale=1.5, size=(num_tokens, width)).astype(np.float32)
     sequences = list(itertools.product(range(-largest, largest + 1), repeat=width))
-    levels, quantizers = (np.array(part) for part in zip(*map(walk, sequences)))
+    levels, quantizers = (np.array(part) for part in zip(*map(walk, sequences), strict=True))
     errors = np.square(levels[None] - target[:, None]).sum(2)
     rates = np.random.default_rng(1).uniform(0, 1, (1, 2, largest + 1)).astype(np.float32)
     prices = rates[0, quantizers, np.abs(sequences)].sum(1)
@@ -223,7 +223,8 @@ def test_the_entropy_coder_is_an_integer_format():
     got_raw, got_rms, got_finer, got_ranks = np.zeros(num_tokens, np.bool_), *np.zeros((3, num_tokens), np.int32)
     used = kernels.decode(
         words[:num_words], side_classes, component_class, models["magnitude"], models["starts"],
-        kernels.first_guesses(models["starts"]), 5, id_starts[None], kernels.first_guesses(id_starts[None]), got, got_raw, got_rms, got_finer, got_ranks,
+        kernels.first_guesses(models["starts"]), 5, id_starts[None], kernels.first_guesses(id_starts[None]),
+        got, got_raw, got_rms, got_finer, got_ranks,
     )  # fmt: skip
     coded = ~is_raw
     assert used == num_words and np.array_equal(got_raw, is_raw)

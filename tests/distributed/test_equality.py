@@ -76,7 +76,7 @@ def unsplit(case: dict, **options) -> tuple[list[torch.Tensor], torch.Tensor]:
     rows = torch.tensor(ids).split(LENGTH)
     hidden, losses = [], []
     with torch.inference_mode():
-        for batch in zip(*[iter(rows)] * case.get("batch_size", 1)):
+        for batch in zip(*[iter(rows)] * case.get("batch_size", 1), strict=True):
             batch = torch.stack(batch)
             states = model.base_model(input_ids=batch).last_hidden_state
             logits = model(input_ids=batch).logits.float()

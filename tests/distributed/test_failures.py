@@ -193,7 +193,7 @@ def test_a_codec_that_breaks_its_word(codec, cause, tmp_path):
         command += ["--max_length", "32"]
         cause = cause.replace("(1, 64, 64)", "(1, 64, 32), the input had (1, 32, 64)")
     ended = run_ranks([command] * NUM_RANKS, timeout_s=60)
-    for message, one in zip(last_messages([one.stderr for one in ended]), ended):
+    for message, one in zip(last_messages([one.stderr for one in ended]), ended, strict=True):
         assert cause in message
         assert one.returncode == 1
 
@@ -201,7 +201,7 @@ def test_a_codec_that_breaks_its_word(codec, cause, tmp_path):
 @pytest.mark.parametrize("damaged", ["header", "body"])
 def test_a_frame_that_is_damaged_on_the_way(damaged, tmp_path):
     ended = call_on_ranks(NUM_RANKS, damage_a_frame, arguments(tmp_path), damaged, timeout_s=60)
-    for message, one in zip(last_messages([one.stderr for one in ended]), ended):
+    for message, one in zip(last_messages([one.stderr for one in ended]), ended, strict=True):
         assert re.search(
             rf"rank 2, stage 2, micro-batch 3: link .* micro-batch 3: the {damaged}'s checksum does not",
             message,
@@ -231,7 +231,7 @@ def damage_a_frame(rank, command, damaged):
 def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path):
     command = arguments(tmp_path, "--compressor", "tests.helpers.bad_codecs:Hanging(rank=2)")
     ended = run_ranks([command] * NUM_RANKS, timeout_s=60)
-    for message, one in zip(last_messages([one.stderr for one in ended]), ended):
+    for message, one in zip(last_messages([one.stderr for one in ended]), ended, strict=True):
         assert "the others wait for rank 2 (last at stage 2, micro-batch 2), or " in message
         assert one.returncode == 1
     running_s = max(one.wall_s for one in ended) - min(one.wall_s for one in ended)
@@ -250,7 +250,7 @@ def test_the_process_that_hosts_the_store_is_lost(signal_name, tmp_path):
             ended = ranks.wait(60)
             assert time.monotonic() - start_s < TIMEOUT_S + SLACK_S
     cause = "has ended" if signal_name == "SIGKILL" else f"has not answered for {TIMEOUT_S:g} s"
-    for message, one in zip(last_messages([one.stderr for one in ended]), ended):
+    for message, one in zip(last_messages([one.stderr for one in ended]), ended, strict=True):
         assert re.search(rf"rank (\d) stops: rank \1, .*: torchrun's rendezvous store {cause}", message)
         assert one.returncode == 1
 

@@ -65,7 +65,7 @@ def whole_model(model_type, ids, objective, boundaries):
     for microbatch in make_microbatches(make_windows(len(ids), 64, 40), 2):
         states = {}
 
-        def keep(index):
+        def keep(index, states=states):
             def hook(module, inputs, output):
                 output = output[0] if isinstance(output, tuple) else output
                 output.retain_grad()
@@ -86,8 +86,8 @@ def whole_model(model_type, ids, objective, boundaries):
             value.backward(retain_graph=True)
             total += value.item()
         results.append({i: (state.detach(), state.grad) for i, state in states.items()})
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
     return results, total
 
 

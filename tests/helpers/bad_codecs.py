@@ -135,7 +135,7 @@ class SlowToDecode(_Late):
     name = "slow_to_decode"
 
     def decompress(self, payload, device, dtype):
-        if self.rank in (-1, int(os.environ.get("RANK", -1))):
+        if self.rank in (-1, int(os.environ.get("RANK", "-1"))):
             time.sleep(self.seconds)
         return super().decompress(payload, device, dtype)
 

@@ -34,7 +34,7 @@ class Watched(Compressor):
         return self.link.dtype.itemsize * shape[0] * shape[1] * shape[2]
 
     def _tell(self, what: str, **more: int) -> None:
-        line = {"what": what, "rank": int(os.environ.get("RANK", 0)), "object": id(self), "link": self.link.name}
+        line = {"what": what, "rank": int(os.environ.get("RANK", "0")), "object": id(self), "link": self.link.name}
         line |= {"max_tokens": self.link.max_tokens, **more}
         with open(os.environ["WATCHED_CODECS"], "a", encoding="ascii") as file:
             file.write(json.dumps(line) + "\n")

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Rooms, the lowest last: a room imports from those below it only.
 ROOMS = [
-    "evaluation", "analysis", "report", "runtime", "importance", "comm", "models", "records", "config", "partition", "data",
+    "evaluation", "analysis", "report", "runtime", "importance", "comm", "models", "records", "config", "partition",
+    "data",
 ]  # fmt: skip
 SIDE_BY_SIDE = {"evaluation", "analysis"}
 ENTRY_POINTS = {"analyse", "calibrate"}

@@ -28,7 +28,7 @@ def test_one_process_takes_each_microbatch_to_its_end():
 
 def test_without_wrap_node_0_takes_results():
     schedule = make_schedule(default_plan(8, 2, wrap=False), 2, world_size=2, in_flight=1)
-    assert [(a.kind, *step) for a, step in zip(schedule[0], steps(schedule[0]))] == [
+    assert [(a.kind, *step) for a, step in zip(schedule[0], steps(schedule[0]), strict=True)] == [
         (ActionKind.FORWARD, 0, 0),
         (ActionKind.RESULT, 2, 0),
         (ActionKind.FORWARD, 0, 1),
