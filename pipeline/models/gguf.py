@@ -83,7 +83,6 @@ def _convert(gguf: Path, out: Path) -> None:
     """Write config, tokenizer and float32 weights, exactly as transformers dequantises them, to `out`."""
     # Imported here: seconds to import, and needed once per model.
     import torch
-    import torch.distributed as dist
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     print(f"converting {gguf.name} to float32, once; it will lie in {out.parent}", file=sys.stderr, flush=True)
@@ -105,7 +104,7 @@ def _convert(gguf: Path, out: Path) -> None:
                 f"{sorted(map(str, report[problem]))[:4]}"
             )
     # In a process group transformers writes weights on its rank 0 alone; here any rank may be the one that converts.
-    with mock.patch.object(dist, "is_initialized", return_value=False):
+    with mock.patch("torch.distributed.is_initialized", return_value=False):
         model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     if not (out / "config.json").is_file() or not any(out.glob("*.safetensors")):
