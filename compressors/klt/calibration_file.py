@@ -137,21 +137,29 @@ def file_name(link_name: str) -> str:
 def write_calibration(
     folder: Path, calibration: LinkCalibration, *, link_name: str, checkpoint: str, text_sha256: str, num_tokens: int
 ) -> Path:
-    """Write the file of a link; returns its path."""
+    """Write the file of a link; returns its path. Raises ValueError where the disk does not take it."""
     facts = {"link": link_name, "checkpoint": checkpoint, "text_sha256": text_sha256, "num_tokens": str(num_tokens)}
     return _write(folder / file_name(link_name), calibration, facts)
 
 
 def write_token_table(folder: Path, table: TokenTable, *, checkpoint: str, text_sha256: str) -> Path:
-    """Write the file of token ids; returns its path."""
+    """Write the file of token ids; returns its path. Raises ValueError where the disk does not take it."""
     return _write(folder / TOKENS_FILE, table, {"checkpoint": checkpoint, "text_sha256": text_sha256})
 
 
 def _write(path: Path, content: LinkCalibration | TokenTable, facts: dict[str, str]) -> Path:
     tensors = {f.name: getattr(content, f.name).contiguous() for f in dataclasses.fields(content)}
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_bytes(save(tensors, {"format": FORMAT, **facts}))
-    unfinished.replace(path)
+    try:
+        # Written here, not by safetensors: its files can be read by their owner alone.
+        unfinished.write_bytes(save(tensors, {"format": FORMAT, **facts}))
+        unfinished.replace(path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise ValueError(
+            f"the calibration {path} cannot be written: {e.strerror or e}; make room there, or name another folder"
+        ) from e
     return path
 
 

@@ -5,7 +5,6 @@ Each is a function of a deployment that all ranks call; rank 0 writes the result
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from pipeline.models.attention import Attention, AttentionReader
 from pipeline.models.loading import TORCH_DTYPES, check_attention_readable
 from pipeline.models.stage import Objective
 from pipeline.partition.plan import Plan, StagePlan
-from pipeline.records.store import model_label, software_versions
+from pipeline.records.store import model_label, software_versions, write_json
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.gradients import GradientPass
 from pipeline.runtime.text import make_run_windows
@@ -111,7 +110,7 @@ def analyse_layers(config: RunConfig, deployment: Deployment, out: Path) -> None
             f"the last third, {spearman['first_against_last']:.2f} first against last, "
             f"{spearman['neighbours']:.2f} between neighbours"
         )
-    _write(out / "layers.json", analysis)
+    write_json(out / "layers.json", analysis)
     print(f"written: {out}/layers.json and a figure per metric")
 
 
@@ -162,7 +161,7 @@ def analyse_heads(config: RunConfig, deployment: Deployment, out: Path) -> None:
         "relevance": heads.tolist(),
         "weights": (heads.abs() / heads.abs().sum(1, keepdim=True)).tolist(),
     }
-    _write(out / "relevance.json", analysis)
+    write_json(out / "relevance.json", analysis)
     plot_heads(analysis, out / "relevance.png")
     shares = np.sort(np.array(analysis["weights"]), axis=1)[:, ::-1]
     print(
@@ -242,7 +241,3 @@ def _origin(config: RunConfig, deployment: Deployment, kind: str) -> dict[str, A
         "num_windows": sum(len(m.windows) for m in _microbatches(config, deployment)),
         "versions": software_versions(),
     }
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")

@@ -11,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from pipeline.records.store import write_figure
+
 __all__ = ["plot_heads", "plot_layers"]
 
 _TITLES = {
@@ -52,7 +54,7 @@ def plot_layers(analysis: Mapping[str, Any], metric: str, path: Path) -> None:
         f"Which tokens are important? Layers of {analysis['model']['label']} compared "
         f"(metric: {metric}, {analysis['num_windows']} windows of up to {analysis['protocol']['max_length']} tokens)"
     )
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)
 
 
 def plot_heads(analysis: Mapping[str, Any], path: Path) -> None:
@@ -70,7 +72,7 @@ def plot_heads(analysis: Mapping[str, Any], path: Path) -> None:
     bars.set(xlabel="share of all heads' relevance", title="layers")
     bars.grid(axis="x", alpha=0.3)
     figure.suptitle(f"Relevance of attention heads by AttnLRP, {analysis['model']['label']}")
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -29,6 +29,7 @@ from pipeline.records.store import (
     write_failure,
 )
 from pipeline.report.recommendation import Outlook
+from pipeline.report.results import read_own_per_token, read_whole_record
 from pipeline.report.summary import write_report
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.runner import StageError
@@ -118,17 +119,22 @@ class _SweepRecorder:
         self._records: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
         for path in sorted(folder.glob("*.json")):
             try:
-                record = read_record(path)
+                record = read_whole_record(path)
             except RecordError:
                 continue  # another kind of file, or another version's
-            self._records.setdefault(record.get("digest", ""), []).append((path, record))
+            self._records.setdefault(record["digest"], []).append((path, record))
 
     def find(self, evaluation: Evaluation) -> Path | None:
         """The record of an evaluation, if there is one that lacks nothing which the config asks for."""
         wanted = {"one_token", "reconstruction"} if evaluation.config.measure_error else {"one_token"}
         for path, record in self._records.get(evaluation.digest, ()):
-            if wanted <= record.keys() and path.with_suffix(".safetensors").is_file():
-                return path
+            if wanted <= record.keys():
+                try:
+                    read_own_per_token(path, record)
+                except RecordError as e:
+                    logger.warning("%s; the point is run again", e)
+                else:
+                    return path
         return None
 
     def fail(self, point: Point, config: RunConfig, label: str, error: str, was_run: bool) -> Path:

@@ -11,13 +11,14 @@ content, so that its path may change.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
+
+from pipeline.records.store import disk_problem, write_whole
 
 __all__ = [
     "ImportanceFileError",
@@ -51,7 +52,8 @@ def write_token_importance(
     """Write float32 [num tokens of all windows] per link name.
 
     The keywords are those of the run that it is made for (`dataset.max_length`, ...); `notes` are kept and not
-    compared. Raises ValueError unless all tensors are 1-D float32 without NaN, and of one length.
+    compared. Raises ValueError unless all tensors are 1-D float32 without NaN, and of one length, and where the disk
+    does not take it.
     """
     for link, values in by_link.items():
         if values.dim() != 1 or values.dtype != torch.float32 or values.isnan().any():
@@ -145,10 +147,11 @@ def _write(
     notes: Mapping[str, str] | None,
 ) -> None:
     metadata = {**(notes or {}), **owner, "kind": kind, "format_version": FORMAT_VERSION}
-    temporary = path.with_name(path.name + ".part")
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(on_cpu, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    try:
+        write_whole(path, save(on_cpu, metadata))
+    except OSError as e:
+        raise ImportanceFileError(f"{path} cannot be written: {disk_problem(e)}") from e
 
 
 def _read(path: Path, kind: str, name: str, owner: Mapping[str, str]) -> torch.Tensor:

@@ -12,11 +12,14 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import stat
 import sys
 from pathlib import Path
 from unittest import mock
 
-from filelock import FileLock
+from safetensors import SafetensorError
+
+from pipeline.models.staging import take_lock
 
 from compressors.user_files import user_path
 
@@ -52,10 +55,13 @@ def convert_gguf_once(gguf: Path, cache_dir: str | None) -> Path:
         return target
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{target.name}.lock"):
+        lock = take_lock(root / f"{target.name}.lock")
+        try:
             if not target.is_dir():
                 _convert_and_publish(gguf, target)
-    except OSError as error:
+        finally:
+            lock.release()
+    except (OSError, SafetensorError) as error:  # the latter for a full disk, too
         raise ValueError(
             f"cannot write the converted model to {root}: {error}. Name a writable directory with space for "
             "the weights in float32: --set model.dir=DIR"
@@ -71,7 +77,12 @@ def _convert_and_publish(gguf: Path, target: Path) -> None:
     temporary.mkdir()
     try:
         _convert(gguf, temporary)
+        plain = temporary / "plain"
+        plain.touch()
+        mode = stat.S_IMODE(plain.stat().st_mode)
+        plain.unlink()
         for path in temporary.iterdir():
+            path.chmod(mode)  # safetensors writes files that their owner alone can read
             with open(path, "rb") as file:
                 os.fsync(file.fileno())  # else a power cut could leave holes under the final name
         os.rename(temporary, target)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -28,16 +29,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from compressors.user_files import user_path
 
-__all__ = ["stage_directory"]
+__all__ = ["stage_directory", "take_lock"]
+
+logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 64 << 20
 MANIFEST_NAME = "thinwire_staging.manifest"
 LOCK_NAME = "thinwire_staging.lock"
+_QUIET_WAIT_S = 10.0
 
 
 def stage_directory(src: Path, stage_to: str, *, files: Sequence[str], show_progress: bool) -> Path:
@@ -162,11 +166,10 @@ class _FileCopy:
 @contextmanager
 def _locked_folder(root: Path, target: Path) -> Iterator[None]:
     """Create `target` below `root` and hold its lock; the system frees the lock of a process that dies."""
-    lock = FileLock(target / LOCK_NAME)
     try:
         root.mkdir(exist_ok=True)
         target.mkdir(exist_ok=True)
-        lock.acquire()
+        lock = take_lock(target / LOCK_NAME)
     except OSError as error:
         raise ValueError(
             f"cannot stage to {root} (model.stage_to): {error}. Name a writable directory, or one whose "
@@ -176,6 +179,23 @@ def _locked_folder(root: Path, target: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def take_lock(path: Path) -> FileLock:
+    """A lock that is held, once other processes have let go of it; says what it waits for when that takes long.
+
+    Raises OSError where it cannot be had, as on a file system that has no locks.
+    """
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=_QUIET_WAIT_S)
+        except Timeout:
+            logger.warning("waiting for another process, which holds %s", path)
+            lock.acquire()
+    except NotImplementedError as error:  # of older versions of filelock
+        raise OSError(f"{path} cannot be locked: {error}") from error
+    return lock
 
 
 def _identity(source: Path) -> dict[str, int]:
@@ -210,7 +230,7 @@ def _read_json(path: Path) -> dict:
     """The object in `path`; empty where there is none or it is damaged, so that the copy starts anew."""
     try:
         content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

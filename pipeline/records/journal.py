@@ -8,6 +8,7 @@ dropped on reading; damage before intact lines is an error. The file is removed 
 from __future__ import annotations
 
 import base64
+import contextlib
 import fcntl
 import json
 import shutil
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline.records.store import RecordError
+from pipeline.records.store import RecordError, disk_problem
 
 __all__ = ["FinishedMicroBatch", "Journal"]
 
@@ -69,13 +70,17 @@ class Journal:
         try:
             file = open(path, "a+b")
         except OSError as e:
-            raise RecordError(f"the journal {path} cannot be written: {e.strerror or e}") from e
+            raise RecordError(f"the journal {path} cannot be written: {disk_problem(e)}") from e
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            raise RecordError(f"{path} belongs to a run with the same config that is still going on") from e
+            raise RecordError(
+                f"{path} belongs to a run with the same config that is still going on: wait for its end, or end it"
+            ) from e
         except OSError as e:
-            raise RecordError(f"the journal {path} cannot be locked: {e.strerror or e}") from e
+            raise RecordError(
+                f"the journal {path} cannot be locked: {e.strerror or e}; name a folder that can have locks (--exp_dir)"
+            ) from e
         journal = cls(path, file)
         kept = 0
         if resume:
@@ -83,7 +88,10 @@ class Journal:
             kept = journal._replay(file.read(), digest)
         elif cls.exists(folder, digest):
             journal._set_aside()
-        file.truncate(kept)
+        try:
+            file.truncate(kept)
+        except OSError as e:
+            raise RecordError(f"the journal {path} cannot be written: {disk_problem(e)}") from e
         if kept:
             journal._begin_session()
             journal._append({"resumed": len(journal.finished)})
@@ -93,9 +101,15 @@ class Journal:
 
     @staticmethod
     def exists(folder: Path, digest: str) -> bool:
-        """Whether an unfinished run with this digest has left at least one finished micro-batch."""
+        """Whether an unfinished run with this digest has left at least one finished micro-batch.
+
+        Raises RecordError for a file that cannot be read.
+        """
         path = folder / f"{digest[:16]}.journal"
-        return path.is_file() and b'"finished"' in path.read_bytes()
+        try:
+            return path.is_file() and b'"finished"' in path.read_bytes()
+        except OSError as e:
+            raise RecordError(f"the journal {path} cannot be read: {e.strerror or e}; move it away") from e
 
     def start(self, microbatch_index: int) -> None:
         """Note that a micro-batch enters the pipeline; they do so in order."""
@@ -132,14 +146,15 @@ class Journal:
 
     def close(self) -> None:
         """Leave the journal to another session."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take was told when it was appended
+            self._file.close()
 
     def _set_aside(self) -> None:
         old = self.path.with_suffix(".journal.old")
         try:
             shutil.copyfile(self.path, old)
         except OSError as e:
-            raise RecordError(f"the unfinished run's journal cannot be copied to {old}: {e.strerror or e}") from e
+            raise RecordError(f"the unfinished run's journal cannot be copied to {old}: {disk_problem(e)}") from e
 
     def _begin_session(self) -> None:
         self.num_sessions += 1
@@ -152,7 +167,7 @@ class Journal:
             self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
             self._file.flush()
         except OSError as e:
-            raise RecordError(f"the journal {self.path} cannot be written: {e.strerror or e}") from e
+            raise RecordError(f"the journal {self.path} cannot be written: {disk_problem(e)}") from e
 
     def _replay(self, data: bytes, digest: str) -> int:
         """Take over the events; returns how many bytes of the file they fill."""

@@ -6,8 +6,12 @@ Reports read these files and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
+import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -19,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 __all__ = [
     "RecordError",
@@ -28,6 +31,7 @@ __all__ = [
     "codec_label",
     "config_label",
     "digest_of",
+    "disk_problem",
     "failure_path",
     "make_run_id",
     "model_label",
@@ -36,12 +40,17 @@ __all__ = [
     "read_record",
     "software_versions",
     "write_failure",
+    "write_figure",
+    "write_json",
     "write_record",
+    "write_whole",
 ]
 
 SCHEMA_VERSION = 1
 FAILURE_KIND = "failed point"
 _REQUIRED_KEYS = ("schema_version", "run_id", "args", "results", "traffic_totals", "traffic_per_link", "time_run_s")
+_PER_TOKEN = {"loss": np.dtype(np.float32), "top1": np.dtype(np.int32), "window": np.dtype(np.int32)}
+_MAX_BYTES = 64 << 20  # far beyond any record; what is larger is not even read
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "tokenizers", "numpy", "numba")
 
 
@@ -73,16 +82,60 @@ def software_versions() -> dict[str, str]:
 
 
 def check_writable(folder: Path) -> None:
-    """Create `folder` and write a file in it, so that a run does not end with nowhere to put its result.
+    """Create `folder`, write a file in it and lock that, so that a run does not end with nowhere to put its result.
 
     Raises RecordError.
     """
+    problem = "cannot be written to"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"\0" * 4096)
+            probe.flush()
+            problem = "is on a file system that cannot lock files, as a run must do with its journal"
+            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        raise RecordError(f"exp_dir {str(folder)!r} cannot be written to: {e.strerror or e}") from e
+        raise RecordError(
+            f"the folder of the results, {folder}, {problem}: {disk_problem(e)}, or name another (--exp_dir, --out)"
+        ) from e
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all, readable for whom the umask says.
+
+    Raises OSError; what was there before is there still, and nothing else.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_figure(path: Path, figure: Any, *, dpi: int) -> None:
+    """Write a matplotlib figure, in the format of the path's suffix or as PNG. Raises RecordError."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format=path.suffix.removeprefix(".") or "png")
+    try:
+        write_whole(path, content.getvalue())
+    except OSError as e:
+        raise RecordError(f"the figure {path} cannot be written: {disk_problem(e)}, or name another file") from e
+
+
+def disk_problem(error: OSError) -> str:
+    """What the system says, and what to do about it."""
+    told = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{told}; make room there"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{told}; give this user the right to write there"
+    return told
 
 
 def write_record(folder: Path, record: Mapping[str, Any], per_token: Mapping[str, np.ndarray]) -> Path:
@@ -105,36 +158,51 @@ def write_record(folder: Path, record: Mapping[str, Any], per_token: Mapping[str
     record["finite"] = finite
     path = folder / f"{run_id}.json"
     try:
-        partial = folder / f".{run_id}.safetensors.partial"
-        save_file(dict(per_token), partial)
-        os.replace(partial, folder / f"{run_id}.safetensors")
-    except (OSError, SafetensorError) as e:
-        raise RecordError(f"the record {path} cannot be written: {getattr(e, 'strerror', None) or e}") from e
-    _write_json(path, record)
+        write_whole(path.with_suffix(".safetensors"), save(dict(per_token)))
+    except OSError as e:
+        raise RecordError(f"the record {path} cannot be written: {disk_problem(e)}") from e
+    try:
+        write_json(path, record)
+    except RecordError:
+        with contextlib.suppress(OSError):
+            path.with_suffix(".safetensors").unlink()
+        raise
     return path
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """Read a record back. Raises RecordError for anything else."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (OSError, ValueError, RecursionError) as e:
-        raise RecordError(f"{path} is not a complete JSON file: {e}") from e
+    record = _read_json(path)
     missing = [key for key in _REQUIRED_KEYS if not isinstance(record, dict) or key not in record]
     if missing:
         raise RecordError(f"{path} is not a run record: it lacks {', '.join(missing)}")
     if record["schema_version"] != SCHEMA_VERSION:
-        raise RecordError(f"{path} has schema version {record['schema_version']}, this program reads {SCHEMA_VERSION}")
+        found = str(record["schema_version"])[:40]
+        raise RecordError(f"{path} has schema version {found}, this program reads {SCHEMA_VERSION}")
     return record
 
 
 def read_per_token(record_path: Path) -> dict[str, np.ndarray]:
-    """The per-token file beside a record: `loss` float32, `top1` int32 and `window` int32, one row per token."""
+    """The per-token file beside a record: `loss` float32, `top1` int32 and `window` int32, one row per token.
+
+    Raises RecordError for a file that is missing, damaged or has other columns.
+    """
     path = record_path.with_suffix(".safetensors")
     try:
-        return load_file(path)
+        if path.exists() and not path.is_file():
+            raise RecordError(f"{path} cannot be read: it is no regular file")
+        columns = load_file(path)
+    except RecordError:
+        raise
     except Exception as e:  # safetensors raises its own type for a damaged file
         raise RecordError(f"{path} cannot be read: {e}") from e
+    for name, dtype in _PER_TOKEN.items():
+        if name not in columns:
+            raise RecordError(f"{path} cannot be read: it lacks the column {name}")
+        if columns[name].dtype != dtype or columns[name].shape != (columns["loss"].size,):
+            found = f"{columns[name].dtype} {columns[name].shape}"
+            raise RecordError(f"{path} cannot be read: {name} must be a column of {dtype} as long as loss, not {found}")
+    return columns
 
 
 def write_failure(folder: Path, failure: Mapping[str, Any]) -> Path:
@@ -143,7 +211,7 @@ def write_failure(folder: Path, failure: Mapping[str, Any]) -> Path:
     `failure` has `failure_id`, `label`, `error` and `args`. Raises RecordError.
     """
     path = failure_path(folder, failure["failure_id"])
-    _write_json(
+    write_json(
         path,
         {
             "schema_version": SCHEMA_VERSION,
@@ -163,27 +231,37 @@ def failure_path(folder: Path, failure_id: str) -> Path:
 def read_failure(path: Path) -> dict[str, Any] | None:
     """What `write_failure` wrote; None for any other file."""
     try:
-        failure = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        failure = _read_json(path)
+    except RecordError:
         return None
     return failure if isinstance(failure, dict) and failure.get("kind") == FAILURE_KIND else None
+
+
+def _read_json(path: Path) -> Any:
+    """The JSON value of a file, all of which a report can write again. Raises RecordError."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device would be read forever
+            raise ValueError("it is no regular file")
+        if (size := path.stat().st_size) > _MAX_BYTES:
+            raise ValueError(f"it has {size:,} bytes, no record has more than {_MAX_BYTES:,}")
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        # Lone surrogates and floats beyond the largest one (1e999) pass the parser.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        return value
+    except (OSError, ValueError, RecursionError, MemoryError) as e:
+        raise RecordError(f"{path} is not a complete JSON file: {e}") from e
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a strict JSON file that appears whole or not at all. Raises RecordError."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_whole(path, json.dumps(value, indent=1, allow_nan=False).encode())
     except OSError as e:
-        raise RecordError(f"the record {path} cannot be written: {e.strerror or e}") from e
+        raise RecordError(f"{path} cannot be written: {disk_problem(e)}") from e
 
 
 def model_label(name: str) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import sys
 
 from pipeline.config.options import OptionParser, path_option
 from pipeline.report.recommendation import Outlook
@@ -52,10 +54,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def main() -> int:
     parser = make_parser()
     arguments = parser.parse_args()
-    missing = [str(path) for path in arguments.paths if not path.exists()]
+    missing = [str(path) for path in arguments.paths if not os.path.lexists(path)]
     if missing:
         parser.error(f"no such file or folder: {', '.join(missing)}")
     outlook = Outlook(
@@ -64,14 +66,19 @@ def main() -> None:
         max_ppl_increase=arguments.max_ppl_increase,
     )
     print_summary(arguments.paths)
-    if arguments.output:
-        write_report(arguments.paths, arguments.output, outlook)
-    if arguments.png:
-        from pipeline.report.plots import plot_rate_quality
+    try:
+        if arguments.output:
+            write_report(arguments.paths, arguments.output, outlook)
+        if arguments.png:
+            from pipeline.report.plots import plot_rate_quality
 
-        plot_rate_quality(load_records(arguments.paths), arguments.png)
-        print(f"figure: {arguments.png}")
+            plot_rate_quality(load_records(arguments.paths), arguments.png)
+            print(f"figure: {arguments.png}")
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -53,7 +53,7 @@ Decoding is an estimate without a KV cache, shown where the run timed a one-toke
 <h3>Decode, milliseconds per token</h3>
 {_network_table(results, points, outlook, decode=True)}
 <p class="small muted">Green: the fastest point within +{100 * outlook.max_ppl_increase:g}% perplexity. Grey:
-beyond it, or not causal. Below each figure stands what binds. Stage times differ by some per cent from
+beyond it, not causal or not compared. Below each figure stands what binds. Stage times differ by some per cent from
 run to run, and so do figures bound by a node.</p>
 </section>"""
 

@@ -10,7 +10,6 @@ interpolated linearly between the neighbouring numbers of bits.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections import defaultdict
@@ -21,37 +20,47 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.options import OptionParser, path_option
-from pipeline.records.store import RecordError, model_label, read_per_token
+from pipeline.records.store import check_writable, model_label, write_figure, write_json
 from pipeline.report.quality import compare
-from pipeline.report.results import is_uncompressed, load_records, setting_key
+from pipeline.report.results import is_uncompressed, load_files, read_own_per_token, setting_key
 
 __all__ = ["collect", "plot_curves"]
 
 SCHEMA_VERSION = 1
 
 
-def collect(records: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
-    """The JSON that `importance.json` holds, from records of one model, text and protocol in `folder`.
+def collect(files: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The JSON that `importance.json` holds, from records of one model, text and protocol and their paths.
 
     `points` has one entry per run with `token_mixed`; `uniform` the runs of plain codecs of the same families. The 95%
     interval of a point's ratio to the first random choice at its rate is that of a paired bootstrap over windows
-    (`quality.compare`), None where the per-token files are missing or the windows few. Raises ValueError when records
-    of several settings are mixed, or none has a choice of tokens.
+    (`quality.compare`), None where the windows are few or per-token files cannot be used, which `problems` tells, as
+    well as the records that were skipped. Raises ValueError when records of several settings are mixed, or none has a
+    choice of tokens.
     """
-    if len({setting_key(record) for record in records}) > 1:
+    if len({setting_key(record) for _, record in files}) > 1:
         raise ValueError("the folder has records of several models, texts or protocols; give each a folder of its own")
-    mixed = [r for r in records if all(codec["name"] == "token_mixed" for codec in r["codecs"].values())]
-    mixed = [r for r in mixed if r["codecs"] and r["results"]["avg_ppl"] is not None]
+    records = [record for _, record in files]
+    mixed, problems = [], []
+    for path, record in files:
+        if _is_mixed(record) and _ppl(record) is not None:
+            if problem := _problem(record):
+                problems.append(f"{path} is skipped: {problem}")
+            else:
+                mixed.append((path, record))
     if not mixed:
-        raise ValueError("no record has the codec token_mixed on its links, and a finite perplexity")
-    families = {_family(_codec(r)["high"]) for r in mixed}
+        none_fits = "no record has the codec token_mixed on its links, and a finite perplexity"
+        raise ValueError("; ".join([none_fits, *problems]))
+    families = {_family(_codec(r)["high"]) for _, r in mixed}
     uniform = [
         {"family": _family(_codec(r)), "bits_per_value": _bits(r), "ppl": _ppl(r)}
         for r in records
-        if r not in mixed and r["codecs"] and _family(_codec(r)) in families and _ppl(r) is not None
-    ]
+        if not _is_mixed(r) and r["codecs"] and _ppl(r) is not None and _bits(r)
+        and _family_or_none(_codec(r)) in families
+    ]  # fmt: skip
     none = next((_ppl(r) for r in records if is_uncompressed(r)), None)
-    points = [_point(r, uniform) for r in mixed]
+    points = [_point(r, uniform) for _, r in mixed]
+    file_of = {id(point): file for point, file in zip(points, mixed, strict=True)}
     random = defaultdict(list)
     for point in points:
         if point["metric"] == "random":
@@ -60,9 +69,16 @@ def collect(records: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any
         choices = sorted(random[_rate(point)], key=lambda p: p["seed"])
         mean = np.exp(np.mean([np.log(p["ppl"]) for p in choices])) if choices else None
         point["ppl_over_random"] = float(point["ppl"] / mean) if choices else None
-        point["ppl_over_first_random_interval"] = _interval(folder, choices[0], point) if choices else None
+        interval = None
+        if choices:
+            try:
+                tokens = [read_own_per_token(*file_of[id(p)]) for p in (choices[0], point)]
+                interval = compare(*tokens).ppl_interval
+            except ValueError as e:  # RecordError too
+                problems.append(f"{point['run_id']} has no interval: {e}")
+        point["ppl_over_first_random_interval"] = interval
         point["ppl_over_none"] = point["ppl"] / none if none else None
-    first = mixed[0]
+    first = mixed[0][1]
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "thinwire importance curves",
@@ -73,6 +89,7 @@ def collect(records: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any
         "points": sorted(points, key=lambda p: (_pair(p), p["bits_per_value"], p["ppl"])),
         "uniform": sorted(uniform, key=lambda u: (u["family"], u["bits_per_value"])),
         "mean_log_ratio": _means(points),
+        "problems": problems,
     }
 
 
@@ -111,11 +128,16 @@ def plot_curves(curves: Mapping[str, Any], path: Path) -> None:
         f"{curves['model']}, {curves['dataset']['num_tokens']} tokens, windows "
         f"{curves['protocol']['max_length']}/{curves['protocol']['stride']}"
     )
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)
 
 
 def _codec(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(iter(record["codecs"].values()))
+
+
+def _is_mixed(record: Mapping[str, Any]) -> bool:
+    codecs = record["codecs"].values()
+    return bool(codecs) and all(codec["name"] == "token_mixed" for codec in codecs)
 
 
 def _ppl(record: Mapping[str, Any]) -> float | None:
@@ -126,6 +148,19 @@ def _bits(record: Mapping[str, Any]) -> float:
     return record["traffic_totals"]["bits_per_value"]
 
 
+def _problem(record: Mapping[str, Any]) -> str | None:
+    """Why a record with `token_mixed` cannot stand in the table, which reads keys that other reports do not."""
+    try:
+        point = _point(record, [])
+        _print_row(point | {"ppl_over_none": None, "ppl_over_random": None, "ppl_over_first_random_interval": None})
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+    wanted = {"metric": str, "high": str, "low": str, "fraction": float, "bits_per_value": (int, float)}
+    wanted |= {"seed": int} if point["metric"] == "random" else {}
+    odd = [key for key, kind in wanted.items() if not isinstance(point[key], kind)]
+    return f"{odd[0]} is {str(point[odd[0]])[:40]!r}" if odd else None
+
+
 def _label(codec: Any) -> str:
     inner = codec.get("inner")
     return codec["name"] if inner is None else f"{codec['name']}({_label(inner)})"
@@ -134,6 +169,13 @@ def _label(codec: Any) -> str:
 def _family(codec: Mapping[str, Any]) -> str:
     """The codec's short name with its number of bits left open: hadamard(int#)."""
     return re.sub(r"\d+", "#", _label(codec))
+
+
+def _family_or_none(codec: Mapping[str, Any]) -> str | None:
+    try:
+        return _family(codec)
+    except (AttributeError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _point(record: Mapping[str, Any], uniform: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -155,14 +197,6 @@ def _point(record: Mapping[str, Any], uniform: Sequence[Mapping[str, Any]]) -> d
         "causal": record["causal"],
         "ppl_over_uniform_bits": float(ppl / np.exp(np.interp(bits, *zip(*line, strict=True)))) if inside else None,
     }
-
-
-def _interval(folder: Path, base: Mapping[str, Any], point: Mapping[str, Any]) -> tuple[float, float] | None:
-    try:
-        tokens = [read_per_token(folder / f"{p['run_id']}.json") for p in (base, point)]
-    except RecordError:
-        return None
-    return compare(*tokens).ppl_interval
 
 
 def _pair(point: Mapping[str, Any]) -> tuple[str, str]:
@@ -198,18 +232,23 @@ def _print(curves: Mapping[str, Any]) -> None:
         ("high / low", "fraction", "bits/value", "metric", "perplexity", "over none")
         + ("over random", "95% interval, first seed", "over uniform bits")
     ]
-    for p in curves["points"]:
-        interval = p["ppl_over_first_random_interval"]
-        rows.append(
-            (f"{p['high']} / {p['low']}", f"{p['fraction']:g}", f"{p['bits_per_value']:.3f}")
-            + (p["metric"] + ("" if p["causal"] else " *"), f"{p['ppl']:.4f}")
-            + (_ratio(p["ppl_over_none"]), _ratio(p["ppl_over_random"]))
-            + (f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "-", _ratio(p["ppl_over_uniform_bits"]))
-        )
+    rows += map(_print_row, curves["points"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("* not causal: the choice of tokens looks at later ones")
+    for problem in curves["problems"]:
+        print(problem)
+
+
+def _print_row(p: Mapping[str, Any]) -> tuple[str, ...]:
+    interval = p["ppl_over_first_random_interval"]
+    return (
+        (f"{p['high']} / {p['low']}", f"{p['fraction']:g}", f"{p['bits_per_value']:.3f}")
+        + (p["metric"] + ("" if p["causal"] else " *"), f"{p['ppl']:.4f}")
+        + (_ratio(p["ppl_over_none"]), _ratio(p["ppl_over_random"]))
+        + (f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "-", _ratio(p["ppl_over_uniform_bits"]))
+    )
 
 
 def _ratio(value: float | None) -> str:
@@ -221,14 +260,14 @@ def main() -> int:
     parser.add_argument("folder", type=path_option, help="records of a sweep over metrics")
     folder = parser.parse_args().folder
     try:
-        curves = collect(load_records([folder]), folder)
+        curves = collect(load_files([folder]))
+        _print(curves)
+        check_writable(folder / "curves")
+        write_json(folder / "curves" / "importance.json", curves)
+        plot_curves(curves, folder / "curves" / "importance.png")
     except ValueError as e:
         print(f"error: {folder}: {e}", file=sys.stderr)
         return 2
-    _print(curves)
-    (folder / "curves").mkdir(exist_ok=True)
-    (folder / "curves" / "importance.json").write_text(json.dumps(curves, indent=1, allow_nan=False), encoding="utf-8")
-    plot_curves(curves, folder / "curves" / "importance.png")
     print(f"written: {folder}/curves/importance.json, importance.png")
     return 0
 

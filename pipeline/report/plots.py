@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from pipeline.records.store import codec_label, model_label
+from pipeline.records.store import codec_label, model_label, write_figure
 
 __all__ = ["plot_rate_quality"]
 
@@ -34,7 +34,7 @@ def plot_rate_quality(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes.scatter(
             nbytes, ppl, s=45, zorder=3, marker="o" if causal else "x", color="tab:blue" if causal else "tab:red"
         )
-        axes.annotate(label, (nbytes, ppl), xytext=(6, 6), textcoords="offset points")
+        axes.annotate(label, (nbytes, ppl), xytext=(6, 6), textcoords="offset points", parse_math=False)
     baseline = next((ppl for _, ppl, label, _ in points if label == "none"), None)
     if baseline is not None:
         axes.axhline(baseline, color="0.6", linestyle="--", linewidth=1, zorder=1)
@@ -53,6 +53,7 @@ def plot_rate_quality(records: Sequence[dict[str, Any]], path: Path) -> None:
         f"{model_label(first['args']['model_name'])}, {first['dataset']['num_tokens']} tokens, "
         f"windows {protocol['max_length']}/{protocol['stride']}",
         fontsize=10,
+        parse_math=False,
     )
-    figure.savefig(path, dpi=144)
+    write_figure(path, figure, dpi=144)
     plt.close(figure)

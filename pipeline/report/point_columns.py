@@ -110,7 +110,8 @@ def _worst_error(point: MeasuredPoint) -> Value:
 
 
 def _note(point: MeasuredPoint) -> Value:
-    return "" if point.record["causal"] else "not causal"
+    notes = ["" if point.record["causal"] else "not causal", "per-token data cannot be used" if point.unread else ""]
+    return ", ".join(filter(None, notes))
 
 
 COLUMNS = (

@@ -23,6 +23,7 @@ of an importance metric.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -124,7 +125,7 @@ def predict_prefill(costs: PipelineCosts, network: Network) -> Prefill:
     wait_s = costs.num_hops * network.rtt_s / 2 / costs.microbatch_tokens
     terms["in flight"] = (sum(terms.values()) + wait_s) / costs.in_flight
     binds = max(terms, key=terms.__getitem__)
-    return Prefill(tokens_per_s=1 / terms[binds], binds=binds)
+    return Prefill(tokens_per_s=1 / terms[binds] if terms[binds] else math.inf, binds=binds)
 
 
 def predict_decode(costs: PipelineCosts, network: Network) -> Decode | None:

@@ -62,9 +62,27 @@ def recommendation_text(setting: Setting, outlook: Outlook) -> str:
     budget = f"{100 * outlook.max_ppl_increase:g}%"
     if setting.baseline is None:
         return f"No recommendation within +{budget} perplexity: there is no uncompressed point to compare with."
+    if setting.baseline.unread:
+        why = setting.baseline.quality_note
+        return f"No recommendation within +{budget} perplexity: per-token data cannot be used, {why}."
+    compressed = [p for p in setting.points if p.record["causal"] and not p.uncompressed]
+    unread = [p.label for p in compressed if p.unread or p.bytes_per_token is None]
+    if unread and len(unread) == len(compressed):
+        return f"No recommendation within +{budget} perplexity: {_unread_in_words(unread)}."
+    caveat = f" Left out: {_unread_in_words(unread)}." if unread else ""
+    return _verdict(setting, outlook, budget) + caveat
+
+
+def _unread_in_words(labels: Sequence[str]) -> str:
+    return f"the per-token data of {', '.join(labels)} cannot be used"
+
+
+def _verdict(setting: Setting, outlook: Outlook, budget: str) -> str:
+    """Of the points that could be compared."""
     best = recommend(setting, outlook.max_ppl_increase)
     if best.cheapest is None or best.cheapest.uncompressed:
-        return f"No compressed causal point stays within +{budget} perplexity."
+        compared = " that could be compared" if any(p.unread for p in setting.points) else ""
+        return f"No compressed causal point{compared} stays within +{budget} perplexity."
     text = f"Within +{budget} perplexity the cheapest is {_describe(best.cheapest, setting)}."
     if best.cheapest.quality.ppl_interval is None:
         return text + f" How sure that is cannot be told from fewer than {MIN_WINDOWS} windows."

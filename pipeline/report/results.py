@@ -1,22 +1,27 @@
 """A folder of results as a report sees it: comparable points in groups, failed points, other files.
 
 Read from records and their per-token files alone. A file that is neither a record nor a failed point of a
-sweep is named and skipped; so is a record whose figures are missing. Nothing is formatted here.
+sweep is named and skipped, whatever is wrong with it; so is a record whose figures are missing. Nothing is formatted
+here.
 """
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.records.schema import schema_problem
 from pipeline.records.store import (
     RecordError,
     codec_label,
     digest_of,
+    disk_problem,
     model_label,
     read_failure,
     read_per_token,
@@ -32,8 +37,11 @@ __all__ = [
     "Results",
     "Setting",
     "is_uncompressed",
+    "load_files",
     "load_records",
+    "read_own_per_token",
     "read_results",
+    "read_whole_record",
     "recommend",
     "setting_key",
 ]
@@ -43,7 +51,8 @@ __all__ = [
 class MeasuredPoint:
     """One record, its quality against the setting's baseline, and what a prediction needs.
 
-    `quality` is None where there is no baseline or a per-token file cannot be used; `quality_note` says why.
+    `quality` is None where there is no baseline or a per-token file cannot be used; `quality_note` says why, and
+    `unread` tells the second case.
     `costs` is None where there is no link, or no time was taken (all was finished before a resumed run
     began).
     """
@@ -52,6 +61,7 @@ class MeasuredPoint:
     label: str
     quality: Quality | None
     quality_note: str
+    unread: bool
     costs: PipelineCosts | None
 
     @property
@@ -131,12 +141,17 @@ def load_records(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Records in `paths` (files, or folders of them), oldest first. What is no record is named on standard
     error.
     """
+    return [record for _, record in load_files(paths)]
+
+
+def load_files(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """`load_records` with the records' paths."""
     files = _read_files(paths)
     for failed in files.failed:
         print(f"failed point: {failed.label}: {failed.error}", file=sys.stderr)
     for text in files.skipped:
         print(f"skipped: {text}", file=sys.stderr)
-    return [record for _, record in files.records]
+    return files.records
 
 
 def read_results(paths: Sequence[Path]) -> Results:
@@ -147,16 +162,10 @@ def read_results(paths: Sequence[Path]) -> Results:
         groups.setdefault(setting_key(record), []).append((path, record))
     settings = []
     for members in groups.values():
-        baseline = next((path for path, record in members if is_uncompressed(record)), None)
-        points = []
-        for path, record in members:
-            try:
-                points.append(_point(path, record, baseline))
-            except (AttributeError, KeyError, TypeError, ZeroDivisionError) as e:
-                files.skipped.append(f"{path} is not a complete run record: {type(e).__name__}: {e}")
-        if points:
-            name = str(len(settings) + 1) if len(groups) > 1 else ""
-            settings.append(Setting(name=name, title=_title(points[0].record), points=tuple(points)))
+        baseline = next((member for member in members if is_uncompressed(member[1])), None)
+        points = tuple(_points(members, baseline))
+        name = str(len(settings) + 1) if len(groups) > 1 else ""
+        settings.append(Setting(name=name, title=_title(points[0].record), points=points))
     return Results(settings=tuple(settings), failed=tuple(files.failed), skipped=tuple(files.skipped))
 
 
@@ -187,49 +196,84 @@ def recommend(setting: Setting, max_ppl_increase: float) -> Recommendation:
 
 def _read_files(paths: Sequence[Path]) -> _Files:
     files = _Files()
-    for path in (f for p in paths for f in (sorted(p.glob("*.json")) if p.is_dir() else [p])):
+    for path in paths:
         try:
-            failure = read_failure(path)
-            if failure:
-                label, error = (str(failure.get(key, "")) for key in ("label", "error"))
-                files.failed.append(FailedPoint(label=label or path.stem, error=error))
-                continue
-            record = read_record(path)
-            if problem := schema_problem(record):
-                raise RecordError(f"{path} is not a complete run record: {problem}")
-            codec_label(record)  # made from what the user wrote
-            files.records.append((path, record))
-        except RecordError as e:
-            files.skipped.append(str(e))
-        except (AttributeError, KeyError, TypeError) as e:
-            files.skipped.append(f"{path} is not a complete run record: {type(e).__name__}: {e}")
+            inside = sorted(p for p in path.iterdir() if p.suffix == ".json") if path.is_dir() else [path]
+        except OSError as e:
+            files.skipped.append(f"{path} cannot be listed: {disk_problem(e)}")
+            continue
+        for file in inside:
+            try:
+                failure = read_failure(file)
+                if failure:
+                    label, error = (str(failure.get(key, "")) for key in ("label", "error"))
+                    files.failed.append(FailedPoint(label=label or file.stem, error=error))
+                else:
+                    files.records.append((file, read_whole_record(file)))
+            except RecordError as e:
+                files.skipped.append(str(e))
+            except Exception as e:  # nothing that stands in one file may keep the others from the report
+                files.skipped.append(f"{file} cannot be read: {type(e).__name__}: {e}")
     files.records.sort(key=lambda item: item[1]["finished_at"])
     return files
 
 
-def _point(path: Path, record: dict[str, Any], baseline: Path | None) -> MeasuredPoint:
-    quality, note = None, "no uncompressed point of the same model, text and protocol"
+def read_whole_record(path: Path) -> dict[str, Any]:
+    """A record of which everything can be shown. Raises RecordError."""
+    record = read_record(path)
+    try:
+        problem = schema_problem(record)
+        if problem is None:
+            codec_label(record), setting_key(record), _title(record), _costs(record)
+    except Exception as e:  # parts that users name: codec specs, links
+        problem = f"{type(e).__name__}: {e}"
+    if problem is not None:
+        raise RecordError(f"{path} is not a complete run record: {problem}")
+    return record
+
+
+def _points(
+    members: Sequence[tuple[Path, dict[str, Any]]], baseline: tuple[Path, dict[str, Any]] | None
+) -> Iterator[MeasuredPoint]:
+    """The points of one setting, compared with its baseline token by token."""
+    uncompressed, problem = None, "no uncompressed point of the same model, text and protocol"
     if baseline is not None:
         try:
-            quality, note = compare(read_per_token(baseline), _own_per_token(path, record)), ""
-        except ValueError as e:  # RecordError too
-            note = str(e)
-    return MeasuredPoint(
-        record=record,
-        label=codec_label(record),
-        quality=quality,
-        quality_note=note,
-        costs=PipelineCosts.of(record) if record["traffic_per_link"] and record["timed_tokens"] else None,
-    )
+            uncompressed = read_own_per_token(*baseline)
+        except RecordError as e:
+            problem = f"of the uncompressed point: {e}"
+    for path, record in members:
+        quality, note = None, problem
+        if uncompressed is not None:
+            try:
+                own = uncompressed if path == baseline[0] else read_own_per_token(path, record)
+                quality, note = compare(uncompressed, own), ""
+            except ValueError as e:  # RecordError too
+                note = str(e)
+        yield MeasuredPoint(
+            record=record,
+            label=codec_label(record),
+            quality=quality,
+            quality_note=note,
+            unread=quality is None and baseline is not None,
+            costs=_costs(record),
+        )
 
 
-def _own_per_token(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The per-token file, if it is the record's."""
+def _costs(record: Mapping[str, Any]) -> PipelineCosts | None:
+    return PipelineCosts.of(record) if record["traffic_per_link"] and record["timed_tokens"] else None
+
+
+def read_own_per_token(path: Path, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The per-token file beside a record, if it is the record's. Raises RecordError."""
     per_token = read_per_token(path)
-    if len(per_token["loss"]) != record["results"]["total_loss_tokens"]:
+    file, results = path.with_suffix(".safetensors"), record["results"]
+    if len(per_token["loss"]) != results["total_loss_tokens"]:
+        raise RecordError(f"{file} has {len(per_token['loss'])} tokens, its record {results['total_loss_tokens']}")
+    mean = float(per_token["loss"].mean(dtype=np.float64)) if len(per_token["loss"]) else math.nan
+    if results["avg_ppl"] is not None and not abs(mean - math.log(results["avg_ppl"])) < 1e-6 * max(1.0, abs(mean)):
         raise RecordError(
-            f"{path.with_suffix('.safetensors')} has {len(per_token['loss'])} tokens, "
-            f"its record {record['results']['total_loss_tokens']}"
+            f"{file} is another run's: its mean loss is {mean:.6g}, its record's perplexity {results['avg_ppl']:.6g}"
         )
     return per_token
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.records.store import codec_label
+from pipeline.records.store import RecordError, codec_label, disk_problem, write_whole
 from pipeline.report.html_page import html_page
 from pipeline.report.recommendation import Outlook, recommendation_text
 from pipeline.report.results import is_uncompressed, load_records, read_results, setting_key
@@ -46,7 +46,7 @@ def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         crossings = record["timed_tokens"] * len(record["traffic_per_link"])
         rows.append(
             {
-                "codec": codec_label(record),
+                "codec": _printable(codec_label(record)),
                 "perplexity": "not finite" if ppl is None else f"{ppl:.4f}" if ppl < 1e5 else f"{ppl:.3g}",
                 "change": "" if baseline is None or ppl is None else _change(ppl / baseline),
                 "bytes/token/link": _number(totals["bytes_per_token"], ".1f"),
@@ -77,19 +77,26 @@ def print_summary(paths: Sequence[Path]) -> None:
     for row in rows:
         print("  ".join(row[c].ljust(widths[c]) for c in _COLUMNS).rstrip())
     for path in paths:
-        print(f"record{'s in' if path.is_dir() else ''}: {path}")
+        print(_printable(f"record{'s in' if path.is_dir() else ''}: {path}"))
 
 
 def write_report(paths: Sequence[Path], page: Path, outlook: Outlook) -> None:
-    """Write `page` (HTML), and Markdown and CSV of the same name beside it."""
+    """Write `page` (HTML), and Markdown and CSV of the same name beside it. Raises RecordError."""
     results = read_results(paths)
-    page.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise RecordError(f"the folder {page.parent} cannot be made: {disk_problem(e)}, or name another") from e
     for path, text in (
         (page, html_page(results, outlook)),
         (page.with_suffix(".md"), markdown_page(results, outlook)),
         (page.with_suffix(".csv"), csv_table(results)),
     ):
-        path.write_text(text, encoding="utf-8")
+        try:
+            # Names of files may have bytes that are no UTF-8.
+            write_whole(path, text.encode(errors="backslashreplace"))
+        except OSError as e:
+            raise RecordError(f"the report {path} cannot be written: {disk_problem(e)}, or name another file") from e
         print(f"report: {path}")
     for setting in results.settings:
         print(f"{setting.title}: {recommendation_text(setting, outlook)}")
@@ -105,3 +112,8 @@ def _per_token(seconds: float, num_tokens: int) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _printable(text: str) -> str:
+    """Without what would move a terminal's cursor or break a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -23,6 +23,8 @@ def markdown_page(results: Results, outlook: Outlook) -> str:
             _escape(recommendation_text(setting, outlook)),
             _points(setting),
         ]
+        if unread := sorted({f"- {_escape(p.label)}: {_escape(p.quality_note)}" for p in setting.points if p.unread}):
+            parts += ["Without quality figures:", "\n".join(unread)]
         if any(point.costs for point in setting.points):
             parts += [
                 "Predicted prefill, tokens/s (what binds):",

@@ -16,6 +16,7 @@ def record(codec, bits, ppl, *, metric=None, fraction=None, seed=0, model="tiny"
         config = {"name": codec}
     return {
         "run_id": f"{codec}-{metric}-{fraction}-{seed}",
+        "digest": "ab" * 32,
         "args": {
             **{"model_name": model, "dtype": "fp32", "load_in_8bit": False, "load_in_4bit": False},
             "config": {"importance": {"seed": seed}},
@@ -26,8 +27,12 @@ def record(codec, bits, ppl, *, metric=None, fraction=None, seed=0, model="tiny"
         "codecs": {"link": config},
         "causal": metric in (None, "random"),
         "traffic_totals": {"bits_per_value": bits},
-        "results": {"avg_ppl": ppl},
+        "results": {"avg_ppl": ppl, "total_loss_tokens": 90},
     }
+
+
+def files(folder, records):
+    return [(folder / f"{r['run_id']}.json", r) for r in records]
 
 
 RECORDS = [
@@ -41,7 +46,7 @@ RECORDS = [
 
 
 def test_ratios_are_against_random_and_interpolated_uniform_bits(tmp_path):
-    curves = collect(RECORDS, tmp_path)
+    curves = collect(files(tmp_path, RECORDS))
     points = {(p["metric"], p["seed"]): p for p in curves["points"]}
     norm = points["norm", None]
     assert norm["ppl_over_uniform_bits"] == pytest.approx(30 / np.sqrt(80 * 20))
@@ -55,32 +60,59 @@ def test_ratios_are_against_random_and_interpolated_uniform_bits(tmp_path):
 
 def test_settings_do_not_mix(tmp_path):
     with pytest.raises(ValueError, match="several models"):
-        collect([*RECORDS, record("int8", 8.0, 9.0, model="other")], tmp_path)
+        collect(files(tmp_path, [*RECORDS, record("int8", 8.0, 9.0, model="other")]))
 
 
 def test_a_folder_without_choices_is_named(tmp_path):
     with pytest.raises(ValueError, match="token_mixed"):
-        collect(RECORDS[:4], tmp_path)
+        collect(files(tmp_path, RECORDS[:4]))
 
 
 def test_figure(tmp_path):
-    plot_curves(collect(RECORDS, tmp_path), tmp_path / "curves.png")
+    plot_curves(collect(files(tmp_path, RECORDS)), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_intervals_are_paired_with_the_first_random_choice(tmp_path):
-    generator = np.random.default_rng(0)
-    base = generator.random(90, np.float32)
+def write_per_token(path, loss):
     window = np.repeat(np.arange(9, dtype=np.int32), 10)
-    for name, change in (("random-0.25-0", 0.0), ("random-0.25-1", 0.5), ("norm-0.25-0", -0.1)):
-        loss = base + np.float32(change)
-        save_file(
-            {"loss": loss, "top1": np.zeros(90, np.int32), "window": window},
-            tmp_path / f"token_mixed-{name}.safetensors",
-        )
-    points = {(p["metric"], p["seed"]): p for p in collect(RECORDS, tmp_path)["points"]}
+    save_file({"loss": loss, "top1": np.zeros(90, np.int32), "window": window}, path)
+
+
+def test_intervals_are_paired_with_the_first_random_choice(tmp_path):
+    base = np.random.default_rng(0).random(90, np.float32)
+    records = []
+    for one in RECORDS:
+        if one["codecs"]["link"]["name"] == "token_mixed":
+            change = {"norm": -0.1}.get(one["codecs"]["link"]["metric"], 0.5 * one["run_id"].endswith("-1"))
+            loss = base + np.float32(change)
+            write_per_token(tmp_path / f"{one['run_id']}.safetensors", loss)
+            ppl = float(np.exp(loss.mean(dtype=np.float64)))
+            one = one | {"results": {"avg_ppl": ppl, "total_loss_tokens": 90}}
+        records.append(one)
+    curves = collect(files(tmp_path, records))
+    points = {(p["metric"], p["seed"]): p for p in curves["points"]}
     assert points["norm", None]["ppl_over_first_random_interval"] == pytest.approx([np.exp(-0.1)] * 2, rel=1e-5)
     assert points["random", 1]["ppl_over_first_random_interval"] == pytest.approx([np.exp(0.5)] * 2, rel=1e-5)
-    (tmp_path / "token_mixed-norm-0.25-0.safetensors").unlink()
-    points = {(p["metric"], p["seed"]): p for p in collect(RECORDS, tmp_path)["points"]}
-    assert points["norm", None]["ppl_over_first_random_interval"] is None
+    assert curves["problems"] == []
+    norm = tmp_path / "token_mixed-norm-0.25-0.safetensors"
+    for damage in (lambda: norm.write_bytes(norm.read_bytes()[:-1]), norm.unlink, lambda: write_per_token(norm, base)):
+        damage()
+        curves = collect(files(tmp_path, records))
+        points = {(p["metric"], p["seed"]): p for p in curves["points"]}
+        assert points["norm", None]["ppl_over_first_random_interval"] is None
+        assert [p.partition(":")[0] for p in curves["problems"]] == ["token_mixed-norm-0.25-0 has no interval"]
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [{}, {"high": []}, {"low": {"name": 3}}, {"fraction": None}, {"fraction": "x"}, {"metric": {}}, {"metric": None}],
+    ids=str,
+)
+def test_a_choice_that_cannot_be_read_is_named_and_skipped(codec, tmp_path):
+    odd = record("token_mixed", 5.0, 70.0, metric="last_row", fraction=0.25)
+    odd["codecs"]["link"] = {"name": "token_mixed"} if not codec else odd["codecs"]["link"] | codec
+    whole, curves = (collect(files(tmp_path, r)) for r in (RECORDS, [*RECORDS, odd]))
+    assert curves["points"] == whole["points"]
+    assert [p.partition(":")[0] for p in curves["problems"] if "skipped" in p] == [
+        f"{tmp_path / odd['run_id']}.json is skipped"
+    ]

@@ -80,6 +80,14 @@ def convert_on_rank_1(rank: int, gguf_file: str, cache_dir: str) -> None:
     torch.distributed.barrier()
 
 
+def test_a_converted_model_is_for_whom_the_umask_says(converted):
+    """On a shared folder others read it, too."""
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in converted.iterdir()}
+    assert "model.safetensors" in modes and set(modes.values()) == {0o666 & ~umask}
+
+
 def interleave_rope(weight: np.ndarray, num_heads: int) -> np.ndarray:
     """The row order that GGUF stores query and key projections of Llama in."""
     return weight.reshape(num_heads, 2, HEAD_DIM // 2, -1).swapaxes(1, 2).reshape(weight.shape)

@@ -15,7 +15,7 @@ from pipeline.records.store import (
     write_record,
 )
 
-PER_TOKEN = {"loss": np.arange(3, dtype=np.float32), "top1": np.arange(3, dtype=np.int32)}
+PER_TOKEN = {"loss": np.arange(3, dtype=np.float32)} | dict.fromkeys(("top1", "window"), np.arange(3, dtype=np.int32))
 
 
 def record(**changes):

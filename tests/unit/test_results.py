@@ -12,7 +12,7 @@ from pipeline.report.recommendation import Outlook, fastest, recommendation_text
 from pipeline.report.results import load_records, read_results, recommend
 from pipeline.report.summary import summary_rows
 from pipeline.report.text_page import csv_table, markdown_page
-from tests.helpers.records import losses, write_point
+from tests.helpers.records import PLAN, losses, write_point
 
 
 def test_points_of_equal_model_text_and_protocol_share_a_setting_and_its_baseline(tmp_path):
@@ -32,7 +32,7 @@ def test_a_link_alone_compressed_is_no_baseline(tmp_path):
     write_point(
         tmp_path,
         "none",
-        codecs={"layer:0:node0->node1": {"name": "none"}, "layer:2:node1->node2": {"name": "nf4"}},
+        codecs={link.name: {"name": "nf4" if link.index == 1 else "none"} for link in PLAN.links},
     )
     assert read_results([tmp_path]).settings[0].baseline is None
 

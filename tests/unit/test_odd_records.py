@@ -1,0 +1,380 @@
+"""Whatever lies in a folder of results: a report names and skips it or shows it; the other points stay as they were.
+
+Files are made odd in every way that a disk, another program or another version may make them.
+"""
+
+import copy
+import csv
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from pipeline.records.store import read_failure, write_failure
+from pipeline.report.html_page import html_page
+from pipeline.report.importance_curves import collect
+from pipeline.report.plots import plot_rate_quality
+from pipeline.report.recommendation import Outlook, recommendation_text
+from pipeline.report.results import load_files, load_records, read_results, read_whole_record
+from pipeline.report.summary import print_summary, summary_rows, write_report
+from pipeline.report.text_page import csv_table, markdown_page
+from tests.helpers.records import losses, write_point
+
+MARKUP = "<script>alert(1)</script>"
+DEEP = "deep nesting stands here"
+HUGE = "a float beyond the largest one stands here"
+ODD_VALUES = [
+    None, True, False, 0, -1, 1, 3.5, -0.0, 5e-324, 1e308, -1e308, 10**400, -(10**400), float("nan"), float("inf"),
+    HUGE, "", "0", "x", MARKUP, '"><b>', "$x^{$", "\\frac{", "a\nb|c,d", "\x00\x1b[2J", "\ud800", "é–×", "2026",
+    "9" * 5000, [], {}, [[]], [1], [1, 2, 3], [None], ["x"], {"": 1}, {"name": 1}, {"name": "none"}, {"x?": 1},
+    {MARKUP: MARKUP}, DEEP,
+]  # fmt: skip
+
+
+def places(value, prefix=()):
+    """Paths of all parts of a JSON value."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield (*prefix, key)
+        yield from places(child, (*prefix, key))
+
+
+def changed(record, changes):
+    """`record` with `changes` applied: (place, whether to delete, else the new value). Returns JSON text."""
+    record = copy.deepcopy(record)
+    for place, delete, value in changes:
+        owner = record
+        try:
+            for key in place[:-1]:
+                owner = owner[key]
+            owner[place[-1]]
+        except (KeyError, IndexError, TypeError):
+            continue  # an earlier change has taken it away
+        if not isinstance(owner, (dict, list)):
+            continue
+        if delete:
+            del owner[place[-1]]
+        else:
+            owner[place[-1]] = value
+    text = json.dumps(record)
+    return text.replace(json.dumps(DEEP), "[" * 500 + "]" * 500).replace(json.dumps(HUGE), "1e999")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three whole points and a failed one."""
+    folder = tmp_path_factory.mktemp("records")
+    for label, change, nbytes in (("none", 0.0, 256), ("int8", 0.001, 66), ("nf4", 0.05, 36)):
+        write_point(folder, label, loss=losses(change), nbytes=nbytes, run_id=label, notes=[])
+    write_failure(folder, {"failure_id": "1", "label": "nf5", "error": "no such codec", "args": {}})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """What is to become odd."""
+    path = write_point(tmp_path_factory.mktemp("odd"), "int6", loss=losses(0.009), nbytes=50, run_id="odd")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def tables(folder):
+    return tables_of(folder)
+
+
+OWN = ("none", "int8", "nf4")
+
+
+def tables_of(folder):
+    """The rows of the whole points, on the console and in the CSV, and what the folder has besides them."""
+    results = read_results([folder])
+    page = html_page(results, Outlook())
+    assert MARKUP not in page and page.encode()
+    markdown_page(results, Outlook()).encode()
+    for setting in results.settings:
+        recommendation_text(setting, Outlook())
+    rows = list(csv.DictReader(io.StringIO(csv_table(results))))
+    console = summary_rows(load_records([folder]))
+    own = {row["run_id"]: row for row in rows if row["run_id"] in OWN}
+    said = {row["codec"]: row | {"note": ""} for row in console if row["codec"] in OWN}
+    assert len(console) == len(rows) == len(results.points)
+    return own, said, len(rows), results
+
+
+def check(folder, tables, name):
+    """The file is shown or named, and the other points are as without it."""
+    own, said, count, results = tables_of(folder)
+    named = [text for text in results.skipped if name in text]
+    failed = len(results.failed) - 1
+    assert (count - len(OWN)) + len(named) + failed == 1, results.skipped
+    assert (own, said) == tables[:2]
+
+
+def put(folder, name, text):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+CHANGES = st.tuples(st.integers(0, 10_000), st.booleans(), st.sampled_from(ODD_VALUES))
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(CHANGES, min_size=1, max_size=3))
+def test_a_record_of_odd_values(folder, record, tables, changes):
+    everywhere = list(places(record))
+    chosen = [(everywhere[number % len(everywhere)], delete, value) for number, delete, value in changes]
+    path = put(folder, "odd.json", changed(record, chosen))
+    try:
+        check(folder, tables, "odd.json")
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        (("plan", 0, "layers"), [], "layers of stage 0 are '[]', not a start and an end"),
+        (("plan", 0, "layers"), [5, 2], "layers of stage 0 are '[5, 2]'"),
+        (("plan",), [], "stages are"),
+        (("stages",), {"one": {"compute_s": 1, "compress_s": 1, "decompress_s": 1, "wait_s": 1}}, "stages are \"['o"),
+        (("schedule", "in_flight"), 0, "schedule.in_flight is '0'"),
+        (("results", "avg_ppl"), 0, "results.avg_ppl is '0'"),
+        (("results", "avg_ppl"), 10**400, "results.avg_ppl is '1000000"),
+        (("timed_tokens",), 10**400, "timed_tokens is '1000000"),
+        (("traffic_totals", "bits_per_value"), 10**400, "traffic_totals.bits_per_value is '1000000"),
+        (("stages", "0", "compute_s"), -1.0, "stages.0.compute_s is '-1.0'"),
+        (("ranks",), [], "ranks is empty"),
+        (("finished_at",), "yesterday", "finished_at is 'yesterday'"),
+        (("causal",), 1, "causal is '1'"),
+        (("timed_tokens",), True, "timed_tokens is 'True'"),
+        (("digest",), ["x"], "digest is"),
+        (("args", "model_name"), "\ud800", "is not a complete JSON file: 'utf-8' codec can't encode"),
+        (("tokens_per_s",), HUGE, "is not a complete JSON file: Out of range float values"),
+        (("model", "extra"), DEEP, None),
+    ],
+    ids=lambda value: str(value)[:60],
+)  # fmt: skip
+def test_what_is_odd_is_told(place, value, told, folder, record, tables):
+    owner = changed(record | {"model": record["model"] | {"extra": 0}}, [(place, False, value)])
+    path = put(folder, "odd.json", owner)
+    try:
+        check(folder, tables, "odd.json")
+        assert told is None or told in "\n".join(read_results([folder]).skipped)
+    finally:
+        path.unlink()
+
+
+def test_times_that_are_all_zero_bind_nothing(tmp_path):
+    zero = {"compute_s": 0, "compress_s": 0, "decompress_s": 0, "wait_s": 0}
+    path = write_point(tmp_path, "int8", nbytes=0, stages={str(i): zero for i in range(5)})
+    silent = json.loads(path.read_text())
+    for link in silent["traffic_per_link"].values():
+        link.update(bytes=0, header_bytes=0)
+    path.write_text(json.dumps(silent))
+    assert "not finite" in html_page(read_results([tmp_path]), Outlook(rtts_ms=(5e-324,)))
+
+
+def as_folder(path, text):
+    path.mkdir()
+
+
+def as_pipe(path, text):
+    os.mkfifo(path)
+
+
+def as_loop(path, text):
+    path.symlink_to(path)
+
+
+def as_dangling_link(path, text):
+    path.symlink_to(path.with_name("nowhere"))
+
+
+def as_device(path, text):
+    path.symlink_to("/dev/zero")
+
+
+def as_huge_file(path, text):
+    path.write_text(text)
+    os.truncate(path, 1 << 40)
+
+
+def as_unreadable(path, text):
+    path.write_text(text)
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        path.unlink()
+        pytest.skip("this user may read everything")
+
+
+def as_truncated(path, text):
+    path.write_text(text[: len(text) // 2])
+
+
+def as_empty(path, text):
+    path.write_text("")
+
+
+def as_binary(path, text):
+    path.write_bytes(np.random.default_rng(0).bytes(3000))
+
+
+def as_foreign(path, text):
+    path.write_text('{"name": "package", "version": 3}')
+
+
+def as_bottomless(path, text):
+    path.write_text("[" * 100_000)
+
+
+def as_another_version(path, text):
+    path.write_text(json.dumps(json.loads(text) | {"schema_version": [2]}))
+
+
+def as_odd_failure(path, text):
+    path.write_text(json.dumps({"kind": "failed point", "label": ["<b>"], "error": {"x": None}}))
+
+
+def as_empty_failure(path, text):
+    path.write_text('{"kind": "failed point"}')
+
+
+FORMS = [value for name, value in sorted(globals().items()) if name.startswith("as_")]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_a_file_of_another_form(form, folder, record, tables):
+    path = folder / "odd.json"
+    form(path, json.dumps(record))
+    try:
+        check(folder, tables, "odd.json")
+    finally:
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_a_name_that_is_no_text_and_a_folder_that_cannot_be_listed(folder, tmp_path, capsys, monkeypatch):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b.json")
+    try:
+        with open(odd, "w") as file:
+            file.write("{")
+    except OSError as e:
+        pytest.skip(f"the file system takes no such name: {e}")
+    write_report([folder, tmp_path], tmp_path / "page.html", Outlook())
+    for name in ("page.html", "page.md"):
+        assert "is not a complete JSON file" in (tmp_path / name).read_text(encoding="utf-8")
+
+    def deny(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.iterdir", deny)
+    print_summary([folder])
+    assert f"skipped: {folder} cannot be listed: Permission denied" in capsys.readouterr().err
+
+
+def test_text_that_is_no_formula_can_be_drawn(tmp_path):
+    path = write_point(tmp_path, "$x^{$", loss=losses(0.1))
+    record = json.loads(path.read_text())
+    record["args"]["model_name"] = "some/$x^{$"
+    plot_rate_quality([record], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+# Per-token files.
+
+
+def save_columns(path, **changes):
+    columns = load_file(path) | changes
+    save_file({name: column for name, column in columns.items() if column is not None}, path)
+
+
+PER_TOKEN = {
+    "missing": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a loop": lambda path: (path.unlink(), path.symlink_to(path)),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "corrupt": lambda path: path.write_bytes(b"\xff" * 200),
+    "a huge header": lambda path: path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}"),
+    "short": lambda path: save_columns(path, **{name: column[:80] for name, column in load_file(path).items()}),
+    "of two lengths": lambda path: save_columns(path, top1=np.zeros(399, np.int32)),
+    "of another dtype": lambda path: save_columns(path, loss=losses(0.05).astype(np.float64)),
+    "of another shape": lambda path: save_columns(path, loss=losses(0.05).reshape(2, 200)),
+    "a scalar": lambda path: save_columns(path, loss=np.array(3.0, np.float32)),
+    "of other windows": lambda path: save_columns(path, window=np.zeros(400, np.int32)),
+    "without windows": lambda path: save_columns(path, window=None),
+    "another run's": lambda path: save_columns(path, loss=losses(0.3)),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("damage", PER_TOKEN.values(), ids=PER_TOKEN)
+@pytest.mark.parametrize("which", ["none", "nf4", "every codec"])
+def test_an_odd_per_token_file_is_no_verdict(damage, which, tmp_path):
+    """It costs the figures that need it, and the report says so where it would have drawn a conclusion from them."""
+    whole = {}
+    for label, change, nbytes in (("none", 0.0, 256), ("int8", 0.02, 66), ("nf4", 0.05, 36)):
+        path = write_point(tmp_path, label, loss=losses(change), nbytes=nbytes, run_id=label)
+        whole[label] = path.with_suffix(".safetensors")
+    for label in [which] if which in whole else ["int8", "nf4"]:
+        damage(whole[label])
+    results = read_results([tmp_path])
+    assert results.skipped == () and len(results.points) == 3
+    (setting,) = results.settings
+    text = recommendation_text(setting, Outlook())
+    why = {p.label: p.quality_note for p in setting.points}
+    unread = {p.label for p in setting.points if p.unread}
+    markdown, page = markdown_page(results, Outlook()), html_page(results, Outlook())
+    if damage is PER_TOKEN["of other windows"] and which == "none":
+        expected = {"int8", "nf4"}  # what the baseline has is whole, and fits none
+    else:
+        expected = {"none": {"none", "int8", "nf4"}, "nf4": {"nf4"}, "every codec": {"int8", "nf4"}}[which]
+    assert unread == expected, why
+    if which == "nf4":
+        assert text == (
+            "No compressed causal point that could be compared stays within +1% perplexity. "
+            "Left out: the per-token data of nf4 cannot be used."
+        )
+        generous = recommendation_text(setting, Outlook(max_ppl_increase=0.1))
+        assert "cheapest is int8" in generous and generous.endswith("the per-token data of nf4 cannot be used.")
+    else:
+        assert text.startswith("No recommendation within +1% perplexity: ")
+    for shown in (markdown, page):
+        assert shown.count("per-token data cannot be used") >= len(expected)
+    listed = {row["codec"]: row for row in csv.DictReader(io.StringIO(csv_table(results)))}
+    assert {label for label, row in listed.items() if "per-token data cannot be used" in row["note"]} == expected
+    assert {label for label, row in listed.items() if row["ppl_change"] == ""} == expected
+
+
+# What other commands read from the same folder.
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(CHANGES, min_size=1, max_size=3))
+@example(changes=[(0, True, None)])
+def test_importance_curves_read_on(tmp_path_factory, record, changes):
+    mixed = {"name": "token_mixed", "metric": "norm", "fraction": 0.25}
+    mixed |= {"high": {"name": "int8"}, "low": {"name": "int4"}}
+    mixed_record = record | {"codecs": {name: mixed for name in record["codecs"]}, "run_id": "mixed"}
+    mixed_record["args"] = {**record["args"], "config": record["args"]["config"] | {"importance": {"seed": 0}}}
+    folder = tmp_path_factory.mktemp("curves")
+    put(folder, "mixed.json", json.dumps(mixed_record))
+    expected = collect(load_files([folder]))["points"]
+    parts = ("codecs", "args", "results", "traffic_totals")
+    everywhere = [("codecs",), *(place for place in places(mixed_record) if place[0] in parts)]
+    chosen = [(everywhere[number % len(everywhere)], delete, value) for number, delete, value in changes]
+    put(folder, "odd.json", changed(mixed_record | {"run_id": "odd"}, chosen))
+    curves = collect(load_files([folder]))
+    assert [p for p in curves["points"] if p["run_id"] == "mixed"] == expected
+    json.dumps(curves, allow_nan=False)
+
+
+def test_a_whole_record_is_whole(folder):
+    assert len([read_whole_record(path) for path in sorted(folder.glob("*.json")) if read_failure(path) is None]) == 3
