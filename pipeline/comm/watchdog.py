@@ -27,13 +27,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from pipeline.comm.world import World
 
-__all__ = ["PipelineError", "Watchdog"]
+__all__ = ["PipelineError", "Watchdog", "bounded", "tell"]
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -41,6 +41,7 @@ EXIT_INTERRUPTED = 130
 _GRACE_S = 2.0
 # SIGTERM comes from torchrun, which has seen a rank end: wait until the dead one differs from the slow ones.
 _SEARCH_S = 3.0
+_TELL_S = 1.0
 
 
 class PipelineError(RuntimeError):
@@ -53,6 +54,29 @@ class PipelineError(RuntimeError):
     is_symptom = False
     names_place = False
     peer: int | None = None
+
+
+def bounded(work: Callable[[], object], wait_s: float = _TELL_S) -> None:
+    """Do what may block for good, in a thread of its own, and go on after `wait_s` at the latest.
+
+    What ends a failed rank must not depend on whether somebody reads its output: a write to a full pipe never returns.
+    """
+
+    def quiet() -> None:
+        with contextlib.suppress(OSError, ValueError):  # a closed terminal or file must not keep the rank alive
+            work()
+
+    thread = threading.Thread(target=quiet, name="bounded", daemon=True)
+    thread.start()
+    thread.join(wait_s)
+
+
+def tell(text: str) -> None:
+    """Write to stderr, if it takes the text within a second.
+
+    One write, so that lines of several ranks do not mix; and below Python's locks, which a blocked thread may hold.
+    """
+    bounded(lambda: os.write(2, text.encode(errors="replace")))
 
 
 @dataclass
@@ -152,13 +176,12 @@ class Watchdog:
         """
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         message = str(error)
-        with contextlib.suppress(OSError):  # a closed terminal must not keep the rank alive
-            sys.stdout.flush()
-            if isinstance(error, KeyboardInterrupt):
-                message, self._exit_code = "interrupted", EXIT_INTERRUPTED
-            elif not isinstance(error, (ValueError, PipelineError)):
-                message = f"{type(error).__name__}: {error}"
-                traceback.print_exception(error)
+        bounded(sys.stdout.flush)
+        if isinstance(error, KeyboardInterrupt):
+            message, self._exit_code = "interrupted", EXIT_INTERRUPTED
+        elif not isinstance(error, (ValueError, PipelineError)):
+            message = f"{type(error).__name__}: {error}"
+            tell("".join(traceback.format_exception(error)))
         names_place = isinstance(error, PipelineError) and error.names_place
         if self._world.world_size == 1:
             has_place = isinstance(error, PipelineError) and not names_place
@@ -249,9 +272,7 @@ class Watchdog:
         with self._leaving:
             try:
                 name = f"rank {self._world.rank} stops" if self._world.world_size > 1 else "error"
-                # One write, so that lines of several ranks do not mix; and below Python's locks, which a
-                # blocked main thread may hold.
-                os.write(2, f"\n{name}: {cause}{self.advice}\n".encode(errors="replace"))
+                tell(f"\n{name}: {cause}{self.advice}\n")
                 if self._world.hosts_store and self._heart.is_alive():
                     self._all_told.wait(_GRACE_S)
             finally:

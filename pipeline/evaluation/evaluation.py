@@ -5,8 +5,8 @@ Every rank makes an `Evaluation`; rank 0 keeps journal, progress and record in a
 
 from __future__ import annotations
 
-import logging
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 
 from compressors import Compressor, Payload
 from pipeline.comm.link_ends import LinkEnds, make_links
-from pipeline.comm.watchdog import PipelineError
+from pipeline.comm.watchdog import PipelineError, tell
 from pipeline.comm.wire import RemoteError, header_nbytes
 from pipeline.evaluation.job import Job
 from pipeline.evaluation.recorder import Recorder, error_key
@@ -36,8 +36,6 @@ from pipeline.runtime.timing import (
 )
 
 __all__ = ["Evaluation"]
-
-logger = logging.getLogger(__name__)
 
 ADVICE = "; finished micro-batches are kept: the same command with --resume goes on from them"
 
@@ -103,7 +101,7 @@ class Evaluation(Job):
             raise
         except Exception as e:
             place = self.control.watchdog.place
-            logger.exception("%s: a codec raised", place)
+            tell(f"ERROR: {place}: a codec raised\n{traceback.format_exc()}")
             failure = f"{place}: {type(e).__name__}: {e}"
         failures = [told for told in self.control.gather(failure) if told is not None]
         if failures:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.comm.watchdog import bounded
 from pipeline.comm.wire import header_nbytes
 from pipeline.evaluation.job import Job
 from pipeline.evaluation.progress import Progress
@@ -93,7 +94,7 @@ class Recorder:
     def abandon(self) -> None:
         """Let go of what an evaluation that has failed leaves open; its journal stays."""
         if self._progress is not None:
-            self._progress.close()
+            bounded(self._progress.close)
         self.journal.close()
         self._tracker.finish({}, exit_code=1)
 

@@ -8,11 +8,12 @@ the error instead, and the sweep goes on; the next start tries it again. What ta
 from __future__ import annotations
 
 import logging
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.comm.watchdog import PipelineError
+from pipeline.comm.watchdog import PipelineError, tell
 from pipeline.config.schema import RunConfig, with_overrides
 from pipeline.config.sweep_file import Point, Sweep
 from pipeline.evaluation.evaluation import Evaluation
@@ -94,7 +95,7 @@ def _run_point(
     except ValueError as e:
         error = str(e)
     except Exception as e:  # a plug-in's constructor may raise anything
-        logger.exception("a codec cannot be made")
+        tell(f"ERROR: a codec cannot be made\n{traceback.format_exc()}")
         error = f"{type(e).__name__}: {e}"
     finished = recorder.find(evaluation) if recorder and evaluation else None
     told = control.gather({"error": error, "finished": finished and str(finished)})

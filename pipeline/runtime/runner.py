@@ -7,9 +7,9 @@ i + 1; the link after the last stage carries losses back to node 0 where that is
 
 from __future__ import annotations
 
-import logging
 import math
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ import torch
 from compressors.base import Compressor, Payload
 from pipeline.comm.link import FrameReceiver, FrameSender
 from pipeline.comm.mailbox import LinkError
-from pipeline.comm.watchdog import PipelineError
+from pipeline.comm.watchdog import PipelineError, tell
 from pipeline.comm.wire import BadFrame, RemoteError
 from pipeline.importance.metrics import AttentionMetric, Metric
 from pipeline.models.attention import Attention, AttentionReader
@@ -32,8 +32,6 @@ from pipeline.records.store import RecordError
 from pipeline.runtime.timing import wait_for_stream
 
 __all__ = ["OnResult", "Probe", "Report", "Runner", "StageError", "StageTimes", "describe", "execute"]
-
-logger = logging.getLogger(__name__)
 
 # Called on node 0 once per micro-batch, in order: index, scores, payload bytes of each link.
 OnResult = Callable[[int, Scores, tuple[int, ...]], None]
@@ -153,7 +151,7 @@ def _perform_all(
             _pass_on(senders.get(key), f"{place}: {e}")
             raise
         except Exception as e:
-            logger.exception("%s: a stage or codec raised", place)
+            tell(f"ERROR: {place}: a stage or codec raised\n{traceback.format_exc()}")
             raise StageError(f"{place}: {type(e).__name__}: {e}") from e
         remaining[key] -= 1
         if not remaining[key] and key in senders:

@@ -163,6 +163,29 @@ def test_a_codec_that_raises(rank, tmp_path, uninterrupted):
     assert outcome(tmp_path / "runs") == uninterrupted
 
 
+def test_a_codec_that_raises_where_nobody_reads_what_its_rank_says(tmp_path):
+    command = arguments(tmp_path, "--compressor", "tests.helpers.bad_codecs:Raising(rank=1)")
+    ended = call_on_ranks(NUM_RANKS, run_on_a_full_pipe, command, 1, timeout_s=60)
+    assert all(one.returncode == 1 for one in ended)
+    for one in ended[:1] + ended[2:]:
+        (message,) = last_messages([one.stderr])
+        assert f"rank 1, stage 1, micro-batch {DUE - 2}: ArithmeticError: no more bits" in message
+
+
+def run_on_a_full_pipe(rank, command, silenced):
+    import run_pipeline
+
+    if rank == silenced:
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x")
+        os.set_blocking(writer, True)
+        os.dup2(writer, 2)
+    return run_pipeline.main(command)
+
+
 def test_a_codec_that_raises_in_one_process(tmp_path):
     command = arguments(tmp_path, "--compressor", "tests.helpers.bad_codecs:Raising(rank=0)")
     ended = run_alone(*command, env={"RANK": "0"})

@@ -1,8 +1,10 @@
 """What the watchdog does to a process, and whom it blames. Whole runs: distributed/test_failures.py."""
 
+import contextlib
 import os
 import re
 import signal
+import sys
 import threading
 import time
 
@@ -126,3 +128,28 @@ def test_a_process_ends_with_one_message(how, code, message):
     told = re.findall(r"^(?:error|rank \d+ stops): .*$", ended.stderr, re.MULTILINE)
     assert told == ([message] if message else [])
     assert ("Traceback" in ended.stderr) == (how == "bug")
+
+
+def end_on_a_full_pipe(rank: int, how: str) -> None:
+    """As `end_in`, where nobody reads what is written to stdout and stderr."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x")
+    os.set_blocking(writer, True)
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    sys.stdout = os.fdopen(1, "w")
+    sys.stdout.write("not flushed yet")
+    end_in(rank, how)
+
+
+@pytest.mark.parametrize("how", ["alone", "user", "bug", "ctrl-c", "peer", "two threads", "sigterm"])
+def test_a_process_ends_though_nobody_reads_what_it_says(how):
+    """A rank that hangs in its last words would keep torchrun, and with it everybody, waiting."""
+    (ended,) = call_on_ranks(1, end_on_a_full_pipe, how, timeout_s=20)
+    assert ended.returncode == (130 if how == "ctrl-c" else 1)
