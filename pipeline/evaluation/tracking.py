@@ -1,12 +1,14 @@
 """Weights & Biases, when asked for. A run never fails because of it.
 
 Online or offline mode; offline needs neither an account nor a network. Only rank 0 tracks. A sweep's runs form a
-group of its name.
+group of its name. After the first failure nothing more is tracked: each point of a sweep would wait as long again for a
+server that does not answer.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,16 @@ __all__ = ["Tracker"]
 
 logger = logging.getLogger(__name__)
 
+# How long a server may take to answer, and at the end of a run to take what was logged; W&B itself waits 90 s, and for
+# good.
+_ANSWER_S = 20.0
+_UPLOAD_S = 60.0
+
 
 class Tracker:
-    """One W&B run, or nothing where tracking is off or has failed."""
+    """One W&B run, or nothing where tracking is off or has failed, with this run or an earlier one."""
+
+    _failed = False
 
     def __init__(
         self,
@@ -31,7 +40,7 @@ class Tracker:
         group: str | None = None,
     ) -> None:
         self._run = None
-        if settings.enabled:
+        if settings.enabled and not Tracker._failed:
             self._guard(lambda: self._start(settings, run_id, config, folder, group))
 
     def log(self, values: Mapping[str, float], *, num_tokens: int) -> None:
@@ -70,6 +79,7 @@ class Tracker:
             mode=settings.mode,
             config=dict(config),
             dir=str(folder),
+            settings=_bounds(wandb.Settings),
         )
         self._run.define_metric("*", step_metric="tokens_processed")
 
@@ -77,5 +87,13 @@ class Tracker:
         try:
             operation()
         except Exception as e:  # whatever it is, the run's result is worth more than its curve
-            logger.warning("W&B is switched off for this run: %s", e)
+            logger.warning("W&B is switched off from here on: %s", e)
             self._run = None
+            Tracker._failed = True
+
+
+def _bounds(settings: Any) -> Any:
+    """W&B's settings that bound its waits, those that this version has and the environment does not set."""
+    bounds = {"init_timeout": _ANSWER_S, "finish_timeout": _UPLOAD_S, "finish_timeout_raises": True}
+    known = settings.model_fields
+    return settings(**{k: v for k, v in bounds.items() if k in known and f"WANDB_{k.upper()}" not in os.environ})

@@ -253,7 +253,7 @@ def test_tracking_that_fails_does_not_end_a_sweep(tmp_path):
     sweep = write_sweep(tmp_path, {"compressor": "nf4"}, {"compressor": "none"})
     # A project name that W&B refuses, at every point.
     ended = run_alone(*command(tmp_path, sweep, "--wandb", "--wandb_project", "a/b:c", "--set", "wandb.mode=offline"))
-    assert ended.check().stderr.count("W&B is switched off for this run") == 3
+    assert ended.check().stderr.count("W&B is switched off from here on") == 1
     assert len(records(tmp_path)) == 2
 
 
