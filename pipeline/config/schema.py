@@ -65,6 +65,8 @@ class ModelConfig:
     stage_to: str | None = _key(None, path=True)  # fast directory that the weights are copied to first
     dtype: str = _key("fp32", choices=("fp32", "fp16", "bf16"))
     load_in_8bit: bool = False
+    # Channels in which any token of a micro-batch exceeds this run in the model's dtype; 0: none.
+    load_in_8bit_threshold: float = _key(6.0, minimum=0)
     load_in_4bit: bool = False
     trust_remote_code: bool = False
     # Fields of the checkpoint's config.json. They let --plan work without the checkpoint and must agree with it.
@@ -161,10 +163,12 @@ class RunConfig:
         Paths and names are left out: the digests of checkpoint and token ids stand for them.
         """
         partition = [node.layers for node in self.partition.nodes]
+        threshold = self.model.load_in_8bit_threshold  # left out by default, which keeps the digests of older runs
         return {
             "model.dtype": self.model.dtype,
             "model.load_in_8bit": self.model.load_in_8bit,
             "model.load_in_4bit": self.model.load_in_4bit,
+            **({"model.load_in_8bit_threshold": threshold} if threshold != ModelConfig.load_in_8bit_threshold else {}),
             "partition.num_nodes": self.partition.num_nodes,
             "partition.wrap": self.partition.wrap,
             "partition.nodes": _plain(partition),
@@ -415,6 +419,11 @@ def _check_together(config: RunConfig) -> None:
     model, dataset, partition = config.model, config.dataset, config.partition
     if model.load_in_8bit and model.load_in_4bit:
         raise ConfigError("model.load_in_8bit and model.load_in_4bit are both true; choose one")
+    if model.load_in_8bit_threshold != ModelConfig.load_in_8bit_threshold and not model.load_in_8bit:
+        raise ConfigError(
+            f"model.load_in_8bit_threshold is {model.load_in_8bit_threshold:g}, but model.load_in_8bit is false: "
+            "the threshold belongs to 8-bit weights"
+        )
     if dataset.name == "pydoc" and dataset.path is not None:
         raise ConfigError(
             f"dataset.path is {dataset.path!r}, but dataset.name is pydoc, which reads no file; "

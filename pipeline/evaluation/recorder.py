@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.comm.watchdog import bounded
 from pipeline.comm.wire import header_nbytes
+from pipeline.config.schema import RunConfig
 from pipeline.evaluation.job import Job
 from pipeline.evaluation.progress import Progress
 from pipeline.evaluation.tracking import Tracker
@@ -151,7 +152,7 @@ class Recorder:
             "time_run_s": time_run_s,
             "timed_tokens": num_fresh,
             "tokens_per_s": num_fresh / (time_run_s - journal.earlier_s),
-            "causal": all(codec.causal for codec in job.codecs.facts) and not config.model.load_in_8bit,
+            "causal": all(codec.causal for codec in job.codecs.facts) and not _mixes_tokens(config),
             "notes": self._notes(),
             "codecs": {link.name: codec.config for link, codec in zip(plan.links, job.codecs.facts, strict=True)},
             "importance": {plan.links[i].name: metric for i, metric in job.importance.items()},
@@ -233,13 +234,22 @@ class Recorder:
             for link, codec in zip(self._job.plan.links, self._job.codecs.facts, strict=True)
             if not codec.causal
         ]
-        if self._job.config.model.load_in_8bit:
-            notes.append("8-bit bitsandbytes weights mix tokens inside the model: hidden states are not causal")
+        if _mixes_tokens(self._job.config):
+            threshold = self._job.config.model.load_in_8bit_threshold
+            notes.append(
+                f"8-bit bitsandbytes weights mix tokens inside the model (model.load_in_8bit_threshold {threshold:g}, "
+                "0 does not): hidden states are not causal"
+            )
         notes += [
             f"ranks {', '.join(map(str, ranks))} share GPU {gpu}: the times of a stage contain the others' work"
             for gpu, ranks in shared_gpus(self._job.deployment.gpus).items()
         ]
         return notes
+
+
+def _mixes_tokens(config: RunConfig) -> bool:
+    """Whether 8-bit weights choose their outlier channels over all tokens of a micro-batch, later ones included."""
+    return config.model.load_in_8bit and config.model.load_in_8bit_threshold > 0
 
 
 def error_key(link_index: int, microbatch_index: int) -> str:

@@ -10,6 +10,7 @@ rank never holds more than its own share.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,6 +137,7 @@ def load_stage(
     dtype: torch.dtype,
     device: torch.device,
     load_in_8bit: bool = False,
+    load_in_8bit_threshold: float = 6.0,
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
     embedding: nn.Module | None = None,
@@ -152,8 +154,11 @@ def load_stage(
     state_dict = _stage_tensors(model_dir, config, layout, stage, dtype, head_name if with_head else None)
     options: dict[str, Any] = {}
     if load_in_8bit or load_in_4bit:
+        # It warns at every 8-bit linear layer of every micro-batch that the inputs are not float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=load_in_8bit,
+            llm_int8_threshold=load_in_8bit_threshold,
             load_in_4bit=load_in_4bit,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config.schema import ModelConfig
 from pipeline.records.schema import schema_problem
 from pipeline.records.store import (
     RecordError,
@@ -172,6 +173,7 @@ def read_results(paths: Sequence[Path]) -> Results:
 def setting_key(record: Mapping[str, Any]) -> str:
     """Equal for records whose perplexities may be compared: same model and precision, text and protocol."""
     weights = {key: record["args"][key] for key in ("dtype", "load_in_8bit", "load_in_4bit")}
+    weights["threshold"] = _threshold(record)
     return digest_of([record["model"], weights, record["dataset"], record["protocol"]])
 
 
@@ -278,9 +280,17 @@ def read_own_per_token(path: Path, record: Mapping[str, Any]) -> dict[str, np.nd
     return per_token
 
 
+def _threshold(record: Mapping[str, Any]) -> float:
+    """Of 8-bit weights' outliers."""
+    model = record["args"]["config"].get("model", {})
+    return model.get("load_in_8bit_threshold", ModelConfig.load_in_8bit_threshold)
+
+
 def _title(record: Mapping[str, Any]) -> str:
     dataset, protocol, args = record["dataset"], record["protocol"], record["args"]
     weights = " 8-bit weights" if args["load_in_8bit"] else " 4-bit weights" if args["load_in_4bit"] else ""
+    if _threshold(record) != ModelConfig.load_in_8bit_threshold:
+        weights += f" (threshold {_threshold(record):g})"
     return (
         f"{model_label(args['model_name'])} {args['dtype']}{weights}, {dataset['num_tokens']:,} tokens of "
         f"{dataset['description']}, windows {protocol['max_length']}/{protocol['stride']}"

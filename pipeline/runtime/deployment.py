@@ -120,6 +120,7 @@ def deploy(config: RunConfig, control: Control, check: Callable[[Plan, Any], Non
             dtype=TORCH_DTYPES[model.dtype],
             device=device,
             load_in_8bit=model.load_in_8bit,
+            load_in_8bit_threshold=model.load_in_8bit_threshold,
             load_in_4bit=model.load_in_4bit,
             trust_remote_code=model.trust_remote_code,
             embedding=embedding if embedding is not None and embedding.weight.device == device else None,

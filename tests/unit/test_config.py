@@ -123,6 +123,10 @@ def test_bad_values_are_named(override, words):
 def test_rules_between_keys():
     with pytest.raises(ConfigError, match="load_in_8bit and model.load_in_4bit are both true"):
         load("model.load_in_8bit=true", "model.load_in_4bit=true")
+    with pytest.raises(ConfigError, match="load_in_8bit_threshold is 0, but model.load_in_8bit is false"):
+        load("model.load_in_8bit_threshold=0")
+    with pytest.raises(ConfigError, match="load_in_8bit_threshold must be at least 0, got -1"):
+        load("model.load_in_8bit=true", "model.load_in_8bit_threshold=-1")
     with pytest.raises(ConfigError, match="at most 63 .*less the window BOS"):
         load("dataset.bos=window", "dataset.max_length=64", "dataset.stride=64")
     with pytest.raises(ConfigError, match="--set x: .*KEY=VALUE|KEY=VALUE"):
