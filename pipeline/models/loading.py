@@ -193,12 +193,19 @@ def load_stage(
     softcap = getattr(config, "final_logit_softcapping", None)
     if head is not None and softcap is not None:
         projection = head
-        head = lambda hidden: torch.tanh(projection(hidden) / softcap) * softcap
+        head = lambda hidden: _soft_capped(projection(hidden), softcap)
     return StageModel(
         decoder=model.base_model,
         head=head,
         embedding=getattr(model.base_model, layout.embedding) if stage.is_first else None,
     )
+
+
+def _soft_capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Gemma's cap, in place where no gradients are recorded: logits are the largest tensors of a stage."""
+    if logits.requires_grad:
+        return torch.tanh(logits / softcap) * softcap
+    return logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def check_attention_readable(config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:

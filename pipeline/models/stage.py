@@ -20,8 +20,12 @@ from pipeline.partition.plan import StagePlan
 
 __all__ = ["Objective", "Scores", "Stage", "TokenWindows"]
 
-# Logits of one chunk of scored positions take at most this many bytes (or one position's, if that is more).
-MAX_LOGITS_NBYTES = 64 * 2**20
+# Scored positions pass the head in chunks, whose logits take at most so many bytes (or one position's, if that is more)
+# in float32, in the model's dtype accordingly. The rows of a matrix product can decide over its last bits, so these
+# sizes stay. A GPU has room for more, and reads the head's weights again for every chunk.
+MAX_LOGITS_NBYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+# Losses are taken of a few rows of a chunk at a time: their float32 logits and log-probabilities take so much each.
+MAX_COPY_NBYTES = 8 * 2**20
 
 
 class Objective(Enum):
@@ -79,7 +83,8 @@ class Stage:
 
     def __init__(self, plan: StagePlan, model: StageModel, device: torch.device, vocab_size: int) -> None:
         self.plan = plan
-        self._chunk = max(1, MAX_LOGITS_NBYTES // (4 * vocab_size))
+        self._chunk = max(1, MAX_LOGITS_NBYTES[device.type] // (4 * vocab_size))
+        self._rows_at_once = max(1, MAX_COPY_NBYTES // (4 * vocab_size))
         self.device = device
         self.decoder: nn.Module = model.decoder
         self._head = model.head
@@ -104,16 +109,28 @@ class Stage:
     ) -> Scores:
         """Losses at the scored positions of the last stage's output [B, T, H].
 
-        Only these positions pass the head, in chunks; logits and losses are float32. The result is on the CPU.
+        Only these positions pass the head, in chunks; losses are taken in float32. The result is on the CPU.
         """
         selected = hidden_states[rows.to(self.device), columns.to(self.device)]
         targets = targets.to(self.device)
-        losses, top1 = [torch.empty(0)], [torch.empty(0, dtype=torch.int32)]
-        for part, target in zip(selected.split(self._chunk), targets.split(self._chunk), strict=True):
-            logits = self._head(part).float()
-            losses.append(nn.functional.cross_entropy(logits, target, reduction="none").cpu())
-            top1.append(_argmax(logits).to(torch.int32).cpu())
-        return Scores(torch.cat(losses), torch.cat(top1))
+        # Made before any logits: small tensors that outlive them would break up the memory that they leave.
+        losses = torch.empty(len(selected), device=self.device)
+        top1 = torch.empty(len(selected), dtype=torch.int32, device=self.device)
+        for start in range(0, len(selected), self._chunk):
+            chunk = slice(start, start + self._chunk)
+            self._score_chunk(selected[chunk], targets[chunk], losses[chunk], top1[chunk])
+        return Scores(losses.cpu(), top1.cpu())
+
+    def _score_chunk(
+        self, selected: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, top1: torch.Tensor
+    ) -> None:
+        """Fill `losses` and `top1`. A function of its own: its logits are gone before the next chunk's come."""
+        logits = self._head(selected)
+        for start in range(0, len(logits), self._rows_at_once):
+            rows = slice(start, start + self._rows_at_once)
+            exact = logits[rows].float()
+            losses[rows] = nn.functional.cross_entropy(exact, targets[rows], reduction="none")
+            top1[rows] = _argmax(exact)
 
     def objective_gradient(
         self,
@@ -131,17 +148,23 @@ class Stage:
         selected = hidden_states.detach()[rows, columns]
         value, gradients = 0.0, [selected[:0]]
         for part, target in zip(selected.split(self._chunk), targets.split(self._chunk), strict=True):
-            part = part.detach().requires_grad_()
-            logits = self._head(part).float()
-            if objective is Objective.NLL:
-                total = nn.functional.cross_entropy(logits, target, reduction="sum")
-            else:
-                total = logits.gather(1, target[:, None]).sum()
-            gradients += torch.autograd.grad(total, part)
-            value += total.item()
+            chunk_value, chunk_gradient = self._chunk_gradient(part.detach().requires_grad_(), target, objective)
+            gradients.append(chunk_gradient)
+            value += chunk_value
         gradient = torch.zeros_like(hidden_states)
         gradient[rows, columns] = torch.cat(gradients)
         return value, gradient
+
+    def _chunk_gradient(
+        self, selected: torch.Tensor, targets: torch.Tensor, objective: Objective
+    ) -> tuple[float, torch.Tensor]:
+        logits = self._head(selected).float()
+        if objective is Objective.NLL:
+            total = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        else:
+            total = logits.gather(1, targets[:, None]).sum()
+        (gradient,) = torch.autograd.grad(total, selected)
+        return total.item(), gradient
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
