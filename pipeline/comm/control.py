@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.comm.mailbox import LinkError
+from pipeline.comm.network import SEVERAL_MACHINES, Endpoint, bind_links, listen, reach_all, reach_store
 from pipeline.comm.watchdog import Watchdog
 from pipeline.comm.world import World
 
@@ -30,6 +31,8 @@ T = TypeVar("T")
 
 _MAX_TOKENS = 2**30
 _LEAVING_TIME = datetime.timedelta(seconds=5)
+# torchrun starts all ranks at once; what is left is the import of torch on the slowest machine.
+_JOIN_TIME = datetime.timedelta(seconds=120)
 
 
 class AgreementError(ValueError):
@@ -65,11 +68,10 @@ class Control:
         self._posted: dict[str, Any] = {}  # with one process
         if world.world_size == 1:
             return
-        _set_interface(interface, world)
         self._store = self._connect(is_host=world.hosts_store)
         # A client of its own: a blocking call of the main thread must not hold up the heartbeats.
         self.watchdog.join(dist.PrefixStore("watch", self._connect(is_host=False)))
-        self.barrier()  # ranks may start far apart, and the group waits no longer than for a frame
+        self._meet(interface)
         self.report("connecting", waiting=True)
         try:
             dist.init_process_group(
@@ -96,6 +98,9 @@ class Control:
 
         Waits up to the load timeout; raises LinkError naming the ranks that have not come by then.
         """
+        return self._gather(value, self._load_timeout, "(runtime.load_timeout_s)")
+
+    def _gather(self, value: Any, timeout: datetime.timedelta, limit: str) -> list[Any]:
         if self.world.world_size == 1:
             return [value]
         self._rounds += 1
@@ -103,10 +108,11 @@ class Control:
         self.watchdog.waiting = True
         try:
             self._store.set(keys[self.world.rank], json.dumps(value))
-            self._store.wait(keys, self._load_timeout)
+            self._store.wait(keys, timeout)
             values = [json.loads(text) for text in self._store.multi_get(keys)]
         except RuntimeError as e:
-            raise LinkError(f"waiting for the other ranks: {self._why_no_gather(keys, e)}") from e
+            why = self._why_no_gather(keys, e, f"{timeout.total_seconds():g} s {limit}")
+            raise LinkError(f"waiting for the other ranks: {why}") from e
         self.watchdog.waiting = False
         return values
 
@@ -215,43 +221,44 @@ class Control:
             else:
                 self._store.wait([f"left/{rank}" for rank in range(1, self.world.world_size)], _LEAVING_TIME)
 
+    def _meet(self, interface: str | None) -> None:
+        """Wait until all ranks have started, and try the connections that Gloo will make.
+
+        Gloo itself waits no longer than for a frame, and ranks may start far apart unless torchrun starts them.
+        """
+        timeout, limit = self._load_timeout, "(runtime.load_timeout_s)"
+        if self.world.store_host is None and timeout > _JOIN_TIME:
+            timeout, limit = _JOIN_TIME, "(torchrun starts all ranks at once)"
+        if self.world.local_world_size < self.world.world_size:
+            limit += f"; see what their machines print; {SEVERAL_MACHINES}"
+        self._gather(None, timeout, limit)
+        here = bind_links(interface, self.world)
+        with listen(here, self.world.world_size) as endpoint:
+            reach_all(here, [Endpoint(**other) for other in self.gather(endpoint)])
+            self.barrier()
+
     def _connect(self, *, is_host: bool) -> dist.Store:
         """A client of the rendezvous store, and on its host, if that is a rank, the store itself."""
-        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if not is_host:
+            reach_store(self.world, address, port, self._load_timeout.total_seconds())
         try:
-            store = dist.TCPStore(
-                address, int(port), is_master=is_host, timeout=self._load_timeout, wait_for_workers=False
-            )
+            store = dist.TCPStore(address, port, is_master=is_host, timeout=self._load_timeout, wait_for_workers=False)
         except RuntimeError as e:
             doing = "opened" if is_host else "reached"
             raise LinkError(f"the rendezvous store {address}:{port} cannot be {doing}: {_first_line(e)}") from e
         # The store's values outlive an attempt when torchrun restarts the ranks.
         return dist.PrefixStore(f"thinwire/{self.world.attempt}", store)
 
-    def _why_no_gather(self, keys: Sequence[str], error: RuntimeError) -> str:
+    def _why_no_gather(self, keys: Sequence[str], error: RuntimeError, limit: str) -> str:
         try:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
         except RuntimeError:
             return f"the rendezvous store has ended: {_first_line(error)}"
-        waited_s = self._load_timeout.total_seconds()
         names = " and ".join(map(self.watchdog.last_known, missing))
-        late = f"{names} did not come within {waited_s:g} s (runtime.load_timeout_s)"
-        return late if missing else _first_line(error)
+        return f"{names} did not come within {limit}" if missing else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
     """Torch appends a C++ stack to its messages."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _set_interface(interface: str | None, world: World) -> None:
-    """Choose the interface that Gloo and NCCL bind to: the user's, or loopback for ranks on one machine.
-
-    Left alone when the user has set the libraries' own variables.
-    """
-    if interface is None and world.local_world_size == world.world_size:
-        names = [name for _, name in socket.if_nameindex()]
-        interface = next((name for name in ("lo", "lo0") if name in names), None)
-    if interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)

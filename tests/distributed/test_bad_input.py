@@ -189,7 +189,7 @@ ON_RANKS = {
     ),
     "an unknown interface": (
         dict.fromkeys(range(4), sets("runtime.interface=nope0")),
-        r"connect to each other through interface nope0",
+        r"interface 'nope0' \(runtime\.interface\) of \S+ is none of this machine's; there are .*lo 127\.0\.0\.1",
     ),
     "a schedule that blocks": (
         dict.fromkeys(range(4), sets("runtime.in_flight=40")),

@@ -18,8 +18,8 @@ ENTRY_POINTS = {"analyse", "calibrate"}
 # Importing these does not load torch.
 PLAIN_ROOMS = ["report", "records", "config", "partition"]
 PLAIN_MODULES = [
-    "comm.world", "comm.watchdog", "data.windows", "runtime.launch", "runtime.memory", "evaluation.progress",
-    "evaluation.tracking", "analysis.layer_statistics", "analysis.plots",
+    "comm.world", "comm.watchdog", "comm.network", "data.windows", "runtime.launch", "runtime.memory",
+    "evaluation.progress", "evaluation.tracking", "analysis.layer_statistics", "analysis.plots",
 ]  # fmt: skip
 PROCESS_GROUP_ROOMS = {"comm", "runtime"}
 
