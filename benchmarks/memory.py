@@ -31,10 +31,10 @@ from benchmarks.synthetic import save_random_llama
 from pipeline.config.schema import RunConfig, load_config
 from pipeline.models.loading import TORCH_DTYPES, load_model_config, stage_parameter_bytes
 from pipeline.records.store import read_record
-from pipeline.runtime.memory import peak_rss_bytes
+from pipeline.runtime.memory import peak_rss_bytes, pss_bytes
 from pipeline.runtime.placement import make_plan
 
-__all__ = ["NUM_RANKS", "RankMemory", "overrides", "print_idle_peak", "rank_memories"]
+__all__ = ["NUM_RANKS", "RankMemory", "overrides", "print_idle_peak", "print_idle_share", "rank_memories"]
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_RANKS = 4
@@ -45,11 +45,15 @@ OTHER_CASES = (("bf16", ("model.load_in_8bit",)), ("bf16", ("model.load_in_4bit"
 
 @dataclass(frozen=True)
 class RankMemory:
-    """A rank's tensors, from the plan and the model's config, and its peak resident memory."""
+    """A rank's tensors, from the plan and the model's config, its peak resident memory, and its share at the end.
+
+    In the share (`runtime.memory.pss_bytes`), a page that several processes have is divided among them.
+    """
 
     rank: int
     own_nbytes: int
     peak_nbytes: int
+    share_nbytes: int | None
 
     def excess_nbytes(self, idle_nbytes: int) -> int:
         """What it took beyond 115% of its tensors and an idle process."""
@@ -58,9 +62,21 @@ class RankMemory:
 
 def print_idle_peak(rank: int = 0) -> None:
     """Import what a rank imports and print the peak in bytes."""
+    _import_what_a_rank_imports()
+    print(peak_rss_bytes())
+
+
+def print_idle_share(rank: int = 0) -> None:
+    """The same for the share, with the codecs' kernels."""
+    _import_what_a_rank_imports()
+    for module in ("klt", "trellis"):
+        importlib.import_module(f"compressors.kernels.{module}")
+    print(pss_bytes())
+
+
+def _import_what_a_rank_imports() -> None:
     for module in ("run_pipeline", "pipeline.evaluation.evaluation", "transformers.models.llama.modeling_llama"):
         importlib.import_module(module)
-    print(peak_rss_bytes())
 
 
 def overrides(model_dir: Path, folder: Path, *, window: int, dtype: str) -> list[tuple[str, object]]:
@@ -94,7 +110,9 @@ def rank_memories(config: RunConfig) -> list[RankMemory]:
             load_in_8bit=config.model.load_in_8bit,
             load_in_4bit=config.model.load_in_4bit,
         )
-    return [RankMemory(r["rank"], own[r["rank"]], r["peak_rss_bytes"]) for r in read_record(path)["ranks"]]
+    return [
+        RankMemory(r["rank"], own[r["rank"]], r["peak_rss_bytes"], r["pss_bytes"]) for r in read_record(path)["ranks"]
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

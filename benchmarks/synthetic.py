@@ -1,17 +1,21 @@
-"""Random Llama checkpoints of a wanted size, with a byte tokenizer, written a shard at a time."""
+"""Random Llama checkpoints of a wanted size, with a byte tokenizer, written a shard at a time, and calibrations."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-__all__ = ["save_random_llama"]
+from compressors.klt.calibration_file import LinkCalibration, TokenTable, write_calibration, write_token_table
+from compressors.klt.models import cumulative, prior_models
+
+__all__ = ["save_random_calibration", "save_random_llama"]
 
 
 def save_random_llama(
@@ -60,6 +64,45 @@ def save_random_llama(
     index = {"metadata": {"total_size": total_nbytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total_nbytes
+
+
+def save_random_calibration(
+    folder: Path, *, link_names: Iterable[str], hidden_size: int, vocab_size: int, checkpoint: str
+) -> None:
+    """Files of `klt` as large as real ones, for hidden states as `save_random_llama`'s models have them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size, rank, features = hidden_size, min(128, hidden_size), min(1024, hidden_size)
+    origin = {"checkpoint": checkpoint, "text_sha256": "none"}
+    zeros, eye = torch.zeros(size), torch.eye(size)
+    calibration = LinkCalibration(
+        mean=zeros,
+        encode=eye,
+        decode=eye.clone(),
+        fixed_encode=eye.clone(),
+        fixed_decode=eye.clone(),
+        fixed_size=torch.ones(size),
+        component_eighths=torch.zeros(size, dtype=torch.int32),
+        temporal_in=torch.randn(size, rank) / size,
+        temporal_out=torch.randn(rank, size) / size,
+        token_out=torch.randn(features, size) / size,
+        token_bias=zeros.clone(),
+        finer=zeros.clone(),
+        finer_bias=torch.zeros(2),
+        rms_eighths=torch.tensor([-45], dtype=torch.int32),  # 0.02
+        side_classes=torch.zeros(2, dtype=torch.int32),
+        **prior_models(),
+        rate_steps=torch.tensor([0.1, 1.0], dtype=torch.float64),
+        rate_bits=torch.tensor([4.0, 1.0], dtype=torch.float64),
+    )
+    for name in link_names:
+        write_calibration(folder, calibration, link_name=name, num_tokens=0, **origin)
+    table = TokenTable(
+        codes=torch.randint(-127, 128, (vocab_size, features), dtype=torch.int8),
+        scales=torch.full((features,), 1 / 127),
+        ranks=torch.arange(vocab_size, dtype=torch.int32),
+        rank_starts=torch.from_numpy(cumulative(np.ones(vocab_size.bit_length()))),
+    )
+    write_token_table(folder, table, **origin)
 
 
 def _shapes(config: LlamaConfig) -> Iterator[tuple[str, torch.Size]]:

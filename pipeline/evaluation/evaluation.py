@@ -24,7 +24,7 @@ from pipeline.models.loading import TORCH_DTYPES
 from pipeline.models.stage import TokenWindows
 from pipeline.partition.schedule import Action, ScheduleError
 from pipeline.records.store import RecordError
-from pipeline.runtime.memory import peak_rss_bytes
+from pipeline.runtime.memory import peak_rss_bytes, pss_bytes
 from pipeline.runtime.runner import Probe, Runner, StageError
 from pipeline.runtime.timing import (
     blank_side_inputs,
@@ -214,6 +214,7 @@ class Evaluation(Job):
             "host": self.control.host,
             "threads": self.deployment.threads,
             "peak_rss_bytes": peak_rss_bytes(),
+            "pss_bytes": pss_bytes(),
             "gpu": self.deployment.gpus[rank],
             "peak_cuda_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
             "cuda_in_use_bytes": sum(map(_in_use_nbytes, gpus)) if gpus else None,

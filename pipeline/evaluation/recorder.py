@@ -173,7 +173,7 @@ class Recorder:
                 {
                     key: report[key]
                     for key in (
-                        *("rank", "host", "threads", "gpu", "peak_rss_bytes"),
+                        *("rank", "host", "threads", "gpu", "peak_rss_bytes", "pss_bytes"),
                         *("peak_cuda_bytes", "cuda_in_use_bytes", "warm_up_s"),
                     )
                 }

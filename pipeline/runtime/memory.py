@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-__all__ = ["keep_freed_memory", "peak_rss_bytes", "return_freed_memory"]
+__all__ = ["keep_freed_memory", "peak_rss_bytes", "pss_bytes", "return_freed_memory"]
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD = -1
@@ -46,6 +46,16 @@ def peak_rss_bytes() -> int:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def pss_bytes() -> int | None:
+    """This process's share of the memory that it has now: a page that n processes have counts as 1/n. Linux only."""
+    try:
+        with open("/proc/self/smaps_rollup", encoding="ascii") as rollup:
+            line = next(line for line in rollup if line.startswith("Pss:"))
+    except (OSError, StopIteration):
+        return None
+    return int(line.split()[1]) * 1024
 
 
 def _set(options: dict[int, int]) -> bool:

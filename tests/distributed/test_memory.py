@@ -1,14 +1,19 @@
-"""Peak resident memory of four ranks against the tensors that each owns; benchmarks/memory.py does it with 2 GB."""
+"""Memory of four ranks against the tensors and files that each owns; benchmarks/memory.py does it with 2 GB."""
 
 import pytest
 import torch
 
 from benchmarks import memory
-from benchmarks.synthetic import save_random_llama
+from benchmarks.synthetic import save_random_calibration, save_random_llama
+from compressors.klt.calibration_file import TOKENS_FILE, file_name
 from pipeline.config.schema import load_config
+from pipeline.models.source import checkpoint_fingerprint
+from pipeline.partition.plan import default_plan
+from pipeline.runtime.memory import pss_bytes
 from tests.helpers.launch import call_on_ranks, run_ranks
 
 WINDOW = 64
+LOGITS_NBYTES = 3 * 64 * 2**20  # a chunk, its softmax, and what is kept of freed ones
 ALLOWANCE_NBYTES = 48 * 2**20  # half of the smallest rank's tensors: a second copy of them would not fit
 
 
@@ -34,3 +39,39 @@ def test_a_rank_holds_its_own_tensors_and_a_constant(checkpoint, tmp_path):
     assert sum(m.own_nbytes for m in memories) == nbytes
     for m in memories:
         assert m.excess_nbytes(idle_nbytes) <= ALLOWANCE_NBYTES, m
+
+
+@pytest.mark.skipif(pss_bytes() is None, reason="needs Linux' smaps_rollup")
+def test_a_rank_with_klt_holds_its_own_tensors_and_its_part_of_its_links_files(tmp_path):
+    """A file that ranks of one machine map together counts once. The token table alone is 136 MB."""
+    hidden_size, num_layers, vocab_size = 896, 4, 151_936
+    model_dir, calibration = tmp_path / "model", tmp_path / "calibration"
+    save_random_llama(
+        model_dir,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        vocab_size=vocab_size,
+        dtype=torch.bfloat16,
+        num_shards=2,
+    )
+    links = default_plan(num_layers, memory.NUM_RANKS, wrap=True).links
+    save_random_calibration(
+        calibration,
+        link_names=[link.name for link in links],
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        checkpoint=checkpoint_fingerprint(model_dir),
+    )
+    given = memory.overrides(model_dir, tmp_path, window=WINDOW, dtype="bf16")
+    given.append(("compressor", f"klt(calibration={calibration}, step=0.5)"))
+    arguments = [word for key, value in given for word in ("--set", f"{key}={value}")]
+    (idle,) = call_on_ranks(1, memory.print_idle_share)
+    idle_nbytes = int(idle.check().stdout)
+    for rank in run_ranks([arguments] * memory.NUM_RANKS, timeout_s=300):
+        rank.check()
+    for m in memory.rank_memories(load_config(None, given)):
+        own_links = [link for link in links if m.rank in (link.src_node, link.dst_node)]
+        shared = sum((calibration / file_name(link.name)).stat().st_size for link in own_links) / 2
+        shared += (calibration / TOKENS_FILE).stat().st_size / memory.NUM_RANKS
+        allowance = ALLOWANCE_NBYTES + (LOGITS_NBYTES if m.rank == 0 else 0)
+        assert m.share_nbytes <= 1.15 * (m.own_nbytes + shared) + idle_nbytes + allowance, (m, shared, idle_nbytes)
