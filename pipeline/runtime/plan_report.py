@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from pipeline.comm.link_ends import SEND_DEPTH
 from pipeline.comm.wire import MAX_ERROR_NBYTES, header_nbytes
 from pipeline.config.schema import RunConfig
@@ -71,8 +73,18 @@ def plan_text(config: RunConfig) -> str:
     lines += ["", "rank  weights      link buffers  logits      sum"]
     for node in range(plan.num_nodes):
         own = sum(weights[stage.stage_index] for stage in plan.stages_of_node(node))
-        logits = max(MAX_LOGITS_NBYTES, 4 * model_config.vocab_size) if node == plan.last_node else 0
+        chunk = MAX_LOGITS_NBYTES[_device_type(config, node)]
+        logits = max(chunk, 4 * model_config.vocab_size) if node == plan.last_node else 0
         cells = [f"{nbytes / _GIB:.2f} GiB" for nbytes in (own, buffers[node], logits, own + buffers[node] + logits)]
         lines.append(f"{node:<4}  {cells[0]:<11}  {cells[1]:<12}  {cells[2]:<10}  {cells[3]}")
     lines += ["", f"a micro-batch has up to {shape[0]} windows of {shape[1]} tokens"]
     return "\n".join(lines)
+
+
+def _device_type(config: RunConfig, node: int) -> str:
+    """`cpu` or `cuda`, without asking whether the device is there; `auto` is what it would be on this machine."""
+    own = config.partition.nodes[node].device if config.partition.nodes else None
+    setting = own or config.runtime.device
+    if setting == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if setting.startswith("cuda") else "cpu"
