@@ -1,6 +1,6 @@
 # make demo: four ranks on this machine's CPU, three codecs, a table and a figure.
 # make test: the whole test suite.
-# make check: linters and the tests that take no ranks; two minutes, for the work in between.
+# make check: linters, types and the tests that take no ranks; two minutes, for the work in between.
 # make lint, make reference: parts of what .ci/run runs.
 # All set up .venv first, with the versions of .ci/constraints.txt. LATEST=1 takes the newest ones that setup.cfg allows,
 # in .venv-latest. On a machine with CUDA wheels at hand: make demo TORCH=torch
@@ -33,6 +33,7 @@ check: lint
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 reference: $(VENV)/.installed-reference
 	PYTHONPATH=$(VENV)/reference $(BIN)/python -m pytest -q tests/compressors/test_reference_libraries.py $(PYTEST_ARGS)

@@ -110,10 +110,10 @@ class Compressor(ABC):
         needs: side inputs that `compress` takes as keywords, from `("importance", "token_ids")`. They exist
             at the sender only.
         importance_metric: name of the metric that computes the importance, for a codec that needs it.
-    All but the first two may be set per instance where they depend on options.
+    All but `format_version` may be set per instance where they depend on options.
     """
 
-    name: ClassVar[str]
+    name: str
     format_version: ClassVar[int] = 1
     causal: bool = True
     fixed_size: bool = False

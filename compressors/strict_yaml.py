@@ -95,8 +95,9 @@ class _Source:
 
     def error(self, mark: yaml.Mark | None, problem: str, fault: str = "") -> InputError:
         """An error with the line and column, where there are lines."""
-        has_place = mark is not None and not (self.one_value and mark.line == 0)
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if has_place else ""
+        place = ""
+        if mark is not None and not (self.one_value and mark.line == 0):
+            place = f"line {mark.line + 1}, column {mark.column + 1}: "
         return InputError(f"{self.where}{fault}: {place}{problem}")
 
     def value(self, node: yaml.Node) -> Any:

@@ -131,8 +131,8 @@ class KltCoder:
         levels, flags, _ = self.quantize(y, finer, is_raw, ids, x.shape[1])
         raw_cost = 256 * 16 * (width + 1)
         num_ops = num_tokens * (width + width // 2 + 20) + 17 * width + 64
-        words = self._scratch.get("words", (num_tokens * (width + SIDE_NBYTES) // 2 + 8,), torch.int32, CPU)
-        words = words.numpy().view(np.uint32)
+        room = self._scratch.get("words", (num_tokens * (width + SIDE_NBYTES) // 2 + 8,), torch.int32, CPU)
+        words = room.numpy().view(np.uint32)
         while True:
             ops = self._scratch.get("ops", (num_ops, 3), torch.int16, CPU).numpy().view(np.uint16)
             num_words = kernels.encode(

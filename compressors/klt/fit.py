@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class LinkStatistics:
     def __init__(self, hidden_size: int, num_features: int, device: torch.device) -> None:
         self.hidden_size, self.num_features = hidden_size, num_features
         size = 2 * (hidden_size + 2) + num_features
-        make = dict(dtype=torch.float64, device=device)
+        make: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.products = torch.zeros(size, size, **make)
         self.sensitivity = torch.zeros(hidden_size, hidden_size, **make)
         self.log_sensitivity = torch.zeros(size, **make)  # sums of the vector times log |g|^2

@@ -148,7 +148,8 @@ def _quantized(
 
 def _rates(calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow]) -> dict[str, torch.Tensor]:
     """Bits per value of some of the sample at RATE_STEPS, made to fall."""
-    rows, num_tokens = [], 0
+    rows: list[SampleRow] = []
+    num_tokens = 0
     for row in sample:
         if not rows or num_tokens + len(row.token_ids) <= MAX_RATE_TOKENS:
             rows.append(row)

@@ -52,16 +52,19 @@ class Outlier(Wrapper):
         link: LinkInfo | None = None,
     ) -> None:
         self.calibration = calibration
+        self.channels: int | list[int]
+        self._fixed: list[int] | None = None  # else each frame chooses
         if isinstance(channels, int):
-            self.channels = check_int(self.name, "channels", channels, 1, 2**31 - 1)
-            self._fixed = channels_from_file(self.name, calibration, link)[:channels] if calibration else None
+            self.channels = self._num_channels = check_int(self.name, "channels", channels, 1, 2**31 - 1)
+            if calibration:
+                self._fixed = channels_from_file(self.name, calibration, link)[:channels]
         elif calibration:
             raise option_error(self.name, "channels", channels, "a number, when `calibration` lists them")
         else:
-            self.channels = check_channels(self.name, "channels", channels, link)
-            self._fixed = self.channels
-        num_channels = self.channels if self._fixed is None else len(self._fixed)
-        inner_link = link and dataclasses.replace(link, hidden_size=max(link.hidden_size - num_channels, 1))
+            self.channels = self._fixed = check_channels(self.name, "channels", channels, link)
+        if self._fixed is not None:
+            self._num_channels = len(self._fixed)
+        inner_link = link and dataclasses.replace(link, hidden_size=max(link.hidden_size - self._num_channels, 1))
         super().__init__(inner=inner, inner_link=inner_link, link=link)
         self.causal = self.inner.causal and self._fixed is not None
 
@@ -79,7 +82,7 @@ class Outlier(Wrapper):
         width = shape[-1]
         if self._fixed is not None and max(self._fixed) >= width:
             raise option_error(self.name, "channels", self._fixed, f"channels below this width, {width}")
-        num_channels = min(self.channels if self._fixed is None else len(self._fixed), width - 1)
+        num_channels = min(self._num_channels, width - 1)
         sections: list[Section] = [(torch.float16, (math.prod(shape[:-1]), num_channels))]
         if self._fixed is None:
             sections.insert(0, (torch.int32, (num_channels,)))

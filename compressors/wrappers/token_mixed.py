@@ -85,10 +85,10 @@ class _TokenLevels(Compressor):
         return sections_nbytes(*sections) + sum(codec.max_nbytes(part) for codec, part in parts)
 
     @torch.no_grad()
-    def compress(self, x: torch.Tensor, *, importance: torch.Tensor, **side: Any) -> Payload:
-        if importance.shape != x.shape[:2]:
-            expected = tuple(x.shape[:2])
-            raise ValueError(f"{self.name}: importance is {tuple(importance.shape)}, expected {expected}")
+    def compress(self, x: torch.Tensor, *, importance: torch.Tensor | None = None, **side: Any) -> Payload:
+        if importance is None or importance.shape != x.shape[:2]:
+            got = None if importance is None else tuple(importance.shape)
+            raise ValueError(f"{self.name}: importance is {got}, expected {tuple(x.shape[:2])}")
         batch, num_tokens, width = x.shape
         sections, parts = self._layout(x.shape)
         start = sections_nbytes(*sections)

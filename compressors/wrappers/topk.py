@@ -87,8 +87,9 @@ class TopK(Wrapper):
             rank = kept.cumsum(1) - 1
             x = values.gather(1, rank.clamp_(0, num_kept - 1)).masked_fill_(kept == 0, 0)
         else:
-            parts = [unpack(p, n, num_kept).long() for p, n in zip(positions, _index_bits(width), strict=True)]
-            indices = sum(part << 8 * i for i, part in enumerate(parts))
+            indices = values.new_zeros((), dtype=torch.int64)
+            for i, (part, nbits) in enumerate(zip(positions, _index_bits(width), strict=True)):
+                indices = indices + (unpack(part, nbits, num_kept).long() << 8 * i)
             _check_on_host(indices.diff(dim=1) > 0, "a token's indices are not ascending")
             _check_on_host(indices < width, f"an index is not below {width}")
             x = values.new_zeros(num_rows, width).scatter_(1, indices.clamp_(max=width - 1), values)

@@ -51,7 +51,7 @@ class Zstd(Wrapper):
     def compress(self, x: torch.Tensor, **side: Any) -> Payload:
         inner = self.inner.compress(x, **side)
         raw = inner.data.cpu().numpy()
-        packed = np.frombuffer(self._compressor.compress(_shuffle(raw, self.item_size)), np.uint8)
+        packed = np.frombuffer(self._compressor.compress(_shuffle(raw, self.item_size).data), np.uint8)
         flag, body = (COMPRESSED, packed) if packed.size < raw.size else (STORED, raw)
         data = self._scratch.get("data", (1 + body.size,), torch.uint8, torch.device("cpu"))
         data[0] = flag
@@ -74,10 +74,10 @@ class Zstd(Wrapper):
     def _inflate(self, frame: np.ndarray, max_nbytes: int) -> np.ndarray:
         """The content of one Zstandard frame; its length is checked before anything is allocated."""
         try:
-            content_nbytes = zstandard.get_frame_parameters(frame).content_size
+            content_nbytes = zstandard.get_frame_parameters(frame.data).content_size
             if content_nbytes > max_nbytes:
                 raise CorruptPayload(f"zstd frame holds {content_nbytes} bytes, at most {max_nbytes} are possible")
-            content = self._decompressor.decompress(frame, allow_extra_data=False)
+            content = self._decompressor.decompress(frame.data, allow_extra_data=False)
         except zstandard.ZstdError as e:
             raise CorruptPayload(f"zstd frame cannot be read: {e}") from e
         return np.frombuffer(bytearray(content), np.uint8)

@@ -187,6 +187,7 @@ class Control:
     def broadcast_ids(self, ids: torch.Tensor | None) -> torch.Tensor:
         """Rank 0's int64 token ids on every rank; sent once, as int32, before anything is counted."""
         if self.world.world_size == 1:
+            assert ids is not None
             return ids
         count = self.gather(None if ids is None else ids.numel())[0]
         if not 0 <= count <= _MAX_TOKENS:

@@ -174,6 +174,7 @@ class FrameReceiver:
 
     def release(self) -> None:
         """The payload of the last `receive` is no longer needed; its buffer waits for another frame."""
+        assert self._taken is not None, "nothing was received since the last release"
         buffer, microbatch_index = self._taken
         self._taken = None
         self._inbox.recycle(buffer, microbatch_index)

@@ -15,6 +15,7 @@ What the bytes mean is `link.py`'s business.
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections import deque
@@ -215,12 +216,12 @@ class PeerOutbox:
         return self._memory.allocate()
 
     def post(self, buffer: FrameBuffer, nbytes: int, *, is_data: bool) -> None:
-        channel, moving = self._memory.channel, None
-        apart = channel is not None and is_data
-        message = buffer.host[: self._spec.header_nbytes + (0 if apart else nbytes)]
-        sending = self._guard(lambda: dist.isend(message, self._peer, tag=self._tag))
-        if apart and nbytes:
-            moving = self._guard(lambda: dist.isend(buffer.body[:nbytes], self._peer, group=channel.group))
+        channel, moving = self._memory.channel if is_data else None, None
+        message = buffer.host[: self._spec.header_nbytes + (0 if channel else nbytes)]
+        sending = self._guard(lambda: _started(dist.isend(message, self._peer, tag=self._tag)))
+        if channel is not None and nbytes:
+            body, group = buffer.body[:nbytes], channel.group
+            moving = self._guard(lambda: _started(dist.isend(body, self._peer, group=group)))
         self._pending.append((buffer, sending, moving))
 
     def flush(self) -> None:
@@ -230,8 +231,8 @@ class PeerOutbox:
     def _wait_oldest(self) -> None:
         buffer, sending, moving = self._pending.popleft()
         self._guard(sending.wait)
-        if moving is not None:
-            self._guard(lambda: self._memory.channel.wait(moving))
+        if self._memory.channel is not None and moving is not None:
+            self._guard(functools.partial(self._memory.channel.wait, moving))
         self._free.append(buffer)
 
     def _guard(self, operation: Callable[[], T]) -> T:
@@ -261,7 +262,7 @@ class PeerInbox:
         channel = self._channel
         if channel is not None and nbytes:
             body = buffer.body[:nbytes]
-            self._guard(lambda: channel.wait(dist.irecv(body, self._peer, group=channel.group)), "body")
+            self._guard(lambda: channel.wait(_started(dist.irecv(body, self._peer, group=channel.group))), "body")
 
     def recycle(self, buffer: FrameBuffer, microbatch_index: int) -> None:
         if microbatch_index + self._depth <= self._last:
@@ -273,11 +274,17 @@ class PeerInbox:
             self._guard(work.wait, "what follows an error")
 
     def _post(self, buffer: FrameBuffer) -> None:
-        work = self._guard(lambda: dist.irecv(buffer.host, self._peer, tag=self._tag), "posting")
+        work = self._guard(lambda: _started(dist.irecv(buffer.host, self._peer, tag=self._tag)), "posting")
         self._pending.append((buffer, work))
 
     def _guard(self, operation: Callable[[], T], what: str) -> T:
         return _named(f"link {self._spec.name}: receiving from rank {self._peer}, {what}", self._peer, operation)
+
+
+def _started(work: dist.Work | None) -> dist.Work:
+    """Torch starts nothing, and gives None, on a rank outside the group."""
+    assert work is not None
+    return work
 
 
 def _named(doing: str, peer: int, operation: Callable[[], T]) -> T:

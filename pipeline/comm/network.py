@@ -151,7 +151,7 @@ def _address_of_host(host: str) -> str:
         for family, _, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
             with contextlib.suppress(OSError), socket.socket(family) as probe:
                 probe.bind(address)
-                return address[0]
+                return str(address[0])
     return "127.0.0.1"
 
 
@@ -174,7 +174,7 @@ def _interfaces_in_words() -> str:
 def _meaning_here(address: str) -> str:
     """What a host name means on this machine; nothing for an address."""
     try:
-        found = sorted({entry[4][0] for entry in socket.getaddrinfo(address, None)})
+        found = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(address, None)})
     except OSError:
         return f"Nothing here knows the name {address}. "
     return "" if found == [address] else f"Here {address} is {' '.join(found)}. "

@@ -149,7 +149,10 @@ class Expectation:
             body_crc=body_crc if has_crc else None,
             trail=trail,
         )
-        checks = [("trail entries", num_trail, self.num_trail), ("stage", stage, self.stage_index)]
+        checks: list[tuple[str, object, object]] = [
+            ("trail entries", num_trail, self.num_trail),
+            ("stage", stage, self.stage_index),
+        ]
         if header.kind is not FrameKind.ERROR:
             checks.append(("micro-batch", microbatch, microbatch_index))
         if header.kind is FrameKind.DATA:
@@ -174,7 +177,7 @@ def header_nbytes(num_trail: int) -> int:
 
 def body_checksum(body: torch.Tensor) -> int:
     """CRC-32 of a uint8 tensor in host memory."""
-    return zlib.crc32(memoryview(body.numpy()))
+    return zlib.crc32(body.numpy().data)
 
 
 def encode_error(message: str) -> bytes:

@@ -52,7 +52,9 @@ class OptionParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]  # whose declaration is a list of overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self._refuse(unknown)

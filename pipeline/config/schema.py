@@ -342,7 +342,7 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
     """Check `value` against a type hint and return it in that type. YAML lists become tuples."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, {} if value is None else value, key + ".")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):

@@ -130,7 +130,7 @@ def tokenize(
     return ids, bos_id
 
 
-def ids_digest(ids: Sequence[int]) -> str:
+def ids_digest(ids: Sequence[int] | np.ndarray) -> str:
     """SHA-256 (hex) of the token ids as little-endian int32."""
     return hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest()
 

@@ -147,22 +147,22 @@ def write_record(folder: Path, record: Mapping[str, Any], per_token: Mapping[str
     while (folder / f"{run_id}.json").exists():
         attempt += 1
         run_id = f"{record['run_id']}-{attempt}"
-    record = {
+    content = {
         "schema_version": SCHEMA_VERSION,
         **record,
         "run_id": run_id,
         "finished_at": datetime.datetime.now(datetime.UTC).isoformat(),
         "per_token_file": f"{run_id}.safetensors",
     }
-    finite, record = _finite(record)
-    record["finite"] = finite
+    finite, content = _finite(content)
+    content["finite"] = finite
     path = folder / f"{run_id}.json"
     try:
         write_whole(path.with_suffix(".safetensors"), save(dict(per_token)))
     except OSError as e:
         raise RecordError(f"the record {path} cannot be written: {disk_problem(e)}") from e
     try:
-        write_json(path, record)
+        write_json(path, content)
     except RecordError:
         with contextlib.suppress(OSError):
             path.with_suffix(".safetensors").unlink()

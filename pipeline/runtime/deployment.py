@@ -187,10 +187,10 @@ def _open_channels(
     channels = {}
     if backend == "nccl":
         for link in plan.links:
-            ranks = [world.rank_of(link.src_node), world.rank_of(link.dst_node)]
-            group = dist.new_group(ranks, backend="nccl", timeout=_NCCL_TIMEOUT)
+            src, dst = world.rank_of(link.src_node), world.rank_of(link.dst_node)
+            group = dist.new_group([src, dst], backend="nccl", timeout=_NCCL_TIMEOUT)
             channels[link.index] = BodyChannel(group, device, config.runtime.timeout_s)
-            _connect(group, *ranks, world.rank, device)
+            _connect(group, src, dst, world.rank, device)
     return gpus, backend, channels
 
 

@@ -115,6 +115,7 @@ class GradientPass:
         stage = self._deployment.stages[index]
         x, output = self._graphs.pop(index)
         if stage.plan.is_last:
+            assert self._objective is not None, "without an objective nothing goes backward"
             value, gradient = stage.objective_gradient(output, *self._tokens.scored(m), self._objective)
             self._value += value
         else:
@@ -126,6 +127,7 @@ class GradientPass:
         if stage.plan.is_first:
             self._on_finished(m)
         else:
+            assert x.grad is not None
             self._send(self._links.senders[self._num_links + index - 1], action, x.grad.float())
 
     def _send(self, sender: FrameSender, action: Action, x: torch.Tensor) -> None:
