@@ -21,43 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.models.families import FAMILIES
+
 __all__ = ["RELEVANCE_MODEL_TYPES", "StageRelevance", "attnlrp", "check_rules"]
 
-
-@dataclass(frozen=True)
-class _Parts:
-    """Names of a decoder layer's parts; gradient factors of a projection's query, key and value dimensions in turn."""
-
-    attention: str
-    projections: dict[str, tuple[float, ...]]
-    heads_out: str
-    activation: str
-    gated_out: str | None  # what takes gate times up, where there is a gate
-
-
-_LLAMA = _Parts(
-    attention="self_attn",
-    projections={"q_proj": (1 / 4,), "k_proj": (1 / 4,), "v_proj": (1 / 2,)},
-    heads_out="o_proj",
-    activation="act_fn",
-    gated_out="down_proj",
-)
-_GPT_NEOX = _Parts(
-    attention="attention",
-    projections={"query_key_value": (1 / 4, 1 / 4, 1 / 2)},
-    heads_out="dense",
-    activation="act",
-    gated_out=None,
-)
-_PARTS = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gpt_neox": _GPT_NEOX}
-
-RELEVANCE_MODEL_TYPES = tuple(_PARTS)
+RELEVANCE_MODEL_TYPES = tuple(name for name, family in FAMILIES.items() if family.relevance is not None)
 
 
 class StageRelevance:
@@ -97,7 +70,7 @@ class StageRelevance:
 
 def check_rules(model_config: Any) -> None:
     """Raise ValueError for a model type without rules."""
-    if model_config.model_type not in _PARTS:
+    if model_config.model_type not in RELEVANCE_MODEL_TYPES:
         raise ValueError(
             f"there are no rules of relevance for model type {model_config.model_type!r}, only for "
             f"{', '.join(RELEVANCE_MODEL_TYPES)}; take such a model, or a metric that needs no relevance of heads"
@@ -121,7 +94,7 @@ def attnlrp(decoder: nn.Module) -> Iterator[StageRelevance]:
     """
     config = decoder.config
     check_rules(config)
-    parts = _PARTS[config.model_type]
+    parts = FAMILIES[config.model_type].relevance
     num_layers, num_heads = len(decoder.layers), config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     device = decoder.rotary_emb.inv_freq.device  # a stage without layers may have no parameters

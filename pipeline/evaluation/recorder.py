@@ -229,7 +229,8 @@ class Recorder:
 
     def _notes(self) -> list[str]:
         """Sentences that a reader of the numbers must know."""
-        notes = [
+        notes = list(self._job.deployment.notes)
+        notes += [
             f"codec {codec.name} on {link.name} is not causal: later tokens leak into the perplexity"
             for link, codec in zip(self._job.plan.links, self._job.codecs.facts, strict=True)
             if not codec.causal

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from pipeline.models.attention import make_readable
-from pipeline.models.source import weight_files
+from pipeline.models.checkpoint import Checkpoint, ModelError, StoredTensor, read_checkpoint, unused_tensor
+from pipeline.models.families import FAMILIES, Family, cut_config
 from pipeline.partition.plan import StagePlan
 
 __all__ = [
@@ -40,33 +40,7 @@ __all__ = [
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Model types whose stages the tests compare with the unsplit model, bit for bit.
-VERIFIED_MODEL_TYPES = (
-    *("llama", "qwen2", "qwen3", "gemma3_text", "gpt_neox"),
-    *("gemma", "gemma2", "mistral", "mixtral", "olmo2", "phi3", "qwen3_moe", "starcoder2"),
-)
-
-
-class ModelError(ValueError):
-    """A checkpoint or architecture that cannot be cut into stages."""
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Names of a decoder's parts, in the module tree and in checkpoints."""
-
-    decoder: str = "model"
-    embedding: str = "embed_tokens"
-    norm: str = "norm"
-
-
-_LAYOUTS = {"gpt_neox": _Layout("gpt_neox", "embed_in", "final_layer_norm")}
-
-# GPT-NeoX checkpoints store the head under another name than today's module has.
-_STORED_HEADS = ("lm_head.weight", "embed_out.weight")
-
-
-# Of a stored tensor, at most so much (or one row) is mapped beside its copy in memory.
-MAX_MAPPED_NBYTES = 16 * 2**20
+VERIFIED_MODEL_TYPES = tuple(FAMILIES)
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -90,43 +64,148 @@ def load_model_config(
 ) -> PretrainedConfig:
     """Config from a checkpoint's directory, or from `architecture` alone when `model_dir` is None.
 
-    Raises ModelError when neither says enough, when the two disagree, or when the model is no plain decoder.
+    Raises ModelError when neither says enough, when the two disagree, when transformers cannot make the model of it,
+    or when it is not of a family that can be cut.
     """
     if model_dir is None:
-        fields = dict(architecture)
-        if "model_type" not in fields:
+        where = "model.architecture"
+        if "model_type" not in architecture:
             raise ModelError(
                 "model.architecture is missing or has no model_type; without the checkpoint it must give the "
                 "fields of the model's config.json"
             )
-        try:
-            config = AutoConfig.for_model(**fields)
-        except (ValueError, TypeError) as e:
-            raise ModelError(f"model.architecture is not a transformers config: {e}") from e
     else:
-        try:
+        where = f"{model_dir / 'config.json'}"
+    # Whatever is wrong with a field shows as an error of some type, in the config's class or in the model's.
+    try:
+        if model_dir is None:
+            config = AutoConfig.for_model(**architecture)
+        else:
             config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as e:
-            raise ModelError(f"{model_dir}: config.json cannot be used: {e}") from e
-        for key, value in architecture.items():
-            found = getattr(config, key, None)
-            if found != value:
-                raise ModelError(f"model.architecture.{key} is {value!r}, the checkpoint's config.json has {found!r}")
-    if getattr(config, "quantization_config", None) is not None:
+    except Exception as e:
+        if model_dir is None:
+            raise ModelError(f"model.architecture is not a transformers config: {_cause(e)}") from e
+        raise ModelError(f"{where} cannot be used ({_cause(e)}); correct it, or fetch the model again") from e
+    _check_config(config, where)
+    if model_dir is not None:
+        _check_architecture(config, architecture)
+    try:
+        model = _first_layer(config, trust_remote_code)
+    except Exception as e:
         raise ModelError(
-            "the checkpoint's weights are quantised already (config.json has a quantization_config), which stages "
+            f"{where} describes no model of type {config.model_type!r} that transformers can make ({_cause(e)}); "
+            "correct it, or fetch the model again"
+        ) from e
+    if not type(model).__module__.startswith("transformers."):
+        raise ModelError(
+            f"{where} names modelling code of its own (auto_map), with which stages are not tested to compute what "
+            "the whole model does; set model.trust_remote_code=false, or take a checkpoint without it"
+        )
+    return config
+
+
+def _check_config(config: PretrainedConfig, where: str) -> None:
+    """Raise ModelError for what cannot be cut into stages that compute what the whole model does."""
+    if getattr(config, "is_heterogeneous", False):
+        raise ModelError(f"{where} has a per_layer_config; layers of different shapes cannot be cut into stages yet")
+    if any(getattr(config, key, None) is not None for key in ("quantization_config", "compression_config")):
+        raise ModelError(
+            f"the checkpoint's weights are quantised already ({where} has a quantization_config), which stages "
             "cannot be cut from; take the unquantised checkpoint, with model.load_in_8bit or load_in_4bit"
         )
     if not hasattr(config, "num_hidden_layers") or not hasattr(config, "hidden_size"):
-        raise ModelError(f"model type {config.model_type!r} is not a plain decoder: it has no num_hidden_layers")
-    if config.model_type not in VERIFIED_MODEL_TYPES:
+        raise ModelError(
+            f"{where}: model type {config.model_type!r} is not a plain decoder: it has no num_hidden_layers"
+        )
+    if config.model_type not in FAMILIES:
         # Many others would run, some of them wrongly and without a word: scaled embeddings or logits, say.
         raise ModelError(
-            f"model type {config.model_type!r} is not among those whose stages are tested to compute what the whole "
-            f"model does: {', '.join(VERIFIED_MODEL_TYPES)}. To add one, extend VERIFIED_MODEL_TYPES in "
-            "pipeline/models/loading.py and the equality tests"
+            f"{where}: model type {config.model_type!r} is not among those whose stages are tested to compute what "
+            f"the whole model does: {', '.join(VERIFIED_MODEL_TYPES)}. To add one, extend FAMILIES in "
+            "pipeline/models/families.py and the equality tests"
         )
-    return config
+    for key in ("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"):
+        value = getattr(config, key)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(f"{where}: {key} is {value!r}; it must be an integer of at least 1")
+    for key, causal in (("use_bidirectional_attention", False), ("is_causal", True)):
+        if bool(getattr(config, key, causal)) is not causal and getattr(config, key, causal) is not None:
+            raise ModelError(
+                f"{where}: {key} is {getattr(config, key)!r}: every token would see those that it is scored on, so "
+                "a perplexity means nothing. Take a causal model"
+            )
+
+
+# What older versions of config.json have in the place of rope_parameters.
+_OLD_ROPE_FIELDS = (
+    *("rope_theta", "rope_scaling", "partial_rotary_factor"),
+    *("rotary_emb_base", "rotary_pct", "rope_local_base_freq"),
+)
+
+
+def _check_architecture(config: PretrainedConfig, architecture: Mapping[str, Any]) -> None:
+    """Raise ModelError where a field of `architecture`, in the words of any version of config.json, says otherwise.
+
+    A field says otherwise if another config comes of it: each is put into the checkpoint's own and read again.
+    """
+    own = _comparable(config)
+    for key, value in architecture.items():
+        if getattr(config, key, None) == value:
+            continue
+        try:
+            read = _comparable(type(config).from_dict({**_spelt_for(config, key), key: copy.deepcopy(value)}))
+        except Exception:  # a value that goes with no other config than its own
+            read = {}
+        if read == own and key != "model_type":
+            continue
+        changed = [] if key in own else [name for name in own if read and own[name] != read.get(name)]
+        name = changed[0] if changed else key
+        raise ModelError(
+            f"model.architecture.{key} is {value!r}, the checkpoint's config.json has "
+            f"{getattr(config, name, None)!r}{f' as {name}' if changed else ''}"
+        )
+
+
+def _comparable(config: PretrainedConfig) -> dict[str, Any]:
+    """A config's fields, without those that tell of its history."""
+    ignored = ("transformers_version", "_name_or_path", "sliding_window_pattern", "_sliding_window_pattern")
+    fields = {key: value for key, value in config.to_dict().items() if key not in ignored}
+    for rope in _rope_dicts(fields):
+        rope.pop("type", None)  # the old name of rope_type, kept beside it
+    return fields
+
+
+def _rope_dicts(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    rope = fields.get("rope_parameters") or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]
+
+
+def _spelt_for(config: PretrainedConfig, key: str) -> dict[str, Any]:
+    """A config's fields, in the words of those versions of config.json that have `key`."""
+    fields = config.to_dict()
+    if key == "torch_dtype":
+        fields.pop("dtype", None)
+    elif key == "sliding_window_pattern":
+        fields.pop("layer_types", None)
+    elif key in _OLD_ROPE_FIELDS:
+        rope = fields.pop("rope_parameters", None) or {}
+        if "sliding_attention" in rope:
+            fields["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+            rope = rope["full_attention"]
+        rope.pop("type", None)
+        theta, part = rope.pop("rope_theta", None), rope.pop("partial_rotary_factor", None)
+        old = ("rope_theta", "partial_rotary_factor")
+        if config.model_type == "gpt_neox":
+            old = ("rotary_emb_base", "rotary_pct")
+        fields |= {name: value for name, value in zip(old, (theta, part), strict=True) if value is not None}
+        fields["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    return fields
+
+
+def _cause(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def load_stage(
@@ -147,11 +226,14 @@ def load_stage(
     `embedding` is that of a first stage in the same process: with tied weights the head uses its tensor instead of
     a second copy. Raises ModelError when the checkpoint lacks a tensor of the stage or has one of another shape.
     """
-    shares_head = stage.is_last and not stage.is_first and _is_tied(config) and embedding is not None
+    checkpoint = read_checkpoint(model_dir, config)
+    shares_head = stage.is_last and not stage.is_first and checkpoint.is_tied and embedding is not None
     with_head = stage.is_last and not shares_head
-    layout = _layout(config)
-    model_class, head_name = _stage_class(config, layout, stage, with_head, trust_remote_code)
-    state_dict = _stage_tensors(model_dir, config, layout, stage, dtype, head_name if with_head else None)
+    family = FAMILIES[config.model_type]
+    model_class, head_name = _stage_class(config, family, stage, with_head, trust_remote_code)
+    state_dict = _stage_tensors(checkpoint, family, stage, dtype, head_name if with_head else None)
+    stage_config = _stage_config(config, stage, is_tied=checkpoint.is_tied)
+    _check_shapes(model_dir, model_class, stage_config, state_dict)
     options: dict[str, Any] = {}
     if load_in_8bit or load_in_4bit:
         # It warns at every 8-bit linear layer of every micro-batch that the inputs are not float16.
@@ -169,7 +251,7 @@ def load_stage(
     try:
         model, info = model_class.from_pretrained(
             None,
-            config=_stage_config(config, stage),
+            config=stage_config,
             state_dict=state_dict,
             dtype=dtype,
             output_loading_info=True,
@@ -183,6 +265,10 @@ def load_stage(
             f"{model_dir} lacks {len(lacking)} tensors of layers [{stage.start}, {stage.end}), "
             f"counted from the stage's first layer: {', '.join(lacking[:3])}"
         )
+    if info["unexpected_keys"]:
+        name = min(info["unexpected_keys"])
+        stored = state_dict[name].name if name in state_dict else name
+        raise ModelError(unused_tensor(model_dir, stored, config.model_type))
     model.eval().requires_grad_(False)
     head: Head | None = None
     if shares_head:
@@ -190,14 +276,14 @@ def load_stage(
         head = lambda hidden: nn.functional.linear(hidden, weight)
     elif with_head:
         head = model.get_output_embeddings()
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = config.final_logit_softcapping if family.caps_logits else None
     if head is not None and softcap is not None:
         projection = head
         head = lambda hidden: _soft_capped(projection(hidden), softcap)
     return StageModel(
         decoder=model.base_model,
         head=head,
-        embedding=getattr(model.base_model, layout.embedding) if stage.is_first else None,
+        embedding=getattr(model.base_model, family.embedding) if stage.is_first else None,
     )
 
 
@@ -210,12 +296,7 @@ def _soft_capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
 
 def check_attention_readable(config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:
     """Raise AttentionError unless `attention` can read the layers' weights. Loads nothing."""
-    end = min(1, config.num_hidden_layers)
-    first_layer = StagePlan(stage_index=0, node=0, start=0, end=end, is_first=True, is_last=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            _stage_config(config, first_layer), trust_remote_code=trust_remote_code
-        )
+    model = _first_layer(config, trust_remote_code)
     make_readable(model.base_model)
 
 
@@ -228,10 +309,10 @@ def stage_parameter_bytes(
     bits). A tied head on the embedding's node costs nothing; `stage` decides only about itself, so a caller that
     holds both ends subtracts one of the two.
     """
-    layout = _layout(config)
+    family = FAMILIES[config.model_type]
+    model_class, _ = _stage_class(config, family, stage, stage.is_last, trust_remote_code=False)
     with torch.device("meta"):
-        model_class, _ = _stage_class(config, layout, stage, stage.is_last, trust_remote_code=False)
-        model = model_class(_stage_config(config, stage)).to(dtype)
+        model = model_class(_stage_config(config, stage, is_tied=config.tie_word_embeddings)).to(dtype)
     linear_weights = {
         id(module.weight)
         for layer in model.base_model.layers
@@ -254,55 +335,32 @@ def embedding_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return config.vocab_size * config.hidden_size * dtype.itemsize
 
 
-def _layout(config: PretrainedConfig) -> _Layout:
-    return _LAYOUTS.get(config.model_type, _Layout())
-
-
-def _is_tied(config: PretrainedConfig) -> bool:
-    return bool(getattr(config, "tie_word_embeddings", False))
-
-
-def _stage_config(config: PretrainedConfig, stage: StagePlan) -> PretrainedConfig:
-    """The model's config, cut to the stage's layers. Per-layer lists must be cut along with the count."""
-    cut = copy.deepcopy(config)
-    if getattr(config, "layer_types", None) is not None:
-        cut.layer_types = list(config.layer_types[stage.start : stage.end])
-    cut.num_hidden_layers = stage.num_layers
-    cut.tie_word_embeddings = _is_tied(config) and stage.is_first and stage.is_last
-    cut.use_cache = False
+def _stage_config(config: PretrainedConfig, stage: StagePlan, *, is_tied: bool) -> PretrainedConfig:
+    """The model's config, cut to the stage's layers; head and embedding are one where both are the stage's."""
+    cut = cut_config(config, stage.start, stage.end)
+    cut.tie_word_embeddings = is_tied and stage.is_first and stage.is_last
     return cut
 
 
 def _stage_class(
-    config: PretrainedConfig, layout: _Layout, stage: StagePlan, with_head: bool, trust_remote_code: bool
+    config: PretrainedConfig, family: Family, stage: StagePlan, with_head: bool, trust_remote_code: bool
 ) -> tuple[type[PreTrainedModel], str]:
     """The model's own class with identities for what belongs to other stages, and the name of its head.
 
     transformers builds models on the meta device before it loads them, so parts that are replaced here never take
     memory. The class keeps its name, by which transformers finds its conversion rules.
     """
-    with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(
-            _stage_config(config, replace(stage, start=0, end=min(1, config.num_hidden_layers))),
-            trust_remote_code=trust_remote_code,
-        )
+    whole = _first_layer(config, trust_remote_code)
     base = type(whole)
-    decoder = getattr(whole, layout.decoder, None)
-    for part in (layout.embedding, "layers", layout.norm):
-        if not hasattr(decoder, part):
-            raise ModelError(
-                f"model type {config.model_type!r} has no {layout.decoder}.{part}; its stages cannot be cut. "
-                f"Tested model types: {', '.join(VERIFIED_MODEL_TYPES)}"
-            )
     head_name = next(name for name, module in whole.named_children() if module is whole.get_output_embeddings())
 
     class Stage(base):
         def __init__(self, config: PretrainedConfig) -> None:
             super().__init__(config)
             if not stage.is_first:
-                setattr(self.base_model, layout.embedding, nn.Identity())
+                setattr(self.base_model, family.embedding, nn.Identity())
             if not stage.is_last:
-                setattr(self.base_model, layout.norm, nn.Identity())
+                setattr(self.base_model, family.norm, nn.Identity())
             if not with_head:
                 setattr(self, head_name, nn.Identity())
 
@@ -310,71 +368,41 @@ def _stage_class(
     return Stage, head_name
 
 
-class _StoredTensor:
-    """A tensor of a checkpoint file, read and cast when transformers asks for its contents with `[...]`.
+def _check_shapes(
+    model_dir: Path, model_class: type[PreTrainedModel], config: PretrainedConfig, tensors: Mapping[str, StoredTensor]
+) -> None:
+    """Raise ModelError for a tensor of another shape than the model's; bitsandbytes would take it as it is."""
+    with torch.device("meta"):
+        expected = model_class(copy.deepcopy(config)).state_dict()
+    for name in tensors.keys() & expected.keys():
+        shape = tuple(expected[name].shape)
+        if tensors[name].shape != shape:
+            raise ModelError(
+                f"{model_dir}: {tensors[name].name} has shape {list(tensors[name].shape)}, and by config.json it has "
+                f"{list(shape)}; take the config.json that belongs to the weights"
+            )
 
-    The file is opened for this one tensor, and anew for each part of a large one: pages of a mapping count as
-    resident for as long as it exists.
-    """
 
-    def __init__(self, path: Path, name: str, dtype: torch.dtype) -> None:
-        self._path, self._name, self._dtype = path, name, dtype
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        with safe_open(self._path, framework="pt") as checkpoint:
-            stored = checkpoint.get_tensor(self._name)  # a mapping, of which nothing is read yet
-            tensor = torch.empty(stored.shape, dtype=self._dtype if stored.is_floating_point() else stored.dtype)
-            if stored.nbytes <= MAX_MAPPED_NBYTES:
-                return tensor.copy_(stored)[index]
-            num_rows = max(1, MAX_MAPPED_NBYTES * len(stored) // stored.nbytes)
-            del stored
-        for start in range(0, len(tensor), num_rows):
-            with safe_open(self._path, framework="pt") as checkpoint:
-                rows = slice(start, start + num_rows)
-                tensor[rows].copy_(checkpoint.get_slice(self._name)[rows])
-        return tensor[index]
+def _first_layer(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The whole model with its first layer alone, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(cut_config(config, 0, 1), trust_remote_code=trust_remote_code)
 
 
 def _stage_tensors(
-    model_dir: Path,
-    config: PretrainedConfig,
-    layout: _Layout,
-    stage: StagePlan,
-    dtype: torch.dtype,
-    head_name: str | None,
-) -> dict[str, _StoredTensor]:
+    checkpoint: Checkpoint, family: Family, stage: StagePlan, dtype: torch.dtype, head_name: str | None
+) -> dict[str, StoredTensor]:
     """The stage's tensors under the names that its cut model has in a checkpoint: layers count from 0.
 
     `head_name` is the name of the head's module where the stage has one of its own.
     """
-    files = _checkpoint_files(model_dir)
-    embedding = f"{layout.decoder}.{layout.embedding}.weight"
-    layers = f"{layout.decoder}.layers."
-    wanted: dict[str, _StoredTensor] = {}
-
-    def take(stored: str, name: str) -> None:
-        wanted[name] = _StoredTensor(files[stored], stored, dtype)
-
-    for stored in files:
-        if stored.startswith(layers):
-            number, _, rest = stored[len(layers) :].partition(".")
-            if stage.start <= int(number) < stage.end:
-                take(stored, f"{layers}{int(number) - stage.start}.{rest}")
-        elif stored.startswith(f"{layout.decoder}.{layout.norm}.") and stage.is_last:
-            take(stored, stored)
-        elif stored == embedding and stage.is_first:
-            take(stored, stored)
-        elif stored in _STORED_HEADS and head_name and not _is_tied(config):
-            take(stored, f"{head_name}.weight")
-    if head_name and _is_tied(config) and not stage.is_first and embedding in files:
-        take(embedding, f"{head_name}.weight")
-    return wanted
-
-
-def _checkpoint_files(model_dir: Path) -> dict[str, Path]:
-    """Name of every stored tensor -> its safetensors file."""
-    files: dict[str, Path] = {}
-    for path in weight_files(model_dir):
-        with safe_open(path, framework="pt") as checkpoint:
-            files |= dict.fromkeys(checkpoint.keys(), path)
-    return files
+    wanted: dict[str, StoredTensor] = {}
+    for index, layer in enumerate(checkpoint.layers[stage.start : stage.end]):
+        wanted |= {f"{family.decoder}.layers.{index}.{name}": tensor for name, tensor in layer.items()}
+    if stage.is_first:
+        wanted[f"{family.decoder}.{family.embedding}.weight"] = checkpoint.embedding
+    if stage.is_last:
+        wanted |= {f"{family.decoder}.{name}": tensor for name, tensor in checkpoint.norm.items()}
+    if head_name is not None and not (stage.is_first and checkpoint.is_tied):
+        wanted[f"{head_name}.weight"] = checkpoint.head
+    return {name: replace(tensor, dtype=dtype) for name, tensor in wanted.items()}

@@ -10,7 +10,7 @@ name means is decided in this order:
 4. Anything else (absolute, `./`, `~`, `.gguf`, two or more slashes) is a path that does not exist: an error.
 
 A GGUF file is dequantised by transformers and converted once to a cached float32 directory. Pickled weights
-are never read, from whatever source. What is in the tensors is not this module's matter (see `hf_model`).
+are never read, from whatever source. What is in the tensors is not this module's matter (see `checkpoint`).
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm as hub_tqdm
+from safetensors import SafetensorError
 
 from compressors.user_files import user_path
 from pipeline.models.gguf import convert_gguf_once
 from pipeline.models.staging import stage_directory
 
-__all__ = ["checkpoint_fingerprint", "resolve_model", "weight_files"]
+__all__ = ["checkpoint_fingerprint", "reading", "resolve_model", "weight_files"]
 
 # Config, tokenizer and weights; `*.py` is what a tokenizer with code of its own consists of, and is run only
 # under trust_remote_code.
@@ -83,10 +86,12 @@ def resolve_model(
     elif path.is_dir():
         model_dir = path
     elif path.suffix.lower() == ".gguf":
-        model_dir = convert_gguf_once(path, cache_dir)
+        with reading(path):
+            model_dir = convert_gguf_once(path, cache_dir)
     else:
         raise ValueError(f"model.name={name!r} is a file, but not a .gguf file. {_ACCEPTED}")
-    files = _loading_files(model_dir)
+    with reading(model_dir):
+        files = _loading_files(model_dir)
     if stage_to is not None:
         model_dir = stage_directory(model_dir, stage_to, files=files, show_progress=show_progress)
     return model_dir
@@ -123,6 +128,18 @@ def weight_files(model_dir: Path) -> list[Path]:
     )
 
 
+@contextmanager
+def reading(path: Path, what: str = "it") -> Iterator[None]:
+    """Name the file, and what there is against it, in what goes wrong while `what` of it is read. Raises ValueError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: {what} cannot be read ({type(error).__name__}: {error}); check the disk and the access rights, "
+            "copy or download the file again, or let model.stage_to copy the model to a disk of this machine first"
+        ) from error
+
+
 def checkpoint_fingerprint(model_dir: Path) -> str:
     """SHA-256 (hex) of what tells checkpoints apart at little cost, also at 64 GB.
 
@@ -136,12 +153,13 @@ def checkpoint_fingerprint(model_dir: Path) -> str:
     if not config.is_file():
         raise ValueError(f"{model_dir} has no config.json, so it is not a model directory")
     digest = hashlib.sha256()
-    _update_framed(digest, config.read_bytes())
+    with reading(config):
+        _update_framed(digest, config.read_bytes())
     for path in weight_files(model_dir):
-        size = path.stat().st_size
         _update_framed(digest, path.name.encode())
-        _update_framed(digest, str(size).encode())
-        with open(path, "rb") as file:
+        with reading(path), open(path, "rb") as file:
+            size = path.stat().st_size
+            _update_framed(digest, str(size).encode())
             header = _read_safetensors_header(file, path, size)
             _update_framed(digest, header)
             data_start = 8 + len(header)
@@ -200,8 +218,8 @@ def _download(name: str, *, cache_dir: str | None, revision: str | None, show_pr
         cause = " ".join(str(error).split())
         raise ValueError(
             f"model.name={name!r}: no local file or directory has this name, and fetching it{at_revision} "
-            f"from the Hugging Face hub failed ({type(error).__name__}: {cause}). Check the id, the network "
-            f"and the access rights. {_ACCEPTED}"
+            f"from the Hugging Face hub failed ({type(error).__name__}: {cause}). Check the id, the network, "
+            f"the access rights and the disk (model.dir puts downloads elsewhere). {_ACCEPTED}"
         ) from error
 
 
@@ -219,8 +237,10 @@ def _loading_files(model_dir: Path) -> list[str]:
 
 
 def _shard_names(index: Path) -> list[str]:
+    with reading(index):
+        content = index.read_bytes()
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(json.loads(content)["weight_map"].values()))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not a valid index of safetensors files: {error!r}") from error
     for shard in names:

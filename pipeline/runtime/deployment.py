@@ -19,6 +19,7 @@ from pipeline.comm.control import Control
 from pipeline.comm.mailbox import BodyChannel
 from pipeline.config.schema import RunConfig
 from pipeline.data.windows import make_microbatches
+from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.loading import TORCH_DTYPES, load_model_config, load_stage
 from pipeline.models.source import checkpoint_fingerprint, resolve_model
 from pipeline.models.stage import Stage
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 class Deployment:
     """What outlives one evaluation.
 
+    `notes` are what a reader of numbers must know of the checkpoint (`checkpoint.Checkpoint`).
     `codecs` are those of the config that it was deployed with. `gpus` has the identity of every rank's GPU, None for a
     CPU, `channels` an NCCL group per link where bodies use NCCL, `one_token_compute_s` the seconds that each stage of
     this rank takes for a single token.
@@ -54,6 +56,7 @@ class Deployment:
     plan: Plan
     model_config: Any
     checkpoint_digest: str
+    notes: tuple[str, ...]
     text: TokenizedText
     codecs: LinkCodecs
     stages: dict[int, Stage]
@@ -92,6 +95,10 @@ def deploy(config: RunConfig, control: Control, check: Callable[[Plan, Any], Non
     devices = stage_devices(config, plan, world)
     checkpoint_digest = checkpoint_fingerprint(model_dir)
     control.agree("checkpoint", {"fingerprint": checkpoint_digest})
+    notes = read_checkpoint(model_dir, model_config).notes
+    if world.rank == 0:
+        for note in notes:
+            logger.warning("%s", note)
     control.report("tokenising")
     text = tokenize_once(config, control, model_dir, vocab_size=model_config.vocab_size)
     check_bos(config, text.bos_id)
@@ -140,6 +147,7 @@ def deploy(config: RunConfig, control: Control, check: Callable[[Plan, Any], Non
         plan=plan,
         model_config=model_config,
         checkpoint_digest=checkpoint_digest,
+        notes=notes,
         text=text,
         codecs=codecs,
         stages=stages,

@@ -1,4 +1,4 @@
-"""`--plan`: what a config would do, from the config alone. Loads no weights and starts no process group.
+"""`--plan`: what a config would do, from config and headers. Loads no weights and starts no process group.
 
 Prints stages and their weights, links and their bytes per token, and per rank the memory that is certain: weights,
 link buffers, one chunk of logits. Activations, the allocator's slack and the interpreter come on top.
@@ -13,6 +13,7 @@ import torch
 from pipeline.comm.link_ends import SEND_DEPTH
 from pipeline.comm.wire import MAX_ERROR_NBYTES, header_nbytes
 from pipeline.config.schema import RunConfig
+from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.loading import TORCH_DTYPES, embedding_bytes, load_model_config, stage_parameter_bytes
 from pipeline.models.stage import MAX_LOGITS_NBYTES
 from pipeline.runtime.codecs import codec_requests, make_codec
@@ -28,6 +29,10 @@ def plan_text(config: RunConfig) -> str:
     """The plan as text. Raises ValueError where the config cannot be run or says too little."""
     model_dir = Path(config.model.name) if Path(config.model.name).is_dir() else None
     model_config = load_model_config(model_dir, config.model.architecture)
+    notes: tuple[str, ...] = ()
+    if model_dir is not None and any(model_dir.glob("*.safetensors")):
+        checkpoint = read_checkpoint(model_dir, model_config)
+        notes, model_config.tie_word_embeddings = checkpoint.notes, checkpoint.is_tied
     check_max_length(config, model_config)
     plan = make_plan(config, model_config.num_hidden_layers)
     dtype = TORCH_DTYPES[config.model.dtype]
@@ -78,6 +83,7 @@ def plan_text(config: RunConfig) -> str:
         cells = [f"{nbytes / _GIB:.2f} GiB" for nbytes in (own, buffers[node], logits, own + buffers[node] + logits)]
         lines.append(f"{node:<4}  {cells[0]:<11}  {cells[1]:<12}  {cells[2]:<10}  {cells[3]}")
     lines += ["", f"a micro-batch has up to {shape[0]} windows of {shape[1]} tokens"]
+    lines += [f"note: {note}" for note in notes]
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from pipeline.config.schema import load_config
 from pipeline.data.text import load_text, tokenize
 from pipeline.records.store import read_per_token, read_record
 from tests.helpers.launch import call_on_ranks
-from tests.helpers.tiny_models import MODEL_TYPES, tiny_model, write_text
+from tests.helpers.tiny_models import MODEL_TYPES, save_tiny_model, tiny_model, write_text
 
 LENGTH = 32
 
@@ -123,7 +123,11 @@ def test_other_plans_batches_and_tied_weights(tmp_path):
         {"layers": [[2, 4]]},
         {"layers": [[6, 6]]},
     ]
+    own_head = save_tiny_model(tmp_path / "own_head", "llama")
+    config = own_head / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
     cases = {
+        "own head": overrides(own_head, text, tmp_path / "f", 4),
         "no wrap": overrides(tiny_model("gemma3_text", tied=True), text, tmp_path / "a", 4, partition__wrap=False),
         "batch": overrides(tiny_model("llama", tied=True), text, tmp_path / "b", 4, batch_size=3),
         "explicit": overrides(tiny_model("gpt_neox"), text, tmp_path / "c", 4, partition__nodes=explicit),
@@ -134,6 +138,8 @@ def test_other_plans_batches_and_tied_weights(tmp_path):
     }
     run_cases(4, cases)
     records = {name: check(case) for name, case in cases.items()}
+    assert [len(record["notes"]) for record in records.values()] == [1, 0, 0, 0, 0, 0]
+    assert "lm_head.weight is stored and differs" in records["own head"]["notes"][0]
     assert list(records["no wrap"]["traffic_per_link"])[-1] == "layer:4:node2->node3"
     assert list(records["few layers"]["traffic_per_link"])[0] == "embed:node0->node1"
     assert records["batch"]["results"]["num_microbatches"] == 2
@@ -166,8 +172,6 @@ def test_bitsandbytes_stages_are_bit_equal(bits, tmp_path):
     for model_type in MODEL_TYPES:
         model = tiny_model(model_type)
         if bits == 4:  # bitsandbytes' CPU kernel takes widths that are multiples of 64
-            from tests.helpers.tiny_models import save_tiny_model
-
             model = save_tiny_model(tmp_path / f"model-{model_type}", model_type, intermediate_size=128)
         more = {f"model__load_in_{bits}bit": True, "model__dtype": "bf16"}
         cases[model_type] = overrides(model, text, tmp_path / model_type, 4, **more)

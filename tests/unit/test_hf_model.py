@@ -1,5 +1,7 @@
 """Stages of every verified model type against the whole model, in one process."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -83,3 +85,78 @@ def test_the_architecture_must_agree_with_the_checkpoint(tmp_path):
     save_tiny_model(tmp_path, "llama", num_layers=2)
     with pytest.raises(ModelError, match="architecture.hidden_size is 65, the checkpoint's config.json has 64"):
         load_model_config(tmp_path, {"model_type": "llama", "hidden_size": 65})
+
+
+# A field of an older config.json, or one that is left to its default, and one that says otherwise.
+@pytest.mark.parametrize(
+    ("model_type", "fields", "equal", "unequal"),
+    [
+        ("llama", {}, {"rope_theta": 10000.0}, {"rope_theta": 500000.0}),
+        ("llama", {}, {"rope_scaling": None}, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("llama", {}, {"torch_dtype": "float32"}, {"torch_dtype": "bfloat16"}),
+        ("llama", {}, {"dtype": "float32"}, {"dtype": "float16"}),
+        ("llama", {}, {"num_attention_heads": 4}, {"num_attention_heads": 8}),
+        ("llama", {}, {"head_dim": None}, {"head_dim": 32}),
+        ("llama", {}, {"transformers_version": "4.40.0", "temperature": 0.6}, {"num_hidden_layers": 3}),
+        ("llama", {}, {"rope_parameters": {"rope_theta": 10000}}, {"rope_parameters": {"rope_theta": 10}}),
+        ("llama", {"rope_theta": 50.0}, {"rope_theta": 50}, {"rope_theta": 10000.0}),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 50.0},
+            {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 50.0},
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+        ),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {}, {"rope_scaling": None}),
+        ("gpt_neox", {}, {"rotary_pct": 0.25, "rotary_emb_base": 10000}, {"rotary_pct": 0.5}),
+        ("gpt_neox", {}, {}, {"rotary_emb_base": 500}),
+        ("gemma3_text", {}, {"rope_local_base_freq": 10000.0, "rope_theta": 1e6}, {"rope_local_base_freq": 5.0}),
+        ("gemma3_text", {}, {}, {"rope_theta": 10000.0}),
+        ("qwen2", {}, {"use_sliding_window": False, "sliding_window": 4096}, {"use_sliding_window": True}),
+        ("qwen2", {}, {"num_key_value_heads": 2}, {"num_key_value_heads": None}),
+        ("llama", {}, {}, {"hiden_size": 64}),
+        ("llama", {}, {"model_type": "llama"}, {"model_type": "qwen2"}),
+    ],
+)
+def test_architecture_in_the_words_of_an_older_config(tmp_path, model_type, fields, equal, unequal):
+    save_tiny_model(tmp_path, model_type, num_layers=2, **fields)
+    load_model_config(tmp_path, equal)
+    (key,) = unequal
+    with pytest.raises(ModelError, match=rf"architecture\.{key} is .*, the checkpoint's config\.json has "):
+        load_model_config(tmp_path, equal | unequal)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not a valid JSON file"),
+        ("", "not a valid JSON file"),
+        ("[]", "model_type"),
+        ("null", "NoneType"),
+        ({"model_type": ...}, "model_type"),
+        ({"model_type": "no_such"}, "no_such"),
+        ({"hidden_size": "64"}, "'hidden_size' expected int, got str"),
+        ({"hidden_size": None}, "'hidden_size'"),
+        ({"num_hidden_layers": 2.5}, "'num_hidden_layers'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"num_key_value_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_act": "no_such"}, "no_such"),
+        ({"rope_parameters": {"rope_type": "no_such"}}, "no_such"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
+        ({"tie_word_embeddings": "false"}, "'tie_word_embeddings' expected bool"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types"),
+        ({"pad_token_id": 10**6}, "Padding_idx"),
+        ({"dtype": "no_such"}, "no_such"),
+    ],
+)
+def test_a_damaged_config_is_named(tmp_path, content, words):
+    save_tiny_model(tmp_path, "llama", num_layers=2)
+    path = tmp_path / "config.json"
+    if isinstance(content, dict):
+        fields = json.loads(path.read_text()) | content
+        content = json.dumps({key: value for key, value in fields.items() if value is not ...})
+    path.write_text(content)
+    with pytest.raises(ModelError) as info:
+        load_model_config(tmp_path, {})
+    assert str(path) in str(info.value) and words in str(info.value)

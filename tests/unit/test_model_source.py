@@ -124,8 +124,16 @@ def gguf_tensors(model: LlamaForCausalLM) -> dict[str, tuple[str, np.ndarray]]:
     return tensors
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, without: str | None = None) -> None:
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, without: str | None = None, keys: dict | None = None, more: dict | None = None
+) -> None:
+    """Write `model`, but for the tensor `without`; `keys` of the architecture and `more` tensors beside."""
     writer = gguf.GGUFWriter(path, "llama")
+    for key, value in (keys or {}).items():
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
+        add[type(value)](f"llama.{key}" if "!" not in key else key.strip("!"), value)
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
     writer.add_block_count(model.config.num_hidden_layers)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN_SIZE)
@@ -154,6 +162,15 @@ def write_gguf(path: Path, model: LlamaForCausalLM, without: str | None = None) 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def llama3_factors(base: float, scaling: dict) -> np.ndarray:
+    """What converters to GGUF write as rope_freqs.weight for Llama 3.1: by what each frequency is divided."""
+    frequencies = base ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / scaling["factor"] + smooth)).astype(np.float32)
 
 
 def resolve(name, **options) -> Path:
@@ -490,6 +507,101 @@ class TestGguf:
         with pytest.raises(ValueError, match=r"wrote no config or no weights .*tokenizer\.json"):
             convert_gguf_once(gguf_file, str(tmp_path))
         assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+    @pytest.mark.parametrize(
+        "keys",
+        [
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
+            {"rope.scaling.type": "longrope"},
+            {"rope.scaling.attn_factor": 1.2},
+            {"rope.scaling.yarn_log_multiplier": 0.1},
+            {"rope.scaling.factor": 4.0, "rope.scale_linear": 2.0},
+            {"rope.dimension_count": 8, "attention.key_length": 16},
+            {"attention.sliding_window": 32},
+            {"attention.clamp_kqv": 8.0},
+            {"attention.scale": 0.5},
+            {"attention.causal": False},
+            {"attention.value_length": 32},
+            {"logit_scale": 2.0},
+            {"embedding_scale": 2.0},
+            {"expert_count": 8},
+            {"final_logit_softcapping": 30.0},
+            {"use_parallel_residual": True},
+            {"no_one_knows": 1},
+            {"!split.count!": 2},
+            {"!general.type!": "adapter"},
+        ],
+        ids=str,
+    )
+    def test_what_the_conversion_would_leave_out_is_refused(self, tiny_model, tmp_path, keys):
+        write_gguf(tmp_path / "keys.gguf", tiny_model, keys=keys)
+        with pytest.raises(ValueError) as info:
+            resolve(tmp_path / "keys.gguf", cache_dir=str(tmp_path))
+        named = [key.strip("!") for key in keys]
+        assert "keys.gguf has" in str(info.value) and any(f"{key} " in str(info.value) for key in named)
+
+    @pytest.mark.parametrize(
+        "keys",
+        [
+            {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
+            {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0},
+            {"rope.scaling.original_context_length": 64, "rope.scaling.attn_factor": 1.0},
+            {"rope.dimension_count": HEAD_DIM, "attention.key_length": HEAD_DIM, "attention.value_length": HEAD_DIM},
+            {"attention.causal": True, "expert_count": 0, "expert_used_count": 0},
+            {"!general.type!": "model", "!quantize.imatrix.file!": "x", "!someone.note!": "x"},
+        ],
+        ids=str,
+    )
+    def test_keys_that_change_nothing(self, tiny_model, converted, tmp_path, keys):
+        write_gguf(tmp_path / "keys.gguf", tiny_model, keys=keys)
+        other = resolve(tmp_path / "keys.gguf", cache_dir=str(tmp_path))
+        assert (other / "config.json").read_bytes() == (converted / "config.json").read_bytes()
+
+    @pytest.mark.parametrize(
+        ("keys", "scaling"),
+        [
+            ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+            ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+            ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+            (
+                {},
+                {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                },
+            ),
+        ],
+        ids=str,
+    )
+    def test_scaled_positions_come_along(self, tiny_model, converted, tmp_path, keys, scaling):
+        more = {}
+        if scaling["rope_type"] == "llama3":
+            more["rope_freqs.weight"] = llama3_factors(10000.0, scaling)
+        write_gguf(tmp_path / "scaled.gguf", tiny_model, keys=keys, more=more)
+        got = resolve(tmp_path / "scaled.gguf", cache_dir=str(tmp_path))
+        scaled = LlamaConfig.from_pretrained(converted)
+        scaled.rope_parameters = {"rope_theta": 10000.0, **scaling}
+        ids = torch.arange(120).reshape(1, 120)
+        with torch.inference_mode():
+            plain = AutoModelForCausalLM.from_pretrained(converted)(ids).logits
+            expected = AutoModelForCausalLM.from_pretrained(converted, config=scaled)(ids).logits
+            logits = AutoModelForCausalLM.from_pretrained(got)(ids).logits
+        assert (plain - expected).abs().max() > 1e-3
+        assert torch.allclose(logits, expected, rtol=0, atol=2e-6)
+
+    @pytest.mark.parametrize("name", ["blk.1.attn_q.bias", "rope_factors_long.weight", "blk.2.attn_norm.weight", "cls"])
+    def test_a_tensor_without_a_place_is_refused(self, tiny_model, tmp_path, name):
+        write_gguf(tmp_path / "more.gguf", tiny_model, more={name: np.ones(64, np.float32)})
+        with pytest.raises(ValueError, match=rf"more\.gguf has 1 tensors .* '{name}'"):
+            resolve(tmp_path / "more.gguf", cache_dir=str(tmp_path))
+
+    def test_frequency_factors_of_another_number(self, tiny_model, tmp_path):
+        write_gguf(tmp_path / "more.gguf", tiny_model, more={"rope_freqs.weight": np.ones(5, np.float32)})
+        with pytest.raises(ValueError, match=r"5 rope_freqs\.weight for 8 frequencies"):
+            resolve(tmp_path / "more.gguf", cache_dir=str(tmp_path))
 
     def test_missing_tensor_is_not_filled_at_random(self, tiny_model, tmp_path):
         write_gguf(tmp_path / "holed.gguf", tiny_model, without="blk.1.ffn_up.weight")

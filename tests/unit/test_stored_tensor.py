@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.models import loading as hf_model
+from pipeline.models import checkpoint
 
 TENSORS = {
     "matrix": torch.arange(37 * 13, dtype=torch.float32).view(37, 13) / 7,
@@ -20,9 +20,9 @@ TENSORS = {
 @pytest.mark.parametrize("max_mapped_nbytes", [8, 100, 700, 2**20])
 @pytest.mark.parametrize("name", TENSORS)
 def test_parts_make_the_whole(tmp_path, monkeypatch, name, max_mapped_nbytes, dtype):
-    monkeypatch.setattr(hf_model, "MAX_MAPPED_NBYTES", max_mapped_nbytes)
+    monkeypatch.setattr(checkpoint, "MAX_MAPPED_NBYTES", max_mapped_nbytes)
     save_file(TENSORS, tmp_path / "model.safetensors")
-    read = hf_model._StoredTensor(tmp_path / "model.safetensors", name, dtype)[...]
+    read = checkpoint.StoredTensor(tmp_path / "model.safetensors", name, dtype)[...]
     stored = TENSORS[name]
     expected = stored.to(dtype) if stored.is_floating_point() else stored
     assert read.dtype == expected.dtype
