@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 from llvmlite import ir
@@ -25,9 +29,58 @@ __all__ = [
     "unpack_rows",
 ]
 
-jit = numba.njit(nogil=True, cache=True, error_model="numpy")
+logger = logging.getLogger(__name__)
+
+_told_of_cache: list[str] = []
+
+
+def _compiled(**options: str) -> Callable[[Callable], Any]:
+    """`numba.njit`, cached on disk where the disk lets it: what cannot be kept there is compiled anew at each start."""
+
+    def decorate(function: Callable) -> Any:
+        if numba.config.DISABLE_JIT:
+            raise ImportError("NUMBA_DISABLE_JIT is set, and codecs on the CPU need compiled kernels: unset it")
+        dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(function)
+        try:
+            dispatcher.enable_caching()
+        except (RuntimeError, OSError) as e:  # no folder that may be written to
+            _tell_of_cache(e)
+            return dispatcher
+        cache = dispatcher._cache
+        cache.load_overload = _tolerant(cache.load_overload)
+        cache.save_overload = _tolerant(cache.save_overload)
+        return dispatcher
+
+    return decorate
+
+
+def _tolerant(operation: Callable) -> Callable:
+    """A cache's operation that gives None where the disk or a damaged file makes it fail."""
+
+    def tried(*arguments: Any) -> Any:
+        try:
+            return operation(*arguments)
+        except Exception as e:  # of unpickling, too
+            _tell_of_cache(e)
+            return None
+
+    return tried
+
+
+def _tell_of_cache(error: Exception) -> None:
+    """Once a process."""
+    if not _told_of_cache:
+        _told_of_cache.append(str(error))
+        logger.warning(
+            "compiled kernels cannot be kept on disk, each start compiles them anew: %s; name a folder that can be "
+            "written to, with room, in the environment variable NUMBA_CACHE_DIR",
+            error,
+        )
+
+
+jit = _compiled()
 # Calls that are not inlined keep reference counts of their arrays, which takes as long as decoding a symbol.
-inlined = numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
+inlined = _compiled(inline="always")
 
 QUIET_NAN_BF16 = np.uint16(0x7FC0)
 INFINITY_BITS = np.uint32(0x7F800000)

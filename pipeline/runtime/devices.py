@@ -39,7 +39,9 @@ def choose_device(setting: str, world: World) -> torch.device:
         raise ValueError(f"device {setting!r} is not one of auto, cpu, cuda, cuda:N")
     if device.type == "cuda":
         if not num_gpus:
-            raise ValueError(f"device {setting!r}: this machine has no usable GPU")
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            hidden = "" if visible is None else f", CUDA_VISIBLE_DEVICES is {visible!r}: unset that"
+            raise ValueError(f"device {setting!r}: this machine has no usable GPU{hidden}, or say runtime.device=cpu")
         device = torch.device("cuda", world.local_rank % num_gpus if device.index is None else device.index)
         if device.index >= num_gpus:
             raise ValueError(f"device {setting!r}: this machine has {num_gpus} GPUs")
