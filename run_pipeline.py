@@ -74,7 +74,12 @@ def run(config: RunConfig, *, resume: bool) -> int:
         restarted = deployment.control.world.attempt > 0
         return Evaluation(config, deployment).run(resume=resume or restarted)
 
-    path = on_deployment(config, Path(config.exp_dir), evaluate)
+    def claim(digest: str) -> None:
+        from pipeline.records.journal import Journal
+
+        Journal.check(Path(config.exp_dir), digest, resume=resume)
+
+    path = on_deployment(config, Path(config.exp_dir), evaluate, claim=claim)
     if path is not None:
         from pipeline.report.summary import print_summary
 

@@ -24,6 +24,7 @@ from pipeline.models.loading import TORCH_DTYPES
 from pipeline.models.stage import TokenWindows
 from pipeline.partition.schedule import Action, ScheduleError
 from pipeline.records.store import RecordError
+from pipeline.runtime.codecs import cause_in_words, naming
 from pipeline.runtime.memory import peak_rss_bytes, pss_bytes
 from pipeline.runtime.runner import Probe, Runner, StageError
 from pipeline.runtime.timing import (
@@ -102,7 +103,7 @@ class Evaluation(Job):
         except Exception as e:
             place = self.control.watchdog.place
             tell(f"ERROR: {place}: a codec raised\n{traceback.format_exc()}")
-            failure = f"{place}: {type(e).__name__}: {e}"
+            failure = f"{place}: {cause_in_words(e)}"
         failures = [told for told in self.control.gather(failure) if told is not None]
         if failures:
             raise StageError(failures[0])
@@ -165,7 +166,8 @@ class Evaluation(Job):
                 token = runner.last_tokens.get(index)
                 if token is None:  # every micro-batch was finished in an earlier session
                     token = torch.ones((1, 1, self.hidden_size), dtype=dtype, device=devices[index])
-                stages[index]["compress_s"], payload = time_compress(encoder, token)
+                with naming(encoder):
+                    stages[index]["compress_s"], payload = time_compress(encoder, token)
                 name = self.plan.links[index].name
                 links[name] = {"payload_bytes": payload.nbytes, "header_bytes": header_nbytes(index)}
                 written[str(index)] = payload_to_json(payload)
@@ -175,7 +177,8 @@ class Evaluation(Job):
             for index, decoder in self.codecs.decoders.items():
                 device = devices[index + 1]
                 payload = payload_from_json(written[str(index)], device)
-                stages[index + 1]["decompress_s"] = time_decompress(decoder, payload, device, dtype)
+                with naming(decoder):
+                    stages[index + 1]["decompress_s"] = time_decompress(decoder, payload, device, dtype)
 
         with self._failing_alike():
             own = self.control.in_turn(compress)
@@ -191,12 +194,16 @@ class Evaluation(Job):
         with self._failing_alike():
             for index, encoder in self.codecs.encoders.items():
                 x = torch.ones((1, 2, self.hidden_size), dtype=dtype, device=devices[index])
-                own[str(index)] = payload_to_json(encoder.compress(x, **blank_side_inputs(encoder, x)))
+                with naming(encoder):
+                    payload = encoder.compress(x, **blank_side_inputs(encoder, x))
+                own[str(index)] = payload_to_json(payload)
         written = self._from_all_ranks(own)
         with self._failing_alike():
             for index, decoder in self.codecs.decoders.items():
                 device = devices[index + 1]
-                decoder.decompress(payload_from_json(written[str(index)], device), device, dtype)
+                payload = payload_from_json(written[str(index)], device)
+                with naming(decoder):
+                    decoder.decompress(payload, device, dtype)
 
     def _from_all_ranks(self, by_link: dict[str, Any]) -> dict[str, Any]:
         """JSON by link from every rank, in one mapping: a decoder's rank has no encoder to make it a frame."""

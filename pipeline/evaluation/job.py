@@ -8,8 +8,7 @@ from __future__ import annotations
 from pipeline.config.schema import RunConfig
 from pipeline.data.windows import make_microbatches
 from pipeline.partition.schedule import Action, dry_run, make_schedule
-from pipeline.records.store import digest_of
-from pipeline.runtime.codecs import codec_requests, make_codecs, make_link_parts
+from pipeline.runtime.codecs import codec_requests, make_codecs, make_link_parts, run_digest
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.text import make_run_windows
 
@@ -52,16 +51,13 @@ class Job:
         )
         self.metrics, self.specs, self.importance = parts.metrics, parts.specs, parts.importance
         self.in_flight = config.runtime.in_flight or self.plan.num_nodes + 2
-        self.digest = digest_of(
-            {
-                **config.numerics(),
-                "compressor": [facts.format_config for facts in self.codecs.facts],
-                **dict.fromkeys(("compressor_per_link", "importance.layers", "importance.seed")),
-                "importance": {str(index): metric for index, metric in self.importance.items()},
-                "checkpoint": deployment.checkpoint_digest,
-                "ids": text.ids_sha256,
-                "bos_id": text.bos_id,
-            }
+        self.digest = run_digest(
+            config,
+            self.codecs,
+            parts,
+            checkpoint=deployment.checkpoint_digest,
+            ids_sha256=text.ids_sha256,
+            bos_id=text.bos_id,
         )
 
     def make_actions(self, first: int) -> list[Action]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from pipeline.evaluation.job import Job
 from pipeline.evaluation.progress import Progress
 from pipeline.evaluation.tracking import Tracker
 from pipeline.models.stage import Scores
+from pipeline.records.environment import environment_changes
 from pipeline.records.journal import FinishedMicroBatch, Journal
 from pipeline.records.perplexity import perplexity, sum_nll
-from pipeline.records.store import make_run_id, model_label, software_versions, write_record
+from pipeline.records.store import RecordError, make_run_id, model_label, software_versions, write_record
 from pipeline.records.traffic import LinkTraffic, per_link_record, traffic_totals
 from pipeline.runtime.devices import shared_gpus
 
@@ -39,11 +41,15 @@ class Recorder:
             logger.warning(
                 "an unfinished run with this config is set aside as *.journal.old; --resume would have continued it"
             )
-        self.journal = Journal.open(folder, job.digest, resume=resume)
+        environment = job.deployment.environment
+        self.journal = Journal.open(folder, job.digest, resume=resume, environment=environment)
         if config.measure_error and any(done.squared_error is None for done in self.journal.finished):
             logger.warning("the unfinished run was started without measure_error; it starts over")
             self.journal.close()
-            self.journal = Journal.open(folder, job.digest, resume=False)
+            self.journal = Journal.open(folder, job.digest, resume=False, environment=environment)
+        self._check_journal()
+        for change in self._environment_changes():
+            logger.warning("%s", change)
         if resume and self.journal.num_sessions > 1:
             done, total = len(self.journal.finished), len(job.microbatches)
             logger.warning("resuming: %d of %d micro-batches were finished before", done, total)
@@ -98,6 +104,30 @@ class Recorder:
             bounded(self._progress.close)
         self.journal.close()
         self._tracker.finish({}, exit_code=1)
+
+    def _check_journal(self) -> None:
+        """That what is taken over fits this run; its digest says so, a file may lie."""
+        num_links = len(self._job.plan.links)
+        finished, microbatches = self.journal.finished, self._job.microbatches
+        fits = len(finished) <= len(microbatches) and all(
+            len(done.loss) == len(done.top1) == microbatch.num_scored and len(done.payload_bytes) == num_links
+            for done, microbatch in zip(finished, microbatches, strict=False)
+        )
+        if not fits:
+            raise RecordError(f"{self.journal.path} does not fit this run; delete the file to start over")
+
+    def _environment_changes(self) -> list[str]:
+        """Where a session went on on other devices, threads or versions than the one before, in words."""
+        by_first = dict(self.journal.sessions)  # without those that finished nothing
+        known = [(first, environment) for first, environment in by_first.items() if environment is not None]
+        changes = []
+        for (_, before), (first, now) in itertools.pairwise(known):
+            if change := environment_changes(before, now):
+                changes.append(
+                    f"micro-batches from {first} on ran on something else than those before, which may change losses: "
+                    f"{change}"
+                )
+        return changes
 
     def _check_traffic(self, reports: Sequence[dict[str, Any]], first: int) -> None:
         """What the frames told rank 0 must be what the senders counted."""
@@ -159,6 +189,11 @@ class Recorder:
             "plan": [{"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in plan.stages],
             "resumed": {
                 "num_sessions": journal.num_sessions,
+                **(
+                    {"environments": [{"from_microbatch": first, **(env or {})} for first, env in journal.sessions]}
+                    if self._environment_changes()
+                    else {}
+                ),
                 "resent_microbatches": len(journal.interrupted),
                 "resent_payload_bytes_at_most": sum(
                     sum(journal.finished[m].payload_bytes) for m in journal.interrupted
@@ -200,6 +235,7 @@ class Recorder:
                 "bos": config.dataset.bos,
             },
             "versions": software_versions(),
+            "environment": dict(deployment.environment),
             **self._reconstruction(),
         }
 
@@ -245,7 +281,7 @@ class Recorder:
             f"ranks {', '.join(map(str, ranks))} share GPU {gpu}: the times of a stage contain the others' work"
             for gpu, ranks in shared_gpus(self._job.deployment.gpus).items()
         ]
-        return notes
+        return notes + self._environment_changes()
 
 
 def _mixes_tokens(config: RunConfig) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.evaluation.evaluation import Evaluation
 from pipeline.evaluation.progress import SweepProgress
 from pipeline.evaluation.tracking import Tracker
 from pipeline.partition.schedule import ScheduleError
+from pipeline.records.environment import environment_changes
 from pipeline.records.journal import Journal
 from pipeline.records.store import (
     RecordError,
@@ -98,6 +100,11 @@ def _run_point(
         tell(f"ERROR: a codec cannot be made\n{traceback.format_exc()}")
         error = f"{type(e).__name__}: {e}"
     finished = recorder.find(evaluation) if recorder and evaluation else None
+    if recorder and evaluation and not finished:
+        try:
+            Journal.check(recorder.folder, evaluation.digest, resume=True)
+        except RecordError as e:
+            error = str(e)
     told = control.gather({"error": error, "finished": finished and str(finished)})
     errors = [one["error"] for one in told if one["error"] is not None]
     if errors:
@@ -135,8 +142,17 @@ class _SweepRecorder:
                 except RecordError as e:
                     logger.warning("%s; the point is run again", e)
                 else:
+                    self._compare(path, record, evaluation)
                     return path
         return None
+
+    def _compare(self, path: Path, record: Mapping[str, Any], evaluation: Evaluation) -> None:
+        """Tell where a point that is taken over ran on something else than this start's points do."""
+        before = record.get("environment")
+        if before is not None and (change := environment_changes(before, evaluation.deployment.environment)):
+            logger.warning(
+                "%s was made on something else, which may change its losses: this start has %s", path.name, change
+            )
 
     def fail(self, point: Point, config: RunConfig, label: str, error: str, was_run: bool) -> Path:
         """Write down why a point has failed; returns the file."""

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import time
 import zlib
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from pipeline.records.environment import Environment
 from pipeline.records.store import RecordError, disk_problem
 
 __all__ = ["FinishedMicroBatch", "Journal"]
@@ -46,7 +48,8 @@ class Journal:
     """An open journal.
 
     `finished` are micro-batches 0, 1, ...; `interrupted` those that were in the pipeline when a session
-    ended, whose bytes are sent again, once per such session; `earlier_s` the seconds of earlier sessions up
+    ended, whose bytes are sent again, once per such session; `sessions` has the first micro-batch of each session and
+    what it ran on, as far as that is known; `earlier_s` the seconds of earlier sessions up
     to their last finished micro-batch.
     """
 
@@ -54,50 +57,60 @@ class Journal:
     _file: BinaryIO
     finished: list[FinishedMicroBatch] = field(default_factory=list)
     interrupted: list[int] = field(default_factory=list)
-    num_sessions: int = 1
+    sessions: list[tuple[int, Environment | None]] = field(default_factory=list)
     earlier_s: float = 0.0
     _num_started: int = 0
     _start_s: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def open(cls, folder: Path, digest: str, *, resume: bool) -> Journal:
+    def open(cls, folder: Path, digest: str, *, resume: bool, environment: Environment | None = None) -> Journal:
         """Open the journal of the run with this digest; with `resume`, take over what it holds.
 
         Without, an unfinished run's journal is set aside as `.journal.old`. Renamed back, it can be resumed.
-        Raises RecordError when another process has it open or it cannot be written or read.
+        `environment` is what this session runs on. Raises RecordError when another process has it open or it cannot be
+        written or read.
         """
-        path = folder / f"{digest[:16]}.journal"
-        try:
-            file = open(path, "a+b")
-        except OSError as e:
-            raise RecordError(f"the journal {path} cannot be written: {disk_problem(e)}") from e
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise RecordError(
-                f"{path} belongs to a run with the same config that is still going on: wait for its end, or end it"
-            ) from e
-        except OSError as e:
-            raise RecordError(
-                f"the journal {path} cannot be locked: {e.strerror or e}; name a folder that can have locks (--exp_dir)"
-            ) from e
+        path = _path(folder, digest)
+        file = _open_locked(path, "a+b")
         journal = cls(path, file)
-        kept = 0
-        if resume:
-            file.seek(0)
-            kept = journal._replay(file.read(), digest)
-        elif cls.exists(folder, digest):
-            journal._set_aside()
         try:
-            file.truncate(kept)
-        except OSError as e:
-            raise RecordError(f"the journal {path} cannot be written: {disk_problem(e)}") from e
-        if kept:
-            journal._begin_session()
-            journal._append({"resumed": len(journal.finished)})
-        else:
-            journal._append({"format": FORMAT, "digest": digest})
+            kept = 0
+            if resume:
+                file.seek(0)
+                kept = journal._replay(file.read(), digest)
+            elif cls.exists(folder, digest):
+                journal._set_aside()
+            try:
+                file.truncate(kept)
+            except OSError as e:
+                raise RecordError(f"the journal {path} cannot be written: {disk_problem(e)}") from e
+            if kept:
+                journal._begin_session(environment)
+                journal._append({"resumed": len(journal.finished), "environment": environment})
+            else:
+                journal.sessions = [(0, environment)]
+                journal._append({"format": FORMAT, "digest": digest, "environment": environment})
+        except RecordError:
+            journal.close()
+            raise
         return journal
+
+    @classmethod
+    def check(cls, folder: Path, digest: str, *, resume: bool) -> None:
+        """Whether `open` would find a journal in its way, which can be known before weights load. Changes nothing.
+
+        Raises RecordError.
+        """
+        path = _path(folder, digest)
+        if not os.path.lexists(path):
+            return
+        file = _open_locked(path, "r+b")
+        journal = cls(path, file)
+        try:
+            if resume:
+                journal._replay(file.read(), digest)
+        finally:
+            journal.close()
 
     @staticmethod
     def exists(folder: Path, digest: str) -> bool:
@@ -105,7 +118,7 @@ class Journal:
 
         Raises RecordError for a file that cannot be read.
         """
-        path = folder / f"{digest[:16]}.journal"
+        path = _path(folder, digest)
         try:
             return path.is_file() and b'"finished"' in path.read_bytes()
         except OSError as e:
@@ -129,6 +142,10 @@ class Journal:
             }
         )
         self.finished.append(result)
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self.sessions)
 
     @property
     def elapsed_s(self) -> float:
@@ -156,8 +173,8 @@ class Journal:
         except OSError as e:
             raise RecordError(f"the unfinished run's journal cannot be copied to {old}: {disk_problem(e)}") from e
 
-    def _begin_session(self) -> None:
-        self.num_sessions += 1
+    def _begin_session(self, environment: Environment | None) -> None:
+        self.sessions.append((len(self.finished), environment))
         self.interrupted.extend(range(len(self.finished), self._num_started))
         self._num_started = len(self.finished)
 
@@ -180,12 +197,13 @@ class Journal:
                 raise RecordError(f"{self.path}, line {number}, is damaged; delete the file to start over")
             event = json.loads(text)
             if number == 1:
-                if event != {"format": FORMAT, "digest": digest}:
+                if (event.get("format"), event.get("digest")) != (FORMAT, digest):
                     raise RecordError(f"{self.path} was written by another version or for another config; move it away")
+                self.sessions = [(0, event.get("environment"))]
             elif "started" in event:
                 self._num_started = event["started"] + 1
             elif "resumed" in event:
-                self._begin_session()
+                self._begin_session(event.get("environment"))
             else:
                 self._replay_finished(event)
         return sum(len(line) + 1 for line in lines[: len(texts)])
@@ -202,6 +220,31 @@ class Journal:
         squared_error = None if measured is None else tuple(map(tuple, measured))
         self.finished.append(FinishedMicroBatch(tuple(event["payload_bytes"]), loss, top1, squared_error))
         self.earlier_s = event["elapsed_s"]
+
+
+def _path(folder: Path, digest: str) -> Path:
+    return folder / f"{digest[:16]}.journal"
+
+
+def _open_locked(path: Path, mode: str) -> BinaryIO:
+    """Raises RecordError."""
+    try:
+        file = open(path, mode)
+    except OSError as e:
+        raise RecordError(f"the journal {path} cannot be written: {disk_problem(e)}") from e
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        file.close()
+        raise RecordError(
+            f"{path} belongs to a run with the same config that is still going on: wait for its end, or end it"
+        ) from e
+    except OSError as e:
+        file.close()
+        raise RecordError(
+            f"the journal {path} cannot be locked: {e.strerror or e}; name a folder that can have locks (--exp_dir)"
+        ) from e
+    return file
 
 
 def _intact(line: bytes) -> bytes | None:

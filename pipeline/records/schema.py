@@ -80,6 +80,7 @@ _RECORD = {
     "dataset": {"description": str, "num_tokens": _COUNT, "text_sha256": str, "ids_sha256": str},
     "protocol": {"max_length": _COUNT, "stride": _COUNT},
     "versions": {...: str},
+    "environment?": {...: str},
 }
 
 

@@ -74,6 +74,12 @@ def _header(results: Results) -> str:
 
 def _problems(results: Results) -> str:
     items = [f"<li><b>failed</b>: {escape(f.label)}: {escape(f.error)}</li>" for f in results.failed]
+    items += [
+        f"<li>{escape(p.label)} ran on something else than the uncompressed point, which may change its losses: "
+        f"{escape(p.elsewhere)}</li>"
+        for p in results.points
+        if p.elsewhere
+    ]
     items += [f"<li><b>skipped</b>: {escape(text)}</li>" for text in results.skipped]
     return f'<div class="warning" id="problems"><ul>{"".join(items)}</ul></div>' if items else ""
 

@@ -110,7 +110,11 @@ def _worst_error(point: MeasuredPoint) -> Value:
 
 
 def _note(point: MeasuredPoint) -> Value:
-    notes = ["" if point.record["causal"] else "not causal", "per-token data cannot be used" if point.unread else ""]
+    notes = [
+        "" if point.record["causal"] else "not causal",
+        "per-token data cannot be used" if point.unread else "",
+        "ran on something else" if point.elsewhere else "",
+    ]
     return ", ".join(filter(None, notes))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.schema import ModelConfig
+from pipeline.records.environment import environment_changes
 from pipeline.records.schema import schema_problem
 from pipeline.records.store import (
     RecordError,
@@ -53,7 +54,8 @@ class MeasuredPoint:
     """One record, its quality against the setting's baseline, and what a prediction needs.
 
     `quality` is None where there is no baseline or a per-token file cannot be used; `quality_note` says why, and
-    `unread` tells the second case.
+    `unread` tells the second case. `elsewhere` says what this point ran on where the baseline ran on something else,
+    which may change losses.
     `costs` is None where there is no link, or no time was taken (all was finished before a resumed run
     began).
     """
@@ -63,6 +65,7 @@ class MeasuredPoint:
     quality: Quality | None
     quality_note: str
     unread: bool
+    elsewhere: str
     costs: PipelineCosts | None
 
     @property
@@ -257,9 +260,15 @@ def _points(
             label=codec_label(record),
             quality=quality,
             quality_note=note,
+            elsewhere=_elsewhere(record, baseline),
             unread=quality is None and baseline is not None,
             costs=_costs(record),
         )
+
+
+def _elsewhere(record: Mapping[str, Any], baseline: tuple[Path, Mapping[str, Any]] | None) -> str:
+    own, other = record.get("environment"), baseline and baseline[1].get("environment")
+    return environment_changes(other, own) if own and other else ""
 
 
 def _costs(record: Mapping[str, Any]) -> PipelineCosts | None:

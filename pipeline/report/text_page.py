@@ -35,7 +35,13 @@ def markdown_page(results: Results, outlook: Outlook) -> str:
                 "Predicted decode, ms/token (mostly), an estimate without a KV cache:",
                 _predictions(setting, outlook, decode=True),
             ]
-    problems = [f"failed: {_escape(f.label)}: {_escape(f.error)}" for f in results.failed]
+    problems = [
+        f"{_escape(p.label)} ran on something else than the uncompressed point, which may change its losses: "
+        f"{_escape(p.elsewhere)}"
+        for p in results.points
+        if p.elsewhere
+    ]
+    problems += [f"failed: {_escape(f.label)}: {_escape(f.error)}" for f in results.failed]
     problems += [f"skipped: {_escape(text)}" for text in results.skipped]
     if problems:
         parts.append("\n".join(f"- {problem}" for problem in problems))

@@ -8,7 +8,8 @@ whether it is causal, ...) is plain JSON and is gathered; both ends of a link mu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,18 +23,24 @@ from pipeline.importance.metrics import METRICS, Metric
 from pipeline.importance.selection import make_metrics
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.partition.plan import Plan
+from pipeline.records.store import digest_of
 
 __all__ = [
+    "CodecError",
     "CodecFacts",
     "CodecRequest",
     "LinkCodecs",
     "LinkParts",
+    "cause_in_words",
     "codec_requests",
     "make_codec",
     "make_codecs",
     "make_link_parts",
+    "naming",
+    "run_digest",
 ]
 
+_MAX_CAUSE = 400  # characters
 SIDE_INPUTS = ("importance", "token_ids")
 
 
@@ -70,6 +77,27 @@ class CodecFacts:
             needs=list(codec.needs),
             importance_metric=codec.importance_metric,
         )
+
+
+class CodecError(Exception):
+    """What a codec raised, with its name in front."""
+
+
+@contextmanager
+def naming(codec: Compressor) -> Iterator[None]:
+    """Make what the codec raises in the enclosed work a CodecError, with the start of messages that fill pages."""
+    try:
+        yield
+    except Exception as e:
+        told = str(e) if isinstance(e, ValueError) else " ".join(str(e).split())
+        told = told if len(told) <= _MAX_CAUSE else f"{told[:_MAX_CAUSE]} ..."
+        where = "" if codec.link is None else f" on {codec.link.name}"
+        raise CodecError(f"codec {codec.name}{where}: {type(e).__name__}: {told}") from e
+
+
+def cause_in_words(error: Exception) -> str:
+    """`KeyError: 'x'`; a CodecError speaks for itself."""
+    return str(error) if isinstance(error, CodecError) else f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -243,3 +271,20 @@ def _check_ends_agree(plan: Plan, told: Iterable[Mapping[str, Any]], what: str) 
                     f"the two ends of {plan.links[int(index)].name} differ in their {what}, {found}: all machines need "
                     "the same version, plug-ins and calibration files"
                 )
+
+
+def run_digest(
+    config: RunConfig, codecs: LinkCodecs, parts: LinkParts, *, checkpoint: str, ids_sha256: str, bos_id: int | None
+) -> str:
+    """Of all that changes a run's numbers or bytes."""
+    return digest_of(
+        {
+            **config.numerics(),
+            "compressor": [facts.format_config for facts in codecs.facts],
+            **dict.fromkeys(("compressor_per_link", "importance.layers", "importance.seed")),
+            "importance": {str(index): metric for index, metric in parts.importance.items()},
+            "checkpoint": checkpoint,
+            "ids": ids_sha256,
+            "bos_id": bos_id,
+        }
+    )

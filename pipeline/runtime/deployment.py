@@ -24,7 +24,8 @@ from pipeline.models.loading import TORCH_DTYPES, load_model_config, load_stage
 from pipeline.models.source import checkpoint_fingerprint, resolve_model
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import Plan
-from pipeline.runtime.codecs import LinkCodecs, codec_requests, make_codecs, make_link_parts
+from pipeline.records.environment import Environment
+from pipeline.runtime.codecs import LinkCodecs, codec_requests, make_codecs, make_link_parts, run_digest
 from pipeline.runtime.devices import (
     available_cores,
     choose_threads,
@@ -33,6 +34,7 @@ from pipeline.runtime.devices import (
     shared_gpus,
     stage_devices,
 )
+from pipeline.runtime.environment import gather_environment
 from pipeline.runtime.placement import check_world_size, make_plan
 from pipeline.runtime.text import TokenizedText, check_bos, check_max_length, make_run_windows, tokenize_once
 from pipeline.runtime.timing import time_one_token
@@ -65,13 +67,20 @@ class Deployment:
     backend: str
     channels: dict[int, BodyChannel]
     threads: int
+    environment: Environment
     one_token_compute_s: dict[int, float]
 
 
-def deploy(config: RunConfig, control: Control, check: Callable[[Plan, Any], None] | None = None) -> Deployment:
+def deploy(
+    config: RunConfig,
+    control: Control,
+    check: Callable[[Plan, Any], None] | None = None,
+    claim: Callable[[str], None] | None = None,
+) -> Deployment:
     """Agree, resolve, plan, tokenise, check codecs and load this rank's stages.
 
-    `check(plan, model_config)` may raise where they do not serve what is to be done. Raises ValueError (ConfigError,
+    `check(plan, model_config)` may raise where they do not serve what is to be done, and `claim(digest)`, on rank 0,
+    where the run with this digest cannot be recorded. Raises ValueError (ConfigError,
     PlanError, ModelError, ...) with a message for the user.
     """
     world = control.world
@@ -105,7 +114,7 @@ def deploy(config: RunConfig, control: Control, check: Callable[[Plan, Any], Non
     control.report("making codecs")
     requests = codec_requests(config, plan, hidden_size=model_config.hidden_size, checkpoint=checkpoint_digest)
     codecs = make_codecs(requests, plan, control, measure_error=config.measure_error)
-    make_link_parts(  # to see that they can be made
+    parts = make_link_parts(
         config,
         plan,
         control,
@@ -115,6 +124,10 @@ def deploy(config: RunConfig, control: Control, check: Callable[[Plan, Any], Non
         checkpoint_digest=checkpoint_digest,
         ids_sha256=text.ids_sha256,
     )
+    if claim is not None and world.rank == 0:
+        own = {"checkpoint": checkpoint_digest, "ids_sha256": text.ids_sha256, "bos_id": text.bos_id}
+        claim(run_digest(config, codecs, parts, **own))
+    environment = gather_environment(control, devices, threads)
     gpus, backend, channels = _open_channels(config, control, plan, devices)
     control.report("loading weights")
     stages: dict[int, Stage] = {}
@@ -156,6 +169,7 @@ def deploy(config: RunConfig, control: Control, check: Callable[[Plan, Any], Non
         backend=backend,
         channels=channels,
         threads=threads,
+        environment=environment,
         one_token_compute_s=one_token_compute_s,
     )
 

@@ -29,11 +29,13 @@ def on_deployment(
     folder: Path,
     work: Callable[[Deployment], T],
     check: Callable[[Plan, Any], None] | None = None,
+    claim: Callable[[str], None] | None = None,
 ) -> T:
     """`work(deployment)` on every rank of the config's model, and its result.
 
     Rank 0 checks first that `folder` can be written to; `check(plan, model_config)` raises, before weights load, where
-    the work cannot be done. A failure ends the process, with its message and a non-zero status, on every rank.
+    the work cannot be done, and so does `claim(digest)`, on rank 0, where the run cannot be recorded.
+    A failure ends the process, with its message and a non-zero status, on every rank.
     """
     try:
         world = World.from_environment()
@@ -42,7 +44,7 @@ def on_deployment(
         sys.exit(2)
     watchdog = Watchdog(world, config.runtime.timeout_s)
     try:
-        return _work(config, world, watchdog, folder, work, check)
+        return _work(config, world, watchdog, folder, work, check, claim)
     except BaseException as e:  # a panic of a library in Rust is no Exception
         watchdog.abort(e)
 
@@ -54,6 +56,7 @@ def _work(
     folder: Path,
     work: Callable[[Deployment], T],
     check: Callable[[Plan, Any], None] | None,
+    claim: Callable[[str], None] | None,
 ) -> T:
     # Torch's C++ stacks for a lost connection would bury the message that names the lost rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -78,7 +81,7 @@ def _work(
     if world.rank == 0:
         check_writable(folder)
     return_freed_memory()
-    deployment = deploy(config, control, check)
+    deployment = deploy(config, control, check, claim)
     keep_freed_memory()
     result = work(deployment)
     control.close()

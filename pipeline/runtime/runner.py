@@ -29,6 +29,7 @@ from pipeline.models.attention import Attention, AttentionReader
 from pipeline.models.stage import Scores, Stage, TokenWindows
 from pipeline.partition.schedule import Action, ActionKind
 from pipeline.records.store import RecordError
+from pipeline.runtime.codecs import cause_in_words, naming
 from pipeline.runtime.timing import wait_for_stream
 
 __all__ = ["OnResult", "Probe", "Report", "Runner", "StageError", "StageTimes", "describe", "execute"]
@@ -152,7 +153,7 @@ def _perform_all(
             raise
         except Exception as e:
             tell(f"ERROR: {place}: a stage or codec raised\n{traceback.format_exc()}")
-            raise StageError(f"{place}: {type(e).__name__}: {e}") from e
+            raise StageError(f"{place}: {cause_in_words(e)}") from e
         remaining[key] -= 1
         if not remaining[key] and key in senders:
             # At once: this rank may go on for long with a later stage, and the next rank waits for END.
@@ -291,7 +292,8 @@ class Runner:
             header, payload = receiver.receive(action.microbatch_index)
         with times.measure("decompress", stage.device):
             on_device = Payload(payload.data.to(stage.device), payload.shape, payload.meta)
-            hidden_states = decoder.decompress(on_device, stage.device, self._dtype)
+            with naming(decoder):
+                hidden_states = decoder.decompress(on_device, stage.device, self._dtype)
         if hidden_states.shape != payload.shape or hidden_states.dtype != self._dtype:
             raise ValueError(
                 f"codec {decoder.name} decompressed to {hidden_states.dtype} "
@@ -311,7 +313,8 @@ class Runner:
             if index in self._metrics:
                 side["importance"] = self._metrics[index].importance(hidden_states, microbatch_index)
         with times.measure("compress", stage.device):
-            payload = codec.compress(hidden_states, **side)
+            with naming(codec):
+                payload = codec.compress(hidden_states, **side)
         wait_for_stream(stage.device)  # else the copy to the host counts the GPU's work as waiting
         if index in self._probes:
             with times.measure("measure", stage.device):

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import re
@@ -150,7 +151,7 @@ def test_a_codec_that_raises(rank, tmp_path, uninterrupted):
     messages = last_messages([one.stderr for one in ended])
     assert all(one.returncode == 1 for one in ended)
     assert max(one.wall_s for one in ended) - min(one.wall_s for one in ended) < TIMEOUT_S
-    cause = re.escape("ArithmeticError: no more bits")
+    cause = r"codec \S*Raising\S* on \S+: ArithmeticError: no more bits"
     expected = rf"rank \d stops: rank {rank}, stage {rank}, micro-batch {DUE - 2}: {cause}; .*{RESUME_HINT}"
     assert [message for message in messages if not re.fullmatch(expected, message)] == []
     # Where it was raised, only the rank that raised it tells.
@@ -169,7 +170,7 @@ def test_a_codec_that_raises_where_nobody_reads_what_its_rank_says(tmp_path):
     assert all(one.returncode == 1 for one in ended)
     for one in ended[:1] + ended[2:]:
         (message,) = last_messages([one.stderr])
-        assert f"rank 1, stage 1, micro-batch {DUE - 2}: ArithmeticError: no more bits" in message
+        assert re.search(rf"rank 1, stage 1, micro-batch {DUE - 2}: codec .*: ArithmeticError: no more bits", message)
 
 
 def run_on_a_full_pipe(rank, command, silenced):
@@ -191,7 +192,8 @@ def test_a_codec_that_raises_in_one_process(tmp_path):
     ended = run_alone(*command, env={"RANK": "0"})
     assert ended.returncode == 1 and "in _go_wrong" in ended.stderr
     (message,) = last_messages([ended.stderr])
-    assert message.startswith(f"error: stage 0, micro-batch {DUE - 2}: ArithmeticError: no more bits; ")
+    cause = r"codec \S+ on \S+: ArithmeticError: no more bits; "
+    assert re.match(rf"error: stage 0, micro-batch {DUE - 2}: {cause}", message)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_a_codec_that_raises_in_one_process(tmp_path):
             "WrongShape",
             "rank 1, stage 1, micro-batch 2: ValueError: link layer:1:node1->node2: Payload.shape is (1, 64, 64)",
         ),
-        ("ShortBytes", "rank 2, stage 2, micro-batch 2: RuntimeError: "),
+        ("ShortBytes", "rank 2, stage 2, micro-batch 2: codec short_bytes on layer:1:node1->node2: RuntimeError: "),
     ],
     ids=["too large", "wrong shape", "short bytes"],
 )
@@ -349,6 +351,50 @@ def test_torchrun_starts_the_ranks_anew(tmp_path, uninterrupted):
         one.check()
     assert outcome(tmp_path / "runs") == uninterrupted
     assert num_resent(tmp_path / "runs") > 0
+
+
+def test_a_resumed_run_says_what_else_it_ran_on(tmp_path):
+    repaired = {"BAD_CODEC_REPAIRED": str(tmp_path / "repaired")}
+    command = arguments(tmp_path / "runs", "--compressor", "tests.helpers.bad_codecs:Raising(rank=0)")
+    one_thread, two_threads = (["--set", f"runtime.threads={n}"] for n in (1, 2))
+    assert run_alone(*command, *one_thread, env={**repaired, "RANK": "0"}).returncode == 1
+    (tmp_path / "repaired").touch()
+    resumed = run_alone(*command, *two_threads, "--resume", env={**repaired, "RANK": "0"}).check()
+    (path,) = (tmp_path / "runs").glob("*.json")
+    record = read_record(path)
+    ((first, before), (second, now)) = ((s["from_microbatch"], s["threads"]) for s in record["resumed"]["environments"])
+    assert (first, before, now, record["environment"]["threads"]) == (0, "1", "2", "2") and second > 0
+    told = f"micro-batches from {second} on ran on something else than those before, which may change losses: threads 2"
+    assert any(note.startswith(told) for note in record["notes"]) and told in resumed.stderr
+
+
+@pytest.mark.parametrize("damage", ["held", "damaged"])
+def test_a_journal_in_the_way_is_found_before_weights_load(damage, tmp_path):
+    repaired = {"BAD_CODEC_REPAIRED": str(tmp_path / "repaired"), "RANK": "0"}
+    command = arguments(tmp_path / "runs", "--compressor", "tests.helpers.bad_codecs:Raising(rank=0)")
+    run_alone(*command, env=repaired)
+    (path,) = (tmp_path / "runs").glob("*.journal")
+    with open(path, "r+b") as file:
+        if damage == "held":
+            fcntl.flock(file, fcntl.LOCK_EX)
+        else:
+            file.write(b"x" * 60 + b"\n")
+            file.flush()
+        (ended,) = call_on_ranks(1, run_without_weights, [*command, "--resume"], env=repaired, distributed=False)
+    (message,) = last_messages([ended.stderr])
+    cause = {"held": "is still going on: wait for its end", "damaged": "is damaged; delete the file to start over"}
+    assert ended.returncode == 1 and str(path) in message and cause[damage] in message
+
+
+def run_without_weights(rank, command):
+    import run_pipeline
+    from pipeline.runtime import deployment
+
+    def load(*_, **__):
+        raise AssertionError("weights are loaded")
+
+    deployment.load_stage = load
+    return run_pipeline.main(command)
 
 
 def test_a_disk_without_room_for_the_record(tmp_path, uninterrupted):

@@ -1,7 +1,9 @@
 """The journal of an unfinished run: what survives a kill, what is refused."""
 
 import errno
+import json
 import os
+import zlib
 from unittest import mock
 
 import numpy as np
@@ -193,3 +195,43 @@ def test_an_unwritable_place_is_named(tmp_path):
     (tmp_path / f"{DIGEST[:16]}.journal").mkdir()
     with pytest.raises(RecordError, match="journal cannot be written: Is a directory"):
         Journal.open(tmp_path, DIGEST, resume=False)
+
+
+def test_sessions_tell_what_they_ran_on(tmp_path):
+    for environment, finish in (({"threads": "1"}, 2), ({"threads": "2"}, 3), (None, 4)):
+        journal = Journal.open(tmp_path, DIGEST, resume=True, environment=environment)
+        while len(journal.finished) < finish:
+            journal.finish(result(len(journal.finished)))
+        journal.close()
+    assert resumed(tmp_path).sessions == [(0, {"threads": "1"}), (2, {"threads": "2"}), (3, None), (4, None)]
+
+
+def test_a_journal_of_before_is_read(tmp_path):
+    """Without a word on what its sessions ran on."""
+    run(tmp_path, start=2, finish=2, resume=False)
+    path = tmp_path / f"{DIGEST[:16]}.journal"
+    lines = path.read_bytes().split(b"\n")
+    text = json.dumps({"format": "thinwire journal 1", "digest": DIGEST}).encode()
+    path.write_bytes(b"\n".join([b"%08x %s" % (zlib.crc32(text), text), *lines[1:]]))
+    journal = resumed(tmp_path)
+    assert len(journal.finished) == 2 and journal.sessions == [(0, None), (2, None)]
+
+
+def test_what_is_in_the_way_can_be_known_before(tmp_path):
+    Journal.check(tmp_path, DIGEST, resume=True)
+    assert list(tmp_path.iterdir()) == []
+    journal = Journal.open(tmp_path, DIGEST, resume=False)
+    journal.finish(result(0))
+    for resume in (False, True):
+        with pytest.raises(RecordError, match="still going on: wait for its end, or end it"):
+            Journal.check(tmp_path, DIGEST, resume=resume)
+    journal.close()
+    before = journal.path.read_bytes()
+    Journal.check(tmp_path, DIGEST, resume=True)
+    with pytest.raises(RecordError, match="another config"):
+        Journal.check(tmp_path, OTHER_DIGEST, resume=True)
+    assert journal.path.read_bytes() == before
+    journal.path.unlink()
+    journal.path.mkdir()
+    with pytest.raises(RecordError, match="cannot be written: Is a directory"):
+        Journal.check(tmp_path, DIGEST, resume=False)
