@@ -198,16 +198,23 @@ def _complete_config(gguf: Path, reader: Any, config: Any) -> None:
         and not (key in _NEUTRAL and _NEUTRAL[key] in (None, value))
     }
     _take_positions(gguf, reader, config, unused)
+    pattern = unused.get("attention.sliding_window_pattern")  # every how many layers all is seen, or which slide
+    if by_layer and pattern is not None:
+        slide = [kind == "sliding_attention" for kind in config.layer_types]
+        told = [bool((layer + 1) % pattern) for layer in range(len(slide))] if isinstance(pattern, int) else pattern
+        if list(map(bool, told)) == slide:
+            del unused["attention.sliding_window_pattern"]
     if unused:
         named = ", ".join(f"{prefix}{key} = {str(value)[:60]}" for key, value in list(unused.items())[:4])
         raise ValueError(
             f"{gguf} has {named}, which its conversion to {config.model_type!r} would leave out: it would be another "
             "model. Take the model as safetensors, or a GGUF file without it"
         )
-    if getattr(config, "query_pre_attn_scalar", None) not in (None, config.head_dim):
+    head_dim = _value(config, "head_dim")
+    if getattr(config, "query_pre_attn_scalar", head_dim) != head_dim:
         raise ValueError(
             f"{gguf} does not say by what its attention is scaled, and {config.model_type!r} with heads of "
-            f"{config.head_dim} dimensions may differ from the usual {config.query_pre_attn_scalar}; take the model "
+            f"{head_dim} dimensions may differ from the usual {config.query_pre_attn_scalar}; take the model "
             "as safetensors"
         )
 

@@ -19,7 +19,15 @@ import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+)
 
 from pipeline.data.text import load_text, tokenize
 from pipeline.models import gguf as gguf_conversion
@@ -129,27 +137,13 @@ def write_gguf(
 ) -> None:
     """Write `model`, but for the tensor `without`; `keys` of the architecture and `more` tensors beside."""
     writer = gguf.GGUFWriter(path, "llama")
-    for key, value in (keys or {}).items():
-        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
-        add[type(value)](f"llama.{key}" if "!" not in key else key.strip("!"), value)
+    write_keys(writer, "llama", keys or {})
     for name, values in (more or {}).items():
         writer.add_tensor(name, values)
-    writer.add_block_count(model.config.num_hidden_layers)
-    writer.add_context_length(128)
-    writer.add_embedding_length(HIDDEN_SIZE)
-    writer.add_feed_forward_length(model.config.intermediate_size)
-    writer.add_head_count(NUM_HEADS)
-    writer.add_head_count_kv(NUM_KV_HEADS)
+    write_sizes(writer, model.config)
     writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(VOCABULARY))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_types([3] + [1] * (len(VOCABULARY) - 1))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    write_vocabulary(writer)
     for name, (_, values) in gguf_tensors(model).items():
         if name == without:
             continue
@@ -158,6 +152,37 @@ def write_gguf(
         else:
             blocks = gguf.quants.quantize(values, GGMLQuantizationType.Q4_1)
             writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType.Q4_1)
+    finish(writer)
+
+
+def write_keys(writer: gguf.GGUFWriter, architecture: str, keys: dict) -> None:
+    """Keys of the architecture, or of the file where they stand between exclamation marks."""
+    add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
+    for key, value in keys.items():
+        add[type(value)](key.strip("!") if "!" in key else f"{architecture}.{key}", value)
+
+
+def write_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(128)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+
+
+def write_vocabulary(writer: gguf.GGUFWriter) -> None:
+    writer.add_vocab_size(len(VOCABULARY))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(VOCABULARY)
+    writer.add_token_types([3] + [1] * (len(VOCABULARY) - 1))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -602,6 +627,78 @@ class TestGguf:
         write_gguf(tmp_path / "more.gguf", tiny_model, more={"rope_freqs.weight": np.ones(5, np.float32)})
         with pytest.raises(ValueError, match=r"5 rope_freqs\.weight for 8 frequencies"):
             resolve(tmp_path / "more.gguf", cache_dir=str(tmp_path))
+
+    # The keys that converters write for each architecture, and what must come of them.
+    @pytest.mark.parametrize(
+        ("model_type", "architecture", "fields", "keys"),
+        [
+            ("qwen2", "qwen2", {}, {}),
+            ("qwen3", "qwen3", {"head_dim": 32}, {"attention.key_length": 32, "attention.value_length": 32}),
+            (
+                "starcoder2",
+                "starcoder2",
+                {"sliding_window": 8},
+                {"attention.sliding_window": 8, "attention.layer_norm_epsilon": 1e-5},
+            ),
+        ],
+    )
+    def test_other_architectures_compute_what_they_did(self, tmp_path, model_type, architecture, fields, keys):
+        config = AutoConfig.for_model(
+            model_type,
+            **{"vocab_size": len(VOCABULARY), "hidden_size": HIDDEN_SIZE, "intermediate_size": 96},
+            **{"num_hidden_layers": 2, "num_attention_heads": NUM_HEADS, "num_key_value_heads": NUM_KV_HEADS},
+            **{"tie_word_embeddings": False, "rope_theta": 500.0, "max_position_embeddings": 128, **fields},
+        )
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        keys = {"rope.freq_base": 500.0, **keys}
+        if "attention.layer_norm_epsilon" not in keys:
+            keys["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
+        path = tmp_path / "other.gguf"
+        writer = gguf.GGUFWriter(path, architecture)
+        write_sizes(writer, config)
+        write_keys(writer, architecture, keys)
+        write_vocabulary(writer)
+        (known,) = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]
+        names = gguf.get_tensor_name_map(known, 2)
+        for name, tensor in model.state_dict().items():
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy())
+        finish(writer)
+        got = AutoModelForCausalLM.from_pretrained(resolve(path, cache_dir=str(tmp_path)))
+        ids = torch.arange(64).reshape(1, 64)
+        with torch.inference_mode():
+            assert torch.allclose(got(ids).logits, model.eval()(ids).logits, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("keys", "refused"),
+        [
+            ({"attention.sliding_window_pattern": 6}, None),
+            ({"attention.sliding_window_pattern": 2}, "sliding_window_pattern"),
+            ({"rope.freq_base_swa": 500.0}, None),
+            ({"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, None),
+            ({"attention.key_length": 128, "attention.value_length": 128}, "by what its attention is scaled"),
+        ],
+        ids=str,
+    )
+    def test_keys_of_gemma_3(self, tmp_path, keys, refused):
+        path = tmp_path / "gemma.gguf"
+        writer = gguf.GGUFWriter(path, "gemma3")
+        write_sizes(writer, tiny_config())
+        keys = {"rope.freq_base": 1e6, "attention.layer_norm_rms_epsilon": 1e-6, **keys}
+        shared = {"attention.key_length": 256, "attention.value_length": 256, "attention.sliding_window": 64}
+        write_keys(writer, "gemma3", shared | keys)
+        write_vocabulary(writer)
+        finish(writer)
+        config = AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
+        if refused:
+            with pytest.raises(ValueError, match=refused):
+                gguf_conversion._complete_config(path, gguf.GGUFReader(path), config)
+            return
+        gguf_conversion._complete_config(path, gguf.GGUFReader(path), config)
+        full, local = config.rope_parameters["full_attention"], config.rope_parameters["sliding_attention"]
+        assert config.sliding_window == 64 and full["rope_theta"] == 1e6
+        assert full.get("factor") == keys.get("rope.scaling.factor")
+        assert local == {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", 10000.0)}
 
     def test_missing_tensor_is_not_filled_at_random(self, tiny_model, tmp_path):
         write_gguf(tmp_path / "holed.gguf", tiny_model, without="blk.1.ffn_up.weight")
