@@ -1,6 +1,7 @@
 # make demo: four ranks on this machine's CPU, three codecs, a table and a figure.
 # make test: the whole test suite.
 # make check: linters, types and the tests that take no ranks; two minutes, for the work in between.
+# make gpu-check: everything that one GPU can show, with a dated JSON; on such a machine: make gpu-check TORCH=torch
 # make lint, make reference: parts of what .ci/run runs.
 # All set up .venv first, with the versions of .ci/constraints.txt. LATEST=1 takes the newest ones that setup.cfg allows,
 # in .venv-latest. On a machine with CUDA wheels at hand: make demo TORCH=torch
@@ -18,7 +19,7 @@ BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install -q $(PIP_ARGS) $(if $(LATEST),,-c $(CONSTRAINTS))
 NO_NETWORK = { echo "error: pip could not install $(1); is a package index reachable? Nothing else needs a network." >&2; exit 1; }
 
-.PHONY: demo test check lint reference clean
+.PHONY: demo test check gpu-check lint reference clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -29,6 +30,9 @@ test: $(VENV)/.installed
 
 check: lint
 	$(BIN)/python -m pytest -q -m "not slow" tests/unit tests/compressors $(PYTEST_ARGS)
+
+gpu-check: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK_ARGS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
