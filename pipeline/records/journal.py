@@ -17,7 +17,7 @@ import time
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -226,7 +226,7 @@ def _path(folder: Path, digest: str) -> Path:
     return folder / f"{digest[:16]}.journal"
 
 
-def _open_locked(path: Path, mode: str) -> BinaryIO:
+def _open_locked(path: Path, mode: Literal["a+b", "r+b"]) -> BinaryIO:
     """Raises RecordError."""
     try:
         file = open(path, mode)

@@ -125,8 +125,10 @@ def deploy(
         ids_sha256=text.ids_sha256,
     )
     if claim is not None and world.rank == 0:
-        own = {"checkpoint": checkpoint_digest, "ids_sha256": text.ids_sha256, "bos_id": text.bos_id}
-        claim(run_digest(config, codecs, parts, **own))
+        digest = run_digest(
+            config, codecs, parts, checkpoint=checkpoint_digest, ids_sha256=text.ids_sha256, bos_id=text.bos_id
+        )
+        claim(digest)
     environment = gather_environment(control, devices, threads)
     gpus, backend, channels = _open_channels(config, control, plan, devices)
     control.report("loading weights")
