@@ -126,7 +126,7 @@ def test_what_cannot_be_done_is_known_before_weights_load(tmp_path):
             "there is no link to rate tokens at",
         ),
         (calibrate_on_rank, ["--set=partition.num_nodes=1"], "there is no link to calibrate"),
-        (calibrate_on_rank, ["--set=partition.num_nodes=2"], "tensors of layers"),
+        (calibrate_on_rank, ["--set=partition.num_nodes=2"], "stores nothing of layer 6"),
     ):
         (rank,) = call_on_ranks(1, function, [*words, *argv], distributed=False)
         assert rank.returncode != 0
