@@ -7,11 +7,13 @@ is `windows`' part, as is a beginning-of-sequence token for every window.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import json
 import logging
 import platform
+import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,25 +51,25 @@ def load_text(*, name: str, path: str | None, split: str) -> Text:
 
     * `wikitext`: WikiText-2 raw v1. Without `path`, the hub's `split` (`train`, `validation` or `test`)
       through `datasets`; with it, a raw file such as `wiki.test.raw`, whose rows are made as `datasets` does.
-    * `pydoc`: the help topics of the running Python's standard library, always at hand but different from one
-      Python version to the next.
+    * `pydoc`: always at hand, but different from one Python version to the next. `test` is the help topics of the
+      running Python's standard library; `validation` is the docstrings of its modules, to calibrate on, since the
+      topics repeat one another.
     * `text`: the UTF-8 file at `path`.
 
-    Line ends are `\\n` in all of them, and a byte-order mark is no text. `split` matters for the hub's text alone.
+    Line ends are `\\n` in all of them, and a byte-order mark is no text. `split` matters for pydoc and the hub's text.
 
     Raises ValueError for an unknown name, a file that is missing, empty or not UTF-8, and a failed download.
     """
     if name not in DATASET_NAMES:
         raise ValueError(f"dataset.name={name!r}: expected one of {', '.join(DATASET_NAMES)}")
-    if split != "test" and (name != "wikitext" or path is not None):
-        source = f"dataset.path={path}" if path is not None else f"dataset.name={name}"
-        logger.warning("dataset.split=%s is for the hub's WikiText-2: %s is read as a whole", split, source)
+    if split != "test" and path is not None:
+        logger.warning("dataset.split=%s has no meaning for a file: dataset.path=%s is read as a whole", split, path)
     if name == "pydoc":
         if path is not None:
             raise ValueError(
                 f"dataset.path={path!r}: dataset.name=pydoc reads no file; use dataset.name=text, or leave the path out"
             )
-        return _load_pydoc()
+        return _load_pydoc(split)
     if name == "wikitext" and path is None:
         text = "\n\n".join(_download_wikitext_rows(split))
         description = f"WikiText-2 raw v1, {split} split ({_WIKITEXT_HUB_ID[0]})"
@@ -184,10 +186,24 @@ def _download_wikitext_rows(split: str) -> list[str]:
         ) from error
 
 
-def _load_pydoc() -> Text:
-    from pydoc_data.topics import topics
+def _load_pydoc(split: str) -> Text:
+    if split == "test":
+        from pydoc_data.topics import topics
 
-    return Text(
-        text="\n\n".join(topics[key] for key in sorted(topics)),
-        description=f"pydoc_data.topics of Python {platform.python_version()}",
-    )
+        pieces, kind = [topics[key] for key in sorted(topics)], "pydoc_data.topics"
+    elif split == "validation":
+        pieces, kind = _module_docstrings(), "docstrings of the standard library's modules"
+    else:
+        raise ValueError(f"dataset.split={split!r}: dataset.name=pydoc has the splits test and validation")
+    return Text(text="\n\n".join(pieces), description=f"{kind} of Python {platform.python_version()}")
+
+
+def _module_docstrings() -> list[str]:
+    folder = Path(sysconfig.get_path("stdlib"))
+    found = [ast.get_docstring(ast.parse(path.read_bytes())) for path in sorted(folder.glob("*.py"))]
+    if not any(found):
+        raise ValueError(
+            f"dataset.split='validation': {folder} has no modules with docstrings; name a file instead: "
+            "--set dataset.name=text --set dataset.path=FILE"
+        )
+    return [docstring for docstring in found if docstring]

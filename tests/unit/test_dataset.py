@@ -134,14 +134,14 @@ def test_a_downloaded_row_keeps_its_text(monkeypatch):
     assert load_text(name="wikitext", path=None, split="test").text == "a\n\n\nb\n"
 
 
-@pytest.mark.parametrize(("name", "path"), [("pydoc", None), ("text", "book.txt"), ("wikitext", "book.txt")])
+@pytest.mark.parametrize(("name", "path"), [("text", "book.txt"), ("wikitext", "book.txt")])
 def test_a_split_that_is_not_looked_at_is_said(tmp_path, monkeypatch, caplog, name, path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text("text")
     load_text(name=name, path=path, split="test")
     assert not caplog.records
     load_text(name=name, path=path, split="validation")
-    assert re.search(r"dataset.split=validation is for the hub's WikiText-2: .* is read as a whole", caplog.text)
+    assert re.search(r"dataset.split=validation has no meaning for a file: .* is read as a whole", caplog.text)
 
 
 def test_pydoc_is_the_running_pythons(monkeypatch):
@@ -154,11 +154,28 @@ def test_pydoc_is_the_running_pythons(monkeypatch):
     assert load_text(name="pydoc", path=None, split="test").text == "first\n\nsecond"
 
 
+def test_pydocs_validation_split_is_another_text():
+    test, validation = (load_text(name="pydoc", path=None, split=split) for split in ("test", "validation"))
+    assert validation.description.startswith("docstrings of the standard library's modules of Python 3.")
+    assert len(validation.text) > 50_000
+    topics = " ".join(test.text.split())
+    words = " ".join(validation.text.split())
+    chunks = [words[i : i + 60] for i in range(0, len(words), 60)]
+    assert sum(chunk in topics for chunk in chunks) < 0.02 * len(chunks)
+
+
+def test_pydocs_validation_split_needs_modules(monkeypatch, tmp_path):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(ValueError, match=r"has no modules with docstrings.*--set dataset\.name=text"):
+        load_text(name="pydoc", path=None, split="validation")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"name": "c4", "path": None}, r"dataset\.name='c4': expected one of wikitext, pydoc, text"),
         ({"name": "text", "path": None}, r"--set dataset\.path=FILE"),
+        ({"name": "pydoc", "path": None, "split": "train"}, r"dataset\.split='train'.*the splits test and validation"),
         ({"name": "pydoc", "path": "x.txt"}, r"dataset\.path='x\.txt'.*reads no file"),
         ({"name": "text", "path": "missing.txt"}, r"dataset\.path=missing\.txt cannot be read.*No such file"),
         ({"name": "wikitext", "path": "."}, r"dataset\.path=\. cannot be read.*directory"),
@@ -166,7 +183,7 @@ def test_pydoc_is_the_running_pythons(monkeypatch):
 )
 def test_refused_sources(arguments, message):
     with pytest.raises(ValueError, match=message):
-        load_text(split="test", **arguments)
+        load_text(**{"split": "test"} | arguments)
 
 
 @pytest.mark.parametrize("name", ["wikitext", "text"])
