@@ -1,4 +1,4 @@
-# make demo: four ranks on this machine's CPU, three codecs, a table and a figure.
+# make demo: four ranks on this machine's CPU, five codecs, a table, a page and a figure.
 # make test: the whole test suite.
 # make check: linters, types and the tests that take no ranks; two minutes, for the work in between.
 # make gpu-check: everything that one GPU can show, with a dated JSON; on such a machine: make gpu-check TORCH=torch
@@ -19,11 +19,14 @@ BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install -q $(PIP_ARGS) $(if $(LATEST),,-c $(CONSTRAINTS))
 NO_NETWORK = { echo "error: pip could not install $(1); is a package index reachable? Nothing else needs a network." >&2; exit 1; }
 
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_ROOT_USER_ACTION = ignore
+
 .PHONY: demo test check gpu-check lint reference clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
-	PATH="$(abspath $(BIN)):$$PATH" sh torchrun_scripts/cpu_demo.sh
+	@PATH="$(abspath $(BIN)):$$PATH" sh torchrun_scripts/cpu_demo.sh
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
@@ -46,6 +49,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile $(CONSTRAINTS)
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); install Python 3.10 or newer, or say make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) --version) is too old; Python 3.10 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "==> $(VENV): $$($(PYTHON) --version)"
+	@mkdir -p $(VENV) 2>/dev/null || { echo "error: cannot write to $(VENV) in $(CURDIR); clone to a folder that is yours, or say make VENV=..." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "error: python -m venv failed; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 	@echo "==> installing $(TORCH); first, so that nothing else chooses another build of it"
 	@$(INSTALL) $(TORCH) || $(call NO_NETWORK,$(TORCH))

@@ -5,10 +5,11 @@
 #     sh torchrun_scripts/token_importance.sh demo_importance.yaml
 #
 # Further arguments go to every step. Weights for heads come from the validation text; where the text is a file, name
-# the validation file in VALIDATION. Without it, and with dataset.name=pydoc, they come from the scored text.
+# the validation file in VALIDATION. Without it they come from the scored text.
 # Interrupted, the same command goes on.
 set -eu
 cd "$(dirname "$0")/.."
+. torchrun_scripts/environment.sh
 config=${1:?name a config, for example demo_importance.yaml}
 shift
 folder=results/$(basename "$config" .yaml)

@@ -9,8 +9,10 @@ one whole model in memory, which is the price of `.gguf` sources; every later st
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+import io
 import os
 import shutil
 import stat
@@ -130,8 +132,10 @@ def _convert(gguf: Path, out: Path) -> None:
     import torch
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging as transformers_logging
 
     print(f"converting {gguf.name} to float32, once; it will lie in {out.parent}", file=sys.stderr, flush=True)
+    transformers_logging.disable_progress_bar()
     try:
         reader = GGUFReader(gguf)
         config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -139,14 +143,15 @@ def _convert(gguf: Path, out: Path) -> None:
         raise ValueError(f"transformers cannot load {gguf}: {type(error).__name__}: {error}") from error
     _complete_config(gguf, reader, config)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            config=config,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be switched off
+            model, report = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                config=config,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:
         raise ValueError(f"transformers cannot load {gguf}: {type(error).__name__}: {error}") from error

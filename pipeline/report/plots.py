@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from matplotlib import pyplot as plt
 
 from pipeline.records.store import codec_label, model_label, write_figure
 
-__all__ = ["plot_rate_quality"]
+__all__ = ["plot_rate_quality", "point_labels"]
 
 
 def plot_rate_quality(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -23,8 +24,8 @@ def plot_rate_quality(records: Sequence[dict[str, Any]], path: Path) -> None:
     ValueError when none is left.
     """
     points = [
-        (r["traffic_totals"]["bytes_per_token"], r["results"]["avg_ppl"], codec_label(r), r["causal"])
-        for r in records
+        (r["traffic_totals"]["bytes_per_token"], r["results"]["avg_ppl"], label, r["causal"])
+        for r, label in zip(records, point_labels(records), strict=True)
         if r["results"]["avg_ppl"] is not None and r["traffic_totals"]["bytes_per_token"]
     ]
     if not points:
@@ -57,3 +58,10 @@ def plot_rate_quality(records: Sequence[dict[str, Any]], path: Path) -> None:
     )
     write_figure(path, figure, dpi=144)
     plt.close(figure)
+
+
+def point_labels(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The codecs' labels, without the paths of calibrations if these do not tell any two apart."""
+    labels = [codec_label(r) for r in records]
+    short = [re.sub(r"calibration=[^,)]*, ", "", label) for label in labels]
+    return short if len(set(short)) == len(set(labels)) else labels

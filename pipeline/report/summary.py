@@ -76,8 +76,9 @@ def print_summary(paths: Sequence[Path]) -> None:
     print("  ".join(c.ljust(widths[c]) for c in _COLUMNS).rstrip())
     for row in rows:
         print("  ".join(row[c].ljust(widths[c]) for c in _COLUMNS).rstrip())
-    for path in paths:
-        print(_printable(f"record{'s in' if path.is_dir() else ''}: {path}"))
+    places = paths if len(paths) == 1 else dict.fromkeys(path if path.is_dir() else path.parent for path in paths)
+    for place in places:
+        print(_printable(f"record{'s in' if place.is_dir() else ''}: {place}"))
 
 
 def write_report(paths: Sequence[Path], page: Path, outlook: Outlook) -> None:

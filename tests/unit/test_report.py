@@ -1,3 +1,4 @@
+from pipeline.report.plots import point_labels
 from pipeline.report.summary import load_records, print_summary, summary_rows
 
 
@@ -53,3 +54,18 @@ def test_what_is_no_record_is_named_and_skipped(tmp_path, capsys):
     assert "foreign.json is not a run record" in told and "cut.json is not a complete JSON file" in told
     print_summary([tmp_path])
     assert "records in" in capsys.readouterr().out
+
+
+def test_the_place_of_several_records_is_said_once(tmp_path, capsys):
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    print_summary(paths)
+    assert capsys.readouterr().out.count(str(tmp_path)) == 1
+    print_summary(paths[:1])
+    assert f"record: {paths[0]}" in capsys.readouterr().out
+
+
+def test_a_figure_names_calibrations_only_to_tell_points_apart():
+    specs = ["none", "klt(calibration=results/a, step=0.7)", "klt(calibration=results/a, step=1)"]
+    assert point_labels([record(spec, 10.0) for spec in specs]) == ["none", "klt(step=0.7)", "klt(step=1)"]
+    specs.append("klt(calibration=results/b, step=1)")
+    assert point_labels([record(spec, 10.0) for spec in specs]) == specs
