@@ -3,6 +3,7 @@
 # make check: linters, types and the tests that take no ranks; two minutes, for the work in between.
 # make gpu-check: everything that one GPU can show, with a dated JSON; on such a machine: make gpu-check TORCH=torch
 # make lint, make reference: parts of what .ci/run runs.
+# make start-check PYTHON=python3.13 VENV=.venv-3.13: does a run start and end under that Python?
 # All set up .venv first, with the versions of .ci/constraints.txt. LATEST=1 takes the newest ones that setup.cfg allows,
 # in .venv-latest. On a machine with CUDA wheels at hand: make demo TORCH=torch
 
@@ -22,7 +23,7 @@ NO_NETWORK = { echo "error: pip could not install $(1); is a package index reach
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: demo test check gpu-check lint reference clean
+.PHONY: demo test check gpu-check lint reference start-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -41,13 +42,20 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/vermin --quiet --no-tips --target=3.11- --violations run_pipeline.py pipeline compressors benchmarks tests
+
+start-check: $(VENV)/.installed
+	$(BIN)/python run_pipeline.py --config demo.yaml --plan
+	$(BIN)/torchrun --standalone --nproc_per_node=2 run_pipeline.py --config demo.yaml --compressor int8 \
+		--first_k_tokens 600 --set partition.num_nodes=2 --exp_dir build/start-check
+	@echo "==> starts under $$($(BIN)/python --version)"
 
 reference: $(VENV)/.installed-reference
 	PYTHONPATH=$(VENV)/reference $(BIN)/python -m pytest -q tests/compressors/test_reference_libraries.py $(PYTEST_ARGS)
 
 $(VENV)/.installed: setup.cfg pyproject.toml Makefile $(CONSTRAINTS)
-	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); install Python 3.10 or newer, or say make PYTHON=..." >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) --version) is too old; Python 3.10 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); install Python 3.11 to 3.13, or say make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version) is too old; Python 3.11 to 3.13 is needed: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "==> $(VENV): $$($(PYTHON) --version)"
 	@mkdir -p $(VENV) 2>/dev/null || { echo "error: cannot write to $(VENV) in $(CURDIR); clone to a folder that is yours, or say make VENV=..." >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "error: python -m venv failed; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
