@@ -16,8 +16,9 @@ import json
 import math
 import os
 import platform
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "RecordError",
     "check_writable",
     "codec_label",
+    "codec_labels",
     "config_label",
     "digest_of",
     "disk_problem",
@@ -272,6 +274,13 @@ def model_label(name: str) -> str:
 def codec_label(record: Mapping[str, Any]) -> str:
     """The codecs of a run for tables: what the user wrote, and what differs on single links."""
     return config_label(record["args"]["config"]) if record["codecs"] else "unsplit"
+
+
+def codec_labels(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Labels of runs that stand together, without the paths of calibrations if these do not tell any two apart."""
+    labels = [codec_label(record) for record in records]
+    short = [re.sub(r"calibration=[^,)]*, ", "", label) for label in labels]
+    return short if len(set(short)) == len(set(labels)) else labels
 
 
 def config_label(config: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from pipeline.records.store import codec_label, model_label, write_figure
+from pipeline.records.store import codec_labels, model_label, write_figure
 
-__all__ = ["plot_rate_quality", "point_labels"]
+__all__ = ["plot_rate_quality"]
 
 
 def plot_rate_quality(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -25,7 +24,7 @@ def plot_rate_quality(records: Sequence[dict[str, Any]], path: Path) -> None:
     """
     points = [
         (r["traffic_totals"]["bytes_per_token"], r["results"]["avg_ppl"], label, r["causal"])
-        for r, label in zip(records, point_labels(records), strict=True)
+        for r, label in zip(records, codec_labels(records), strict=True)
         if r["results"]["avg_ppl"] is not None and r["traffic_totals"]["bytes_per_token"]
     ]
     if not points:
@@ -58,10 +57,3 @@ def plot_rate_quality(records: Sequence[dict[str, Any]], path: Path) -> None:
     )
     write_figure(path, figure, dpi=144)
     plt.close(figure)
-
-
-def point_labels(records: Sequence[dict[str, Any]]) -> list[str]:
-    """The codecs' labels, without the paths of calibrations if these do not tell any two apart."""
-    labels = [codec_label(r) for r in records]
-    short = [re.sub(r"calibration=[^,)]*, ", "", label) for label in labels]
-    return short if len(set(short)) == len(set(labels)) else labels

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.records.store import RecordError, codec_label, disk_problem, write_whole
+from pipeline.records.store import RecordError, codec_labels, disk_problem, write_whole
 from pipeline.report.html_page import html_page
 from pipeline.report.recommendation import Outlook, recommendation_text
 from pipeline.report.results import is_uncompressed, load_records, read_results, setting_key
@@ -40,13 +40,13 @@ def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             baselines.setdefault(setting_key(record), record["results"]["avg_ppl"])
     one_setting = len({setting_key(record) for record in records}) == 1
     rows = []
-    for record in records:
+    for record, label in zip(records, codec_labels(records), strict=True):
         totals, stages = record["traffic_totals"], record["stages"].values()
         ppl, baseline = record["results"]["avg_ppl"], baselines.get(setting_key(record))
         crossings = record["timed_tokens"] * len(record["traffic_per_link"])
         rows.append(
             {
-                "codec": _printable(codec_label(record)),
+                "codec": _printable(label),
                 "perplexity": "not finite" if ppl is None else f"{ppl:.4f}" if ppl < 1e5 else f"{ppl:.3g}",
                 "change": "" if baseline is None or ppl is None else _change(ppl / baseline),
                 "bytes/token/link": _number(totals["bytes_per_token"], ".1f"),

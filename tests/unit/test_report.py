@@ -1,4 +1,4 @@
-from pipeline.report.plots import point_labels
+from pipeline.records.store import codec_labels
 from pipeline.report.summary import load_records, print_summary, summary_rows
 
 
@@ -64,8 +64,8 @@ def test_the_place_of_several_records_is_said_once(tmp_path, capsys):
     assert f"record: {paths[0]}" in capsys.readouterr().out
 
 
-def test_a_figure_names_calibrations_only_to_tell_points_apart():
+def test_calibrations_are_named_only_to_tell_rows_apart():
     specs = ["none", "klt(calibration=results/a, step=0.7)", "klt(calibration=results/a, step=1)"]
-    assert point_labels([record(spec, 10.0) for spec in specs]) == ["none", "klt(step=0.7)", "klt(step=1)"]
+    assert codec_labels([record(spec, 10.0) for spec in specs]) == ["none", "klt(step=0.7)", "klt(step=1)"]
     specs.append("klt(calibration=results/b, step=1)")
-    assert point_labels([record(spec, 10.0) for spec in specs]) == specs
+    assert codec_labels([record(spec, 10.0) for spec in specs]) == specs
