@@ -32,7 +32,7 @@ NUM_RANKS = 4
 CALIBRATION_TOKENS = 2048
 CODECS = (
     *("none", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2", *(f"int{nbits}" for nbits in range(2, 9))),
-    *("nf4", "fp4", "mxfp4", *(f"hqq{nbits}" for nbits in (1, 2, 3, 4, 8)), "block_rowcol_mean(block_channels=2)"),
+    *("nf4", "fp4", "mxfp4", *(f"hqq{nbits}" for nbits in (1, 2, 3, 4, 8)), "block_rowcol_mean(block_tokens=2, block_channels=2)"),
     *("hadamard(int4)", "outlier(channels=8, inner=int4)", "topk(density=0.1)", "zstd(int8)"),
     "token_mixed(metric=column, fraction=0.25, high=int8, low=int4)",
     "token_mixed(metric=norm, fraction=0.25, high=int8, low=int4)",
@@ -67,13 +67,11 @@ class Checkout:
         return ["run_pipeline.py", "--config", "demo.yaml", *sets, *words]
 
     def interrupt(self, words: Sequence[str], exp_dir: Path) -> int:
-        """Start on four ranks, kill after two finished micro-batches; returns how many the journal holds."""
-        process = subprocess.Popen(
-            self._command(*words, ranks=NUM_RANKS), cwd=self.root, env=self._env, start_new_session=True
-        )
+        """Start on four ranks, end after two finished micro-batches; returns how many the journal holds."""
+        process = subprocess.Popen(self._command(*words, ranks=NUM_RANKS), cwd=self.root, env=self._env)
         while process.poll() is None and self._num_finished(exp_dir) < 2:
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGTERM)
         process.wait()
         return self._num_finished(exp_dir)
 
@@ -96,8 +94,7 @@ class Checkout:
         return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *words]
 
     def _num_finished(self, exp_dir: Path) -> int:
-        journals = [path for path in exp_dir.glob("*") if "journal" in path.name and path.suffix != ".lock"]
-        return sum(b'"loss"' in line for path in journals for line in path.read_bytes().splitlines())
+        return sum(path.read_bytes().count(b'{"finished"') for path in exp_dir.glob("*.journal"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,7 +154,7 @@ def run_sweep(checkout: Checkout, specs: Sequence[str], ranks: int) -> dict[str,
 def run_interrupted(checkout: Checkout, spec: str) -> dict[str, Path]:
     exp_dir = checkout.folder / f"resumed-{spec.partition('(')[0]}"
     exp_dir.mkdir()
-    words = checkout.pipeline("--exp_dir", str(exp_dir), "--compressor", spec, "--first_k_tokens", "4096")
+    words = checkout.pipeline("--exp_dir", str(exp_dir), "--compressor", spec, "--set", "dataset.first_k_tokens=2048")
     num_finished = checkout.interrupt(words, exp_dir)
     if find_records(exp_dir) or num_finished < 1:
         raise SystemExit(f"{checkout.root}: killed at the wrong time: {num_finished} micro-batches are in the journal")
