@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -100,6 +101,14 @@ def load_model_config(
         raise ModelError(
             f"{where} names modelling code of its own (auto_map), with which stages are not tested to compute what "
             "the whole model does; set model.trust_remote_code=false, or take a checkpoint without it"
+        )
+    caps_attention = "attn_logit_softcapping" in FAMILIES[config.model_type].reads
+    if caps_attention and config.attn_logit_softcapping is not None and model.config._attn_implementation == "sdpa":
+        # The kernel takes no cap and does not say so.
+        raise ModelError(
+            f"transformers {transformers.__version__} runs model type {config.model_type!r} on an attention kernel "
+            f"that leaves out attn_logit_softcapping ({where}), so its numbers are another model's; install "
+            "transformers 5.21 or newer"
         )
     return config
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.models import loading
 from pipeline.models.loading import VERIFIED_MODEL_TYPES, ModelError, load_model_config, load_stage
 from pipeline.partition.plan import default_plan
 from tests.helpers.tiny_models import MODEL_TYPES, VOCAB_SIZE, save_tiny_model
@@ -160,3 +161,21 @@ def test_a_damaged_config_is_named(tmp_path, content, words):
     with pytest.raises(ModelError) as info:
         load_model_config(tmp_path, {})
     assert str(path) in str(info.value) and words in str(info.value)
+
+
+def test_a_kernel_that_drops_the_cap_of_attention_logits_is_refused(monkeypatch):
+    """transformers before 5.21 runs Gemma 2 on sdpa, which has no cap."""
+    fields = {"model_type": "gemma2", "attn_logit_softcapping": 50.0}
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "vocab_size": 258}
+    architecture = fields | sizes | {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    load_model_config(None, architecture)
+
+    def on_sdpa(config, trust_remote_code, make=loading._first_layer):
+        model = make(config, trust_remote_code)
+        model.config._attn_implementation = "sdpa"
+        return model
+
+    monkeypatch.setattr(loading, "_first_layer", on_sdpa)
+    with pytest.raises(ModelError, match="leaves out attn_logit_softcapping.*5.21"):
+        load_model_config(None, architecture)
+    load_model_config(None, architecture | {"attn_logit_softcapping": None})
