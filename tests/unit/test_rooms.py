@@ -1,4 +1,4 @@
-"""Data flows one way: the rooms of docs/design.md, as a test."""
+"""What import-linter's contracts (pyproject.toml, `make lint`) do not say of the rooms of docs/design.md."""
 
 import ast
 import subprocess
@@ -8,13 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Rooms, the lowest last: a room imports from those below it only.
-ROOMS = [
-    "evaluation", "analysis", "report", "runtime", "importance", "comm", "models", "records", "config", "partition",
-    "data",
-]  # fmt: skip
-SIDE_BY_SIDE = {"evaluation", "analysis"}
-ENTRY_POINTS = {"analyse", "calibrate"}
 # Importing these does not load torch.
 PLAIN_ROOMS = ["report", "records", "config", "partition"]
 PLAIN_MODULES = [
@@ -34,30 +27,15 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_every_module_is_in_a_room():
-    assert {p.stem for p in (ROOT / "pipeline").glob("*.py")} - {"__init__"} == ENTRY_POINTS
-    assert {p.parent.name for p in (ROOT / "pipeline").rglob("*.py")} - {"pipeline"} == set(ROOMS)
-
-
 def test_every_room_says_what_belongs_there():
     for init in [*(ROOT / "pipeline").glob("*/__init__.py"), *(ROOT / "compressors").glob("*/__init__.py")]:
         assert ast.get_docstring(ast.parse(init.read_text())), init
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "pipeline").glob("*/*.py")), ids=lambda p: f"{p.parent.name}.{p.stem}")
-def test_a_module_imports_from_its_own_room_and_those_below(path):
-    room = path.parent.name
-    above = set(ROOMS[: ROOMS.index(room)]) | SIDE_BY_SIDE - {room} | ENTRY_POINTS
-    names = list(imports(path))
-    assert [name for name in names if name.startswith("pipeline.") and name.split(".")[1] in above] == []
-    if room not in PROCESS_GROUP_ROOMS:
-        assert not any(name.startswith("torch.distributed") for name in names)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "compressors").rglob("*.py")), ids=lambda p: p.stem)
-def test_codecs_know_nothing_of_the_pipeline(path):
-    names = list(imports(path))
-    assert not any(name.split(".")[0] == "pipeline" or name.startswith("torch.distributed") for name in names)
+def test_process_groups_belong_to_two_rooms():
+    for path in [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "compressors").rglob("*.py")]:
+        if path.parent.name not in PROCESS_GROUP_ROOMS:
+            assert not any(name.startswith("torch.distributed") for name in imports(path)), path
 
 
 def test_plain_modules_do_not_load_torch():
