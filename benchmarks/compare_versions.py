@@ -32,7 +32,8 @@ NUM_RANKS = 4
 CALIBRATION_TOKENS = 2048
 CODECS = (
     *("none", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2", *(f"int{nbits}" for nbits in range(2, 9))),
-    *("nf4", "fp4", "mxfp4", *(f"hqq{nbits}" for nbits in (1, 2, 3, 4, 8)), "block_rowcol_mean(block_tokens=2, block_channels=2)"),
+    *("nf4", "fp4", "mxfp4", *(f"hqq{nbits}" for nbits in (1, 2, 3, 4, 8))),
+    "block_rowcol_mean(block_tokens=2, block_channels=2)",
     *("hadamard(int4)", "outlier(channels=8, inner=int4)", "topk(density=0.1)", "zstd(int8)"),
     "token_mixed(metric=column, fraction=0.25, high=int8, low=int4)",
     "token_mixed(metric=norm, fraction=0.25, high=int8, low=int4)",

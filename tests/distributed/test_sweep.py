@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.records.store import read_failure, read_per_token, read_record
 from tests.helpers.launch import run_alone, run_ranks, run_torchrun, start_torchrun
+from tests.helpers.patience import allowed_s
 from tests.helpers.tiny_models import tiny_arguments
 
 NUM_TOKENS = 500
@@ -213,7 +214,7 @@ def test_killed_in_mid_sweep_and_started_again(tmp_path):
     reference = run(tmp_path / "reference", sweep, num_tokens=num_tokens)
     runs = tmp_path / "runs"
     with start_torchrun(4, *command(runs, sweep, num_tokens=num_tokens)) as torchrun:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + allowed_s(100)
         while not (len(list(runs.glob("*.json"))) >= 2 and b"finished" in journal(runs)):
             ended = torchrun.process.poll() is not None
             assert time.monotonic() < deadline and not ended, [torchrun.rank_stderr(rank) for rank in range(4)]

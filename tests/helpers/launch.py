@@ -6,7 +6,8 @@
   a second.
 * `call_on_ranks` does the same for any importable function.
 
-Nothing of a run outlives its timeout: what is left is killed, and the test fails with the output so far.
+Nothing of a run outlives its timeout: what is left is killed, and the test fails with the output so far. On a busy
+machine timeouts are longer (`patience`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.patience import allowed_s
+
 __all__ = [
     "ROOT",
     "Finished",
@@ -39,7 +42,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-_PRELOADED = ["run_pipeline", "pipeline.evaluation.sweep", "transformers.models.auto.modeling_auto"]
+_PRELOADED = ["tests.helpers.preloaded"]
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -99,7 +102,7 @@ class Torchrun:
     def wait(self, timeout_s: float) -> Finished:
         """Wait for the end of torchrun; its own output, without the ranks'."""
         try:
-            stdout, stderr = self.process.communicate(timeout=timeout_s)
+            stdout, stderr = self.process.communicate(timeout=allowed_s(timeout_s))
         except subprocess.TimeoutExpired:
             outputs = "\n".join(f"rank {rank}: {self.rank_stderr(rank)}" for rank in range(self._num_ranks))
             self.kill()
@@ -226,7 +229,7 @@ class Ranks:
             for rank, process in enumerate(self._processes):
                 if rank not in ended_s and process.exitcode is not None:
                     ended_s[rank] = time.monotonic() - self._start_s
-            if time.monotonic() - self._start_s > timeout_s:
+            if time.monotonic() - self._start_s > allowed_s(timeout_s):
                 left = self.rank_pids()
                 self.kill()
                 told = "\n".join(f"rank {rank}:\n{self.rank_stderr(rank)}" for rank in range(len(self._processes)))
