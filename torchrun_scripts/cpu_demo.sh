@@ -12,7 +12,8 @@ if ! mkdir -p "$folder" 2>/dev/null || [ ! -w "$folder" ]; then
     echo "error: cannot write to $folder in $PWD; clone to a folder that is yours" >&2
     exit 1
 fi
-trap 'echo "==> interrupted; the same command goes on from here" >&2; exit 130' INT
+trap 'exit 130' INT
+trap '[ $? = 0 ] || echo "==> not finished; the same command goes on from here" >&2' EXIT
 if [ -e "$folder/demo.png" ]; then
     rm -rf "$folder"
     mkdir "$folder"

@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,13 @@ from pipeline.config.sweep_file import find_sweep, load_sweep
 ROOT = Path(__file__).parents[2]
 FOLDER = "results/cpu_demo"
 CALIBRATION = f"{FOLDER}/calibration"
+
+# Ctrl-C is ignored by all that a shell's background job starts, the tests among it.
+FOREGROUND = """
+import os, signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp("sh", ["sh", "torchrun_scripts/cpu_demo.sh"])
+"""
 
 STAND_IN = """#!/bin/sh
 echo "$(basename "$0") OMP_NUM_THREADS=$OMP_NUM_THREADS $*" >>calls
@@ -71,10 +81,29 @@ def test_a_finished_demo_starts_over(clone):
 def test_an_interrupted_demo_goes_on(clone, fails, num_left):
     finished, _ = run_demo(clone, fails=fails)
     assert finished.returncode != 0
+    assert finished.stderr == "==> not finished; the same command goes on from here\n"
     (clone / FOLDER / "old.json").write_text("{}")
     finished, calls = run_demo(clone)
     assert finished.returncode == 0 and len(calls) == num_left
     assert "interrupted" in finished.stdout and (clone / FOLDER / "old.json").exists()
+
+
+def test_ctrl_c_says_that_it_goes_on(clone):
+    (clone / "bin" / "python").write_text("#!/bin/sh\nexec sleep 20\n")
+    environment = {"PATH": f"{clone / 'bin'}:/usr/bin:/bin", "FAILS": "nothing"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", FOREGROUND],
+        cwd=clone,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout.readline().startswith(b"==> calibrating")
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=15)[1].endswith(b"==> not finished; the same command goes on from here\n")
+    assert process.returncode != 0
 
 
 def test_the_threads_are_the_users_if_set(clone):
