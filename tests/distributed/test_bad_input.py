@@ -130,9 +130,9 @@ IN_ONE_PROCESS = {
     ),
     "file in the way of results": (
         ["--exp_dir", "{}/file"],
-        r"exp_dir '.*file' cannot be written to: File exists",
+        r"folder of the results, .*file, cannot be written to: File exists.*--exp_dir",
     ),
-    "results on a read-only disk": (["--exp_dir", "/proc/x"], r"exp_dir '/proc/x' cannot be written to"),
+    "results on a read-only disk": (["--exp_dir", "/proc/x"], r"folder of the results, /proc/x, cannot be written to"),
     "empty dataset": (sets("dataset.path={}/blank.txt"), r"dataset\.path=.*blank\.txt is empty"),
     "missing dataset": (sets("dataset.path={}/nope.txt"), r"dataset\.path=.*nope\.txt cannot be read"),
     "dataset in another encoding": (sets("dataset.path={}/latin-1.txt"), r"latin-1\.txt is not UTF-8"),
@@ -182,7 +182,7 @@ ON_RANKS = {
     ),
     "an unwritable folder": (
         {0: ["--exp_dir", "/proc/x"]},
-        r"rank 0, starting: exp_dir '/proc/x' cannot be written",
+        r"rank 0, starting: the folder of the results, /proc/x, cannot be written",
     ),
     "NCCL without GPUs": (
         dict.fromkeys(range(4), sets("runtime.backend=nccl")),
