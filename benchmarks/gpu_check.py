@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_checks import CHECKS, Skip
+from pipeline.config.options import path_option
 
 __all__ = ["main"]
 
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="default: docs/results/gpu_<date>.json")
+    parser.add_argument("--out", type=path_option, help="default: docs/results/gpu_<date>.json")
     parser.add_argument("--only", nargs="+", choices=CHECKS, metavar="CHECK", help=", ".join(CHECKS))
     parser.add_argument("--dry-run-cpu", action="store_true", help="the checks' own code in small, without a GPU")
     parser.add_argument("--one", choices=CHECKS, help=argparse.SUPPRESS)  # what the other processes are started with
