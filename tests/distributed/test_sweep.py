@@ -80,7 +80,7 @@ def test_two_sweeps_of_the_same_points_are_bit_equal_and_the_second_start_runs_n
 
 def table(stdout):
     """The final table without the columns of times."""
-    lines = stdout.partition("\nrecord: ")[0].splitlines()
+    lines = stdout.partition("\nrecord")[0].splitlines()
     return [line[: lines[0].index("encode us/token")] for line in lines]
 
 
