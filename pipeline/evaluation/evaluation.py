@@ -183,7 +183,7 @@ class Evaluation(Job):
         with self._failing_alike():
             own = self.control.in_turn(compress)
         written = self._from_all_ranks(own)
-        with self._failing_alike():
+        with self._failing_alike(), self._one_rank_a_machine_first():
             self.control.in_turn(lambda: decompress(written))
         return {"stages": {str(index): times for index, times in stages.items()}, "links": links}
 
@@ -191,19 +191,31 @@ class Evaluation(Job):
         """Run this rank's codecs once on a small tensor, so that compiling kernels is not timed with the run."""
         devices, dtype = self.deployment.devices, TORCH_DTYPES[self.config.model.dtype]
         own = {}
-        with self._failing_alike():
+        with self._failing_alike(), self._one_rank_a_machine_first():
             for index, encoder in self.codecs.encoders.items():
                 x = torch.ones((1, 2, self.hidden_size), dtype=dtype, device=devices[index])
                 with naming(encoder):
                     payload = encoder.compress(x, **blank_side_inputs(encoder, x))
                 own[str(index)] = payload_to_json(payload)
         written = self._from_all_ranks(own)
-        with self._failing_alike():
+        with self._failing_alike(), self._one_rank_a_machine_first():
             for index, decoder in self.codecs.decoders.items():
                 device = devices[index + 1]
                 payload = payload_from_json(written[str(index)], device)
                 with naming(decoder):
                     decoder.decompress(payload, device, dtype)
+
+    @contextmanager
+    def _one_rank_a_machine_first(self) -> Iterator[None]:
+        """The enclosed work on local rank 0, then on the others, which find the kernels that it compiled on disk."""
+        is_first = self.control.world.local_rank == 0
+        if not is_first:
+            self.control.barrier()
+        try:
+            yield
+        finally:
+            if is_first:
+                self.control.barrier()
 
     def _from_all_ranks(self, by_link: dict[str, Any]) -> dict[str, Any]:
         """JSON by link from every rank, in one mapping: a decoder's rank has no encoder to make it a frame."""
