@@ -12,8 +12,9 @@ __all__ = ["Pass", "PassKind", "Row"]
 
 
 class PassKind(IntEnum):
-    """SCORE: windows of a known text, without a cache. PREFILL and DECODE extend the sequences in slots; of DECODE's rows,
-    and of a PREFILL that is the last of its prompt, the last token's logits are sampled from.
+    """SCORE: windows of a text that every rank knows. PREFILL and DECODE extend the sequences in slots.
+
+    What distinguishes the latter two is the codec: a DECODE's tokens were sampled, one a row.
     """
 
     SCORE = 1
@@ -35,9 +36,14 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Rows of `num_tokens` each. A SCORE pass has the index of its micro-batch, and no rows."""
+    """Rows of `num_tokens` each; `samples` asks for a next token after each row's last.
+
+    A SCORE pass has the index of its micro-batch. Without rows it is a whole micro-batch, which no cache keeps; with
+    rows those tokens of its windows that they name.
+    """
 
     kind: PassKind
     rows: tuple[Row, ...] = ()
     num_tokens: int = 0
+    samples: bool = False
     microbatch_index: int = 0
