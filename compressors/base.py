@@ -118,6 +118,7 @@ class Compressor(ABC):
     causal: bool = True
     fixed_size: bool = False
     needs: tuple[str, ...] = ()
+    decoder_needs: tuple[str, ...] = ()
     importance_metric: str | None = None
     link: LinkInfo | None
 

@@ -62,6 +62,7 @@ class Control:
     ) -> None:
         self.world = world
         self.host = socket.gethostname()
+        self.timeout_s = timeout_s
         self.watchdog = watchdog or Watchdog(world, timeout_s)
         self._load_timeout = datetime.timedelta(seconds=load_timeout_s)
         self._rounds = 0

@@ -1,229 +1,303 @@
 """Links: a codec's payload becomes a checked frame on one side and a payload again on the other.
 
-A link has two ends. The sending end copies a payload behind a header into a mailbox's buffer; the receiving end
-checks each header against the plan and gives the payload back as a view of its buffer until `release`. Bytes are
-counted where they are handed to send. A stream ends with END, or, when a stage or codec has failed, with ERROR in place
-of the frame that is due; a receiver that has failed itself drains the stream up to there, so that nothing of it is left
-for the next evaluation on the same process group.
+A link has two ends. The sending end copies a payload, with what the next stage must know of the pass, into a mailbox's
+buffer; the receiving end checks each frame against what the link may carry and gives the payload as a view of its buffer
+until `release`. Bytes are counted where they are handed to send. A stream is DATA frames and FAILED ones, which stand in
+the place of the data of a pass that has failed on an earlier rank, then END.
 
 This module knows neither models nor codecs' insides, and does not decide when anything is sent.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 
-from compressors.base import Payload, decode_meta, encode_meta
-from pipeline.comm.mailbox import FrameBuffer, FrameSpec, Inbox, Outbox
-from pipeline.comm.wire import (
-    BadFrame,
-    Expectation,
-    FrameKind,
-    Header,
-    RemoteError,
-    body_checksum,
-    decode_error,
-    encode_error,
-)
+from compressors.base import CorruptPayload, Payload, decode_meta, encode_meta
+from pipeline.comm.mailbox import FrameBuffer, Inbox, Outbox
+from pipeline.comm.wire import BASE_NBYTES, BadFrame, Header, WireFormat, decode_text, encode_text
+from pipeline.partition.passes import Pass, PassKind
 from pipeline.records.traffic import LinkTraffic
 
-__all__ = ["FrameReceiver", "FrameSender"]
+__all__ = ["Frame", "FrameReceiver", "FrameSender", "HiddenSpec", "LinkSpec", "ResultSpec"]
+
+
+class LinkSpec(Protocol):
+    """What both ends of a link know of its frames."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def wire(self) -> WireFormat: ...
+
+    def expect(self, work: Pass) -> tuple[tuple[int, ...], int]:
+        """(shape of the payload's tensor, bound of its bytes). Raises ValueError for a pass that it cannot carry."""
+
+    @property
+    def max_body_nbytes(self) -> int:
+        """Of any frame."""
+
+    @property
+    def max_tail_nbytes(self) -> int:
+        """Of any frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenSpec:
+    """A link of hidden states [B, T, hidden_size] of `dtype`.
+
+    `microbatch_shapes` are (B, T) of the micro-batches of a text; other passes have at most `max_rows` rows and
+    `max_tokens` tokens in all. `bound(kind, shape)` is the codec's `max_nbytes`.
+    """
+
+    name: str
+    wire: WireFormat
+    dtype: torch.dtype
+    hidden_size: int
+    bound: Callable[[PassKind, tuple[int, ...]], int]
+    microbatch_shapes: Sequence[tuple[int, int]] = ()
+    max_rows: int = 0
+    max_tokens: int = 0
+
+    def expect(self, work: Pass) -> tuple[tuple[int, ...], int]:
+        if work.kind is PassKind.SCORE:
+            index = work.microbatch_index
+            if index is None or not index < len(self.microbatch_shapes):
+                raise ValueError(f"{work} of {len(self.microbatch_shapes)}")
+            shape = (*self.microbatch_shapes[index], self.hidden_size)
+        else:
+            shape = (len(work.rows), work.num_tokens, self.hidden_size)
+            if not 0 < shape[0] <= self.max_rows or not 0 < shape[0] * shape[1] <= self.max_tokens:
+                raise ValueError(
+                    f"{shape[0]} rows of {shape[1]} tokens; at most {self.max_rows} rows and {self.max_tokens} "
+                    "tokens in all are possible here"
+                )
+        return shape, self._bound_of(work.kind, shape)
+
+    @functools.cached_property
+    def bounds(self) -> dict[tuple[PassKind, tuple[int, ...]], int]:
+        """Of the largest frames, by kind and shape."""
+        shapes = [(PassKind.SCORE, shape) for shape in dict.fromkeys(self.microbatch_shapes)]
+        if self.max_rows:
+            widest = {(1, self.max_tokens), (self.max_rows, 1), (self.max_rows, self.max_tokens // self.max_rows)}
+            shapes += [(kind, shape) for kind in (PassKind.PREFILL, PassKind.DECODE) for shape in sorted(widest)]
+        return {(kind, shape): self.bound(kind, (*shape, self.hidden_size)) for kind, shape in shapes}
+
+    @property
+    def max_body_nbytes(self) -> int:
+        return max(self.bounds.values(), default=0)
+
+    @property
+    def max_tail_nbytes(self) -> int:
+        tokens = [math.prod(shape) for shape in self.microbatch_shapes]
+        return self.wire.max_tail_nbytes(max_rows=self.max_rows, max_ids=max([self.max_tokens, *tokens]))
+
+    def _bound_of(self, kind: PassKind, shape: tuple[int, ...]) -> int:
+        known = self.bounds.get((kind, shape[:2]))
+        return self.bound(kind, shape) if known is None else known
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultSpec:
+    """The link that carries results from the head's node to node 0: bytes, at most `bound(pass)`, `max_nbytes` of any."""
+
+    name: str
+    wire: WireFormat
+    bound: Callable[[Pass], int]
+    max_nbytes: int
+    max_rows: int = 0
+
+    def expect(self, work: Pass) -> tuple[tuple[int, ...], int]:
+        return (), self.bound(work)
+
+    @property
+    def max_body_nbytes(self) -> int:
+        return self.max_nbytes
+
+    @property
+    def max_tail_nbytes(self) -> int:
+        return self.wire.max_tail_nbytes(max_rows=self.max_rows, max_ids=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """What has arrived. Either a payload, or the cause in words why there is none.
+
+    `trail` has the pass's payload bytes on all links up to and with this one.
+    """
+
+    work: Pass
+    payload: Payload | None
+    failure: str | None
+    trail: tuple[int, ...]
+    token_ids: np.ndarray | None
+    note: bytes
 
 
 class FrameSender:
-    """The sending end of a link.
+    """The sending end of a link; the other end keeps `receives_ahead` receives posted."""
 
-    Args:
-        first_microbatch: with which the stream begins.
-        receives_ahead: how many receives the other end keeps posted.
-    """
-
-    def __init__(self, spec: FrameSpec, outbox: Outbox, *, first_microbatch: int = 0, receives_ahead: int = 1) -> None:
+    def __init__(self, spec: LinkSpec, outbox: Outbox, *, apart: bool = False, receives_ahead: int = 1) -> None:
         self.spec = spec
         self.traffic = LinkTraffic()
         self._outbox = outbox
-        self._following = first_microbatch  # the place of the next frame
+        self._apart = apart  # bodies travel on a channel of their own
         self._receives_ahead = receives_ahead
-        self._closed = False
+        self._sequence = 0
 
-    def send(self, microbatch_index: int, payload: Payload, trail: tuple[int, ...]) -> int:
-        """Frame one payload and hand it to a non-blocking send; returns the payload's bytes.
+    def send(
+        self,
+        work: Pass,
+        payload: Payload,
+        trail: tuple[int, ...],
+        *,
+        token_ids: np.ndarray | None = None,
+        note: bytes = b"",
+    ) -> int:
+        """Frame one payload and hand it to a non-blocking send; returns the payload's bytes, token ids included.
 
-        `trail` holds the payload bytes of the micro-batch on the earlier links. The payload's data is copied
-        before this returns. Raises ValueError when the payload breaks its codec's own bound.
+        `trail` holds the payload bytes of the pass on the earlier links. The payload's data is copied before this
+        returns. Raises ValueError when the payload breaks its codec's own bound, nothing being sent.
         """
-        spec = self.spec
+        shape, bound = self.spec.expect(work)
         meta = encode_meta(payload.meta)
-        data_nbytes = payload.data.numel()
-        bound = spec.max_nbytes[microbatch_index]
-        nbytes = len(meta) + data_nbytes
+        nbytes = payload.data.numel() + len(meta)
         if nbytes > bound:
             raise ValueError(
-                f"link {spec.name}: the payload has {nbytes} bytes, its codec's max_nbytes promised at most {bound}"
+                f"link {self.spec.name}: the payload has {nbytes} bytes, its codec's max_nbytes promised at most {bound}"
             )
-        if payload.shape != spec.shapes[microbatch_index]:
-            raise ValueError(
-                f"link {spec.name}: Payload.shape is {payload.shape}, the input had {spec.shapes[microbatch_index]}"
-            )
-        buffer = self._outbox.acquire()
-        body = buffer.body[:nbytes]
-        if meta:
-            body[: len(meta)].copy_(torch.frombuffer(bytearray(meta), dtype=torch.uint8))
-        body[len(meta) :].copy_(payload.data)
+        if payload.shape != shape:
+            raise ValueError(f"link {self.spec.name}: Payload.shape is {payload.shape}, the input had {shape}")
         header = Header(
-            kind=FrameKind.DATA,
-            stage_index=spec.stage_index,
-            microbatch_index=microbatch_index,
-            codec_id=spec.codec_id,
-            dtype=spec.dtype,
-            shape=payload.shape,
-            meta_nbytes=len(meta),
-            data_nbytes=data_nbytes,
-            body_crc=body_checksum(body) if body.device.type == "cpu" else None,
-            trail=trail,
+            work=work, body_nbytes=nbytes, meta_nbytes=len(meta), trail=trail, token_ids=token_ids, note=note
         )
-        self._post(buffer, header)
-        self._following = microbatch_index + 1
+        num_sent = self._post(header, payload.data, meta)
+        ids_nbytes = 0 if token_ids is None else token_ids.size * self.spec.wire.id_nbytes
+        num_tokens = shape[0] * shape[1] if shape else 0
         self.traffic.add(
-            num_tokens=payload.shape[0] * payload.shape[1],
-            payload_bytes=nbytes,
-            header_bytes=spec.header_nbytes,
+            num_tokens=num_tokens, payload_bytes=nbytes + ids_nbytes, header_bytes=num_sent - nbytes - ids_nbytes
         )
-        return nbytes
+        return nbytes + ids_nbytes
 
-    def send_error(self, message: str) -> None:
-        """Tell the next stage, in place of the frame that it waits for, why there will be none.
-
-        Every receive that the other end has posted gets the frame, so that none is left over. Does not wait (`flush`
-        does), and does nothing when the stream has ended.
-        """
-        if self._closed:
-            return
-        self._closed = True
-        end = len(self.spec.shapes)
-        for place in range(self._following, min(self._following + self._receives_ahead, end + 1)):
-            self._post_error(place, encode_error(message))
+    def fail(self, work: Pass, cause: str) -> None:
+        """Tell the next stage, in place of the pass's data, why there is none."""
+        text = encode_text(cause or "unknown")
+        header = Header(
+            work=work, failed=True, body_nbytes=len(text), trail=(0,) * self.spec.wire.num_trail
+        )
+        self.traffic.control_bytes += self._post(header, torch.frombuffer(bytearray(text), dtype=torch.uint8), b"")
 
     def end(self) -> None:
-        """Send END: no more micro-batches follow."""
-        end = len(self.spec.shapes)
-        self._post(self._outbox.acquire(), self._control_header(FrameKind.END, end, 0))
-        self._closed = True
+        """Send END, once for each receive that the other end has posted: no more passes follow."""
+        for _ in range(self._receives_ahead):
+            self.traffic.control_bytes += self._post(Header(work=None), torch.empty(0, dtype=torch.uint8), b"")
 
     def flush(self) -> None:
         """Wait until every frame has left."""
         self._outbox.flush()
 
-    def _post_error(self, place: int, body: bytes) -> None:
-        buffer = self._outbox.allocate()
-        start = self.spec.header_nbytes
-        buffer.host[start : start + len(body)].copy_(
-            torch.frombuffer(bytearray(body or b" "), dtype=torch.uint8)[: len(body)]
-        )
-        self._post(buffer, self._control_header(FrameKind.ERROR, place, len(body)))
-
-    def _control_header(self, kind: FrameKind, microbatch_index: int, nbytes: int) -> Header:
-        return Header(
-            kind=kind,
-            stage_index=self.spec.stage_index,
-            microbatch_index=microbatch_index,
-            codec_id=self.spec.codec_id,
-            dtype=self.spec.dtype,
-            shape=(0, 0, 0),
-            meta_nbytes=0,
-            data_nbytes=nbytes,
-            body_crc=None,
-            trail=(0,) * self.spec.num_trail,
-        )
-
-    def _post(self, buffer: FrameBuffer, header: Header) -> None:
-        buffer.host[: self.spec.header_nbytes].copy_(torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8))
-        self._outbox.post(buffer, header.body_nbytes, is_data=header.kind is FrameKind.DATA)
+    def _post(self, header: Header, data: torch.Tensor, meta: bytes) -> int:
+        """Returns the frame's bytes."""
+        base, tail = self.spec.wire.encode(header)
+        buffer = self._outbox.acquire()
+        in_host = 0 if self._apart and not header.failed else header.body_nbytes
+        body = buffer.host[BASE_NBYTES:] if in_host or buffer.device is None else buffer.device
+        body[: data.numel()].copy_(data)
+        if meta:
+            body[data.numel() : header.body_nbytes].copy_(torch.frombuffer(bytearray(meta), dtype=torch.uint8))
+        host = buffer.host.numpy()
+        end = BASE_NBYTES + in_host + len(tail)
+        host[:BASE_NBYTES] = np.frombuffer(base, np.uint8)
+        host[end - len(tail) : end] = np.frombuffer(tail, np.uint8)
+        crc = self.spec.wire.checksum(self._sequence, host[4:end].data)
+        host[:4] = np.frombuffer(crc.to_bytes(4, "little"), np.uint8)
+        self._sequence += 1
+        self._outbox.post(buffer, end, header.body_nbytes - in_host)
+        return BASE_NBYTES + header.body_nbytes + len(tail)
 
 
 class FrameReceiver:
-    """The receiving end of a link; `first_microbatch` is that with which the stream begins."""
+    """The receiving end of a link."""
 
-    def __init__(self, spec: FrameSpec, inbox: Inbox, *, first_microbatch: int = 0) -> None:
+    def __init__(self, spec: LinkSpec, inbox: Inbox, *, apart: bool = False) -> None:
         self.spec = spec
         self._inbox = inbox
-        self._following = first_microbatch  # the place of the next frame
-        self._closed = False
-        self._expectation = Expectation(
-            stage_index=spec.stage_index, num_trail=spec.num_trail, codec_id=spec.codec_id, dtype=spec.dtype
-        )
-        self._taken: tuple[FrameBuffer, int] | None = None
+        self._apart = apart
+        self._sequence = 0
 
-    def receive(self, microbatch_index: int) -> tuple[Header, Payload]:
-        """Wait for a micro-batch's frame and check it.
+    def open(self, buffer: FrameBuffer) -> Frame | None:
+        """Check a buffer that has arrived; None for END.
 
-        The payload is a view of the link's buffer until `release`. Raises BadFrame for a damaged or unexpected
-        frame, RemoteError when the sender reports a failure, LinkError when the peer is gone or silent,
-        CorruptPayload when the meta block is malformed.
+        The payload is a view of the buffer until `release`. Raises BadFrame for a damaged or unexpected frame.
         """
-        header, body = self._take(microbatch_index)
-        if header.kind is FrameKind.END:
-            raise BadFrame(
-                f"link {self.spec.name}: the sender ended before micro-batch {microbatch_index}; "
-                f"this rank expects {len(self.spec.shapes)}"
-            )
-        meta = decode_meta(bytes(body[: header.meta_nbytes].cpu().numpy()))
-        return header, Payload(data=body[header.meta_nbytes :], shape=header.shape, meta=meta)
-
-    def release(self) -> None:
-        """The payload of the last `receive` is no longer needed; its buffer waits for another frame."""
-        assert self._taken is not None, "nothing was received since the last release"
-        buffer, microbatch_index = self._taken
-        self._taken = None
-        self._inbox.recycle(buffer, microbatch_index)
-
-    def finish(self) -> None:
-        """Take the END frame. Raises as `receive`, and BadFrame when something else comes."""
-        end = len(self.spec.shapes)
-        header, _ = self._take(end)
-        if header.kind is not FrameKind.END:
-            raise BadFrame(f"link {self.spec.name}: a frame came after the last micro-batch, {end - 1}")
-        self.release()
-
-    def drain(self) -> None:
-        """Drop what the sender has sent and will send, up to and with its END or ERROR.
-
-        Raises BadFrame for a damaged frame, LinkError when the peer is gone.
-        """
-        if self._taken is not None and not self._closed:
-            self.release()
-        while not self._closed:
-            with contextlib.suppress(RemoteError):
-                self._take(self._following)
-                self.release()
-        self._inbox.discard()
-
-    def _take(self, microbatch_index: int) -> tuple[Header, torch.Tensor]:
-        spec = self.spec
-        at_end = microbatch_index >= len(spec.shapes)
-        buffer = self._inbox.take(microbatch_index)
-        self._taken = (buffer, microbatch_index)
-        self._following = microbatch_index + 1
         try:
-            header = self._expectation.decode(
-                bytes(buffer.host[: spec.header_nbytes].numpy()),
-                microbatch_index=microbatch_index,
-                shape=(0, 0, 0) if at_end else spec.shapes[microbatch_index],
-                max_body_nbytes=0 if at_end else spec.max_nbytes[microbatch_index],
-            )
-        except BadFrame as e:
-            raise BadFrame(f"link {spec.name}, micro-batch {microbatch_index}: {e}") from e
-        self._closed = header.kind is not FrameKind.DATA
-        if header.kind is FrameKind.ERROR:
-            text = buffer.host[spec.header_nbytes : spec.header_nbytes + header.body_nbytes]
-            raise RemoteError(decode_error(bytes(text.numpy())))
-        self._inbox.complete(buffer, header.body_nbytes)
-        body = buffer.body[: header.body_nbytes]
-        if header.body_crc is not None and body_checksum(body) != header.body_crc:
+            return self._open(buffer)
+        except (BadFrame, CorruptPayload) as e:
+            raise BadFrame(f"link {self.spec.name}, frame {self._sequence}: {e}") from e
+
+    def _open(self, buffer: FrameBuffer) -> Frame | None:
+        wire, host = self.spec.wire, buffer.host.numpy()
+        base = host[:BASE_NBYTES].tobytes()
+        # Nothing that the base says is certain yet, so it is bounded before it is followed.
+        body_nbytes, is_failure = int.from_bytes(base[4:8], "little"), wire.is_failure(base)
+        if body_nbytes > self.spec.max_body_nbytes and not is_failure:
+            raise BadFrame(f"body of {body_nbytes} bytes, at most {self.spec.max_body_nbytes} are possible here")
+        in_host = 0 if self._apart and not is_failure else body_nbytes
+        if BASE_NBYTES + in_host > host.size:
+            raise BadFrame(f"body of {body_nbytes} bytes, the buffer has {host.size}")
+        start = BASE_NBYTES + in_host
+        header, tail_nbytes = wire.decode(base, host[start : start + self.spec.max_tail_nbytes].tobytes())
+        crc = wire.checksum(self._sequence, host[4 : start + tail_nbytes].data)
+        if crc != int.from_bytes(base[:4], "little"):
             raise BadFrame(
-                f"link {spec.name}, micro-batch {microbatch_index}: the body's checksum does not match: "
-                f"{header.body_nbytes} bytes were damaged on the way"
+                "the checksum does not match: the frame was damaged on the way, is not the next one, or its sender has "
+                "another version or codec; run one release on all ranks"
             )
-        return header, body
+        self._sequence += 1
+        work = header.work
+        if work is None:
+            return None
+        if header.failed:
+            return Frame(
+                work=work,
+                payload=None,
+                failure=decode_text(host[BASE_NBYTES:start].tobytes()),
+                trail=(*header.trail, 0),
+                token_ids=None,
+                note=b"",
+            )
+        try:
+            shape, bound = self.spec.expect(work)
+        except ValueError as e:
+            raise BadFrame(str(e)) from e
+        if body_nbytes > bound:
+            raise BadFrame(f"body of {body_nbytes} bytes for {work}, at most {bound} are possible")
+        self._inbox.complete(buffer, body_nbytes - in_host)
+        body = buffer.host[BASE_NBYTES:start] if buffer.device is None else buffer.device[:body_nbytes]
+        data_nbytes = body_nbytes - header.meta_nbytes
+        meta = decode_meta(bytes(body[data_nbytes:].cpu().numpy())) if header.meta_nbytes else {}
+        ids = header.token_ids
+        counted = body_nbytes + (0 if ids is None else ids.size * wire.id_nbytes)
+        return Frame(
+            work=work,
+            payload=Payload(data=body[:data_nbytes], shape=shape, meta=meta),
+            failure=None,
+            trail=(*header.trail, counted),
+            token_ids=ids,
+            note=header.note,
+        )
+
+    def release(self, buffer: FrameBuffer) -> None:
+        """The payload in `buffer` is no longer needed; it waits for another frame."""
+        self._inbox.recycle(buffer)
+
+    def close(self) -> None:
+        """After END: leave nothing behind."""
+        self._inbox.close()

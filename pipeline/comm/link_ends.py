@@ -1,99 +1,41 @@
-"""All link ends of a rank, opened from the plan: what both ends know of their frames, and which buffers carry them."""
+"""All link ends of a rank, opened from the plan, and the chain that they form.
+
+A chain is the links in the order in which a pass takes them, back to node 0: END follows it, and a failure in the place
+of data.
+"""
 
 from __future__ import annotations
 
-import math
+import queue
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from compressors import Compressor
-from pipeline.comm.link import FrameReceiver, FrameSender
-from pipeline.comm.mailbox import BodyChannel, FrameMemory, FrameSpec, Loopback, PeerInbox, PeerOutbox
+from pipeline.comm.link import Frame, FrameReceiver, FrameSender, LinkSpec
+from pipeline.comm.mailbox import (
+    Arrivals,
+    BodyChannel,
+    FrameBuffer,
+    FrameMemory,
+    LinkError,
+    Loopback,
+    PeerAddress,
+    PeerInbox,
+    PeerOutbox,
+)
 from pipeline.comm.world import World
-from pipeline.data.windows import MicroBatch
 from pipeline.partition.plan import Plan
 
-__all__ = ["LinkEnds", "frame_specs", "make_gradient_links", "make_links"]
+__all__ = ["Arrival", "Hop", "LinkEnds", "forward_hops", "open_links"]
 
 SEND_DEPTH = 2  # frames of a link that may be on their way while the next one is made
 
 
 @dataclass(frozen=True)
-class LinkEnds:
-    """This rank's ends of all links, by link index; the link behind the last stage carries losses."""
+class Hop:
+    """One link of a chain; devices are known for this rank's stages only."""
 
-    senders: Mapping[int, FrameSender]
-    receivers: Mapping[int, FrameReceiver]
-
-
-def make_links(
-    plan: Plan,
-    specs: Mapping[int, FrameSpec],
-    world: World,
-    *,
-    devices: Mapping[int, torch.device],
-    receives_ahead: int,
-    first_microbatch: int,
-    channels: Mapping[int, BodyChannel],
-) -> LinkEnds:
-    """Open this rank's link ends, of which `specs` come from `frame_specs`, and post their receives.
-
-    `channels` has what carries the bodies of each link where the backend is nccl. Losses always travel over Gloo.
-    """
-    hops = {}
-    for link in plan.links:
-        i = link.index
-        if i in specs:
-            ends = devices.get(i), devices.get(i + 1)
-            hops[i] = _Hop(specs[i], link.src_node, link.dst_node, *ends, channels.get(i))
-    if plan.last_node != 0:
-        end = len(plan.links)
-        hops[end] = _Hop(specs[end], plan.last_node, 0, devices.get(end))
-    return _open(hops, world, receives_ahead=receives_ahead, first_microbatch=first_microbatch)
-
-
-def make_gradient_links(
-    plan: Plan,
-    microbatches: Sequence[MicroBatch],
-    world: World,
-    *,
-    hidden_size: int,
-    dtype: torch.dtype,
-    devices: Mapping[int, torch.device],
-) -> LinkEnds:
-    """Links for raw hidden states forward and raw float32 gradients back, always over Gloo.
-
-    With S stages, link i < S - 1 leads from stage i to stage i + 1, and link S - 1 + i from there back.
-    """
-    shapes = [(*m.shape, hidden_size) for m in microbatches]
-    num_links = len(plan.links)
-    hops = {}
-    for link in plan.links:
-        ends = [(link.src_node, devices.get(link.index)), (link.dst_node, devices.get(link.index + 1))]
-        for index, what, its_dtype, (src, dst) in (
-            (link.index, "raw", dtype, ends),
-            (num_links + link.index, "gradient", torch.float32, ends[::-1]),
-        ):
-            spec = FrameSpec(
-                name=f"{what}:{link.name}",
-                stage_index=index,
-                num_trail=0,
-                codec_id=0,
-                dtype=its_dtype,
-                shapes=shapes,
-                max_nbytes=[its_dtype.itemsize * math.prod(shape) for shape in shapes],
-            )
-            hops[index] = _Hop(spec, src[0], dst[0], src[1], dst[1])
-    return _open(hops, world, receives_ahead=1, first_microbatch=0)
-
-
-@dataclass(frozen=True)
-class _Hop:
-    """One direction of one link; devices are known for this rank's stages only."""
-
-    spec: FrameSpec
     src_node: int
     dst_node: int
     src_device: torch.device | None = None
@@ -101,64 +43,125 @@ class _Hop:
     channel: BodyChannel | None = None
 
 
-def _open(hops: Mapping[int, _Hop], world: World, *, receives_ahead: int, first_microbatch: int) -> LinkEnds:
-    """This rank's ends, receives posted."""
+def forward_hops(
+    plan: Plan, *, devices: Mapping[int, torch.device], channels: Mapping[int, BodyChannel]
+) -> list[Hop]:
+    """The way of a pass: stage i to stage i + 1, and from a head on another node back to node 0.
+
+    `channels` has what carries the bodies of each link where the backend is nccl. Results always travel over Gloo.
+    """
+    hops = [
+        Hop(
+            link.src_node, link.dst_node, devices.get(link.index), devices.get(link.index + 1), channels.get(link.index)
+        )
+        for link in plan.links
+    ]
+    if plan.last_node != 0:
+        hops.append(Hop(plan.last_node, 0, devices.get(len(hops))))
+    return hops
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A frame with the link that it came over, None in the place of END."""
+
+    link_index: int
+    frame: Frame | None
+    buffer: FrameBuffer
+
+
+class LinkEnds:
+    """This rank's ends of all links, by link index, and one place where all frames arrive.
+
+    `last_link` is the last of the chain, None where there is none.
+    """
+
+    def __init__(
+        self,
+        senders: Mapping[int, FrameSender],
+        receivers: Mapping[int, FrameReceiver],
+        arrivals: Arrivals,
+        num_links: int,
+    ) -> None:
+        self.senders, self.receivers = senders, receivers
+        self.last_link = num_links - 1 if num_links else None
+        self._arrivals = arrivals
+        self._open = set(receivers)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether frames may still come."""
+        return bool(self._open)
+
+    def has_arrived(self) -> bool:
+        """Whether `take` would not wait."""
+        return not self._arrivals.is_empty()
+
+    def wake(self) -> None:
+        """Make one `take` return None, from any thread."""
+        self._arrivals.wake()
+
+    def take(self, timeout_s: float | None) -> Arrival | None:
+        """Wait for a frame and check it.
+
+        Raises LinkError when a peer is gone, or nothing has come for `timeout_s`; BadFrame for a damaged frame.
+        """
+        try:
+            taken = self._arrivals.take(timeout_s)
+        except queue.Empty:
+            raise LinkError(f"no frame came for {timeout_s:g} s (runtime.timeout_s)") from None
+        if taken is None:
+            return None
+        link_index, buffer = taken
+        return Arrival(link_index, self.receivers[link_index].open(buffer), buffer)
+
+    def release(self, arrival: Arrival) -> None:
+        """The frame is no longer needed."""
+        self.receivers[arrival.link_index].release(arrival.buffer)
+
+    def end(self) -> None:
+        """On rank 0: let END go around the chain."""
+        if 0 in self.senders:
+            self.senders[0].end()
+
+    def release_end(self, arrival: Arrival) -> None:
+        """A stream has ended: end the next of the chain, and wait until nothing of this one is left."""
+        self._open.remove(arrival.link_index)
+        if arrival.link_index + 1 in self.senders:
+            self.senders[arrival.link_index + 1].end()
+        self.receivers[arrival.link_index].close()
+
+    def flush(self) -> None:
+        """Wait until every frame has left."""
+        for sender in self.senders.values():
+            sender.flush()
+
+
+def open_links(
+    hops: Sequence[Hop], specs: Mapping[int, LinkSpec], world: World, *, receives_ahead: int
+) -> LinkEnds:
+    """This rank's ends of a chain, receives posted. `specs`, by link index, are those of this rank's links at least."""
+    arrivals = Arrivals()
     senders: dict[int, FrameSender] = {}
     receivers: dict[int, FrameReceiver] = {}
-    for index, hop in hops.items():
-        src, dst, spec = world.rank_of(hop.src_node), world.rank_of(hop.dst_node), hop.spec
-        if src == dst == world.rank:
-            loopback = Loopback(spec)
-            senders[index] = FrameSender(spec, loopback, first_microbatch=first_microbatch)
-            receivers[index] = FrameReceiver(spec, loopback, first_microbatch=first_microbatch)
+    for index, hop in enumerate(hops):
+        src, dst = world.rank_of(hop.src_node), world.rank_of(hop.dst_node)
+        if world.rank not in (src, dst):
             continue
-        if src == world.rank:
-            memory = FrameMemory(spec, pin=_is_gpu(hop.src_device), channel=hop.channel)
-            outbox = PeerOutbox(spec, memory, peer=dst, tag=index, depth=SEND_DEPTH)
-            senders[index] = FrameSender(spec, outbox, first_microbatch=first_microbatch, receives_ahead=receives_ahead)
-        if dst == world.rank:
-            memory = FrameMemory(spec, pin=_is_gpu(hop.dst_device), channel=hop.channel)
-            inbox = PeerInbox(
-                spec, memory, peer=src, tag=index, depth=receives_ahead, first_microbatch=first_microbatch
-            )
-            receivers[index] = FrameReceiver(spec, inbox, first_microbatch=first_microbatch)
-    return LinkEnds(senders, receivers)
+        spec, apart = specs[index], hop.channel is not None
 
+        def memory(device: torch.device | None, spec: LinkSpec = spec, hop: Hop = hop) -> FrameMemory:
+            is_gpu = device is not None and device.type == "cuda"
+            return FrameMemory(spec.max_body_nbytes, spec.max_tail_nbytes, pin=is_gpu, channel=hop.channel)
 
-def frame_specs(
-    plan: Plan,
-    codecs: Mapping[int, Compressor],
-    microbatches: Sequence[MicroBatch],
-    *,
-    hidden_size: int,
-    dtype: torch.dtype,
-) -> dict[int, FrameSpec]:
-    """What an end knows of its link's frames, by link index as `codecs`; the last one is that of the losses."""
-    shapes = [(*m.shape, hidden_size) for m in microbatches]
-    specs = {
-        index: FrameSpec(
-            name=plan.links[index].name,
-            stage_index=index,
-            num_trail=index,
-            codec_id=codec.codec_id(),
-            dtype=dtype,
-            shapes=shapes,
-            max_nbytes=[codec.max_nbytes(shape) for shape in shapes],
-        )
-        for index, codec in sorted(codecs.items())
-    }
-    num_links = len(plan.links)
-    specs[num_links] = FrameSpec(
-        name=f"result:node{plan.last_node}->node0",
-        stage_index=num_links,
-        num_trail=num_links,
-        codec_id=0,
-        dtype=torch.float32,
-        shapes=[(1, m.num_scored, 2) for m in microbatches],
-        max_nbytes=[8 * m.num_scored for m in microbatches],
-    )
-    return specs
-
-
-def _is_gpu(device: torch.device | None) -> bool:
-    return device is not None and device.type == "cuda"
+        if src == dst:
+            loopback = Loopback(index, memory(None), arrivals)
+            senders[index], receivers[index] = FrameSender(spec, loopback), FrameReceiver(spec, loopback)
+        elif src == world.rank:
+            outbox = PeerOutbox(PeerAddress(spec.name, dst, index), memory(hop.src_device), depth=SEND_DEPTH)
+            senders[index] = FrameSender(spec, outbox, apart=apart, receives_ahead=receives_ahead)
+        else:
+            address = PeerAddress(spec.name, src, index)
+            inbox = PeerInbox(index, address, memory(hop.dst_device), arrivals, depth=receives_ahead)
+            receivers[index] = FrameReceiver(spec, inbox, apart=apart)
+    return LinkEnds(senders, receivers, arrivals, len(hops))

@@ -1,12 +1,14 @@
 """Mailboxes: buffers handed from one stage to the next, over Gloo, NCCL or, in one process, a queue.
 
-An outbox owns the buffers that frames are written into and sends them without blocking; an inbox keeps several
-receives posted, because a receive that is posted only after another message arrived costs a whole round trip.
+An outbox owns the buffers that frames are written into and sends them without blocking. An inbox keeps several receives
+posted, because a receive that is posted only after another message arrived costs a whole round trip; a thread of its own
+waits for them, since Gloo cannot be polled, and puts what arrives into one `Arrivals` for all links of a rank. It waits
+without limit: an idle link is a normal link.
 
 * `Loopback`: both ends in one process; a posted buffer is simply taken by the other end.
 * `PeerOutbox` and `PeerInbox`: `torch.distributed` point-to-point. Over Gloo a frame is one message in host memory
   (pinned for a CUDA stage); receives are posted with room for any frame, and a frame may be shorter. With a
-  `BodyChannel` Gloo carries headers, ERROR and END; a body lies on the GPU and goes over NCCL, whose receive is posted
+  `BodyChannel` Gloo carries headers, failures and END; a body lies on the GPU and goes over NCCL, whose receive is posted
   once the header has announced its size. A posted NCCL receive occupies the GPU, and both sides must name one size.
   The tests run this, too, with Gloo in the place of NCCL; NCCL itself they do not run.
 
@@ -15,11 +17,14 @@ What the bytes mean is `link.py`'s business.
 
 from __future__ import annotations
 
+import datetime
 import functools
+import queue
 import re
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -27,17 +32,18 @@ import torch
 import torch.distributed as dist
 
 from pipeline.comm.watchdog import PipelineError
-from pipeline.comm.wire import MAX_ERROR_NBYTES, header_nbytes
+from pipeline.comm.wire import BASE_NBYTES, MAX_NOTE_NBYTES, is_end
 
 __all__ = [
+    "Arrivals",
     "BodyChannel",
     "FrameBuffer",
     "FrameMemory",
-    "FrameSpec",
     "Inbox",
     "LinkError",
     "Loopback",
     "Outbox",
+    "PeerAddress",
     "PeerInbox",
     "PeerOutbox",
 ]
@@ -45,10 +51,11 @@ __all__ = [
 T = TypeVar("T")
 
 _POLL_S = 1e-4
+_WITHOUT_LIMIT = datetime.timedelta(days=3650)
 
 
 class LinkError(PipelineError):
-    """Another rank is gone or silent: `peer`, where it is known. The message names link, peer and micro-batch."""
+    """Another rank is gone or silent: `peer`, where it is known. The message names the link."""
 
     is_symptom = True
 
@@ -57,40 +64,15 @@ class LinkError(PipelineError):
         self.peer = peer
 
 
-@dataclass(frozen=True, kw_only=True)
-class FrameSpec:
-    """What both ends of a link know of its frames from the plan.
-
-    `shapes` and `max_nbytes` have one entry per micro-batch of the run: (B, T, H) and the bound of the body.
-    """
-
-    name: str
-    stage_index: int
-    num_trail: int
-    codec_id: int
-    dtype: torch.dtype
-    shapes: Sequence[tuple[int, int, int]]
-    max_nbytes: Sequence[int]
-
-    @property
-    def header_nbytes(self) -> int:
-        return header_nbytes(self.num_trail)
-
-    @property
-    def max_body_nbytes(self) -> int:
-        return max(self.max_nbytes, default=0)
-
-
 @dataclass(frozen=True)
 class FrameBuffer:
     """Room for one frame, uint8.
 
-    `host` begins with the header, behind which an ERROR has its text. `body` is for that of a DATA frame: the same
-    place behind the header, or memory of its own on a GPU.
+    `host` begins with the base header. The body of a frame stands behind it, or in `device` on a GPU.
     """
 
     host: torch.Tensor
-    body: torch.Tensor
+    device: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -118,82 +100,121 @@ class BodyChannel:
 
 @dataclass(frozen=True)
 class FrameMemory:
-    """Where the buffers of a link's end lie; `pin` for copies to and from a GPU."""
+    """Where the buffers of a link's end lie: room for a body and a tail; `pin` for copies to and from a GPU."""
 
-    spec: FrameSpec
+    max_body_nbytes: int
+    max_tail_nbytes: int
     pin: bool = False
     channel: BodyChannel | None = None
 
+    @property
+    def host_nbytes(self) -> int:
+        """Of one buffer in host memory."""
+        in_host = MAX_NOTE_NBYTES if self.channel else max(MAX_NOTE_NBYTES, self.max_body_nbytes)
+        return BASE_NBYTES + in_host + self.max_tail_nbytes
+
     def allocate(self) -> FrameBuffer:
-        header, nbytes = self.spec.header_nbytes, self.spec.max_body_nbytes
-        in_host = MAX_ERROR_NBYTES if self.channel else max(MAX_ERROR_NBYTES, nbytes)
-        host = torch.empty(header + in_host, dtype=torch.uint8, pin_memory=self.pin and self.channel is None)
+        host = torch.empty(self.host_nbytes, dtype=torch.uint8, pin_memory=self.pin and self.channel is None)
         if self.channel is None:
-            return FrameBuffer(host, host[header:])
-        return FrameBuffer(host, torch.empty(nbytes, dtype=torch.uint8, device=self.channel.device))
+            return FrameBuffer(host)
+        return FrameBuffer(host, torch.empty(self.max_body_nbytes, dtype=torch.uint8, device=self.channel.device))
+
+
+class Arrivals:
+    """What has come in over all links of a rank, in the order of its coming: (link index, buffer)."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[int, FrameBuffer | Exception] | None] = queue.SimpleQueue()
+
+    def put(self, link_index: int, item: FrameBuffer | Exception) -> None:
+        """Hand over a buffer that holds a frame, or why there will be none."""
+        self._queue.put((link_index, item))
+
+    def wake(self) -> None:
+        """Make one `take` return None, from any thread."""
+        self._queue.put(None)
+
+    def take(self, timeout_s: float | None = None) -> tuple[int, FrameBuffer] | None:
+        """Wait for the next buffer. Raises queue.Empty after `timeout_s`, LinkError when a peer is gone."""
+        item = self._queue.get(timeout=timeout_s)
+        if item is None:
+            return None
+        link_index, buffer = item
+        if isinstance(buffer, Exception):
+            raise buffer
+        return link_index, buffer
+
+    def is_empty(self) -> bool:
+        return self._queue.empty()
 
 
 class Outbox(Protocol):
     def acquire(self) -> FrameBuffer:
-        """A free buffer of the link's size; waits for the oldest send when there is none."""
+        """A free buffer; waits for the oldest send when there is none."""
 
-    def allocate(self) -> FrameBuffer:
-        """One more buffer, for what may not wait."""
-
-    def post(self, buffer: FrameBuffer, nbytes: int, *, is_data: bool) -> None:
-        """Send header and `nbytes` of body without waiting; other frames than DATA have it behind the header."""
+    def post(self, buffer: FrameBuffer, nbytes: int, device_nbytes: int) -> None:
+        """Send the first bytes of `host`, and of `device`, without waiting."""
 
     def flush(self) -> None:
         """Wait until every posted frame has been taken over by the transport."""
 
 
 class Inbox(Protocol):
-    def take(self, microbatch_index: int) -> FrameBuffer:
-        """The next frame's buffer; what lies in `host` is complete."""
+    def complete(self, buffer: FrameBuffer, device_nbytes: int) -> None:
+        """Make sure that the bytes in `device` have arrived."""
 
-    def complete(self, buffer: FrameBuffer, nbytes: int) -> None:
-        """Make sure that the `nbytes` of a DATA frame's body have arrived."""
+    def recycle(self, buffer: FrameBuffer) -> None:
+        """Give back a buffer, which waits for another frame."""
 
-    def recycle(self, buffer: FrameBuffer, microbatch_index: int) -> None:
-        """Give back the buffer that held this micro-batch's frame."""
-
-    def discard(self) -> None:
-        """Wait for the frames that receives are posted for, and drop them."""
+    def close(self) -> None:
+        """The stream has ended and every buffer is back: leave no posted receive behind."""
 
 
 class Loopback:
     """Outbox and inbox in one, for stages of one process."""
 
-    def __init__(self, spec: FrameSpec) -> None:
-        self._spec, self._memory = spec, FrameMemory(spec)
+    def __init__(self, link_index: int, memory: FrameMemory, arrivals: Arrivals) -> None:
+        self._link_index, self._memory, self._arrivals = link_index, memory, arrivals
         self._free: deque[FrameBuffer] = deque()
-        self._posted: deque[FrameBuffer] = deque()
 
     def acquire(self) -> FrameBuffer:
-        return self._free.popleft() if self._free else self.allocate()
+        return self._free.popleft() if self._free else self._memory.allocate()
 
-    def allocate(self) -> FrameBuffer:
-        return self._memory.allocate()
-
-    def post(self, buffer: FrameBuffer, nbytes: int, *, is_data: bool) -> None:
-        self._posted.append(buffer)
+    def post(self, buffer: FrameBuffer, nbytes: int, device_nbytes: int) -> None:
+        self._arrivals.put(self._link_index, buffer)
 
     def flush(self) -> None:
         pass
 
-    def take(self, microbatch_index: int) -> FrameBuffer:
-        if not self._posted:
-            raise LinkError(f"link {self._spec.name}: no frame for micro-batch {microbatch_index} was sent")
-        return self._posted.popleft()
-
-    def complete(self, buffer: FrameBuffer, nbytes: int) -> None:
+    def complete(self, buffer: FrameBuffer, device_nbytes: int) -> None:
         pass
 
-    def recycle(self, buffer: FrameBuffer, microbatch_index: int) -> None:
+    def recycle(self, buffer: FrameBuffer) -> None:
         self._free.append(buffer)
 
-    def discard(self) -> None:
+    def close(self) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class PeerAddress:
+    """The other end of a link: `name` for messages, the rank, and the tag of the link's messages."""
+
+    name: str
+    peer: int
+    tag: int
+
+    def named(self, doing: str, operation: Callable[[], T]) -> T:
+        """Run a torch.distributed operation; its RuntimeError becomes a LinkError that says what was being done.
+
+        Torch puts a place in its source in front of its messages, and general advice or a C++ stack behind them.
+        """
+        try:
+            return operation()
+        except RuntimeError as e:
+            cause = (str(e).strip() or type(e).__name__).splitlines()[0]
+            cause = re.sub(r"^\[\S+:\d+\] ", "", cause).partition(". This is typically")[0]
+            raise LinkError(f"link {self.name}: {doing} rank {self.peer}: {cause}", self.peer) from e
 
 
 class PeerOutbox:
@@ -202,9 +223,9 @@ class PeerOutbox:
     `isend` reads the live buffer until its handle is waited on, so a buffer is reused only after that.
     """
 
-    def __init__(self, spec: FrameSpec, memory: FrameMemory, *, peer: int, tag: int, depth: int) -> None:
-        self._spec, self._memory, self._peer, self._tag = spec, memory, peer, tag
-        self._free = deque(self.allocate() for _ in range(depth))
+    def __init__(self, address: PeerAddress, memory: FrameMemory, *, depth: int) -> None:
+        self._address, self._channel = address, memory.channel
+        self._free = deque(memory.allocate() for _ in range(depth))
         self._pending: deque[tuple[FrameBuffer, dist.Work, dist.Work | None]] = deque()
 
     def acquire(self) -> FrameBuffer:
@@ -212,16 +233,13 @@ class PeerOutbox:
             self._wait_oldest()
         return self._free.popleft()
 
-    def allocate(self) -> FrameBuffer:
-        return self._memory.allocate()
-
-    def post(self, buffer: FrameBuffer, nbytes: int, *, is_data: bool) -> None:
-        channel, moving = self._memory.channel if is_data else None, None
-        message = buffer.host[: self._spec.header_nbytes + (0 if channel else nbytes)]
-        sending = self._guard(lambda: _started(dist.isend(message, self._peer, tag=self._tag)))
-        if channel is not None and nbytes:
-            body, group = buffer.body[:nbytes], channel.group
-            moving = self._guard(lambda: _started(dist.isend(body, self._peer, group=group)))
+    def post(self, buffer: FrameBuffer, nbytes: int, device_nbytes: int) -> None:
+        peer, tag, moving = self._address.peer, self._address.tag, None
+        sending = self._guard(lambda: _started(dist.isend(buffer.host[:nbytes], peer, tag=tag)))
+        if device_nbytes:
+            assert self._channel is not None and buffer.device is not None
+            body, group = buffer.device[:device_nbytes], self._channel.group
+            moving = self._guard(lambda: _started(dist.isend(body, peer, group=group)))
         self._pending.append((buffer, sending, moving))
 
     def flush(self) -> None:
@@ -230,71 +248,64 @@ class PeerOutbox:
 
     def _wait_oldest(self) -> None:
         buffer, sending, moving = self._pending.popleft()
-        self._guard(sending.wait)
-        if self._memory.channel is not None and moving is not None:
-            self._guard(functools.partial(self._memory.channel.wait, moving))
+        self._guard(lambda: sending.wait(_WITHOUT_LIMIT))
+        if self._channel is not None and moving is not None:
+            self._guard(functools.partial(self._channel.wait, moving))
         self._free.append(buffer)
 
     def _guard(self, operation: Callable[[], T]) -> T:
-        return _named(f"link {self._spec.name}: sending to rank {self._peer}", self._peer, operation)
+        return self._address.named("sending to", operation)
 
 
 class PeerInbox:
-    """Receives from one rank, posted `depth` deep so that no frame waits a round trip for its receive."""
+    """Receives from one rank, posted `depth` deep so that no frame waits a round trip for its receive.
+
+    The sender repeats END for each of them.
+    """
 
     def __init__(
-        self, spec: FrameSpec, memory: FrameMemory, *, peer: int, tag: int, depth: int, first_microbatch: int = 0
+        self, link_index: int, address: PeerAddress, memory: FrameMemory, arrivals: Arrivals, *, depth: int
     ) -> None:
-        self._spec, self._channel, self._peer, self._tag = spec, memory.channel, peer, tag
-        self._last = len(spec.shapes)  # the END frame's place
+        self._link_index, self._address, self._channel, self._arrivals = link_index, address, memory.channel, arrivals
         self._depth = depth
-        self._pending: deque[tuple[FrameBuffer, dist.Work]] = deque()
-        for microbatch_index in range(first_microbatch, first_microbatch + depth):
-            if microbatch_index <= self._last:
-                self._post(memory.allocate())
+        self._posted: queue.SimpleQueue[tuple[FrameBuffer, dist.Work]] = queue.SimpleQueue()
+        for _ in range(depth):
+            self.recycle(memory.allocate())
+        self._thread = threading.Thread(target=self._receive, name=f"inbox {address.name}", daemon=True)
+        self._thread.start()
 
-    def take(self, microbatch_index: int) -> FrameBuffer:
-        buffer, work = self._pending.popleft()
-        self._guard(work.wait, f"frame of micro-batch {microbatch_index}")
-        return buffer
-
-    def complete(self, buffer: FrameBuffer, nbytes: int) -> None:
+    def complete(self, buffer: FrameBuffer, device_nbytes: int) -> None:
         channel = self._channel
-        if channel is not None and nbytes:
-            body = buffer.body[:nbytes]
-            self._guard(lambda: channel.wait(_started(dist.irecv(body, self._peer, group=channel.group))), "body")
+        if channel is not None and device_nbytes:
+            assert buffer.device is not None
+            body = buffer.device[:device_nbytes]
+            self._guard(lambda: channel.wait(_started(dist.irecv(body, self._address.peer, group=channel.group))))
 
-    def recycle(self, buffer: FrameBuffer, microbatch_index: int) -> None:
-        if microbatch_index + self._depth <= self._last:
-            self._post(buffer)
+    def recycle(self, buffer: FrameBuffer) -> None:
+        peer, tag = self._address.peer, self._address.tag
+        self._posted.put((buffer, self._guard(lambda: _started(dist.irecv(buffer.host, peer, tag=tag)))))
 
-    def discard(self) -> None:
-        while self._pending:
-            _, work = self._pending.popleft()
-            self._guard(work.wait, "what follows an error")
+    def close(self) -> None:
+        self._thread.join()
 
-    def _post(self, buffer: FrameBuffer) -> None:
-        work = self._guard(lambda: _started(dist.irecv(buffer.host, self._peer, tag=self._tag)), "posting")
-        self._pending.append((buffer, work))
+    def _receive(self) -> None:
+        """The thread: hands over all frames up to the first END."""
+        num_ends = 0
+        try:
+            while num_ends < self._depth:
+                buffer, work = self._posted.get()
+                self._guard(functools.partial(work.wait, _WITHOUT_LIMIT))
+                num_ends += is_end(buffer.host)
+                if num_ends <= 1:
+                    self._arrivals.put(self._link_index, buffer)
+        except LinkError as e:
+            self._arrivals.put(self._link_index, e)
 
-    def _guard(self, operation: Callable[[], T], what: str) -> T:
-        return _named(f"link {self._spec.name}: receiving from rank {self._peer}, {what}", self._peer, operation)
+    def _guard(self, operation: Callable[[], T]) -> T:
+        return self._address.named("receiving from", operation)
 
 
 def _started(work: dist.Work | None) -> dist.Work:
     """Torch starts nothing, and gives None, on a rank outside the group."""
     assert work is not None
     return work
-
-
-def _named(doing: str, peer: int, operation: Callable[[], T]) -> T:
-    """Run a torch.distributed operation; its RuntimeError becomes a LinkError that says what was being done.
-
-    Torch puts a place in its source in front of its messages, and general advice or a C++ stack behind them.
-    """
-    try:
-        return operation()
-    except RuntimeError as e:
-        cause = (str(e).strip() or type(e).__name__).splitlines()[0]
-        cause = re.sub(r"^\[\S+:\d+\] ", "", cause).partition(". This is typically")[0]
-        raise LinkError(f"{doing}: {cause}", peer) from e

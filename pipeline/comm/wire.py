@@ -1,191 +1,250 @@
-"""Frames: a checksummed header in front of a codec's bytes.
+"""Frames: what a rank must know of a pass, around a codec's bytes.
 
-    base header (60 bytes) | trail (8 bytes per upstream link) | meta | data
+    base (12 bytes) | body: data, meta | tail: rows (4 bytes each), what else the pass has
 
-The base header says whose bytes these are and how many; the trail repeats what the micro-batch has cost on the
-links before this one, so that rank 0 learns every link's payload bytes from the frames themselves and can write
-them to its journal. Both have a size that sender and receiver derive from the plan. Lengths are checked against
-what the plan allows before anything is read or allocated. No process group here: this module turns headers into
-bytes and back.
+The base says how long the body is and which parts the tail has. What both ends know is not sent: codec, dtype, place in
+the chain and the number of frames before this one go into the checksum, so that a frame that is another link's, another
+release's or out of turn is refused like a damaged one. The data comes right behind the base, aligned for views.
+
+Lengths are checked against what the link allows before anything is read or allocated. No process group here: this
+module turns headers into bytes and back.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
-from enum import IntEnum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from pipeline.comm.watchdog import PipelineError
+from pipeline.partition.passes import Pass, PassKind, Row
 
 __all__ = [
+    "BASE_NBYTES",
+    "MAX_NOTE_NBYTES",
     "BadFrame",
-    "Expectation",
-    "FrameKind",
     "Header",
-    "RemoteError",
-    "body_checksum",
-    "decode_error",
-    "encode_error",
+    "WireFormat",
+    "decode_text",
+    "encode_text",
     "header_nbytes",
+    "is_end",
 ]
 
-MAGIC = b"TWfr"
-VERSION = 1
-MAX_ERROR_NBYTES = 4096
+VERSION = 2
+MAX_ROWS = 255
+MAX_START = 2**23 - 1
+MAX_NOTE_NBYTES = 4096
 
-# checksum of the rest, magic, version, kind, dtype, stage, trail entries, codec id, micro-batch, B, T, H,
-# meta bytes, data bytes, body checksum, body is checksummed
-_BASE = struct.Struct("<I4sHBBHHQIIIIIQII")
-_TRAIL_ENTRY = struct.Struct("<Q")
-_DTYPES = {0: torch.uint8, 1: torch.float32, 2: torch.float16, 3: torch.bfloat16}
-_DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_BASE = struct.Struct("<IIBBH")  # checksum of all that follows, body bytes, code, rows, tokens a row
+BASE_NBYTES = _BASE.size
+_CODE_PLACE = 8
+_ROW = struct.Struct("<I")  # slot, start in 23 bits, and whether it has a `from_slot`
+_INDEX = struct.Struct("<I")
+_LENGTH = struct.Struct("<H")
+# The code: the kind of pass in two bits (0: END), then flags.
+_FAILED, _SAMPLES, _SCORES, _HAS_IDS, _HAS_META, _HAS_NOTE = (1 << bit for bit in range(2, 8))
+_MAX_VARINT_NBYTES = 5
 
 
 class BadFrame(PipelineError):
-    """Bytes that are not the frame which the plan says comes next."""
-
-
-class RemoteError(PipelineError):
-    """Another rank failed and said so in a frame; the text is its message, with its rank and position."""
-
-    names_place = True
-
-
-class FrameKind(IntEnum):
-    DATA = 1
-    ERROR = 2  # the body is a UTF-8 message; no further frame follows
-    END = 3  # the sender has no more micro-batches
+    """Bytes that are not the frame which comes next on this link."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What travels in front of a payload.
+    """What travels around a payload; `work` is None in the END of a stream.
 
-    `shape` is (B, T, H) of the original tensor and `dtype` its type, `trail` the payload bytes that this
-    micro-batch took on each earlier link. `body_crc` is None where the body stays on a GPU and is not
-    checksummed.
+    `trail` holds the payload bytes that the pass took on the links before this one, `token_ids` int64 [rows, tokens]
+    what later ranks need of the input, `note` bytes for the head's rank. With `failed` the body is the cause, as text.
     """
 
-    kind: FrameKind
-    stage_index: int
-    microbatch_index: int
-    codec_id: int
-    dtype: torch.dtype
-    shape: tuple[int, int, int]
-    meta_nbytes: int
-    data_nbytes: int
-    body_crc: int | None
+    work: Pass | None
+    failed: bool = False
+    body_nbytes: int = 0
+    meta_nbytes: int = 0
     trail: tuple[int, ...] = ()
-
-    @property
-    def body_nbytes(self) -> int:
-        return self.meta_nbytes + self.data_nbytes
-
-    def encode(self) -> bytes:
-        base = _BASE.pack(
-            0,
-            MAGIC,
-            VERSION,
-            self.kind,
-            _DTYPE_CODES[self.dtype],
-            self.stage_index,
-            len(self.trail),
-            self.codec_id,
-            self.microbatch_index,
-            *self.shape,
-            self.meta_nbytes,
-            self.data_nbytes,
-            self.body_crc or 0,
-            self.body_crc is not None,
-        )
-        unsigned = (base + b"".join(_TRAIL_ENTRY.pack(n) for n in self.trail))[4:]
-        return struct.pack("<I", zlib.crc32(unsigned)) + unsigned
+    token_ids: np.ndarray | None = field(default=None, compare=False)
+    note: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expectation:
-    """What the plan says of a link's frames; every header is held against it."""
+class WireFormat:
+    """How one link writes headers, on both ends alike.
 
-    stage_index: int
+    `codec_ids` are those of the link's codecs; `num_trail` links lie before it; a token id takes `id_nbytes` bytes.
+    """
+
+    link_index: int
     num_trail: int
-    codec_id: int
-    dtype: torch.dtype
+    codec_ids: tuple[int, ...]
+    id_nbytes: int = 4
 
-    def decode(self, raw: bytes, *, microbatch_index: int, shape: tuple[int, int, int], max_body_nbytes: int) -> Header:
-        """Parse a header. Raises BadFrame when it is damaged or is not the frame that is due.
+    def encode(self, header: Header) -> tuple[bytes, bytes]:
+        """(base with a checksum of 0, tail)."""
+        work = header.work
+        if work is None:
+            return _BASE.pack(0, 0, 0, 0, 0), b""
+        code = int(work.kind)
+        code |= (_FAILED * header.failed) | (_SAMPLES * work.samples) | (_SCORES * work.scores)
+        code |= (_HAS_IDS * (header.token_ids is not None)) | (_HAS_META * (header.meta_nbytes > 0))
+        code |= _HAS_NOTE * (len(header.note) > 0)
+        base = _BASE.pack(0, header.body_nbytes, code, len(work.rows), work.num_tokens)
+        parts = [_ROW.pack(r.slot | r.start << 8 | (r.from_slot is not None) << 31) for r in work.rows]
+        parts.append(bytes(r.from_slot for r in work.rows if r.from_slot is not None))
+        if work.microbatch_index is not None:
+            parts.append(_INDEX.pack(work.microbatch_index))
+        parts += map(_varint, header.trail)
+        if header.meta_nbytes:
+            parts.append(_LENGTH.pack(header.meta_nbytes))
+        if header.token_ids is not None:
+            parts.append(_ids_to_bytes(header.token_ids, self.id_nbytes))
+        if header.note:
+            parts += [_LENGTH.pack(len(header.note)), header.note]
+        return base, b"".join(parts)
 
-        `shape` is the micro-batch's (B, T, H) and `max_body_nbytes` the codec's bound for it. Of an ERROR or
-        END frame only identity and length are checked.
+    def checksum(self, sequence: int, *parts: memoryview | bytes) -> int:
+        """CRC-32 of `parts` (all of a frame but its checksum) as the frame number `sequence` of the link."""
+        told = struct.pack(f"<BHI{len(self.codec_ids)}Q", VERSION, self.link_index, sequence & 0xFFFFFFFF, *self.codec_ids)
+        crc = zlib.crc32(told)
+        for part in parts:
+            crc = zlib.crc32(part, crc)
+        return crc
+
+    def decode(self, base: bytes, tail: bytes) -> tuple[Header, int]:
+        """(header, bytes of its tail); `tail` may go on behind its end. Raises BadFrame for what no sender writes.
+
+        What it says is certain only when the checksum has been compared.
         """
-        expected_nbytes = header_nbytes(self.num_trail)
-        if len(raw) < expected_nbytes:
-            raise BadFrame(f"header of {len(raw)} bytes, expected {expected_nbytes}")
-        raw = bytes(raw[:expected_nbytes])
-        crc, magic, version, kind, dtype, stage, num_trail, codec_id, microbatch, *rest = _BASE.unpack_from(raw)
-        b, t, h, meta_nbytes, data_nbytes, body_crc, has_crc = rest
-        if magic != MAGIC:
-            raise BadFrame(f"magic {magic!r}, expected {MAGIC!r}: these bytes are no frame")
-        if zlib.crc32(raw[4:]) != crc:
-            raise BadFrame("the header's checksum does not match: it was damaged on the way")
-        if version != VERSION:
-            raise BadFrame(f"frame version {version}, this program speaks {VERSION}: run one release on all ranks")
-        if kind not in FrameKind.__members__.values() or dtype not in _DTYPES or has_crc not in (0, 1):
-            raise BadFrame(f"kind {kind}, dtype code {dtype} or checksum flag {has_crc} is unknown")
-        trail = tuple(
-            _TRAIL_ENTRY.unpack_from(raw, _BASE.size + i * _TRAIL_ENTRY.size)[0] for i in range(self.num_trail)
+        _, body_nbytes, code, num_rows, num_tokens = _BASE.unpack(base)
+        if not code & 3:
+            if body_nbytes or code or num_rows or num_tokens:
+                raise BadFrame(f"END with code {code}, {body_nbytes} bytes and {num_rows} rows")
+            return Header(work=None), 0
+        reader = _Reader(tail)
+        try:
+            kind = PassKind(code & 3)
+            words = [reader.unpack(_ROW) for _ in range(num_rows)]
+            sources = [reader.take(1)[0] if word >> 31 else None for word in words]
+            rows = tuple(
+                Row(word & 0xFF, word >> 8 & MAX_START, source) for word, source in zip(words, sources, strict=True)
+            )
+            is_indexed = kind is PassKind.SCORE or bool(code & _SCORES)
+            index = reader.unpack(_INDEX) if is_indexed else None
+            trail = tuple(reader.varint() for _ in range(self.num_trail))
+            meta_nbytes = reader.unpack(_LENGTH) if code & _HAS_META else 0
+            ids = None
+            if code & _HAS_IDS:
+                ids = _ids_from_bytes(reader.take(num_rows * num_tokens * self.id_nbytes), num_rows, self.id_nbytes)
+            note = bytes(reader.take(reader.unpack(_LENGTH))) if code & _HAS_NOTE else b""
+        except (struct.error, IndexError) as e:
+            raise BadFrame(f"a tail of {len(tail)} bytes ends too early: {e}") from e
+        if meta_nbytes > body_nbytes:
+            raise BadFrame(f"{meta_nbytes} bytes of meta in a body of {body_nbytes}")
+        work = Pass(
+            kind=kind,
+            rows=rows,
+            num_tokens=num_tokens,
+            samples=bool(code & _SAMPLES),
+            scores=bool(code & _SCORES),
+            microbatch_index=index,
         )
         header = Header(
-            kind=FrameKind(kind),
-            stage_index=stage,
-            microbatch_index=microbatch,
-            codec_id=codec_id,
-            dtype=_DTYPES[dtype],
-            shape=(b, t, h),
+            work=work,
+            failed=bool(code & _FAILED),
+            body_nbytes=body_nbytes,
             meta_nbytes=meta_nbytes,
-            data_nbytes=data_nbytes,
-            body_crc=body_crc if has_crc else None,
             trail=trail,
+            token_ids=ids,
+            note=note,
         )
-        checks: list[tuple[str, object, object]] = [
-            ("trail entries", num_trail, self.num_trail),
-            ("stage", stage, self.stage_index),
-        ]
-        if header.kind is not FrameKind.ERROR:
-            checks.append(("micro-batch", microbatch, microbatch_index))
-        if header.kind is FrameKind.DATA:
-            checks += [
-                ("codec id", codec_id, self.codec_id),
-                ("dtype", header.dtype, self.dtype),
-                ("shape", header.shape, shape),
-            ]
-        for what, got, expected in checks:
-            if got != expected:
-                raise BadFrame(f"{what} {got}, expected {expected}")
-        bound = {FrameKind.DATA: max_body_nbytes, FrameKind.ERROR: MAX_ERROR_NBYTES, FrameKind.END: 0}[header.kind]
-        if header.body_nbytes > bound:
-            raise BadFrame(f"body of {header.body_nbytes} bytes, at most {bound} are possible here")
-        return header
+        return header, reader.position
+
+    @staticmethod
+    def is_failure(base: bytes) -> bool:
+        """By the code of a base header; damage shows later."""
+        return bool(base[_CODE_PLACE] & _FAILED)
+
+    def max_tail_nbytes(self, *, max_rows: int, max_ids: int) -> int:
+        """Bound of a tail on this link."""
+        fixed = _INDEX.size + _MAX_VARINT_NBYTES * self.num_trail + 2 * _LENGTH.size + MAX_NOTE_NBYTES
+        return fixed + max_rows * (_ROW.size + 1) + max_ids * self.id_nbytes
 
 
-def header_nbytes(num_trail: int) -> int:
-    """Size of a header on a link with `num_trail` links before it."""
-    return _BASE.size + num_trail * _TRAIL_ENTRY.size
+def is_end(frame: torch.Tensor) -> bool:
+    """Whether a uint8 tensor holds an END, by its code; damage shows later."""
+    return not int(frame[_CODE_PLACE]) & 3
 
 
-def body_checksum(body: torch.Tensor) -> int:
-    """CRC-32 of a uint8 tensor in host memory."""
-    return zlib.crc32(body.numpy().data)
+def header_nbytes(*, trail: Sequence[int], num_rows: int = 0, is_indexed: bool = False, meta: bool = False) -> int:
+    """Bytes of a frame that are not payload: without token ids and notes. `is_indexed` in scoring."""
+    return (
+        BASE_NBYTES
+        + num_rows * _ROW.size
+        + is_indexed * _INDEX.size
+        + sum(len(_varint(nbytes)) for nbytes in trail)
+        + meta * _LENGTH.size
+    )
 
 
-def encode_error(message: str) -> bytes:
-    """Body of an ERROR frame: UTF-8, cut to its bound."""
-    return message.encode(errors="replace")[:MAX_ERROR_NBYTES]
+class _Reader:
+    """Takes parts off the front of bytes. Raises struct.error behind their end."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.position = 0
+
+    def take(self, nbytes: int) -> bytes:
+        part = self._data[self.position : self.position + nbytes]
+        if len(part) < nbytes:
+            raise struct.error(f"{nbytes} bytes wanted at {self.position}")
+        self.position += nbytes
+        return part
+
+    def unpack(self, form: struct.Struct) -> int:
+        (value,) = form.unpack(self.take(form.size))
+        return value
+
+    def varint(self) -> int:
+        value = 0
+        for place in range(_MAX_VARINT_NBYTES):
+            byte = self.take(1)[0]
+            value |= (byte & 0x7F) << 7 * place
+            if byte < 0x80:
+                return value
+        raise struct.error("a number of more than five bytes")
 
 
-def decode_error(body: bytes) -> str:
-    """Inverse of `encode_error`; control characters become spaces, since the text goes to a terminal."""
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; the eighth says that another byte follows (LEB128)."""
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _ids_to_bytes(ids: np.ndarray, nbytes: int) -> bytes:
+    return np.ascontiguousarray(ids.astype("<u4")).view(np.uint8).reshape(-1, 4)[:, :nbytes].tobytes()
+
+
+def _ids_from_bytes(data: bytes, num_rows: int, nbytes: int) -> np.ndarray:
+    wide = np.zeros((len(data) // nbytes, 4), np.uint8)
+    wide[:, :nbytes] = np.frombuffer(data, np.uint8).reshape(-1, nbytes)
+    return wide.view("<u4").reshape(num_rows, -1).astype(np.int64)
+
+
+def encode_text(message: str) -> bytes:
+    """UTF-8, cut to the bound of a failure's body."""
+    return message.encode(errors="replace")[:MAX_NOTE_NBYTES]
+
+
+def decode_text(body: bytes) -> str:
+    """Inverse of `encode_text`; control characters become spaces, since the text goes to a terminal."""
     text = body.decode(errors="replace")
     return "".join(c if c.isprintable() else " " for c in text)

@@ -1,4 +1,4 @@
-"""One evaluation on a deployed model: windows -> micro-batches -> runner -> sums -> record.
+"""One evaluation on a deployed model: windows -> micro-batches -> engine -> sums -> record.
 
 Every rank makes an `Evaluation`; rank 0 keeps journal, progress and record in a `Recorder`.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,20 @@ from typing import Any
 import torch
 
 from compressors import Compressor, Payload
-from pipeline.comm.link_ends import LinkEnds, make_links
+from pipeline.comm.link_ends import LinkEnds, forward_hops, open_links
 from pipeline.comm.watchdog import PipelineError, tell
-from pipeline.comm.wire import RemoteError, header_nbytes
+from pipeline.comm.wire import header_nbytes
 from pipeline.evaluation.job import Job
 from pipeline.evaluation.recorder import Recorder, error_key
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.models.stage import TokenWindows
-from pipeline.partition.schedule import Action, ScheduleError
+from pipeline.partition.passes import Pass, PassKind
+from pipeline.partition.schedule import ScheduleError
 from pipeline.records.store import RecordError
 from pipeline.runtime.codecs import cause_in_words, naming
+from pipeline.runtime.engine import Engine, Entry, Failure, Result, StageError
+from pipeline.runtime.head import Head
 from pipeline.runtime.memory import peak_rss_bytes, pss_bytes
-from pipeline.runtime.runner import Probe, Runner, StageError
 from pipeline.runtime.timing import (
     blank_side_inputs,
     payload_from_json,
@@ -35,6 +37,7 @@ from pipeline.runtime.timing import (
     time_compress,
     time_decompress,
 )
+from pipeline.runtime.worker import EndCodecs, Probe, StageWorker
 
 __all__ = ["Evaluation"]
 
@@ -68,21 +71,28 @@ class Evaluation(Job):
         first = control.gather(len(recorder.journal.finished) if recorder else None)[0]
         if not in_sweep:
             control.watchdog.advice = ADVICE
-        actions = self.make_actions(first)
+        credits = self.passes_in_flight()
         control.report("warming up codecs")
         start_s = time.perf_counter()
         self._warm_up()
         warm_up_s = time.perf_counter() - start_s
-        runner, links = self._make_runner(recorder, first, actions)
+        tokens = TokenWindows(self.text.ids, self.microbatches, self.text.bos_id)
+        worker, ends = self._make_worker(tokens), self._open_links()
+        source = _Windows(tokens, recorder, first) if recorder else None
         control.barrier()
         if recorder:
             recorder.begin()
+        engine = Engine(
+            worker, ends, control.report, source=source, credits=credits, timeout_s=self.config.runtime.timeout_s
+        )
+        engine.run()
         with self._failing_alike():
-            runner.run()
+            if source and source.failure is not None:
+                raise StageError(source.failure)
         control.report("timing a token")
-        one_token = self._one_token(runner)
+        one_token = self._one_token(worker)
         control.report("collecting results", waiting=True)
-        reports = control.gather({**self._rank_report(runner, links), "warm_up_s": warm_up_s, "one_token": one_token})
+        reports = control.gather({**self._rank_report(worker, ends), "warm_up_s": warm_up_s, "one_token": one_token})
         if not recorder:
             return None
         path = recorder.finish(reports, first)
@@ -96,7 +106,7 @@ class Evaluation(Job):
         failure = None
         try:
             yield
-        except (StageError, RemoteError) as e:
+        except StageError as e:
             failure = str(e)
         except (PipelineError, RecordError):
             raise
@@ -108,35 +118,26 @@ class Evaluation(Job):
         if failures:
             raise StageError(failures[0])
 
-    def _make_runner(
-        self, recorder: Recorder | None, first: int, actions: Sequence[Action]
-    ) -> tuple[Runner, LinkEnds]:
-        deployment = self.deployment
-        links = make_links(
-            self.plan,
-            self.specs,
-            self.control.world,
-            devices=deployment.devices,
-            receives_ahead=self.config.runtime.receives_ahead,
-            first_microbatch=first,
-            channels=deployment.channels,
-        )
-        runner = Runner(
-            stages=deployment.stages,
-            actions=actions,
-            tokens=TokenWindows(self.text.ids, self.microbatches, self.text.bos_id),
-            encoders=self.codecs.encoders,
-            decoders=self.codecs.decoders,
-            metrics=self.metrics,
-            senders=links.senders,
-            receivers=links.receivers,
+    def _make_worker(self, tokens: TokenWindows) -> StageWorker:
+        plan = self.plan
+        return StageWorker(
+            self.deployment.stages,
+            EndCodecs(encoders=self.codecs.encoders, decoders=self.codecs.decoders),
+            Head(tokens, len(plan.links) if plan.last_node != 0 else None),
+            tokens,
             dtype=TORCH_DTYPES[self.config.model.dtype],
-            on_start=recorder.journal.start if recorder else _only_on_rank_0,
-            on_result=recorder.take if recorder else _only_on_rank_0,
-            report=self.control.report,
+            metrics=self.metrics,
             probes=self._make_probes(),
         )
-        return runner, links
+
+    def _open_links(self) -> LinkEnds:
+        deployment = self.deployment
+        return open_links(
+            forward_hops(self.plan, devices=deployment.devices, channels=deployment.channels),
+            self.specs,
+            self.control.world,
+            receives_ahead=self.config.runtime.receives_ahead,
+        )
 
     def _make_probes(self) -> dict[int, Probe]:
         """What measures the reconstruction at this rank's sending ends, with decoders of their own."""
@@ -151,7 +152,7 @@ class Evaluation(Job):
 
         return {index: make_probe(index, decoder) for index, decoder in self.codecs.probes.items()}
 
-    def _one_token(self, runner: Runner) -> dict[str, Any]:
+    def _one_token(self, worker: StageWorker) -> dict[str, Any]:
         """What a frame of one token costs at this rank's stages and sending ends; see docs/design.md, Records."""
         devices, dtype = self.deployment.devices, TORCH_DTYPES[self.config.model.dtype]
         stages = {
@@ -163,13 +164,16 @@ class Evaluation(Job):
         def compress() -> dict[str, Any]:
             written = {}
             for index, encoder in self.codecs.encoders.items():
-                token = runner.last_tokens.get(index)
+                token = worker.last_tokens.get(index)
                 if token is None:  # every micro-batch was finished in an earlier session
                     token = torch.ones((1, 1, self.hidden_size), dtype=dtype, device=devices[index])
                 with naming(encoder):
                     stages[index]["compress_s"], payload = time_compress(encoder, token)
                 name = self.plan.links[index].name
-                links[name] = {"payload_bytes": payload.nbytes, "header_bytes": header_nbytes(index)}
+                links[name] = {
+                    "payload_bytes": payload.nbytes,
+                    "header_bytes": header_nbytes(num_rows=1, trail=[payload.nbytes] * index),
+                }
                 written[str(index)] = payload_to_json(payload)
             return written
 
@@ -224,7 +228,7 @@ class Evaluation(Job):
     def _gpus(self) -> set[torch.device]:
         return {device for device in self.deployment.devices.values() if device.type == "cuda"}
 
-    def _rank_report(self, runner: Runner, links: LinkEnds) -> dict[str, Any]:
+    def _rank_report(self, worker: StageWorker, ends: LinkEnds) -> dict[str, Any]:
         """What this rank tells rank 0 at the end, as JSON."""
         devices, gpus = self.deployment.devices, self._gpus()
         rank = self.control.world.rank
@@ -238,9 +242,9 @@ class Evaluation(Job):
             "peak_cuda_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
             "cuda_in_use_bytes": sum(map(_in_use_nbytes, gpus)) if gpus else None,
             "stages": {
-                str(index): {"device": str(devices[index]), **times.as_dict()} for index, times in runner.times.items()
+                str(index): {"device": str(devices[index]), **times.as_dict()} for index, times in worker.times.items()
             },
-            "sent": {sender.spec.name: sender.traffic.as_dict() for sender in links.senders.values()},
+            "sent": {sender.spec.name: sender.traffic.as_dict() for sender in ends.senders.values()},
         }
 
 
@@ -250,5 +254,27 @@ def _in_use_nbytes(gpu: torch.device) -> int:
     return total_nbytes - free_nbytes
 
 
-def _only_on_rank_0(*_: Any) -> None:
-    raise RuntimeError("results belong to rank 0")
+class _Windows:
+    """The source of SCORE passes: micro-batches from `first` on, until one fails."""
+
+    def __init__(self, tokens: TokenWindows, recorder: Recorder, first: int) -> None:
+        self.failure: str | None = None
+        self._tokens, self._recorder, self._following = tokens, recorder, first
+
+    @property
+    def is_done(self) -> bool:
+        return self.failure is not None or self._following == len(self._tokens.microbatches)
+
+    def next(self) -> Entry | None:
+        if self.is_done:
+            return None
+        index, self._following = self._following, self._following + 1
+        self._recorder.journal.start(index)
+        return Entry(work=Pass(kind=PassKind.SCORE, microbatch_index=index), token_ids=self._tokens.input_ids(index))
+
+    def take(self, work: Pass, result: Result | Failure) -> None:
+        assert work.microbatch_index is not None
+        if isinstance(result, Failure):
+            self.failure = self.failure or result.cause
+        elif self.failure is None:
+            self._recorder.take(work.microbatch_index, result.value, result.trail)

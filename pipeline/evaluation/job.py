@@ -1,4 +1,4 @@
-"""What one evaluation computes: micro-batches, codecs, metrics, schedule and frames, derived alike on every rank.
+"""What one evaluation computes: micro-batches, codecs, metrics and frames, derived alike on every rank.
 
 Between a deployment, which outlives it, and `evaluation.py`, which runs it.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.windows import make_microbatches
-from pipeline.partition.schedule import Action, dry_run, make_schedule
+from pipeline.partition.schedule import passes_in_flight
 from pipeline.runtime.codecs import codec_requests, make_codecs, make_link_parts, run_digest
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.text import make_run_windows
@@ -50,7 +50,6 @@ class Job:
             ids_sha256=text.ids_sha256,
         )
         self.metrics, self.specs, self.importance = parts.metrics, parts.specs, parts.importance
-        self.in_flight = config.runtime.in_flight or self.plan.num_nodes + 2
         self.digest = run_digest(
             config,
             self.codecs,
@@ -60,15 +59,12 @@ class Job:
             bos_id=text.bos_id,
         )
 
-    def make_actions(self, first: int) -> list[Action]:
-        """This rank's actions from micro-batch `first` on. Raises ScheduleError for one that would deadlock."""
-        world = self.control.world
-        schedule = make_schedule(
+    def passes_in_flight(self) -> int:
+        """Raises ScheduleError for a setting that would deadlock."""
+        runtime = self.config.runtime
+        return passes_in_flight(
             self.plan,
-            len(self.microbatches),
-            world_size=world.world_size,
-            in_flight=self.in_flight,
-            first_microbatch=first,
+            runtime.in_flight,
+            receives_ahead=runtime.receives_ahead,
+            world_size=self.control.world.world_size,
         )
-        dry_run(schedule, receives_ahead=self.config.runtime.receives_ahead)
-        return schedule[world.rank]

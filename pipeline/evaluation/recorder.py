@@ -77,7 +77,7 @@ class Recorder:
         self.journal.restart_clock()
 
     def take(self, microbatch_index: int, scores: Scores, payload_bytes: tuple[int, ...]) -> None:
-        """One micro-batch is finished (`runner.OnResult`)."""
+        """One micro-batch is finished ; `payload_bytes` of each link."""
         loss, top1 = scores.loss.numpy(), scores.top1.numpy()
         squared_error = None
         if self._job.config.measure_error:
@@ -161,7 +161,7 @@ class Recorder:
                 traffic[link.name].add(
                     num_tokens=microbatch.num_tokens,
                     payload_bytes=done.payload_bytes[link.index],
-                    header_bytes=header_nbytes(link.index),
+                    header_bytes=header_nbytes(is_indexed=True, trail=done.payload_bytes[: link.index]),
                 )
         hidden_size = job.hidden_size
         return {
@@ -214,7 +214,7 @@ class Recorder:
                 }
                 for report in reports
             ],
-            "schedule": {"in_flight": job.in_flight, "receives_ahead": config.runtime.receives_ahead},
+            "schedule": {"in_flight": job.passes_in_flight(), "receives_ahead": config.runtime.receives_ahead},
             "backend": deployment.backend,
             "model": {
                 "model_type": deployment.model_config.model_type,
@@ -255,11 +255,10 @@ class Recorder:
         job = self._job
         hidden = {link.name for link in job.plan.links}
         results = [t for report in reports for name, t in report["sent"].items() if name not in hidden]
-        num_ends = sum(len(report["sent"]) for report in reports)
         num_ids = job.deployment.text.ids.numel()
         return {
             "result_bytes": sum(t["payload_bytes"] + t["header_bytes"] for t in results),
-            "end_bytes": sum(header_nbytes(index) for index in range(num_ends)),
+            "end_bytes": sum(t["control_bytes"] for report in reports for t in report["sent"].values()),
             "setup_bytes": 4 * num_ids * (job.control.world.world_size - 1),
         }
 

@@ -35,7 +35,7 @@ from pipeline.report.recommendation import Outlook
 from pipeline.report.results import read_own_per_token, read_whole_record
 from pipeline.report.summary import write_report
 from pipeline.runtime.deployment import Deployment
-from pipeline.runtime.runner import StageError
+from pipeline.runtime.engine import StageError
 from pipeline.runtime.text import check_max_length
 
 __all__ = ["SweepResult", "run_points", "write_page"]

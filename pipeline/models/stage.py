@@ -89,7 +89,7 @@ class Stage:
         self.decoder: nn.Module = model.decoder
         self._head = model.head
 
-    def forward(self, inputs: torch.Tensor, attention_reader: AttentionReader | None = None) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, attention_reader: AttentionReader | None = None, *, rows=None) -> torch.Tensor:
         """Token ids int64 [B, T] (first stage), their embeddings or hidden states [B, T, H] to hidden states [B, T, H].
 
         `attention_reader` is shown the attention of every layer, which changes nothing in the result.

@@ -12,9 +12,9 @@ __all__ = ["Pass", "PassKind", "Row"]
 
 
 class PassKind(IntEnum):
-    """SCORE: windows of a text that every rank knows. PREFILL and DECODE extend the sequences in slots.
+    """SCORE: a micro-batch of a text that every rank knows, without a cache. PREFILL and DECODE extend sequences in slots.
 
-    What distinguishes the latter two is the codec: a DECODE's tokens were sampled, one a row.
+    What distinguishes the latter two is the codec: a DECODE has what was generated, or is scored as if it were.
     """
 
     SCORE = 1
@@ -36,14 +36,21 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Rows of `num_tokens` each; `samples` asks for a next token after each row's last.
+    """A SCORE pass names its micro-batch, the others have rows of `num_tokens` each.
 
-    A SCORE pass has the index of its micro-batch. Without rows it is a whole micro-batch, which no cache keeps; with
-    rows those tokens of its windows that they name.
+    `samples` asks for a next token after each row's last; `scores` for the losses of a window's tokens, a row's window
+    being that of the micro-batch.
     """
 
     kind: PassKind
     rows: tuple[Row, ...] = ()
     num_tokens: int = 0
     samples: bool = False
-    microbatch_index: int = 0
+    scores: bool = False
+    microbatch_index: int | None = None
+
+    def __str__(self) -> str:
+        if self.kind is PassKind.SCORE:
+            return f"micro-batch {self.microbatch_index}"
+        places = ", ".join(f"slot {row.slot} from {row.start}" for row in self.rows)
+        return f"{self.kind.name.lower()} of {self.num_tokens} tokens ({places})"

@@ -15,13 +15,14 @@ __all__ = ["LinkTraffic", "per_link_record", "traffic_totals"]
 
 @dataclass
 class LinkTraffic:
-    """What one link carried. All counts are exact and add up."""
+    """What one link carried. All counts are exact and add up; `control_bytes` are those of frames without a payload."""
 
     num_frames: int = 0
     num_tokens: int = 0
     payload_bytes: int = 0
     header_bytes: int = 0
     padding_bytes: int = 0
+    control_bytes: int = 0
 
     def add(self, *, num_tokens: int, payload_bytes: int, header_bytes: int, padding_bytes: int = 0) -> None:
         """Count one frame."""

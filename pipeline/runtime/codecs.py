@@ -15,8 +15,7 @@ from typing import Any
 
 from compressors import Compressor, LinkInfo, make_compressor
 from pipeline.comm.control import Control
-from pipeline.comm.link_ends import frame_specs
-from pipeline.comm.mailbox import FrameSpec
+from pipeline.comm.link import LinkSpec
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.windows import MicroBatch
 from pipeline.importance.metrics import METRICS, Metric
@@ -24,6 +23,7 @@ from pipeline.importance.selection import make_metrics
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.partition.plan import Plan
 from pipeline.records.store import digest_of
+from pipeline.runtime.link_specs import Workload, link_specs
 
 __all__ = [
     "CodecError",
@@ -127,13 +127,13 @@ class LinkCodecs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinkParts:
-    """What goes with a link's codecs in one evaluation: this rank's metrics and frame specs, by link index.
+    """What goes with a link's codecs in one evaluation: this rank's metrics and link specs, by link index.
 
     `importance` describes the metrics of all links that have one.
     """
 
     metrics: Mapping[int, Metric]
-    specs: Mapping[int, FrameSpec]
+    specs: Mapping[int, LinkSpec]
     importance: Mapping[int, Mapping[str, Any]]
 
 
@@ -216,12 +216,12 @@ def make_link_parts(
     checkpoint_digest: str,
     ids_sha256: str,
 ) -> LinkParts:
-    """Metrics and frame specs at this rank's ends, and what metrics the other ranks have; every rank calls it.
+    """Metrics and link specs at this rank's ends, and what metrics the other ranks have; every rank calls it.
 
     Raises on every rank where they cannot be made on one, or where a link's ends differ.
     """
 
-    def make() -> tuple[tuple[dict[int, Metric], dict[int, FrameSpec]], list[dict[str, Any]]]:
+    def make() -> tuple[tuple[dict[int, Metric], dict[int, LinkSpec]], list[dict[str, Any]]]:
         metrics = make_metrics(
             config,
             plan,
@@ -231,16 +231,14 @@ def make_link_parts(
             checkpoint_digest=checkpoint_digest,
             ids_sha256=ids_sha256,
         )
-        specs = frame_specs(
+        specs = link_specs(
             plan,
             codecs.ends,
-            microbatches,
+            Workload(microbatches=microbatches),
             hidden_size=model_config.hidden_size,
             dtype=TORCH_DTYPES[config.model.dtype],
         )
-        bounds = {
-            str(i): {str(s): n for s, n in zip(specs[i].shapes, specs[i].max_nbytes, strict=True)} for i in codecs.ends
-        }
+        bounds = {str(i): {str(what): nbytes for what, nbytes in specs[i].bounds.items()} for i in codecs.ends}
         return (metrics, specs), [{str(index): metric.describe() for index, metric in metrics.items()}, bounds]
 
     largest = max(m.num_tokens for m in microbatches)

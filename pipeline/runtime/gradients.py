@@ -1,7 +1,8 @@
 """Forward and backward through the pipeline, to see what the objective's gradient is at each link.
 
 For what must know how much hidden states matter: calibration, importance of tokens, relevance of attention heads.
-One micro-batch is in flight; hidden states cross as they are, gradients come back as raw float32, both over Gloo.
+One micro-batch is in flight; hidden states cross as they are, gradients come back as raw float32, both over Gloo. With S
+stages, link i < S - 1 of the chain leads from stage i to stage i + 1, and link 2 S - 3 - i from there back.
 Nothing is trained: weights need no gradients.
 """
 
@@ -13,14 +14,15 @@ from types import MappingProxyType
 import torch
 
 from compressors.base import Payload
-from pipeline.comm.link import FrameReceiver, FrameSender
-from pipeline.comm.link_ends import make_gradient_links
+from pipeline.comm.link import Frame
+from pipeline.comm.link_ends import Hop, open_links
 from pipeline.data.windows import MicroBatch
 from pipeline.models.attention import AttentionReader
 from pipeline.models.stage import Objective, TokenWindows
-from pipeline.partition.schedule import Action, ActionKind, make_gradient_schedule
+from pipeline.partition.passes import Pass, PassKind
 from pipeline.runtime.deployment import Deployment
-from pipeline.runtime.runner import describe, execute
+from pipeline.runtime.engine import Departure, Engine, Entry, Failure, Result, StageError
+from pipeline.runtime.link_specs import gradient_specs
 
 __all__ = ["GradientPass", "OnGradient"]
 
@@ -52,96 +54,135 @@ class GradientPass:
         on_finished: Callable[[int], None] = lambda microbatch_index: None,
         attention_readers: Mapping[int, AttentionReader] = MappingProxyType({}),
     ) -> None:
-        text, plan = deployment.text, deployment.plan
+        text = deployment.text
         self._deployment, self._microbatches = deployment, microbatches
         self._dtype, self._objective = dtype, objective
         self._on_gradient, self._on_finished = on_gradient, on_finished
         self._attention_readers = attention_readers
         self._tokens = TokenWindows(text.ids, microbatches, text.bos_id)
-        self._num_links = len(plan.links)
-        self._links = make_gradient_links(
-            plan,
-            microbatches,
-            deployment.control.world,
-            hidden_size=deployment.model_config.hidden_size,
-            dtype=dtype,
-            devices=deployment.devices,
-        )
+        self._num_links = len(deployment.plan.links)
         self._graphs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # stage -> (input, output)
         self._value = 0.0
 
     def run(self) -> float:
-        """The whole pass; returns the objective's sum (0 without one), on every rank. Raises as `runner.execute`."""
-        control = self._deployment.control
-        schedule = make_gradient_schedule(
-            self._deployment.plan, len(self._microbatches), world_size=control.world.world_size
+        """The whole pass; returns the objective's sum (0 without one), on every rank.
+
+        Raises StageError on every rank where a stage has raised on one, and as `Engine.run`.
+        """
+        plan, control, devices = self._deployment.plan, self._deployment.control, self._deployment.devices
+        there = [
+            Hop(link.src_node, link.dst_node, devices.get(link.index), devices.get(link.index + 1))
+            for link in plan.links
+        ]
+        back = [Hop(hop.dst_node, hop.src_node, hop.dst_device, hop.src_device) for hop in reversed(there)]
+        specs = gradient_specs(
+            plan, self._microbatches, hidden_size=self._deployment.model_config.hidden_size, dtype=self._dtype
         )
-        senders = {
-            (ActionKind.FORWARD, index)
-            if index < self._num_links
-            else (ActionKind.BACKWARD, index - self._num_links + 1): sender
-            for index, sender in self._links.senders.items()
-        }
-        actions = schedule[control.world.rank]
-        if self._objective is None:
-            actions = [action for action in actions if action.kind is ActionKind.FORWARD]
+        ends = open_links([*there, *back], specs, control.world, receives_ahead=1)
+        source = _OneByOne(self._tokens) if control.world.rank == 0 else None
+        engine = Engine(
+            self, ends, control.report, source=source, credits=1, timeout_s=control.timeout_s
+        )
         with torch.set_grad_enabled(self._objective is not None):
-            execute(
-                actions,
-                lambda action: self._forward(action) if action.kind is ActionKind.FORWARD else self._backward(action),
-                senders=senders,
-                receivers=self._links.receivers.values(),
-                report=control.report,
-            )
-        return sum(control.gather(self._value))
+            engine.run()
+        told = control.gather([self._value, source.failure if source else None])
+        if told[0][1] is not None:
+            raise StageError(told[0][1])
+        return sum(value for value, _ in told)
 
-    def _forward(self, action: Action) -> None:
-        index, m = action.stage_index, action.microbatch_index
+    def place(self, link_index: int | None, work: Pass) -> str:
+        if link_index is None or link_index < self._num_links:
+            return f"stage {0 if link_index is None else link_index + 1}, {work}"
+        return f"stage {2 * self._num_links - 1 - link_index}, {work}, backward"
+
+    def enter(self, entry: Entry) -> Departure | Result:
+        return self._forward(0, entry.work, self._deployment.stages[0].embed(entry.token_ids).detach())
+
+    def unpack(self, link_index: int, frame: Frame) -> torch.Tensor:
+        assert frame.payload is not None
+        if link_index >= self._num_links and self._objective is None:
+            return torch.empty(0)
+        dtype = self._dtype if link_index < self._num_links else torch.float32
+        return frame.payload.data.clone().view(dtype).view(frame.payload.shape)
+
+    def step(self, link_index: int, frame: Frame, inputs: torch.Tensor, entry: Entry | None) -> Departure | Result:
+        if link_index < self._num_links:
+            index = link_index + 1
+            return self._forward(index, frame.work, inputs.to(self._deployment.stages[index].device))
+        index = 2 * self._num_links - 1 - link_index
+        if self._objective is None:
+            return self._back(index, frame.work, None)
+        _, output = self._graphs[index]
+        gradient = inputs.to(output.device)
+        self._on_gradient(index, _index(frame.work), output.detach(), gradient)
+        return self._backward(index, frame.work, gradient.to(output.dtype))
+
+    def drop(self, work: Pass) -> None:
+        self._graphs.clear()
+
+    def waited(self, link_index: int, seconds: float, *, sending: bool) -> None:
+        pass
+
+    def _forward(self, index: int, work: Pass, x: torch.Tensor) -> Departure | Result:
         stage = self._deployment.stages[index]
-        if stage.plan.is_first:
-            x = stage.embed(self._tokens.input_ids(m)).detach()
-        else:
-            x = self._receive(self._links.receivers[index - 1], action).to(stage.device)
         output = stage.forward(x.requires_grad_(), self._attention_readers.get(index))
-        if self._objective is not None:
-            self._graphs[index] = x, output
-        elif stage.plan.is_first:
-            self._on_finished(m)
         if not stage.plan.is_last:
-            self._send(self._links.senders[index], action, output.detach())
+            if self._objective is not None:
+                self._graphs[index] = x, output
+            return _departure(index, output.detach())
+        if self._objective is None:
+            return self._back(index, work, None)
+        self._graphs[index] = x, output
+        value, gradient = stage.objective_gradient(output, *self._tokens.scored(_index(work)), self._objective)
+        self._value += value
+        return self._backward(index, work, gradient)
 
-    def _backward(self, action: Action) -> None:
-        index, m = action.stage_index, action.microbatch_index
-        stage = self._deployment.stages[index]
+    def _backward(self, index: int, work: Pass, gradient: torch.Tensor) -> Departure | Result:
+        """From the gradient at a stage's output to that at its input."""
         x, output = self._graphs.pop(index)
-        if stage.plan.is_last:
-            assert self._objective is not None, "without an objective nothing goes backward"
-            value, gradient = stage.objective_gradient(output, *self._tokens.scored(m), self._objective)
-            self._value += value
-        else:
-            received = self._receive(self._links.receivers[self._num_links + index], action).to(stage.device)
-            self._on_gradient(index, m, output.detach(), received)
-            gradient = received.to(output.dtype)
         if output.requires_grad:
             torch.autograd.backward(output, gradient)
-        if stage.plan.is_first:
-            self._on_finished(m)
-        else:
-            assert x.grad is not None
-            self._send(self._links.senders[self._num_links + index - 1], action, x.grad.float())
+        return self._back(index, work, x.grad)
 
-    def _send(self, sender: FrameSender, action: Action, x: torch.Tensor) -> None:
-        report = self._deployment.control.report
-        report(describe(action), waiting=True)
-        data = x.contiguous().view(-1).view(torch.uint8)
-        sender.send(action.microbatch_index, Payload(data, tuple(x.shape)), ())
-        report(describe(action))
+    def _back(self, index: int, work: Pass, gradient: torch.Tensor | None) -> Departure | Result:
+        """Towards node 0, without a gradient where none is taken."""
+        if index == 0:
+            self._on_finished(_index(work))
+            return Result(None, ())
+        link_index = 2 * self._num_links - index
+        if gradient is not None:
+            return _departure(link_index, gradient.float())
+        shape = (*self._microbatches[_index(work)].shape, self._deployment.model_config.hidden_size)
+        return Departure(link_index=link_index, payload=Payload(torch.empty(0, dtype=torch.uint8), shape), trail=())
 
-    def _receive(self, receiver: FrameReceiver, action: Action) -> torch.Tensor:
-        report = self._deployment.control.report
-        report(describe(action), waiting=True)
-        _, payload = receiver.receive(action.microbatch_index)
-        x = payload.data.clone().view(receiver.spec.dtype).view(payload.shape)
-        receiver.release()
-        report(describe(action))
-        return x
+
+class _OneByOne:
+    """Every micro-batch in turn, until one fails."""
+
+    def __init__(self, tokens: TokenWindows) -> None:
+        self.failure: str | None = None
+        self._tokens, self._following = tokens, 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.failure is not None or self._following == len(self._tokens.microbatches)
+
+    def next(self) -> Entry | None:
+        if self.is_done:
+            return None
+        index, self._following = self._following, self._following + 1
+        return Entry(work=Pass(kind=PassKind.SCORE, microbatch_index=index), token_ids=self._tokens.input_ids(index))
+
+    def take(self, work: Pass, result: Result | Failure) -> None:
+        if isinstance(result, Failure):
+            self.failure = self.failure or result.cause
+
+
+def _index(work: Pass) -> int:
+    assert work.microbatch_index is not None
+    return work.microbatch_index
+
+
+def _departure(link_index: int, x: torch.Tensor) -> Departure:
+    data = x.contiguous().view(-1).view(torch.uint8)
+    return Departure(link_index=link_index, payload=Payload(data, tuple(x.shape)), trail=())

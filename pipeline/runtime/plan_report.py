@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from pipeline.comm.link_ends import SEND_DEPTH
-from pipeline.comm.wire import MAX_ERROR_NBYTES, header_nbytes
+from pipeline.comm.mailbox import FrameMemory
+from pipeline.comm.wire import WireFormat, header_nbytes
 from pipeline.config.schema import RunConfig
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.loading import TORCH_DTYPES, embedding_bytes, load_model_config, stage_parameter_bytes
@@ -70,9 +71,10 @@ def plan_text(config: RunConfig) -> str:
         bound = "" if codec.fixed_size else "at most "
         per_token = f"{bound}{nbytes / num_tokens:.1f}"
         bits = f"{bound}{8 * nbytes / (num_tokens * shape[2]):.3f}"
-        header = header_nbytes(link.index)
+        header = header_nbytes(is_indexed=True, trail=[codec.max_nbytes(shape) for codec in codecs[: link.index]])
         lines.append(f"{link.name:<25}  {codec.name:<10}  {per_token:<19}  {bits:<10}  {header}")
-        frame = header + max(nbytes, MAX_ERROR_NBYTES)
+        wire = WireFormat(link_index=link.index, num_trail=link.index, codec_ids=())
+        frame = FrameMemory(nbytes, wire.max_tail_nbytes(max_rows=0, max_ids=num_tokens)).host_nbytes
         buffers[link.src_node] += SEND_DEPTH * frame
         buffers[link.dst_node] += config.runtime.receives_ahead * frame
     lines += ["", "rank  weights      link buffers  logits      sum"]

@@ -1,0 +1,232 @@
+"""The loop that every rank runs: take what comes, compute, hand it on.
+
+A source on rank 0 decides on passes while they run; the other ranks learn what to do from frames. What a rank computes
+is its worker's business (`worker.py`, `gradients.py`), how frames move is the links'.
+
+A worker that raises fails its pass alone: a failure takes the place of the pass's data, keeps its order, reaches the
+source as the pass's result and so returns its credit. Where the source has no more passes and none is in flight, END
+goes around the chain, and the links serve the next job. What breaks the links (a damaged frame, a lost rank) raises on
+the rank that sees it, and ends the run.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from compressors.base import Payload
+from pipeline.comm.link import Frame
+from pipeline.comm.link_ends import Arrival, LinkEnds
+from pipeline.comm.watchdog import PipelineError, tell
+from pipeline.partition.passes import Pass
+from pipeline.runtime.codecs import cause_in_words
+
+__all__ = ["Departure", "Engine", "Entry", "Failure", "Report", "Result", "Source", "StageError", "Worker"]
+
+
+class StageError(PipelineError):
+    """A stage or codec raised on some rank, which has logged the traceback. The text names rank and position.
+
+    The links are whole: the ranks may go on with another job.
+    """
+
+    names_place = True
+
+
+class Report(Protocol):
+    """Takes down what this rank is doing (`Control.report`)."""
+
+    def __call__(self, where: str, *, waiting: bool = False) -> str:
+        """`waiting` for another rank; returns `where` with the rank's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A pass that enters the ring: its token ids, int64 [rows, tokens] on the CPU, and what the head must know of it."""
+
+    work: Pass
+    token_ids: torch.Tensor
+    note: bytes = b""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """In the place of a pass's result: why there is none, with rank and position."""
+
+    cause: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pass has come to, and its payload bytes on each link of hidden states."""
+
+    value: Any
+    trail: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Departure:
+    """What a worker sends on, over which link of the chain."""
+
+    link_index: int
+    payload: Payload
+    trail: tuple[int, ...]
+    token_ids: np.ndarray | None = None
+    note: bytes = b""
+
+
+class Source(Protocol):
+    """Where passes come from and results go to, on rank 0."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no pass will follow."""
+
+    def next(self) -> Entry | None:
+        """The next pass; None when there is nothing to do yet."""
+
+    def take(self, work: Pass, result: Result | Failure) -> None:
+        """Passes come back in the order in which they went."""
+
+
+class Worker(Protocol):
+    """What a rank computes. What it raises fails the pass, but for PipelineErrors, which end the run."""
+
+    def place(self, link_index: int | None, work: Pass) -> str:
+        """In words, what the rank is at with a frame of this link, or a pass that enters."""
+
+    def enter(self, entry: Entry) -> Departure | Result:
+        """Begin a pass."""
+
+    def unpack(self, link_index: int, frame: Frame) -> torch.Tensor:
+        """What has come over a link, in memory of its own: the frame's payload is a view of a buffer for the next one."""
+
+    def step(self, link_index: int, frame: Frame, inputs: torch.Tensor, entry: Entry | None) -> Departure | Result:
+        """Go on with a pass; `entry` is what rank 0 knows of the one that is due back."""
+
+    def drop(self, work: Pass) -> None:
+        """A pass has failed, here or before: undo what it has left."""
+
+    def waited(self, link_index: int, seconds: float, *, sending: bool) -> None:
+        """This rank has waited for a frame of a link, or to send one."""
+
+
+class Engine:
+    """One rank's loop over the links of one job.
+
+    `source` is rank 0's, with `credits`, the passes that may be in flight, and `timeout_s`, within which one of them
+    must move.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        ends: LinkEnds,
+        report: Report,
+        *,
+        source: Source | None,
+        credits: int,
+        timeout_s: float,
+    ) -> None:
+        self._worker, self._ends, self._report = worker, ends, report
+        self._source, self._credits, self._timeout_s = source, credits, timeout_s
+        self._in_flight: deque[Entry] = deque()
+        self._is_ending = source is None
+        self._where = "waiting for a first pass"
+
+    def run(self) -> None:
+        """Until the source is done and END has gone around.
+
+        Raises BadFrame for a damaged frame, LinkError when a peer is gone or silent, and what the source raises.
+        """
+        while True:
+            if not self._is_ending:
+                self._start_passes()
+            if self._is_ending and not self._ends.is_open:
+                break
+            self._report(self._where, waiting=True)
+            start_s = time.perf_counter()
+            arrival = self._ends.take(self._timeout_s if self._in_flight else None)
+            if arrival is not None:
+                self._worker.waited(arrival.link_index, time.perf_counter() - start_s, sending=False)
+                self._advance(arrival)
+        self._report("finishing", waiting=True)
+        self._ends.flush()
+
+    def _start_passes(self) -> None:
+        """New work enters while there are credits, and nothing that is under way waits for this rank."""
+        source = self._source
+        assert source is not None
+        while len(self._in_flight) < self._credits and not self._ends.has_arrived():
+            entry = source.next()
+            if entry is None:
+                break
+            self._in_flight.append(entry)
+            self._perform(None, entry.work, lambda entry=entry: self._worker.enter(entry))
+        if source.is_done and not self._in_flight:
+            self._is_ending = True
+            self._ends.end()
+
+    def _advance(self, arrival: Arrival) -> None:
+        link_index, frame = arrival.link_index, arrival.frame
+        if frame is None:
+            self._ends.release_end(arrival)
+            return
+        if frame.failure is not None:
+            self._ends.release(arrival)
+            self._worker.drop(frame.work)
+            self._pass_on_failure(link_index, frame.work, frame.failure)
+            return
+        entry = self._in_flight[0] if link_index == self._ends.last_link and self._in_flight else None
+
+        def go_on() -> Departure | Result:
+            try:
+                inputs = self._worker.unpack(link_index, frame)
+            finally:
+                self._ends.release(arrival)
+            return self._worker.step(link_index, frame, inputs, entry)
+
+        self._perform(link_index, frame.work, go_on)
+
+    def _perform(self, link_index: int | None, work: Pass, compute: Callable[[], Departure | Result]) -> None:
+        self._where = self._worker.place(link_index, work)
+        place = self._report(self._where)
+        try:
+            outcome = compute()
+            if isinstance(outcome, Departure):
+                self._send(work, outcome)
+                return
+        except PipelineError:
+            raise
+        except Exception as e:
+            tell(f"ERROR: {place}: a stage or codec raised\n{traceback.format_exc()}")
+            self._worker.drop(work)
+            self._pass_on_failure(link_index, work, f"{place}: {cause_in_words(e)}")
+            return
+        self._finish(outcome)
+
+    def _send(self, work: Pass, departure: Departure) -> None:
+        start_s = time.perf_counter()
+        self._report(self._where, waiting=True)
+        self._ends.senders[departure.link_index].send(
+            work, departure.payload, departure.trail, token_ids=departure.token_ids, note=departure.note
+        )
+        self._worker.waited(departure.link_index, time.perf_counter() - start_s, sending=True)
+
+    def _pass_on_failure(self, link_index: int | None, work: Pass, cause: str) -> None:
+        onward = self._ends.senders.get(0 if link_index is None else link_index + 1)
+        if onward is not None:
+            onward.fail(work, cause)
+        else:
+            self._finish(Failure(cause))
+
+    def _finish(self, result: Result | Failure) -> None:
+        assert self._source is not None, "passes end on rank 0"
+        self._source.take(self._in_flight.popleft().work, result)

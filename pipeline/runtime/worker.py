@@ -1,0 +1,198 @@
+"""What a rank computes of a pass: decode, forward, encode; at the end of the chain, what the head makes of it.
+
+Knows stages, codecs and metrics by their place in the chain; which of them this rank holds is the plan's business. Link i
+leads from stage i to stage i + 1; the one behind the last stage, where there is one, carries results to node 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from compressors.base import Compressor, Payload
+from pipeline.comm.link import Frame
+from pipeline.importance.metrics import AttentionMetric, Metric
+from pipeline.models.attention import Attention, AttentionReader
+from pipeline.models.stage import Stage, TokenWindows
+from pipeline.partition.passes import Pass, PassKind
+from pipeline.runtime.codecs import naming
+from pipeline.runtime.engine import Departure, Entry, Result
+from pipeline.runtime.head import Head
+from pipeline.runtime.stage_times import StageTimes
+from pipeline.runtime.timing import wait_for_stream
+
+__all__ = ["EndCodecs", "Probe", "StageWorker"]
+
+# Called at the sending end of a link: micro-batch, hidden states [B, T, H], what the codec made of them.
+Probe = Callable[[int, torch.Tensor, Payload], None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EndCodecs:
+    """The codec objects at this rank's link ends, by link index.
+
+    `decoding` are those for DECODE passes, where they are others. `ids_onward` has the links over which generation sends
+    token ids along, because a codec or head further on needs them.
+    """
+
+    encoders: Mapping[int, Compressor]
+    decoders: Mapping[int, Compressor]
+    decoding: EndCodecs | None = None
+    ids_onward: frozenset[int] = frozenset()
+
+    def of(self, kind: PassKind) -> EndCodecs:
+        return self.decoding if kind is PassKind.DECODE and self.decoding is not None else self
+
+
+class StageWorker:
+    """One rank's share of all passes (`engine.Worker`).
+
+    Args:
+        stages: this rank's stages by stage index.
+        codecs: of this rank's link ends.
+        head: what comes of the last stage's output, and of result frames; every rank has one.
+        tokens: of the micro-batches that SCORE passes name; every rank has them.
+        dtype: of the hidden states.
+        metrics: what computes the importance for encoders that need it, by link index.
+        probes: told of what this rank sends, by link index, outside the phases that are timed.
+
+    `last_tokens` has the hidden states [1, 1, H] of the last token that passed each link end of this rank.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[int, Stage],
+        codecs: EndCodecs,
+        head: Head,
+        tokens: TokenWindows,
+        *,
+        dtype: torch.dtype,
+        metrics: Mapping[int, Metric] = MappingProxyType({}),
+        probes: Mapping[int, Probe] = MappingProxyType({}),
+    ) -> None:
+        self.times = {index: StageTimes() for index in stages}
+        self.last_tokens: dict[int, torch.Tensor] = {}
+        self._stages, self._codecs, self._head, self._tokens, self._dtype = stages, codecs, head, tokens, dtype
+        self._metrics, self._probes = metrics, probes
+
+    def place(self, link_index: int | None, work: Pass) -> str:
+        return f"stage {0 if link_index is None else link_index + 1}, {work}"
+
+    @torch.inference_mode()
+    def enter(self, entry: Entry) -> Departure | Result:
+        return self._forward(0, entry.work, entry.token_ids, (), entry.token_ids, entry.note)
+
+    @torch.inference_mode()
+    def unpack(self, link_index: int, frame: Frame) -> torch.Tensor:
+        assert frame.payload is not None
+        index, payload = link_index + 1, frame.payload
+        if index not in self._stages:  # a result, which node 0 takes as it is
+            return payload.data.clone()
+        stage, times = self._stages[index], self.times[index]
+        decoder = self._codecs.of(frame.work.kind).decoders[link_index]
+        with times.measure("decompress", stage.device):
+            on_device = Payload(payload.data.to(stage.device), payload.shape, payload.meta)
+            side = {"token_ids": self._ids(frame.work, frame.token_ids)} if "token_ids" in decoder.decoder_needs else {}
+            with naming(decoder):
+                hidden_states = decoder.decompress(on_device, stage.device, self._dtype, **side)
+        if hidden_states.shape != payload.shape or hidden_states.dtype != self._dtype:
+            raise ValueError(
+                f"codec {decoder.name} decompressed to {hidden_states.dtype} "
+                f"{tuple(hidden_states.shape)}, expected {self._dtype} {payload.shape}"
+            )
+        self.last_tokens[link_index] = hidden_states[:1, -1:].clone()
+        return hidden_states
+
+    @torch.inference_mode()
+    def step(self, link_index: int, frame: Frame, inputs: torch.Tensor, entry: Entry | None) -> Departure | Result:
+        if link_index + 1 not in self._stages:
+            return Result(self._head.from_payload(frame.work, inputs), frame.trail[:-1])
+        ids, note = self._ids(frame.work, frame.token_ids), frame.note
+        if entry is not None:
+            ids, note = entry.token_ids, entry.note
+        return self._forward(link_index + 1, frame.work, inputs, frame.trail, ids, note)
+
+    def drop(self, work: Pass) -> None:
+        for stage in self._stages.values():
+            for row in work.rows:
+                stage.crop_slot(row.slot, row.start)
+
+    def waited(self, link_index: int, seconds: float, *, sending: bool) -> None:
+        times = self.times.get(link_index + (not sending))
+        if times is not None:
+            times.wait_s += seconds
+
+    def _ids(self, work: Pass, carried: Any) -> torch.Tensor | None:
+        """Token ids int64 [B, T] of a pass, where this rank knows them."""
+        if work.kind is PassKind.SCORE:
+            assert work.microbatch_index is not None
+            return self._tokens.input_ids(work.microbatch_index)
+        return None if carried is None else torch.from_numpy(carried)
+
+    def _forward(
+        self,
+        index: int,
+        work: Pass,
+        inputs: torch.Tensor,
+        trail: tuple[int, ...],
+        ids: torch.Tensor | None,
+        note: bytes,
+    ) -> Departure | Result:
+        stage, times = self._stages[index], self.times[index]
+        with times.measure("compute", stage.device):
+            output = stage.forward(inputs, self._attention_reader(index), rows=work.rows or None)
+        if not stage.plan.is_last:
+            return self._encode(index, work, output, trail, ids, note)
+        with times.measure("compute", stage.device):
+            value = self._head.results(work, stage, output, ids, note)
+        if index == self._head.result_link:
+            return Departure(link_index=index, payload=self._head.to_payload(value), trail=trail)
+        return Result(value, trail)
+
+    def _encode(
+        self,
+        index: int,
+        work: Pass,
+        hidden_states: torch.Tensor,
+        trail: tuple[int, ...],
+        ids: torch.Tensor | None,
+        note: bytes,
+    ) -> Departure:
+        codec, stage, times = self._codecs.of(work.kind).encoders[index], self._stages[index], self.times[index]
+        side = {}
+        with times.measure("importance", stage.device):
+            if "token_ids" in codec.needs:
+                side["token_ids"] = ids
+            if index in self._metrics:
+                assert work.microbatch_index is not None
+                side["importance"] = self._metrics[index].importance(hidden_states, work.microbatch_index)
+        with times.measure("compress", stage.device):
+            with naming(codec):
+                payload = codec.compress(hidden_states, **side)
+        wait_for_stream(stage.device)  # else the copy to the host counts the GPU's work as waiting
+        if index in self._probes and work.microbatch_index is not None:
+            with times.measure("measure", stage.device):
+                self._probes[index](work.microbatch_index, hidden_states, payload)
+        self.last_tokens[index] = hidden_states[:1, -1:].clone()
+        carried = None
+        if work.kind is not PassKind.SCORE and index in self._codecs.ids_onward:
+            assert ids is not None
+            carried = ids.numpy()
+        note = note if self._head.result_link is not None else b""  # else it never left node 0
+        return Departure(link_index=index, payload=payload, trail=trail, token_ids=carried, note=note)
+
+    def _attention_reader(self, index: int) -> AttentionReader | None:
+        """What takes in the attention of a stage, where the link behind it has a metric that reads it."""
+        metric, times, device = self._metrics.get(index), self.times[index], self._stages[index].device
+        if not isinstance(metric, AttentionMetric):
+            return None
+
+        def read(stage_layer: int, attention: Attention) -> None:
+            with times.measure("importance", device, within="compute"):
+                metric.read(stage_layer, attention)
+
+        return read
