@@ -1,34 +1,54 @@
-"""Attention weights of chosen layers, read beside transformers' sdpa kernel without changing what it computes.
+"""Attention functions of our own, which a stage's decoder runs on for one forward: weights read, keys in slots.
 
-A fused kernel never forms the weights, and switching a layer to the eager kernel would take its mask away. This
-module therefore registers an attention function, with sdpa's own masks, that returns exactly what sdpa returns and
-then lets a reader recompute what it wants from the same queries, keys and mask, a few query rows at a time:
+**Reading.** A fused kernel never forms the weights, and switching a layer to the eager kernel would take its mask away.
+`READABLE_SDPA` therefore has sdpa's own masks, returns exactly what sdpa returns and then lets a reader recompute what it
+wants from the same queries, keys and mask, a few query rows at a time:
 
     A_hij = softmax_j(scaling * <q_hi, k_hj> + mask_ij)
 
-in float32, at most `MAX_CHUNK_NBYTES` at once (or one row). A stage switches to it when a reader first asks. Left
-out: caches (queries and keys have one length), kernels with logit soft-capping or position biases, gradients.
+in float32, at most `MAX_CHUNK_NBYTES` at once (or one row). Left out: caches (queries and keys have one length), kernels
+with logit soft-capping or position biases, gradients.
+
+**Slots.** `SLOTS` writes the keys and values of a pass into a `SlotCache` and attends row by row over what each slot
+holds: no copies, no padding, and no masks where a row has one token. A row's result does not depend on the other rows.
+transformers makes no masks for an attention function that is not in AttentionMaskInterface; which layers have a sliding
+window, or cap their logits, they say themselves with each call. What a layer says and this module does not know is an
+error. Left out: weights to read, gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["READABLE_SDPA", "Attention", "AttentionError", "AttentionReader", "make_readable"]
+from pipeline.models.cache import SlotPass
+
+__all__ = [
+    "READABLE_SDPA",
+    "SLOTS",
+    "Attention",
+    "AttentionError",
+    "AttentionReader",
+    "attention_function",
+    "check_readable",
+    "check_slots",
+]
 
 READABLE_SDPA = "thinwire_sdpa"
+SLOTS = "thinwire_slots"
 MAX_CHUNK_NBYTES = 8 * 2**20
 
 
 class AttentionError(ValueError):
-    """Attention weights that cannot be read from this kernel."""
+    """Attention that cannot be read, or computed over slots, for this model."""
 
 
 @dataclass(frozen=True)
@@ -112,15 +132,114 @@ def _sdpa(
     return output
 
 
-def make_readable(decoder: PreTrainedModel) -> None:
-    """Let `decoder` take `attention_reader=` in its forward. Raises AttentionError unless it runs on sdpa."""
+def _over_slots(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    slots: SlotPass,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    position_ids: torch.Tensor | None = None,
+    use_cache: bool = False,
+    **unknown: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention [B, T, heads, D] of a pass; `slots` comes down from the decoder's keyword arguments.
+
+    `position_ids` are those of `slots`, and in queries and keys already; `use_cache` is about transformers' own.
+    """
+    refused = [name for name, value in unknown.items() if value is not None]
+    refused += ["attention_mask"] * (attention_mask is not None) + ["dropout"] * (dropout != 0)
+    if refused or not module.is_causal:
+        raise AttentionError(
+            f"{type(module).__name__} asks for attention {'with ' + ', '.join(refused) if refused else 'to later tokens'}, "
+            "which is not known over slots"
+        )
+    layer = module.layer_idx
+    slots.write(layer, key, value)
+    num_shared = query.shape[1] // key.shape[1]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    outputs = []
+    for row, queries in enumerate(query):
+        keys, values = slots.seen(layer, row, sliding_window)
+        # [key heads, query heads that share one, T, D]
+        grouped = queries.unflatten(0, (-1, num_shared))
+        if softcap is not None:
+            output = _soft_capped(grouped, keys, values, slots.mask(row, sliding_window), scaling, softcap)
+        elif slots.num_tokens == 1:
+            # Queries of one key head see the same, so they can be its rows: keys are read once.
+            output = scaled_dot_product_attention(grouped.squeeze(2)[None], keys[None], values[None], scale=scaling)
+        else:
+            is_causal = slots.is_plainly_causal(row, sliding_window)
+            shared = (part[:, None].expand(-1, num_shared, -1, -1) for part in (keys, values))
+            mask = None if is_causal else slots.mask(row, sliding_window)
+            output = scaled_dot_product_attention(grouped, *shared, attn_mask=mask, is_causal=is_causal, scale=scaling)
+        outputs.append(output.reshape(queries.shape).transpose(0, 1))
+    return torch.stack(outputs), None
+
+
+def _soft_capped(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention with scores capped at +-`softcap`, computed as transformers' eager kernels do.
+
+    `query` [key heads, shared, T, D], `keys` and `values` [key heads, positions, D].
+    """
+    scores = query @ keys[:, None].mT * scaling
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights.to(query.dtype) @ values[:, None]
+
+
+@contextmanager
+def attention_function(decoder: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let `decoder` run on `READABLE_SDPA` or `SLOTS`, for which it has been checked, and then as before."""
+    before = decoder.config._attn_implementation
+    decoder.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = before
+
+
+def check_readable(decoder: PreTrainedModel) -> None:
+    """Raise AttentionError unless `decoder` runs on sdpa, so that it can run on `READABLE_SDPA`."""
     kernel = decoder.config._attn_implementation
-    if kernel == READABLE_SDPA:
-        return
     if kernel != "sdpa" or not decoder._can_set_attn_implementation():
         raise AttentionError(f"attention of {type(decoder).__name__} runs on {kernel}; only that of sdpa can be read")
-    decoder.set_attn_implementation(READABLE_SDPA)
+
+
+def check_slots(decoder: PreTrainedModel, max_length: int) -> None:
+    """Raise AttentionError unless `decoder` can run on `SLOTS` with sequences of up to `max_length` positions."""
+    name, config = type(decoder).__name__, decoder.config
+    if not decoder._can_set_attn_implementation():
+        raise AttentionError(f"{name} has attention of its own, which cannot be computed over slots")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in [value for value in rope.values() if isinstance(value, dict)] or [rope]:
+        kind, longest = part.get("rope_type"), None
+        if kind == "longrope":
+            longest = part["original_max_position_embeddings"]
+        elif kind == "dynamic":
+            longest = config.max_position_embeddings
+        if longest is not None and max_length > longest:
+            # Beyond it all angles are others, those of the keys that are cached already too.
+            raise AttentionError(
+                f"{name} has rotary angles that depend on a sequence's length beyond {longest} positions (rope_type "
+                f"{kind!r}), so slots of {max_length} positions cannot keep its keys; take slots of at most {longest}"
+            )
 
 
 AttentionInterface.register(READABLE_SDPA, _sdpa)
 AttentionMaskInterface.register(READABLE_SDPA, sdpa_mask)
+AttentionInterface.register(SLOTS, _over_slots)

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from pipeline.models.attention import make_readable
+from pipeline.models.attention import check_readable
 from pipeline.models.checkpoint import Checkpoint, ModelError, StoredTensor, read_checkpoint, unused_tensor
 from pipeline.models.families import FAMILIES, Family, cut_config
 from pipeline.partition.plan import StagePlan
@@ -38,7 +38,7 @@ __all__ = [
     "stage_parameter_bytes",
 ]
 
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 # Model types whose stages the tests compare with the unsplit model, bit for bit.
 VERIFIED_MODEL_TYPES = tuple(FAMILIES)
@@ -242,6 +242,8 @@ def load_stage(
     model_class, head_name = _stage_class(config, family, stage, with_head, trust_remote_code)
     state_dict = _stage_tensors(checkpoint, family, stage, dtype, head_name if with_head else None)
     stage_config = _stage_config(config, stage, is_tied=checkpoint.is_tied)
+    if dtype == torch.float64:
+        stage_config._experts_implementation = "eager"  # the others' matrix products stop at float32
     _check_shapes(model_dir, model_class, stage_config, state_dict)
     options: dict[str, Any] = {}
     if load_in_8bit or load_in_4bit:
@@ -306,7 +308,7 @@ def _soft_capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
 def check_attention_readable(config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:
     """Raise AttentionError unless `attention` can read the layers' weights. Loads nothing."""
     model = _first_layer(config, trust_remote_code)
-    make_readable(model.base_model)
+    check_readable(model.base_model)
 
 
 def stage_parameter_bytes(

@@ -1,7 +1,8 @@
 """One stage: token ids or hidden states in, hidden states out; on the last stage, losses of the scored positions.
 
 Sits between the loaded modules (`loading.py`) and the runner. Whether gradients are recorded is the runner's
-choice. Caches and generation are left out.
+choice. With slots open, passes extend the sequences in them (`cache.py`). Which passes, and what is sampled from the
+logits, is left to others.
 """
 
 from __future__ import annotations
@@ -14,8 +15,18 @@ import torch
 from torch import nn
 
 from pipeline.data.windows import MicroBatch
-from pipeline.models.attention import AttentionReader, make_readable
+from pipeline.models.attention import (
+    READABLE_SDPA,
+    SLOTS,
+    AttentionError,
+    AttentionReader,
+    attention_function,
+    check_readable,
+    check_slots,
+)
+from pipeline.models.cache import SlotCache, SlotError
 from pipeline.models.loading import StageModel
+from pipeline.partition.passes import Row
 from pipeline.partition.plan import StagePlan
 
 __all__ = ["Objective", "Scores", "Stage", "TokenWindows"]
@@ -79,7 +90,11 @@ class TokenWindows:
 
 
 class Stage:
-    """A loaded stage on its device."""
+    """A loaded stage on its device.
+
+    Attributes:
+        slots: the cache between `open_slots` and `close_slots`, else None.
+    """
 
     def __init__(self, plan: StagePlan, model: StageModel, device: torch.device, vocab_size: int) -> None:
         self.plan = plan
@@ -88,28 +103,78 @@ class Stage:
         self.device = device
         self.decoder: nn.Module = model.decoder
         self._head = model.head
+        self.slots: SlotCache | None = None
 
-    def forward(self, inputs: torch.Tensor, attention_reader: AttentionReader | None = None, *, rows=None) -> torch.Tensor:
+    def open_slots(self, num_slots: int, max_length: int) -> None:
+        """Allocate a cache of empty slots, in place of one that was open.
+
+        Raises AttentionError for a model that cannot be computed over slots of `max_length` positions.
+        """
+        self.close_slots()
+        check_slots(self.decoder, max_length)
+        config = self.decoder.config
+        self.slots = SlotCache(
+            config, num_slots=num_slots, max_length=max_length, dtype=config.dtype, device=self.device
+        )
+
+    def close_slots(self) -> None:
+        """Free the cache, if there is one."""
+        self.slots = None
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        attention_reader: AttentionReader | None = None,
+        *,
+        rows: Sequence[Row] | None = None,
+    ) -> torch.Tensor:
         """Token ids int64 [B, T] (first stage), their embeddings or hidden states [B, T, H] to hidden states [B, T, H].
 
-        `attention_reader` is shown the attention of every layer, which changes nothing in the result.
+        Without `rows`, B texts from their beginning, which no cache keeps. With `rows`, one for each of B, the next T
+        tokens of the sequences in their slots; these hold them once the forward is complete, and if it raises, are
+        cropped to their `start`. Raises SlotError for rows that the cache cannot take.
+
+        `attention_reader` is shown the attention of every layer, which changes nothing in the result; not over slots.
         """
         arguments = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs.to(self.device)}
-        if attention_reader is not None:
-            make_readable(self.decoder)
-            arguments["attention_reader"] = attention_reader
-        return self.decoder(**arguments, use_cache=False).last_hidden_state
+        if rows is not None:
+            if attention_reader is not None:
+                raise AttentionError("attention over slots cannot be read")
+            return self._extend_slots(arguments, rows, tuple(inputs.shape[:2]))
+        if attention_reader is None:
+            return self.decoder(**arguments, use_cache=False).last_hidden_state
+        check_readable(self.decoder)
+        with attention_function(self.decoder, READABLE_SDPA):
+            return self.decoder(**arguments, attention_reader=attention_reader, use_cache=False).last_hidden_state
+
+    def _extend_slots(
+        self, arguments: dict[str, torch.Tensor], rows: Sequence[Row], shape: tuple[int, int]
+    ) -> torch.Tensor:
+        if self.slots is None:
+            raise SlotError("the stage has no slots open, a pass with rows needs them")
+        if len(rows) != shape[0]:
+            raise SlotError(f"a pass of {len(rows)} rows has inputs for {shape[0]}")
+        slots = self.slots.begin(rows, shape[1])
+        with attention_function(self.decoder, SLOTS):
+            output = self.decoder(**arguments, position_ids=slots.position_ids, slots=slots, use_cache=False)
+        slots.commit()
+        return output.last_hidden_state
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token ids int64 [B, T] to embeddings [B, T, H], on the first stage; `forward` takes either."""
         return self.decoder.get_input_embeddings()(input_ids.to(self.device))
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The last stage's output [n, H] to logits [n, V] on its device, both in the model's dtype."""
+        return self._head(hidden_states)
 
     def score(
         self, hidden_states: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor
     ) -> Scores:
         """Losses at the scored positions of the last stage's output [B, T, H].
 
-        Only these positions pass the head, in chunks; losses are taken in float32. The result is on the CPU.
+        Only these positions pass the head, in chunks; losses are taken in float32, of a float64 model in float64 before
+        they are rounded. The result is on the CPU.
         """
         selected = hidden_states[rows.to(self.device), columns.to(self.device)]
         targets = targets.to(self.device)
@@ -128,7 +193,7 @@ class Stage:
         logits = self._head(selected)
         for start in range(0, len(logits), self._rows_at_once):
             rows = slice(start, start + self._rows_at_once)
-            exact = logits[rows].float()
+            exact = _exact(logits[rows])
             losses[rows] = nn.functional.cross_entropy(exact, targets[rows], reduction="none")
             top1[rows] = _argmax(exact)
 
@@ -158,13 +223,18 @@ class Stage:
     def _chunk_gradient(
         self, selected: torch.Tensor, targets: torch.Tensor, objective: Objective
     ) -> tuple[float, torch.Tensor]:
-        logits = self._head(selected).float()
+        logits = _exact(self._head(selected))
         if objective is Objective.NLL:
             total = nn.functional.cross_entropy(logits, targets, reduction="sum")
         else:
             total = logits.gather(1, targets[:, None]).sum()
         (gradient,) = torch.autograd.grad(total, selected)
         return total.item(), gradient
+
+
+def _exact(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in float32, those of a float64 model as they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,14 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
     "qwen3": {**_GROUPED_QUERIES},
     "gemma3_text": {**_GROUPED_QUERIES, "sliding_window": 16, "query_pre_attn_scalar": 16},
     "gpt_neox": {},
+    "gemma": {**_GROUPED_QUERIES},
+    "gemma2": {**_GROUPED_QUERIES, "sliding_window": 16, "query_pre_attn_scalar": 16},
+    "mistral": {**_GROUPED_QUERIES, "sliding_window": 16},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "olmo2": {"num_key_value_heads": 2},
+    "phi3": {"num_key_value_heads": 2},
+    "qwen3_moe": {**_GROUPED_QUERIES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "starcoder2": {"num_key_value_heads": 2},
 }
 
 
@@ -63,7 +71,7 @@ def save_tiny_model(
     Every second layer of a Gemma has a sliding window, so that cuts fall between both kinds.
     """
     own = dict(_OWN_FIELDS[model_type])
-    if model_type == "gemma3_text":
+    if model_type in ("gemma2", "gemma3_text"):
         kinds = ("sliding_attention", "full_attention")
         own["layer_types"] = [kinds[index % 2] for index in range(num_layers)]
     shared = {

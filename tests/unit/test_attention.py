@@ -118,8 +118,7 @@ def test_one_layer_on_the_eager_kernel_would_not_be_causal():
 
 def test_a_cache_is_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path, "llama", num_layers=1)).eval()
-    attention.make_readable(model.base_model)
-    with torch.inference_mode():
+    with torch.inference_mode(), attention.attention_function(model.base_model, attention.READABLE_SDPA):
         past = model.base_model(input_ids=IDS, use_cache=True).past_key_values
         with pytest.raises(AttentionError, match="cache cannot be read"):
             model.base_model(input_ids=IDS[:, :1], past_key_values=past, attention_reader=lambda *_: None)
