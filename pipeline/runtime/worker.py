@@ -119,7 +119,8 @@ class StageWorker:
     def drop(self, work: Pass) -> None:
         for stage in self._stages.values():
             for row in work.rows:
-                stage.crop_slot(row.slot, row.start)
+                if stage.slots is not None:
+                    stage.slots.crop(row.slot, min(row.start, stage.slots.length(row.slot)))
 
     def waited(self, link_index: int, seconds: float, *, sending: bool) -> None:
         times = self.times.get(link_index + (not sending))
