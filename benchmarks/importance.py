@@ -35,7 +35,7 @@ PLAIN = "no metric"
 CPU = torch.device("cpu")
 _WEIGHT_FORMATS = ("model.dtype", "model.load_in_8bit", "model.load_in_4bit")
 _OF_RUNS = ("dataset", "compressor", "compressor_per_link", "importance", "batch_size", "measure_error")
-_OF_RUNS += ("exp_dir", "runtime", "wandb")
+_OF_RUNS += ("compressor_decode", "evaluation", "exp_dir", "generation", "runtime", "wandb")
 UNUSED = {
     **{key: "this benchmark runs in float32; leave it out" for key in _WEIGHT_FORMATS},
     **{key: "this benchmark takes a model and a partition; leave it out" for key in _OF_RUNS},

@@ -56,8 +56,11 @@ MAX_LOSS_DIFFERENCE = 1e-3
 MAX_NLL_DIFFERENCE = 1e-5
 
 UNUSED = {
+    "compressor_decode": "a benchmark samples nothing; leave it out",
     "dataset.first_k_tokens": "the text is cut to --windows full windows; leave it out",
+    "evaluation": "a benchmark scores windows; leave it out",
     "exp_dir": "the records are not kept; rounds go to --out",
+    "generation": "a benchmark generates nothing; leave it out",
     "wandb": "a benchmark logs nothing to Weights & Biases; leave it out",
 }
 

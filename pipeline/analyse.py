@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 UNUSED = {
     "compressor": "an analysis looks at the uncompressed model; leave it out",
     "compressor_per_link": "an analysis looks at the uncompressed model; leave it out",
+    "compressor_decode": "an analysis looks at the uncompressed model; leave it out",
+    "evaluation": "an analysis scores no text; leave it out",
     "exp_dir": "an analysis writes to --out; leave it out",
+    "generation": "an analysis generates nothing; leave it out",
     "measure_error": "an analysis compresses nothing; leave it out",
     "wandb": "an analysis logs nothing to Weights & Biases; leave it out",
 }

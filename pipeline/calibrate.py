@@ -31,7 +31,10 @@ DEFAULT_TOKENS = 50_000
 UNUSED = {
     "compressor": "calibration looks at the uncompressed model; leave it out",
     "compressor_per_link": "calibration looks at the uncompressed model; leave it out",
+    "compressor_decode": "calibration looks at the uncompressed model; leave it out",
+    "evaluation": "calibration scores no text; leave it out",
     "exp_dir": "calibration writes to --out; leave it out",
+    "generation": "calibration generates nothing; leave it out",
     "measure_error": "calibration compresses nothing; leave it out",
     "wandb": "calibration logs nothing to Weights & Biases; leave it out",
 }

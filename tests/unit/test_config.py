@@ -8,6 +8,7 @@ from pipeline.config.schema import (
     ConfigError,
     RunConfig,
     find_config,
+    generation_with,
     load_config,
     parse_override,
     with_overrides,
@@ -93,6 +94,27 @@ def test_an_option_of_a_codec_given_by_name():
         ("runtime.timeout_s=inf", "runtime.timeout_s must be a number, got 'inf'"),
         ("runtime.load_timeout_s=1e300", "runtime.load_timeout_s must be at most 1e.07, got 1e.300"),
         ("runtime.timeout_s=1e3", None),
+        ("evaluation.mode=windows", "evaluation.mode must be one of window, decode, got 'windows'"),
+        ("evaluation.decode_chunk=0", "evaluation.decode_chunk must be at least 1"),
+        ("evaluation.decode_chunk=4", "evaluation.decode_chunk is 4, but evaluation.mode is window"),
+        ("compressor_decode=4", "compressor_decode must be a name or a mapping, got 4"),
+        ("generation.temperature=-0.1", "generation.temperature must be at least 0, got -0.1"),
+        ("generation.temperature=null", None),
+        ("generation.temperature=warm", "generation.temperature must be a number, got 'warm'"),
+        ("generation.top_p=1.01", "generation.top_p must be at most 1, got 1.01"),
+        ("generation.top_k=-1", "generation.top_k must be at least 0, got -1"),
+        ("generation.top_k=2.5", "generation.top_k must be an integer, got 2.5"),
+        ("generation.min_p=2", "generation.min_p must be at most 1, got 2"),
+        ("generation.repetition_penalty=0", "generation.repetition_penalty must be above 0, got 0"),
+        ("generation.seed=-1", "generation.seed must be at least 0"),
+        ("generation.max_new_tokens=0", "generation.max_new_tokens must be at least 1"),
+        ("generation.max_slots=256", "generation.max_slots must be at most 255"),
+        ("generation.deadline_s=0", "generation.deadline_s must be above 0"),
+        ("generation.stop=5", "generation.stop must be a list, got 5"),
+        ("generation.stop=[a, 5]", r"generation.stop\[1\] must be a string, got 5; put it in quotes"),
+        ("generation.stop=''", "generation.stop holds an empty string"),
+        ("generation.max_length=128", "max_length is 128 and generation.max_new_tokens 128, which leaves no position"),
+        ("generation.do_sample=true", "unknown key generation.do_sample"),
         ("runtime.threads=100000", "runtime.threads must be at most 1024"),
         ("runtime.receives_ahead=1000000000", "runtime.receives_ahead must be at most 1024"),
         ("importance.seed=99999999999999999999", "does not fit 64 bits"),
@@ -193,6 +215,61 @@ def test_numerics_leave_out_paths_devices_and_timeouts():
         "dataset.first_k_tokens=9",
     ):
         assert load(change).numerics() != base
+
+
+def test_numerics_have_younger_keys_only_where_they_are_set():
+    """Records and journals made before there were such keys stay recognised: no key may be added here."""
+    known = {"model.dtype", "model.load_in_8bit", "model.load_in_4bit", "partition.num_nodes", "partition.wrap"}
+    known |= {"partition.nodes", "dataset.bos", "dataset.max_length", "dataset.stride", "dataset.first_k_tokens"}
+    known |= {"batch_size", "importance.layers", "importance.seed", "compressor", "compressor_per_link"}
+    assert set(load().numerics()) == known
+    for key, value in {
+        "compressor_decode": "nf4",
+        "evaluation.mode": "decode",
+        "model.load_in_8bit_threshold": 0.0,
+    }.items():
+        config = load(f"{key}={value}", *(["model.load_in_8bit=true"] if "8bit" in key else []))
+        assert set(config.numerics()) == known | {key} and config.numerics()[key] == value
+    chunked = load("evaluation.mode=decode", "evaluation.decode_chunk=4").numerics()
+    assert chunked["evaluation.decode_chunk"] == 4
+    assert load("generation={seed: 3, max_length: 500, temperature: 0.5, stop: x}").numerics() == load().numerics()
+
+
+def test_generation_takes_one_stop_string_or_several():
+    assert load("generation.stop=END").generation.stop == ("END",)
+    assert load('generation.stop=[a, "b\\nc"]').generation.stop == ("a", "b\nc")
+
+
+def test_a_slot_has_the_models_positions_up_to_a_bound():
+    assert [load().generation.slot_length(n) for n in (512, 40960, None)] == [512, 2048, 2048]
+    asked = load("generation.max_length=4096").generation
+    assert [asked.slot_length(n) for n in (8192, None)] == [4096, 4096]
+    with pytest.raises(ConfigError, match="generation.max_length is 4096, the model has positions for 512 tokens"):
+        asked.slot_length(512)
+
+
+def test_a_section_of_generation_with_other_keys_is_checked_as_a_config_is():
+    base = load("generation={seed: 3, max_length: 500}").generation
+    changed = generation_with(base, {"temperature": 1, "stop": "x"})
+    assert (changed.seed, changed.temperature, changed.stop) == (3, 1.0, ("x",)) and base.temperature is None
+    for wrong, words in {
+        "top_p": "^top_p must be a number, got 'a'",
+        "topp": "^unknown key topp; did you mean top_p",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            generation_with(base, {wrong: "a"})
+    with pytest.raises(ConfigError, match="^max_length is 500 and max_new_tokens 500"):
+        generation_with(base, {"max_new_tokens": 500})
+
+
+def test_which_codec_a_link_has():
+    plain = load("compressor=int8", "compressor_per_link={a: nf4}")
+    assert [plain.codec_of(link, decode=decode) for link in "ab" for decode in (False, True)] == [
+        *("nf4", "nf4", "int8", "int8")
+    ]
+    own = load("compressor=int8", "compressor_per_link={a: nf4}", "compressor_decode=fp16", "compressor_decode.x=1")
+    assert [own.codec_of(link) for link in "ab"] == ["nf4", "int8"]
+    assert [own.codec_of(link, decode=True) for link in "ab"] == 2 * [{"name": "fp16", "x": 1}]
 
 
 def test_yaml_of_a_config_reads_back_equal(tmp_path):
