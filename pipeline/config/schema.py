@@ -504,8 +504,8 @@ def _check_generation(generation: GenerationConfig, prefix: str) -> None:
         raise ConfigError(f"{prefix}stop holds an empty string, which every answer begins with; leave it out")
     if 0 < generation.max_length <= generation.max_new_tokens:
         raise ConfigError(
-            f"{prefix}max_length is {generation.max_length} and {prefix}max_new_tokens {generation.max_new_tokens}, which "
-            "leaves no position for a prompt"
+            f"{prefix}max_length is {generation.max_length} and {prefix}max_new_tokens {generation.max_new_tokens}, "
+            "which leaves no position for a prompt"
         )
 
 
