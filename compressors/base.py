@@ -9,7 +9,8 @@ Rules that a codec keeps (`python -m compressors.check` tests them):
 
 * The bytes are real and complete: `decompress` is called on a codec object of another process, which has
   seen nothing but its own options.
-* An object serves one end of a link, as encoder or as decoder.
+* An object serves one end of a link, as encoder or as decoder, and one thread at a time; objects share no state that
+  frames change.
 * No state crosses frames, nor runs. Scratch buffers may be reused: `Payload.data` is valid until the same codec
   object's next `compress`, the result of `decompress` belongs to the caller.
 * `max_nbytes(shape)` is a true upper bound; buffers of that size are posted before the bytes arrive.
@@ -106,9 +107,14 @@ class Compressor(ABC):
         name: the name in configs, tables and records.
         format_version: raise it when the bytes that the codec writes for the same input change.
         causal: the reconstruction of token t depends on no later token and on no other row.
+        frame_invariant: the reconstruction of a token depends neither on which tokens came in the same frame nor on
+            how a text was cut into frames or rows batched, bit for bit. Such a codec is causal, and it alone may carry
+            a generation, whose frames rank 0 makes up as it goes.
         fixed_size: the payload's size follows from the shape and equals `max_nbytes(shape)`.
         needs: side inputs that `compress` takes as keywords, from `("importance", "token_ids")`. They exist
-            at the sender only.
+            at the sender only, but for those in `decoder_needs`.
+        decoder_needs: those of `needs` that travel in the frame beside the payload and that `decompress` takes as
+            keywords too; only `"token_ids"` does. A frame without them cannot be decoded.
         importance_metric: name of the metric that computes the importance, for a codec that needs it.
     All but `format_version` may be set per instance where they depend on options.
     """
@@ -116,6 +122,7 @@ class Compressor(ABC):
     name: str
     format_version: ClassVar[int] = 1
     causal: bool = True
+    frame_invariant: bool = False
     fixed_size: bool = False
     needs: tuple[str, ...] = ()
     decoder_needs: tuple[str, ...] = ()
@@ -127,12 +134,16 @@ class Compressor(ABC):
 
     @abstractmethod
     def compress(self, x: torch.Tensor, **side: Any) -> Payload:
-        """Encode hidden states `x` [B, T, H] in float32, float16 or bfloat16; B, T may be 0."""
+        """Encode hidden states `x` [B, T, H] in float32, float16 or bfloat16; B, T may be 0.
+
+        `side` has the inputs in `needs`: importance float32 [B, T], token_ids integer [B, T].
+        """
 
     @abstractmethod
-    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         """Decode to a new tensor of `payload.shape` and `dtype` on `device`.
 
+        `side` has the inputs in `decoder_needs`, as `compress` got them, on any device.
         Raises CorruptPayload when length or content is impossible for the shape; any other bytes give a
         tensor of the right shape.
         """

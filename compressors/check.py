@@ -5,7 +5,7 @@
 
 The same checks hold the built-in codecs in the tests. They use small inputs on the CPU and take seconds; how
 well a codec preserves a model is for a run of the pipeline to say. Exit status 0 means that nothing was
-found.
+found. The last lines say what the codec is, and whether a generation may run over it.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from compressors.base import Compressor, CorruptPayload, LinkInfo, Payload, option_names
 from compressors.registry import make_compressor
 
-__all__ = ["CHECKS", "find_violations", "main"]
+__all__ = ["CHECKS", "dependence_on_frames", "find_violations", "main"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((2, 5, 96), (1, 1, 96), (1, 0, 96), (0, 3, 96), (3, 5, 100), (1, 4, 129), (2, 3, 7), (1, 1, 1))
+SIDE_INPUTS = ("importance", "token_ids")
+TRAVELLING_SIDE_INPUTS = ("token_ids",)
 CPU = torch.device("cpu")
 
 
@@ -50,6 +52,11 @@ def side_inputs(codec: Compressor, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: side[name] for name in codec.needs}
 
 
+def travelling(codec: Compressor, side: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of the sender's side inputs a frame brings the decoder."""
+    return {name: side[name].clone() for name in codec.decoder_needs}
+
+
 class Subject:
     """A spec under test: makes fresh codecs and runs them."""
 
@@ -65,11 +72,15 @@ class Subject:
         """Compress with made-up side inputs where the codec needs some."""
         return codec.compress(x, **side_inputs(codec, x))
 
+    def decompress(self, codec: Compressor, payload: Payload, x: torch.Tensor) -> torch.Tensor:
+        """Decompress to the dtype of `x`, with what a frame of `x` brings beside the payload."""
+        return codec.decompress(payload, CPU, x.dtype, **travelling(codec, side_inputs(codec, x)))
+
     def round_trip(self, x: torch.Tensor) -> torch.Tensor:
         """What a codec object that has seen nothing decodes from a copy of the bytes."""
         payload = self.compress(self.make(x), x)
         received = Payload(payload.data.clone(), payload.shape, dict(payload.meta))
-        return self.make(x).decompress(received, CPU, x.dtype)
+        return self.decompress(self.make(x), received, x)
 
 
 def check_round_trip(subject: Subject) -> Iterator[str]:
@@ -108,8 +119,8 @@ def check_receiver(subject: Subject) -> Iterator[str]:
     sender = subject.make(x)
     payload = subject.compress(sender, x)
     copy = Payload(payload.data.clone(), payload.shape, dict(payload.meta))
-    at_sender = sender.decompress(copy, CPU, x.dtype)
-    if not torch.equal(subject.make(x).decompress(copy, CPU, x.dtype), at_sender):
+    at_sender = subject.decompress(sender, copy, x)
+    if not torch.equal(subject.decompress(subject.make(x), copy, x), at_sender):
         yield "a second codec object decodes the same bytes to other values: it lacks what the first one kept"
 
 
@@ -118,12 +129,12 @@ def check_frames(subject: Subject) -> Iterator[str]:
     x, other = hidden_states((2, 6, 96)), hidden_states((1, 11, 96), seed=3)
     codec = subject.make(x)
     payload = subject.compress(codec, x)
-    decoded = codec.decompress(Payload(payload.data.clone(), payload.shape, payload.meta), CPU, x.dtype)
+    decoded = subject.decompress(codec, Payload(payload.data.clone(), payload.shape, payload.meta), x)
     kept = decoded.clone()
-    codec.decompress(subject.compress(codec, other), CPU, x.dtype)
+    subject.decompress(codec, subject.compress(codec, other), other)
     if not torch.equal(decoded, kept):
         yield "a decoded tensor changes when the codec is used again"
-    again = codec.decompress(subject.compress(codec, x), CPU, x.dtype)
+    again = subject.decompress(codec, subject.compress(codec, x), x)
     if not torch.equal(again, kept):
         yield "the same input decodes to other values after another frame: state crosses frames"
 
@@ -156,6 +167,87 @@ def check_causality(subject: Subject) -> Iterator[str]:
             yield f"causal is True, but a token's reconstruction depends on {what}: set causal = False"
 
 
+def dependence_on_frames(subject: Subject) -> Iterator[str]:
+    """What the reconstruction of a token depends on beside the token: nothing, if the codec is frame-invariant."""
+    for dtype in DTYPES:
+        yield from _dependence_on_frames(subject, hidden_states((3, 12, 96), dtype))
+    yield from _dependence_on_frames(subject, hidden_states((3, 12, 129)))
+
+
+def _dependence_on_frames(subject: Subject, x: torch.Tensor) -> Iterator[str]:
+    """The same for the tokens of `x` [3, 12, H], of which some are changed to unusual ones.
+
+    All frames go through one encoder and one decoder, as in a generation. Tokens alone in their frames are the
+    reference, and are compared bit for bit; NaN equals NaN.
+    """
+    x[0, 3] *= 100
+    x[0, 5] = x[0, 5].sign()
+    x[1, 6] = 0
+    x[2, 4, 7] = math.nan
+    sender, receiver = subject.make(x), subject.make(x)
+    text = torch.arange(x[..., 0].numel()).view(x.shape[:2])
+    side = side_inputs(sender, x)
+    if "token_ids" in side:
+        side["token_ids"] = text
+
+    def round_trip(frame: torch.Tensor) -> torch.Tensor:
+        """The tokens at places [B, T] of the text, as they come back from one frame."""
+        frame_side = {name: value.flatten()[frame] for name, value in side.items()}
+        payload = sender.compress(x.flatten(0, 1)[frame], **frame_side)
+        received = Payload(payload.data.clone(), payload.shape, dict(payload.meta))
+        return receiver.decompress(received, CPU, x.dtype, **travelling(receiver, frame_side))
+
+    alone = torch.cat([round_trip(place.view(1, 1)) for place in text.flatten()])[:, 0]
+    for what, frames in _frames(text).items():
+        if not all(_same_bits(round_trip(frame), alone[frame]) for frame in frames):
+            yield f"a token's reconstruction depends on {what}"
+
+
+def _frames(text: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """Frames [B, T] of a text's places [3, 12], by what differs from tokens that come alone."""
+    generator = torch.Generator().manual_seed(0)
+
+    def mixed(*shape: int) -> torch.Tensor:
+        return torch.randperm(text.numel(), generator=generator)[: math.prod(shape)].view(shape)
+
+    cuts = [torch.randperm(11, generator=generator)[:3].sort().values + 1 for _ in range(4)]
+    return {
+        "how a text is cut into frames": [part for cut in cuts for part in text[:1].tensor_split(cut.tolist(), 1)],
+        "whether other rows are in the frame": [*text.split(1, 1), text[:, :5], text[[2, 0]], text],
+        "which tokens are in the frame": [mixed(1, 36), mixed(8, 1), mixed(4, 9), mixed(2, 5), mixed(1, 3)],
+    }
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    same = a.contiguous().view(integers) == b.contiguous().view(integers)
+    return bool((same | (a.isnan() & b.isnan())).all())
+
+
+def check_frame_invariance(subject: Subject) -> Iterator[str]:
+    """Where `frame_invariant` is True, no token depends on what shares its frame or on how a text is cut."""
+    codec = subject.make(hidden_states((1, 1, 96)))
+    if not codec.frame_invariant:
+        return
+    if not codec.causal:
+        yield "frame_invariant is True and causal is False: a codec that mixes no tokens is causal"
+    for dependence in dependence_on_frames(subject):
+        yield f"frame_invariant is True, but {dependence}: set frame_invariant = False"
+
+
+def check_side_inputs(subject: Subject) -> Iterator[str]:
+    """`needs` and `decoder_needs` name side inputs that are there."""
+    codec = subject.make(hidden_states((1, 1, 96)))
+    for name in codec.needs:
+        if name not in SIDE_INPUTS:
+            yield f"needs has {name!r}, allowed: {', '.join(SIDE_INPUTS)}"
+    for name in codec.decoder_needs:
+        if name not in TRAVELLING_SIDE_INPUTS:
+            yield f"decoder_needs has {name!r}, allowed: {', '.join(TRAVELLING_SIDE_INPUTS)}"
+        elif name not in codec.needs:
+            yield f"decoder_needs has {name!r}, which needs has not: a frame brings what compress was given"
+
+
 def check_extremes(subject: Subject) -> Iterator[str]:
     """Constant, huge, tiny, NaN and infinite values have some defined result."""
     for dtype in DTYPES:
@@ -181,7 +273,7 @@ def check_corruption(subject: Subject) -> Iterator[str]:
     for bytes_, what in cases:
         got = Payload(bytes_.clone(), payload.shape, meta)
         try:
-            decoded = codec.decompress(got, CPU, x.dtype)
+            decoded = subject.decompress(codec, got, x)
         except CorruptPayload:
             continue
         except Exception as e:
@@ -201,7 +293,7 @@ def check_alignment(subject: Subject) -> Iterator[str]:
     for offset in (1, 2, 3):
         frame = torch.zeros(offset + payload.data.numel(), dtype=torch.uint8)
         frame[offset:] = payload.data
-        decoded = subject.make(x).decompress(Payload(frame[offset:], payload.shape, payload.meta), CPU, x.dtype)
+        decoded = subject.decompress(subject.make(x), Payload(frame[offset:], payload.shape, payload.meta), x)
         if not torch.equal(decoded, expected):
             yield f"the same bytes at offset {offset} of a buffer decode to other values"
 
@@ -225,12 +317,14 @@ def check_config(subject: Subject) -> Iterator[str]:
 
 CHECKS: dict[str, Callable[[Subject], Iterator[str]]] = {
     "config": check_config,
+    "side inputs": check_side_inputs,
     "round trip": check_round_trip,
     "size": check_size,
     "receiver": check_receiver,
     "frames": check_frames,
     "input": check_input,
     "causality": check_causality,
+    "frame invariance": check_frame_invariance,
     "extreme values": check_extremes,
     "corruption": check_corruption,
     "alignment": check_alignment,
@@ -270,7 +364,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = f"{'causal' if codec.causal else 'not causal'}, {'fixed' if codec.fixed_size else 'variable'} size"
     quality = f"{bits:.3f} bits a value and relative error {error:.4f} on made-up hidden states"
     print(f"{codec.name}: {kind}, {quality}")
+    print(f"{codec.name}: {_generation(codec, Subject(spec))}")
     return 0
+
+
+def _generation(codec: Compressor, subject: Subject) -> str:
+    """Whether text can be generated over the codec, in words."""
+    if codec.frame_invariant and "importance" in codec.needs:
+        return "cannot generate: it needs importance, which is computed for whole windows of a text"
+    if codec.frame_invariant:
+        return "can generate" + (", with token ids beside the payload" if codec.decoder_needs else "")
+    reason = next(dependence_on_frames(subject), None)
+    if reason:
+        return f"cannot generate: {reason}"
+    return "cannot generate: frame_invariant is False; nothing was found against True, so set it if you know that it holds"
 
 
 if __name__ == "__main__":

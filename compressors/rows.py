@@ -109,7 +109,7 @@ class RowCodec(Compressor):
         encode(rows, *split_bytes(data, *self.sections(*shape)))
         return Payload(data, tuple(x.shape))
 
-    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         shape, device = self.row_shape(payload.shape), torch.device(device)
         sections = split_bytes(self._data_without_meta(payload).to(device), *self.sections(*shape))
         x = torch.empty(payload.shape, dtype=dtype, device=device)

@@ -1,8 +1,8 @@
 """Wrapper: the frame of codecs that stand in front of another one (hadamard, outlier, topk, zstd).
 
 The option `inner` is a codec spec. A wrapper writes sections of its own in front of the inner codec's bytes
-and hands the inner codec's `meta` and side inputs through; by default it is causal and of fixed size if the
-inner codec is.
+and hands the inner codec's `meta` and, at both ends, side inputs through; by default it is causal, frame-invariant and
+of fixed size if the inner codec is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Wrapper(Compressor):
         super().__init__(link=link)
         self.inner = make_compressor(inner, inner_link)
         self.causal, self.fixed_size = self.inner.causal, self.inner.fixed_size
+        self.frame_invariant = self.inner.frame_invariant
         self.needs, self.importance_metric = self.inner.needs, self.inner.importance_metric
+        self.decoder_needs = self.inner.decoder_needs
         self._scratch = Scratch()
 
     def _join(self, shape: Sequence[int], inner: Payload, sections: Sequence[Section]) -> tuple[Payload, list]:

@@ -88,7 +88,7 @@ class Klt(Compressor):
         return Payload(data.to(x.device), tuple(x.shape))
 
     @torch.no_grad()
-    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         data = self._data_without_meta(payload).cpu()
         x = self._coder.decompress(data, payload.shape, device, dtype)
         self._known.check_unchanged()

@@ -43,7 +43,7 @@ class IntN(RowCodec):
         self.name = f"int{nbits}"
         self.nbits = check_choice(self.name, "nbits", nbits, range(2, 9))
         self.granularity = check_choice(self.name, "granularity", granularity, ("token", "tensor"))
-        self.causal = granularity == "token"
+        self.causal = self.frame_invariant = granularity == "token"
         self._q_min, self._q_max = -(2 ** (nbits - 1)), 2 ** (nbits - 1) - 1
 
     def row_shape(self, shape: Sequence[int]) -> tuple[int, int]:

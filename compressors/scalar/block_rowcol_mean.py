@@ -90,7 +90,7 @@ class BlockRowColMean(Compressor):
         return Payload(data, tuple(x.shape))
 
     @torch.no_grad()
-    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         num_tokens, width = payload.shape[-2:]
         sections = split_bytes(self._data_without_meta(payload).to(device), *self._sections(payload.shape))
         row_means, column_means = (section.float() for section in sections)

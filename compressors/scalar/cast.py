@@ -29,6 +29,7 @@ class Identity(Compressor):
     """`none`: the raw bytes, in the link's dtype or, without a link, float32."""
 
     name = "none"
+    frame_invariant = True
     fixed_size = True
 
     @property
@@ -46,7 +47,7 @@ class Identity(Compressor):
             )
         return Payload(x.detach().contiguous().reshape(-1).view(torch.uint8), tuple(x.shape))
 
-    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         (x,) = split_bytes(self._data_without_meta(payload), (self._dtype, payload.shape))
         return saturating_cast(x.to(device, copy=True), dtype)
 
@@ -54,6 +55,7 @@ class Identity(Compressor):
 class Cast(Compressor):
     """`fp16` and `bf16`: every value in 16 bits."""
 
+    frame_invariant = True
     fixed_size = True
 
     def __init__(self, *, to: str, link: LinkInfo | None = None) -> None:
@@ -72,7 +74,7 @@ class Cast(Compressor):
         return Payload(values.view(-1).view(torch.uint8), tuple(x.shape))
 
     @torch.no_grad()
-    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         (values,) = split_bytes(self._data_without_meta(payload).to(device), (self._dtype, payload.shape))
         decoded = saturating_cast(values, dtype)
         return decoded.clone() if decoded is values else decoded

@@ -61,7 +61,7 @@ class FourBit(RowCodec):
         super().__init__(link=link)
         self.name = self.table = check_choice("4-bit", "table", table, _TABLES)
         self.absmax = check_choice(self.name, "absmax", absmax, ("fp32", "fp16", "nested"))
-        self.causal = absmax != "nested"
+        self.causal = self.frame_invariant = absmax != "nested"
         self._values = _TABLES[table]
         self._bounds, self._order = nearest_bounds(self._values)
         self._kernel_bounds = tuple(self._bounds.numpy())

@@ -28,6 +28,8 @@ _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 class Fp8(RowCodec):
     """8-bit floats; `variant` is "e4m3" (finite only, more precision) or "e5m2" (more range)."""
 
+    frame_invariant = True
+
     def __init__(self, *, variant: str, link: LinkInfo | None = None) -> None:
         super().__init__(link=link)
         self.variant = check_choice("fp8", "variant", variant, _DTYPES)

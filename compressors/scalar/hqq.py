@@ -49,6 +49,8 @@ QUIET_NAN_FP16 = 0x7E00
 class Hqq(RowCodec):
     """Codes of `nbits` bits with a refined zero for each 64 values of a token."""
 
+    frame_invariant = True
+
     def __init__(self, *, nbits: int, layout: str = "words", link: LinkInfo | None = None) -> None:
         super().__init__(link=link)
         self.name = f"hqq{nbits}"

@@ -35,6 +35,7 @@ class MxFp4(RowCodec):
     """E2M1 codes with one E8M0 exponent for each 32 values of a token."""
 
     name = "mxfp4"
+    frame_invariant = True
 
     def __init__(self, *, link: LinkInfo | None = None) -> None:
         super().__init__(link=link)

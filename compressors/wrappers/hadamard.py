@@ -61,9 +61,9 @@ class Hadamard(Wrapper):
         return self.inner.compress(rows.view(x.shape), **side)
 
     @torch.no_grad()
-    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         shape = (math.prod(payload.shape[:-1]), payload.shape[-1])
-        rows = self.inner.decompress(payload, device, torch.float32).reshape(shape)
+        rows = self.inner.decompress(payload, device, torch.float32, **side).reshape(shape)
         block, factors = _rotation(self.seed, shape[1], torch.device(device))
         if rows.device.type == "cpu":
             from compressors.kernels import hadamard

@@ -67,6 +67,7 @@ class Outlier(Wrapper):
         inner_link = link and dataclasses.replace(link, hidden_size=max(link.hidden_size - self._num_channels, 1))
         super().__init__(inner=inner, inner_link=inner_link, link=link)
         self.causal = self.inner.causal and self._fixed is not None
+        self.frame_invariant = self.inner.frame_invariant and self._fixed is not None
 
     def format_config(self) -> dict[str, Any]:
         """The channels stand for the calibration file: the bytes depend on them, not on its path."""
@@ -102,13 +103,13 @@ class Outlier(Wrapper):
         return payload
 
     @torch.no_grad()
-    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         width = payload.shape[-1]
         inner_shape, sections = self._layout(payload.shape)
         inner, (*indices, values) = self._part(payload, inner_shape, device, sections)
         chosen = self._received(indices[0], width) if indices else self._choose(values, values.shape[1])
         x = torch.empty(values.shape[0], width, dtype=dtype, device=device)
-        rest = self.inner.decompress(inner, device, dtype)
+        rest = self.inner.decompress(inner, device, dtype, **side)
         x.index_copy_(1, _complement(chosen, width), rest.view(values.shape[0], inner_shape[-1]))
         x.index_copy_(1, chosen, saturating_cast(values, dtype))
         return x.view(payload.shape)

@@ -11,7 +11,8 @@ computes by the `metric` named here; among equal values earlier tokens rank high
 The receiver knows how many tokens each level has, and reads from the payload which they are. What decides over a
 token's bits is its rank in the row, so every metric that looks at content makes later tokens matter to earlier
 ones, the norm of single tokens too: such a codec is not causal. With a metric of places alone (random, uniform)
-the choice depends on T and on nothing else.
+the choice depends on T and on nothing else. Neither is frame-invariant, as a frame's tokens are ranked among themselves;
+where one level has all tokens, nothing is ranked.
 
 Side information: ceil(log2 n) bits per token for n levels, if more than one has tokens, and 8 bytes for each
 codec whose size depends on the values.
@@ -59,9 +60,11 @@ class _TokenLevels(Compressor):
                 raise option_error(self.name, option, codec.name, allowed)
             needs |= set(codec.needs)
         self.needs = tuple(sorted(needs))
+        self.decoder_needs = tuple(sorted({name for codec in self._levels for name in codec.decoder_needs}))
         chooses = sum(end > start for start, end in itertools.pairwise([0.0, *self._cumulative])) > 1
         by_place = metric in CAUSAL_METRICS or not chooses
         self.causal = by_place and all(codec.causal for codec in self._levels)
+        self.frame_invariant = not chooses and all(codec.frame_invariant for codec in self._levels)
         self.fixed_size = all(codec.fixed_size for codec in self._levels)
         self._nbits = (len(self._levels) - 1).bit_length()
         self._scratch = Scratch()
@@ -114,7 +117,7 @@ class _TokenLevels(Compressor):
         return Payload(data[:start], tuple(x.shape))
 
     @torch.no_grad()
-    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         data = self._data_without_meta(payload).to(device)
         sections, parts = self._layout(payload.shape)
         start = sections_nbytes(*sections)
@@ -124,8 +127,10 @@ class _TokenLevels(Compressor):
         sizes = self._sizes(parts, sizes_section, data.numel() - start)
         codes = self._received_codes(codes_section, payload.shape)
         x = torch.empty(payload.shape, dtype=dtype, device=device)
+        side = {name: value.to(device) for name, value in side.items()}
         for (codec, shape), index, nbytes in zip(parts, self._split(codes), sizes, strict=True):
-            part = codec.decompress(Payload(data[start : start + nbytes], shape), device, dtype)
+            part_side = {name: side[name].gather(1, index) for name in codec.decoder_needs}
+            part = codec.decompress(Payload(data[start : start + nbytes], shape), device, dtype, **part_side)
             x.scatter_(1, index[..., None].expand(shape), part)
             start += nbytes
         return x

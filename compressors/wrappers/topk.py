@@ -75,12 +75,12 @@ class TopK(Wrapper):
         return payload
 
     @torch.no_grad()
-    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         num_rows, width = math.prod(payload.shape[:-1]), payload.shape[-1]
         num_kept = self._num_kept(width)
         inner_shape = (*payload.shape[:-1], num_kept)
         inner, positions = self._part(payload, inner_shape, device, self._sections(payload.shape))
-        values = self.inner.decompress(inner, device, dtype).view(num_rows, num_kept)
+        values = self.inner.decompress(inner, device, dtype, **side).view(num_rows, num_kept)
         if self._uses_bitmap(width):
             kept = unpack(positions[0], 1, width)
             _check_on_host(kept.sum(1) == num_kept, f"a token's bitmap does not have {num_kept} bits")

@@ -59,7 +59,7 @@ class Zstd(Wrapper):
         return Payload(data.to(x.device), tuple(x.shape), inner.meta)
 
     @torch.no_grad()
-    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         data = payload.data.cpu().numpy()
         if data.size == 0:
             raise CorruptPayload("zstd payload is empty")
@@ -69,7 +69,7 @@ class Zstd(Wrapper):
         if flag == COMPRESSED:
             body = _unshuffle(self._inflate(body, self.inner.max_nbytes(payload.shape)), self.item_size)
         inner = Payload(torch.from_numpy(body), payload.shape, payload.meta)
-        return self.inner.decompress(inner, device, dtype)
+        return self.inner.decompress(inner, device, dtype, **side)
 
     def _inflate(self, frame: np.ndarray, max_nbytes: int) -> np.ndarray:
         """The content of one Zstandard frame; its length is checked before anything is allocated."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressors import Compressor, CorruptPayload, Payload
+from compressors import Compressor, CorruptPayload, Payload, make_compressor
 from compressors.check import CHECKS, find_violations, main
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +117,66 @@ class MixesRows(Sound):
         return super().compress(x - x.float().sum(0, keepdim=True).to(x.dtype))
 
 
+class ClaimsFrames(Sound):
+    frame_invariant = True
+
+
+class MixesClaimedRows(MixesRows):
+    causal = False
+    frame_invariant = True
+
+
+class PredictsFromTheTokenBefore(Sound):
+    """Causal, but a cut in the text is seen."""
+
+    frame_invariant = True
+
+    def compress(self, x):
+        before = torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+        return super().compress(x + 1e-3 * before)
+
+
+class RoundsByPlace(Sound):
+    """The last bits of a row depend on where in its block it stands, as a library's matrix product may have it."""
+
+    frame_invariant = True
+
+    def decompress(self, payload, device, dtype):
+        decoded = super().decompress(payload, device, torch.float32)
+        rows = decoded.view(-1, decoded.shape[-1])
+        rows[3::4] *= 1 + 2**-23
+        return decoded.to(dtype)
+
+
+class RemembersClaimedFrames(Drifts):
+    frame_invariant = True
+
+
+class NeedsWhatDoesNotTravel(Sound):
+    needs = ("importance", "colour")
+    decoder_needs = ("importance", "token_ids")
+
+    def compress(self, x, **side):
+        return super().compress(x)
+
+    def decompress(self, payload, device, dtype, **side):
+        return super().decompress(payload, device, dtype)
+
+
+class AddsTokenIds(Sound):
+    """Takes a token's id off at the receiver, and so needs it there."""
+
+    frame_invariant = True
+    needs = decoder_needs = ("token_ids",)
+
+    def compress(self, x, token_ids):
+        return super().compress(x.float() + 64 * token_ids[..., None])
+
+    def decompress(self, payload, device, dtype, token_ids):
+        decoded = super().decompress(payload, device, torch.float32)
+        return (decoded - 64 * token_ids[..., None]).to(dtype)
+
+
 class FailsOnNan(Sound):
     def compress(self, x):
         if x.isnan().any():
@@ -147,13 +207,52 @@ class NeedsAlignment(Sound):
 @pytest.fixture(autouse=True)
 def plugin_module(monkeypatch):
     module = types.ModuleType("checked_plugins")
-    module.__dict__.update({cls.__name__: cls for cls in [Sound, *Sound.__subclasses__()]})
+    classes = [cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, Sound)]
+    module.__dict__.update({cls.__name__: cls for cls in classes})
     monkeypatch.setitem(sys.modules, "checked_plugins", module)
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_a_sound_codec_passes(check):
-    assert find_violations("checked_plugins:Sound", check) == []
+@pytest.mark.parametrize("name", ["Sound", "ClaimsFrames", "AddsTokenIds"])
+def test_a_sound_codec_passes(name, check):
+    assert find_violations(f"checked_plugins:{name}", check) == []
+
+
+def test_a_plugin_makes_no_claim_for_frames():
+    assert not make_compressor("checked_plugins:Sound").frame_invariant
+    assert make_compressor("checked_plugins:Sound").decoder_needs == ()
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("checked_plugins:ClaimsFrames", "can generate\n"),
+        ("checked_plugins:AddsTokenIds", "can generate, with token ids beside the payload\n"),
+        ("checked_plugins:Sound", "cannot generate: frame_invariant is False; nothing was found against True"),
+        ("int4(granularity=tensor)", "cannot generate: a token's reconstruction depends on how a text is cut"),
+        ("token_mixed(metric=norm, fraction=1)", "cannot generate: it needs importance"),
+    ],
+)
+def test_the_command_says_whether_a_codec_can_generate(spec, words, capsys):
+    assert main([spec]) == 0
+    assert f": {words}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["hadamard({})", "zstd({})", "topk(inner={}, density=1)", "outlier(channels=[0], inner={})"]
+    + ["token_mixed(metric=uniform, fraction=0.5, high={}, low=int8)"],
+)
+def test_wrappers_pass_on_what_a_decoder_needs(spec):
+    codec = make_compressor(spec.format("checked_plugins:AddsTokenIds"))
+    assert codec.decoder_needs == ("token_ids",)
+    assert codec.frame_invariant == ("token_mixed" not in spec)
+    x, ids = torch.ones(2, 4, 96), torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])
+    payload = codec.compress(x, **{name: ids for name in codec.needs})
+    decoded = codec.decompress(payload, x.device, x.dtype, token_ids=ids)
+    torch.testing.assert_close(decoded, x, rtol=0.01, atol=0)
+    other = codec.decompress(payload, x.device, x.dtype, token_ids=ids + 1)
+    assert (other - x).abs().max() > 10
 
 
 @pytest.mark.parametrize(
@@ -171,6 +270,14 @@ def test_a_sound_codec_passes(check):
         ("ChangesItsInput", "input", "compress changes its input"),
         ("MixesTokens", "causality", "depends on later tokens: set causal = False"),
         ("MixesRows", "causality", "depends on another row: set causal = False"),
+        ("MixesClaimedRows", "frame invariance", "depends on whether other rows are in the frame"),
+        ("MixesClaimedRows", "frame invariance", "a codec that mixes no tokens is causal"),
+        ("PredictsFromTheTokenBefore", "frame invariance", "on how a text is cut into frames: set frame_invariant ="),
+        ("RoundsByPlace", "frame invariance", "depends on which tokens are in the frame"),
+        ("RemembersClaimedFrames", "frame invariance", "depends on"),
+        ("NeedsWhatDoesNotTravel", "side inputs", "needs has 'colour', allowed: importance, token_ids"),
+        ("NeedsWhatDoesNotTravel", "side inputs", "decoder_needs has 'importance', allowed: token_ids"),
+        ("NeedsWhatDoesNotTravel", "side inputs", "decoder_needs has 'token_ids', which needs has not"),
         ("FailsOnNan", "extreme values", "FloatingPointError: NaN"),
         ("CrashesOnLength", "corruption", "instead of CorruptPayload"),
         ("IgnoresLength", "corruption", "bytes are accepted, 2304 are right: raise CorruptPayload"),

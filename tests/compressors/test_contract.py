@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressors import CorruptPayload, Payload, builtin_names
-from compressors.check import CHECKS, find_violations, hidden_states
+from compressors.check import CHECKS, Subject, dependence_on_frames, find_violations, hidden_states
 from compressors.kernels import hadamard as kernels
 from compressors.rows import RowCodec
 from compressors.wrappers import hadamard
@@ -126,6 +126,20 @@ def test_codecs_marked_non_causal_are(spec):
     changed = x.clone()
     changed[0, 7, 40:] *= 100
     assert not torch.equal(round_trip(spec, changed)[0, :7], round_trip(spec, x)[0, :7])
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if not make(s).frame_invariant])
+def test_codecs_that_make_no_claim_for_frames_could_not(spec):
+    """`klt` and `klt_fixed`: tests/compressors/test_klt.py."""
+    assert list(dependence_on_frames(Subject(spec)))
+
+
+def test_the_codecs_of_a_token_can_generate():
+    for spec in SPECS:
+        outer, _, options = spec.partition("(")
+        mixes_tokens = "granularity=tensor" in options or "absmax=nested" in options or "channels=2" in options
+        mixes_tokens |= outer == "block_rowcol_mean" or ("token_" in spec and "fraction=1)" not in options)
+        assert make(spec).frame_invariant == (not mixes_tokens), spec
 
 
 @pytest.mark.parametrize("spec", SPECS)
