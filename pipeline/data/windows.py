@@ -31,6 +31,11 @@ class Window:
         """Positions that the model sees and that cross the links."""
         return self.end - self.start + self.prepend_bos
 
+    @property
+    def scored_columns(self) -> range:
+        """Input positions whose next token is scored."""
+        return range(self.num_inputs - 1 - self.num_scored, self.num_inputs - 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:

@@ -6,9 +6,7 @@ Every rank makes an `Evaluation`; rank 0 keeps journal, progress and record in a
 from __future__ import annotations
 
 import time
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 
 from compressors import Compressor, Payload
 from pipeline.comm.link_ends import LinkEnds, forward_hops, open_links
-from pipeline.comm.watchdog import PipelineError, tell
 from pipeline.comm.wire import header_nbytes
 from pipeline.evaluation.job import Job
 from pipeline.evaluation.recorder import Recorder, error_key
@@ -24,19 +21,18 @@ from pipeline.models.loading import TORCH_DTYPES
 from pipeline.models.stage import TokenWindows
 from pipeline.partition.passes import Pass, PassKind
 from pipeline.partition.schedule import ScheduleError
-from pipeline.records.store import RecordError
-from pipeline.runtime.codecs import cause_in_words, naming
+from pipeline.runtime.codecs import naming
 from pipeline.runtime.engine import Engine, Entry, Failure, Result, StageError
 from pipeline.runtime.head import Head
 from pipeline.runtime.memory import peak_rss_bytes, pss_bytes
 from pipeline.runtime.timing import (
-    blank_side_inputs,
     payload_from_json,
     payload_to_json,
     squared_error,
     time_compress,
     time_decompress,
 )
+from pipeline.runtime.together import failing_alike, from_all_ranks, warm_up
 from pipeline.runtime.worker import EndCodecs, Probe, StageWorker
 
 __all__ = ["Evaluation"]
@@ -74,7 +70,7 @@ class Evaluation(Job):
         credits = self.passes_in_flight()
         control.report("warming up codecs")
         start_s = time.perf_counter()
-        self._warm_up()
+        warm_up(control, self.codecs, self.deployment.devices, self.hidden_size, TORCH_DTYPES[self.config.model.dtype])
         warm_up_s = time.perf_counter() - start_s
         tokens = TokenWindows(self.text.ids, self.microbatches, self.text.bos_id)
         worker, ends = self._make_worker(tokens), self._open_links()
@@ -86,7 +82,7 @@ class Evaluation(Job):
             worker, ends, control.report, source=source, credits=credits, timeout_s=self.config.runtime.timeout_s
         )
         engine.run()
-        with self._failing_alike():
+        with failing_alike(self.control):
             if source and source.failure is not None:
                 raise StageError(source.failure)
         control.report("timing a token")
@@ -99,24 +95,6 @@ class Evaluation(Job):
         if not in_sweep:
             control.watchdog.advice = f"; the record was written before: {path}"
         return path
-
-    @contextmanager
-    def _failing_alike(self) -> Iterator[None]:
-        """Make a stage's or codec's failure on any rank in the enclosed work a StageError on all."""
-        failure = None
-        try:
-            yield
-        except StageError as e:
-            failure = str(e)
-        except (PipelineError, RecordError):
-            raise
-        except Exception as e:
-            place = self.control.watchdog.place
-            tell(f"ERROR: {place}: a codec raised\n{traceback.format_exc()}")
-            failure = f"{place}: {cause_in_words(e)}"
-        failures = [told for told in self.control.gather(failure) if told is not None]
-        if failures:
-            raise StageError(failures[0])
 
     def _make_worker(self, tokens: TokenWindows) -> StageWorker:
         plan = self.plan
@@ -184,46 +162,12 @@ class Evaluation(Job):
                 with naming(decoder):
                     stages[index + 1]["decompress_s"] = time_decompress(decoder, payload, device, dtype)
 
-        with self._failing_alike():
+        with failing_alike(self.control):
             own = self.control.in_turn(compress)
-        written = self._from_all_ranks(own)
-        with self._failing_alike():
+        written = from_all_ranks(self.control, own)
+        with failing_alike(self.control):
             self.control.in_turn(lambda: decompress(written))
         return {"stages": {str(index): times for index, times in stages.items()}, "links": links}
-
-    def _warm_up(self) -> None:
-        """Run this rank's codecs once on a small tensor, so that compiling kernels is not timed with the run."""
-        devices, dtype = self.deployment.devices, TORCH_DTYPES[self.config.model.dtype]
-        own = {}
-        with self._failing_alike(), self._one_rank_a_machine_first():
-            for index, encoder in self.codecs.encoders.items():
-                x = torch.ones((1, 2, self.hidden_size), dtype=dtype, device=devices[index])
-                with naming(encoder):
-                    payload = encoder.compress(x, **blank_side_inputs(encoder, x))
-                own[str(index)] = payload_to_json(payload)
-        written = self._from_all_ranks(own)
-        with self._failing_alike(), self._one_rank_a_machine_first():
-            for index, decoder in self.codecs.decoders.items():
-                device = devices[index + 1]
-                payload = payload_from_json(written[str(index)], device)
-                with naming(decoder):
-                    decoder.decompress(payload, device, dtype)
-
-    @contextmanager
-    def _one_rank_a_machine_first(self) -> Iterator[None]:
-        """The enclosed work on local rank 0, then on the others, which find the kernels that it compiled on disk."""
-        is_first = self.control.world.local_rank == 0
-        if not is_first:
-            self.control.barrier()
-        try:
-            yield
-        finally:
-            if is_first:
-                self.control.barrier()
-
-    def _from_all_ranks(self, by_link: dict[str, Any]) -> dict[str, Any]:
-        """JSON by link from every rank, in one mapping: a decoder's rank has no encoder to make it a frame."""
-        return {index: value for rank in self.control.gather(by_link) for index, value in rank.items()}
 
     def _gpus(self) -> set[torch.device]:
         return {device for device in self.deployment.devices.values() if device.type == "cuda"}

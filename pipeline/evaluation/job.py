@@ -8,7 +8,7 @@ from __future__ import annotations
 from pipeline.config.schema import RunConfig
 from pipeline.data.windows import make_microbatches
 from pipeline.partition.schedule import passes_in_flight
-from pipeline.runtime.codecs import codec_requests, make_codecs, make_link_parts, run_digest
+from pipeline.runtime.codecs import codec_requests, make_codecs, make_link_parts, run_digest, window_tokens
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.text import make_run_windows
 
@@ -33,7 +33,11 @@ class Job:
         self.windows = make_run_windows(config, text.ids, text.bos_id)
         self.microbatches = make_microbatches(self.windows, config.batch_size)
         requests = codec_requests(
-            config, self.plan, hidden_size=self.hidden_size, checkpoint=deployment.checkpoint_digest
+            config,
+            self.plan,
+            hidden_size=self.hidden_size,
+            max_tokens=window_tokens(config),
+            checkpoint=deployment.checkpoint_digest,
         )
         if deployment.codecs.serve(requests, measure_error=config.measure_error):
             self.codecs = deployment.codecs

@@ -23,6 +23,7 @@ from pipeline.importance.selection import make_metrics
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.partition.plan import Plan
 from pipeline.records.store import digest_of
+from pipeline.runtime.head import max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import Workload, link_specs
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "make_link_parts",
     "naming",
     "run_digest",
+    "window_tokens",
 ]
 
 _MAX_CAUSE = 400  # characters
@@ -62,7 +64,9 @@ class CodecFacts:
     codec_id: int
     causal: bool
     fixed_size: bool
+    frame_invariant: bool
     needs: list[str]
+    decoder_needs: list[str]
     importance_metric: str | None
 
     @classmethod
@@ -74,7 +78,9 @@ class CodecFacts:
             codec_id=codec.codec_id(),
             causal=codec.causal,
             fixed_size=codec.fixed_size,
+            frame_invariant=codec.frame_invariant,
             needs=list(codec.needs),
+            decoder_needs=list(codec.decoder_needs),
             importance_metric=codec.importance_metric,
         )
 
@@ -138,9 +144,18 @@ class LinkParts:
 
 
 def codec_requests(
-    config: RunConfig, plan: Plan, *, hidden_size: int, checkpoint: str | None = None
+    config: RunConfig,
+    plan: Plan,
+    *,
+    hidden_size: int,
+    max_tokens: int,
+    checkpoint: str | None = None,
+    decode: bool = False,
 ) -> list[CodecRequest]:
-    """Of all links, in link order. Raises ConfigError for a link that the plan does not have."""
+    """Of all links, in link order; with `decode` those of sampled tokens. A frame has at most `max_tokens` tokens.
+
+    Raises ConfigError for a link that the plan does not have.
+    """
     names = [link.name for link in plan.links]
     unknown = sorted(config.compressor_per_link.keys() - set(names))
     if unknown:
@@ -149,17 +164,22 @@ def codec_requests(
         )
     return [
         CodecRequest(
-            config.compressor_per_link.get(name, config.compressor),
+            config.codec_of(name, decode=decode),
             LinkInfo(
                 name=name,
                 hidden_size=hidden_size,
-                max_tokens=config.batch_size * config.dataset.max_length,
+                max_tokens=max_tokens,
                 dtype=TORCH_DTYPES[config.model.dtype],
                 checkpoint=checkpoint,
             ),
         )
         for name in names
     ]
+
+
+def window_tokens(config: RunConfig) -> int:
+    """Tokens of the largest micro-batch that a config can make."""
+    return config.batch_size * config.dataset.max_length
 
 
 def make_codec(request: CodecRequest) -> Compressor:
@@ -237,6 +257,8 @@ def make_link_parts(
             Workload(microbatches=microbatches),
             hidden_size=model_config.hidden_size,
             dtype=TORCH_DTYPES[config.model.dtype],
+            result_bound=lambda work: result_nbytes(microbatches, work),
+            max_result_nbytes=max_result_nbytes(microbatches, 0),
         )
         bounds = {str(i): {str(what): nbytes for what, nbytes in specs[i].bounds.items()} for i in codecs.ends}
         return (metrics, specs), [{str(index): metric.describe() for index, metric in metrics.items()}, bounds]

@@ -10,6 +10,7 @@ import datetime
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,14 @@ from pipeline.models.source import checkpoint_fingerprint, resolve_model
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import Plan
 from pipeline.records.environment import Environment
-from pipeline.runtime.codecs import LinkCodecs, codec_requests, make_codecs, make_link_parts, run_digest
+from pipeline.runtime.codecs import (
+    LinkCodecs,
+    codec_requests,
+    make_codecs,
+    make_link_parts,
+    run_digest,
+    window_tokens,
+)
 from pipeline.runtime.devices import (
     available_cores,
     choose_threads,
@@ -35,8 +43,16 @@ from pipeline.runtime.devices import (
     stage_devices,
 )
 from pipeline.runtime.environment import gather_environment
+from pipeline.runtime.link_specs import generation_workload
 from pipeline.runtime.placement import check_world_size, make_plan
-from pipeline.runtime.text import TokenizedText, check_bos, check_max_length, make_run_windows, tokenize_once
+from pipeline.runtime.text import (
+    NO_TEXT,
+    TokenizedText,
+    check_bos,
+    check_max_length,
+    make_run_windows,
+    tokenize_once,
+)
 from pipeline.runtime.timing import time_one_token
 
 __all__ = ["Deployment", "deploy"]
@@ -56,6 +72,7 @@ class Deployment:
 
     control: Control
     plan: Plan
+    model_dir: Path
     model_config: Any
     checkpoint_digest: str
     notes: tuple[str, ...]
@@ -76,8 +93,12 @@ def deploy(
     control: Control,
     check: Callable[[Plan, Any], None] | None = None,
     claim: Callable[[str], None] | None = None,
+    *,
+    with_text: bool = True,
 ) -> Deployment:
     """Agree, resolve, plan, tokenise, check codecs and load this rank's stages.
+
+    Without a text to score, codecs are those of generation.
 
     `check(plan, model_config)` may raise where they do not serve what is to be done, and `claim(digest)`, on rank 0,
     where the run with this digest cannot be recorded. Raises ValueError (ConfigError,
@@ -97,7 +118,8 @@ def deploy(
         show_progress=world.local_rank == 0,
     )
     model_config = load_model_config(model_dir, model.architecture, trust_remote_code=model.trust_remote_code)
-    check_max_length(config, model_config)
+    if with_text:
+        check_max_length(config, model_config)
     plan = make_plan(config, model_config.num_hidden_layers)
     if check is not None:
         check(plan, model_config)
@@ -108,27 +130,10 @@ def deploy(
     if world.rank == 0:
         for note in notes:
             logger.warning("%s", note)
-    control.report("tokenising")
-    text = tokenize_once(config, control, model_dir, vocab_size=model_config.vocab_size)
-    check_bos(config, text.bos_id)
-    control.report("making codecs")
-    requests = codec_requests(config, plan, hidden_size=model_config.hidden_size, checkpoint=checkpoint_digest)
-    codecs = make_codecs(requests, plan, control, measure_error=config.measure_error)
-    parts = make_link_parts(
-        config,
-        plan,
-        control,
-        codecs,
-        make_microbatches(make_run_windows(config, text.ids, text.bos_id), config.batch_size),
-        model_config=model_config,
-        checkpoint_digest=checkpoint_digest,
-        ids_sha256=text.ids_sha256,
-    )
-    if claim is not None and world.rank == 0:
-        digest = run_digest(
-            config, codecs, parts, checkpoint=checkpoint_digest, ids_sha256=text.ids_sha256, bos_id=text.bos_id
-        )
-        claim(digest)
+    if with_text:
+        text, codecs = _prepare_text(config, control, plan, model_dir, model_config, checkpoint_digest, claim)
+    else:
+        text, codecs = NO_TEXT, _generation_codecs(config, control, plan, model_config, checkpoint_digest)
     environment = gather_environment(control, devices, threads)
     gpus, backend, channels = _open_channels(config, control, plan, devices)
     control.report("loading weights")
@@ -160,6 +165,7 @@ def deploy(
     return Deployment(
         control=control,
         plan=plan,
+        model_dir=model_dir,
         model_config=model_config,
         checkpoint_digest=checkpoint_digest,
         notes=notes,
@@ -174,6 +180,61 @@ def deploy(
         environment=environment,
         one_token_compute_s=one_token_compute_s,
     )
+
+
+def _prepare_text(
+    config: RunConfig,
+    control: Control,
+    plan: Plan,
+    model_dir: Path,
+    model_config: Any,
+    checkpoint_digest: str,
+    claim: Callable[[str], None] | None,
+) -> tuple[TokenizedText, LinkCodecs]:
+    """The text's ids, and codecs that can carry its windows."""
+    control.report("tokenising")
+    text = tokenize_once(config, control, model_dir, vocab_size=model_config.vocab_size)
+    check_bos(config, text.bos_id)
+    control.report("making codecs")
+    requests = codec_requests(
+        config,
+        plan,
+        hidden_size=model_config.hidden_size,
+        max_tokens=window_tokens(config),
+        checkpoint=checkpoint_digest,
+    )
+    codecs = make_codecs(requests, plan, control, measure_error=config.measure_error)
+    parts = make_link_parts(
+        config,
+        plan,
+        control,
+        codecs,
+        make_microbatches(make_run_windows(config, text.ids, text.bos_id), config.batch_size),
+        model_config=model_config,
+        checkpoint_digest=checkpoint_digest,
+        ids_sha256=text.ids_sha256,
+    )
+    if claim is not None and control.world.rank == 0:
+        claim(
+            run_digest(
+                config, codecs, parts, checkpoint=checkpoint_digest, ids_sha256=text.ids_sha256, bos_id=text.bos_id
+            )
+        )
+    return text, codecs
+
+
+def _generation_codecs(
+    config: RunConfig, control: Control, plan: Plan, model_config: Any, checkpoint_digest: str
+) -> LinkCodecs:
+    control.report("making codecs")
+    requests = codec_requests(
+        config,
+        plan,
+        hidden_size=model_config.hidden_size,
+        max_tokens=generation_workload(config, model_config).max_tokens,
+        checkpoint=checkpoint_digest,
+    )
+    return make_codecs(requests, plan, control, measure_error=False)
 
 
 def _set_threads(config: RunConfig, control: Control) -> int:

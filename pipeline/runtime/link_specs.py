@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from compressors import Compressor
 from pipeline.comm.link import HiddenSpec, LinkSpec, ResultSpec
 from pipeline.comm.wire import WireFormat
+from pipeline.config.schema import RunConfig
 from pipeline.data.windows import MicroBatch
 from pipeline.partition.passes import Pass, PassKind
 from pipeline.partition.plan import Plan
 
-__all__ = ["Workload", "gradient_specs", "link_specs"]
+__all__ = ["Workload", "generation_workload", "gradient_specs", "link_specs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,38 +30,62 @@ class Workload:
     max_tokens: int = 0
 
 
+def generation_workload(config: RunConfig, model_config: Any) -> Workload:
+    """One row a slot; a prompt's chunk, or one token of every slot. Raises ConfigError for slots that are too long."""
+    generation = config.generation
+    length = generation.slot_length(getattr(model_config, "max_position_embeddings", None))
+    chunk = min(generation.prefill_chunk or length, length)
+    return Workload(max_rows=generation.max_slots, max_tokens=max(chunk, generation.max_slots))
+
+
 def link_specs(
-    plan: Plan, codecs: Mapping[int, Compressor], workload: Workload, *, hidden_size: int, dtype: torch.dtype
+    plan: Plan,
+    codecs: Mapping[int, Compressor],
+    workload: Workload,
+    *,
+    hidden_size: int,
+    dtype: torch.dtype,
+    decoding: Mapping[int, Compressor] = MappingProxyType({}),
+    id_nbytes: int = 4,
+    result_bound: Callable[[Pass], int] | None = None,
+    max_result_nbytes: int = 0,
 ) -> dict[int, LinkSpec]:
-    """By link index as `codecs`, and of the link of results, which is there where the head is not on node 0."""
+    """By link index as `codecs`, and of the link of results, which is there where the head is not on node 0.
+
+    `decoding` are the codecs of DECODE passes, where they are others. A result has at most `result_bound(pass)` bytes.
+    """
     shapes = [m.shape for m in workload.microbatches]
-    specs: dict[int, LinkSpec] = {
-        index: HiddenSpec(
+    specs: dict[int, LinkSpec] = {}
+    for index, codec in sorted(codecs.items()):
+        both = (codec, decoding.get(index, codec))
+
+        def bound(kind: PassKind, shape: tuple[int, ...], both: tuple[Compressor, Compressor] = both) -> int:
+            return both[kind is PassKind.DECODE].max_nbytes(shape)
+
+        specs[index] = HiddenSpec(
             name=plan.links[index].name,
-            wire=WireFormat(link_index=index, num_trail=index, codec_ids=(codec.codec_id(),)),
+            wire=WireFormat(
+                link_index=index,
+                num_trail=index,
+                codec_ids=tuple(dict.fromkeys(codec.codec_id() for codec in both)),
+                id_nbytes=id_nbytes,
+            ),
             dtype=dtype,
             hidden_size=hidden_size,
-            bound=lambda kind, shape, codec=codec: codec.max_nbytes(shape),
+            bound=bound,
             microbatch_shapes=shapes,
             max_rows=workload.max_rows,
             max_tokens=workload.max_tokens,
         )
-        for index, codec in sorted(codecs.items())
-    }
     if plan.last_node != 0:
-        num_scored = [m.num_scored for m in workload.microbatches]
-
-        def bound(work: Pass) -> int:
-            if work.kind is not PassKind.SCORE or work.microbatch_index is None:
-                raise ValueError(f"no result is due of a {work}")
-            return 8 * num_scored[work.microbatch_index]
-
+        assert result_bound is not None
         num_links = len(plan.links)
         specs[num_links] = ResultSpec(
             name=f"result:node{plan.last_node}->node0",
             wire=WireFormat(link_index=num_links, num_trail=num_links, codec_ids=()),
-            bound=bound,
-            max_nbytes=8 * max(num_scored, default=0),
+            bound=result_bound,
+            max_nbytes=max_result_nbytes,
+            max_rows=workload.max_rows,
         )
     return specs
 

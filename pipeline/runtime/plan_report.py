@@ -39,7 +39,8 @@ def plan_text(config: RunConfig) -> str:
     dtype = TORCH_DTYPES[config.model.dtype]
     shape = (config.batch_size, config.dataset.max_length, model_config.hidden_size)
     num_tokens = shape[0] * shape[1]
-    codecs = [make_codec(request) for request in codec_requests(config, plan, hidden_size=model_config.hidden_size)]
+    requests = codec_requests(config, plan, hidden_size=model_config.hidden_size, max_tokens=num_tokens)
+    codecs = [make_codec(request) for request in requests]
     weights = {
         stage.stage_index: stage_parameter_bytes(
             model_config,

@@ -14,7 +14,7 @@ from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.text import ids_digest, load_text, tokenize
 from pipeline.data.windows import Window, make_windows
 
-__all__ = ["TokenizedText", "check_bos", "check_max_length", "make_run_windows", "tokenize_once"]
+__all__ = ["NO_TEXT", "TokenizedText", "check_bos", "check_max_length", "make_run_windows", "tokenize_once"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,11 @@ class TokenizedText:
         if ids.numel() == self.ids.numel():
             return self
         return dataclasses.replace(self, ids=ids, ids_sha256=ids_digest(ids.numpy()))
+
+
+NO_TEXT = TokenizedText(
+    ids=torch.empty(0, dtype=torch.int64), bos_id=None, description="no text", text_sha256="", ids_sha256=""
+)
 
 
 def tokenize_once(config: RunConfig, control: Control, model_dir: Path, *, vocab_size: int) -> TokenizedText:

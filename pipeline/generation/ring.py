@@ -1,0 +1,193 @@
+"""A deployed model with slots open: what every rank sets up to generate, and its share of the work.
+
+Rank 0 hands in a source of passes; the others follow frames.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from compressors import Compressor
+from pipeline.comm.link_ends import forward_hops, open_links
+from pipeline.config.schema import ConfigError, RunConfig
+from pipeline.models.loading import TORCH_DTYPES
+from pipeline.models.stage import TokenWindows
+from pipeline.partition.plan import Plan
+from pipeline.partition.schedule import passes_in_flight
+from pipeline.runtime.codecs import CodecFacts, LinkCodecs, codec_requests, make_codecs
+from pipeline.runtime.deployment import Deployment
+from pipeline.runtime.devices import available_cores
+from pipeline.runtime.engine import Engine, Source
+from pipeline.runtime.head import Head, max_result_nbytes, result_nbytes
+from pipeline.runtime.link_specs import generation_workload, link_specs
+from pipeline.runtime.memory import peak_rss_bytes, pss_bytes
+from pipeline.runtime.together import warm_up
+from pipeline.runtime.worker import EndCodecs, StageWorker
+
+__all__ = ["GenerationRing"]
+
+
+class GenerationRing:
+    """One config on one deployment; every rank makes it alike.
+
+    Attributes:
+        slot_length: positions of a slot.
+        prefill_chunk: tokens of a prompt in one pass.
+        passes: of sampled tokens that are worth having under way at once.
+
+    Raises ConfigError, on all ranks, for codecs that generation cannot use.
+    """
+
+    def __init__(self, config: RunConfig, deployment: Deployment) -> None:
+        self.config, self.deployment = config, deployment
+        plan, control, generation = deployment.plan, deployment.control, config.generation
+        self.workload = generation_workload(config, deployment.model_config)
+        positions = getattr(deployment.model_config, "max_position_embeddings", None)
+        self.slot_length = generation.slot_length(positions)
+        self.prefill_chunk = min(generation.prefill_chunk or self.slot_length, self.slot_length)
+        self.codecs = deployment.codecs
+        self.decode_codecs = self._decode_codecs()
+        for facts in (*self.codecs.facts, *self.decode_codecs.facts):
+            _check_codec(facts)
+        self.passes = generation.passes or self._num_working_at_once()
+        self.credits = passes_in_flight(
+            plan,
+            config.runtime.in_flight,
+            receives_ahead=config.runtime.receives_ahead,
+            world_size=control.world.world_size,
+        )
+        dtype = TORCH_DTYPES[config.model.dtype]
+        hidden_size = deployment.model_config.hidden_size
+        for codecs in dict.fromkeys((self.codecs, self.decode_codecs)):
+            warm_up(control, codecs, deployment.devices, hidden_size, dtype)
+        for stage in deployment.stages.values():
+            stage.open_slots(generation.max_slots, self.slot_length)
+        tokens = TokenWindows(deployment.text.ids, (), None)
+        result_link = len(plan.links) if plan.last_node != 0 else None
+        self._worker = StageWorker(
+            deployment.stages, self._end_codecs(), Head(tokens, result_link), tokens, dtype=dtype
+        )
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Of this rank's caches."""
+        return sum(stage.slots.nbytes for stage in self.deployment.stages.values() if stage.slots is not None)
+
+    def run(self, source: Source | None) -> list[dict[str, Any]]:
+        """Until the source, rank 0's, is done; returns what every rank tells of it, on every rank."""
+        deployment, control, runtime = self.deployment, self.deployment.control, self.config.runtime
+        ends = open_links(
+            forward_hops(deployment.plan, devices=deployment.devices, channels=deployment.channels),
+            self._specs(),
+            control.world,
+            receives_ahead=runtime.receives_ahead,
+        )
+        if source is not None and hasattr(source, "wake"):
+            source.wake = ends.wake
+        control.barrier()
+        start_s = time.perf_counter()
+        Engine(
+            self._worker, ends, control.report, source=source, credits=self.credits, timeout_s=runtime.timeout_s
+        ).run()
+        report = {
+            "rank": control.world.rank,
+            "host": control.host,
+            "threads": deployment.threads,
+            "run_s": time.perf_counter() - start_s,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "pss_bytes": pss_bytes(),
+            "cache_bytes": self.cache_nbytes,
+            "stages": {
+                str(index): {"device": str(deployment.devices[index]), **times.as_dict()}
+                for index, times in self._worker.times.items()
+            },
+            "sent": {sender.spec.name: sender.traffic.as_dict() for sender in ends.senders.values()},
+        }
+        return control.gather(report)
+
+    def close(self) -> None:
+        """Free the slots."""
+        for stage in self.deployment.stages.values():
+            stage.close_slots()
+
+    def _decode_codecs(self) -> LinkCodecs:
+        """Those of sampled tokens: the others' where they are asked for alike."""
+        deployment = self.deployment
+        requests = codec_requests(
+            self.config,
+            deployment.plan,
+            hidden_size=deployment.model_config.hidden_size,
+            max_tokens=self.workload.max_tokens,
+            checkpoint=deployment.checkpoint_digest,
+            decode=True,
+        )
+        if self.codecs.serve(requests, measure_error=False):
+            return self.codecs
+        return make_codecs(requests, deployment.plan, deployment.control, measure_error=False)
+
+    def _end_codecs(self) -> EndCodecs:
+        decoding = None
+        if self.decode_codecs is not self.codecs:
+            decoding = EndCodecs(encoders=self.decode_codecs.encoders, decoders=self.decode_codecs.decoders)
+        both = list(zip(self.codecs.facts, self.decode_codecs.facts, strict=True))
+        return EndCodecs(
+            encoders=self.codecs.encoders,
+            decoders=self.codecs.decoders,
+            decoding=decoding,
+            ids_onward=_ids_onward(self.deployment.plan, both),
+        )
+
+    def _specs(self) -> dict[int, Any]:
+        deployment = self.deployment
+        decoding: Mapping[int, Compressor] = {} if self.decode_codecs is self.codecs else self.decode_codecs.ends
+        return link_specs(
+            deployment.plan,
+            self.codecs.ends,
+            self.workload,
+            hidden_size=deployment.model_config.hidden_size,
+            dtype=TORCH_DTYPES[self.config.model.dtype],
+            decoding=decoding,
+            id_nbytes=max(1, math.ceil(math.log2(max(2, deployment.model_config.vocab_size)) / 8)),
+            result_bound=lambda work: result_nbytes((), work),
+            max_result_nbytes=max_result_nbytes((), self.workload.max_rows),
+        )
+
+    def _num_working_at_once(self) -> int:
+        """Ranks that can compute at the same time: a GPU each, or as many threads as the machine has cores."""
+        control, deployment = self.deployment.control, self.deployment
+        is_gpu = any(device.type == "cuda" for device in deployment.devices.values())
+        told = control.gather([control.host, available_cores() // deployment.threads, is_gpu])
+        by_host: dict[str, int] = {}
+        for host, at_once, on_gpu in told:
+            by_host[host] = by_host.get(host, 0) + 1
+        limits = {host: at_once for host, at_once, on_gpu in told if not on_gpu}
+        return sum(max(1, min(count, limits.get(host, count))) for host, count in by_host.items())
+
+
+def _check_codec(facts: CodecFacts) -> None:
+    if not facts.frame_invariant:
+        raise ConfigError(
+            f"codec {facts.name} cannot be used to generate: what it makes of a token depends on the tokens that share "
+            "its frame, so an answer would depend on what else is under way. Codecs that treat every token alike (nf4, "
+            "int8, hadamard(int4), klt(temporal=false), ...) can: see frame_invariant in docs/writing_a_codec.md"
+        )
+    if "importance" in facts.needs:
+        raise ConfigError(f"codec {facts.name} needs the importance of tokens, which generation does not compute")
+
+
+def _ids_onward(plan: Plan, facts: Sequence[tuple[CodecFacts, CodecFacts]]) -> frozenset[int]:
+    """Links that token ids cross: those before a head on another node, or before a codec that takes ids."""
+    if plan.last_node != 0:
+        return frozenset(range(len(plan.links)))
+    readers = [
+        (index, "token_ids" in codec.needs and index > 0, "token_ids" in codec.decoder_needs)
+        for index, both in enumerate(facts)
+        for codec in both
+    ]
+    last = max([index if takes else index - 1 for index, sends, takes in readers if sends or takes], default=-1)
+    return frozenset(range(last + 1))
