@@ -6,7 +6,9 @@ Every rank makes an `Evaluation`; rank 0 keeps journal, progress and record in a
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from pipeline.comm.wire import header_nbytes
 from pipeline.evaluation.job import Job
 from pipeline.evaluation.recorder import Recorder, error_key
 from pipeline.models.loading import TORCH_DTYPES
-from pipeline.models.stage import TokenWindows
-from pipeline.partition.passes import Pass, PassKind
+from pipeline.models.stage import Scores, TokenWindows
+from pipeline.partition.passes import Pass, PassKind, Row
 from pipeline.partition.schedule import ScheduleError
 from pipeline.runtime.codecs import naming
 from pipeline.runtime.engine import Engine, Entry, Failure, Result, StageError
@@ -74,14 +76,21 @@ class Evaluation(Job):
         warm_up_s = time.perf_counter() - start_s
         tokens = TokenWindows(self.text.ids, self.microbatches, self.text.bos_id)
         worker, ends = self._make_worker(tokens), self._open_links()
-        source = _Windows(tokens, recorder, first) if recorder else None
+        source = None
+        if recorder:
+            source = (
+                _DecodedWindows(tokens, recorder, first, self.config.evaluation.decode_chunk)
+                if self.decodes
+                else _Windows(tokens, recorder, first)
+            )
         control.barrier()
         if recorder:
             recorder.begin()
         engine = Engine(
             worker, ends, control.report, source=source, credits=credits, timeout_s=self.config.runtime.timeout_s
         )
-        engine.run()
+        with self._slots():
+            engine.run()
         with failing_alike(self.control):
             if source and source.failure is not None:
                 raise StageError(source.failure)
@@ -100,7 +109,7 @@ class Evaluation(Job):
         plan = self.plan
         return StageWorker(
             self.deployment.stages,
-            EndCodecs(encoders=self.codecs.encoders, decoders=self.codecs.decoders),
+            EndCodecs.make(plan, self.codecs, self.decode_codecs),
             Head(tokens, len(plan.links) if plan.last_node != 0 else None),
             tokens,
             dtype=TORCH_DTYPES[self.config.model.dtype],
@@ -117,9 +126,24 @@ class Evaluation(Job):
             receives_ahead=self.config.runtime.receives_ahead,
         )
 
+    @contextmanager
+    def _slots(self) -> Iterator[None]:
+        """Caches for the windows of one micro-batch, where they go token by token."""
+        if not self.decodes:
+            yield
+            return
+        stages = self.deployment.stages.values()
+        for stage in stages:
+            stage.open_slots(self.config.batch_size, max(m.shape[1] for m in self.microbatches))
+        try:
+            yield
+        finally:
+            for stage in stages:
+                stage.close_slots()
+
     def _make_probes(self) -> dict[int, Probe]:
         """What measures the reconstruction at this rank's sending ends, with decoders of their own."""
-        if not self.config.measure_error:
+        if not self.measures_error:
             return {}
 
         def make_probe(index: int, decoder: Compressor) -> Probe:
@@ -222,3 +246,87 @@ class _Windows:
             self.failure = self.failure or result.cause
         elif self.failure is None:
             self._recorder.take(work.microbatch_index, result.value, result.trail)
+
+
+class _DecodedWindows:
+    """The source that scores the same windows through a cache, as an answer's tokens go.
+
+    What stands in front of a micro-batch's first scored token is prefilled at once, the rest goes `decode_chunk` tokens
+    at a time. Tokens are known beforehand, so passes follow each other without waiting, and one set of slots serves all.
+    """
+
+    def __init__(self, tokens: TokenWindows, recorder: Recorder, first: int, chunk: int) -> None:
+        self.failure: str | None = None
+        self._tokens, self._recorder, self._following, self._chunk = tokens, recorder, first, chunk
+        self._due: deque[Entry] = deque()
+        self._taken: list[tuple[Pass, Result]] = []
+
+    @property
+    def is_done(self) -> bool:
+        return self.failure is not None or (
+            not self._due and self._following == len(self._tokens.microbatches)
+        )
+
+    def next(self) -> Entry | None:
+        if self.is_done:
+            return None
+        if not self._due:
+            self._recorder.journal.start(self._following)
+            self._due.extend(self._entries(self._following))
+            self._following += 1
+        return self._due.popleft()
+
+    def take(self, work: Pass, result: Result | Failure) -> None:
+        assert work.microbatch_index is not None
+        if isinstance(result, Failure):
+            self.failure = self.failure or result.cause
+        if isinstance(result, Failure) or self.failure is not None:
+            return
+        self._taken.append((work, result))
+        if work.rows[0].start + work.num_tokens == self._tokens.microbatches[work.microbatch_index].shape[1]:
+            self._finish(work.microbatch_index)
+
+    def _entries(self, index: int) -> Iterator[Entry]:
+        ids, windows = self._tokens.input_ids(index), self._tokens.microbatches[index].windows
+        length = ids.shape[1]
+        start, end = 0, min(window.scored_columns.start for window in windows)
+        kind = PassKind.PREFILL
+        while start < length:
+            if end > start:
+                yield Entry(
+                    work=Pass(
+                        kind=kind,
+                        rows=tuple(Row(slot, start) for slot in range(len(windows))),
+                        num_tokens=end - start,
+                        scores=True,
+                        microbatch_index=index,
+                    ),
+                    token_ids=ids[:, start:end],
+                )
+            kind, start = PassKind.DECODE, end
+            end = min(start + self._chunk, length)
+
+    def _finish(self, index: int) -> None:
+        """Put a micro-batch's scores into their order, window by window, and add up its bytes."""
+        rows, columns, _ = self._tokens.scored(index)
+        loss, top1 = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.int32)
+        num_links = len(self._taken[0][1].trail)
+        payload_bytes, header_bytes = [0] * num_links, [0] * num_links
+        for work, result in self._taken:
+            start = work.rows[0].start
+            here = (columns >= start) & (columns < start + work.num_tokens)
+            loss[here], top1[here] = result.value.loss, result.value.top1
+            for link, nbytes in enumerate(result.trail):
+                payload_bytes[link] += nbytes
+                header_bytes[link] += header_nbytes(
+                    num_rows=len(work.rows), is_indexed=True, trail=result.trail[:link]
+                )
+        num_frames = len(self._taken)
+        self._taken.clear()
+        self._recorder.take(
+            index,
+            Scores(loss, top1),
+            tuple(payload_bytes),
+            num_frames=num_frames,
+            header_bytes=tuple(header_bytes),
+        )

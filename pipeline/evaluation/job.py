@@ -5,11 +5,25 @@ Between a deployment, which outlives it, and `evaluation.py`, which runs it.
 
 from __future__ import annotations
 
-from pipeline.config.schema import RunConfig
+from typing import Any
+
+from pipeline.comm.link import LinkSpec
+from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.windows import make_microbatches
+from pipeline.models.loading import TORCH_DTYPES
 from pipeline.partition.schedule import passes_in_flight
-from pipeline.runtime.codecs import codec_requests, make_codecs, make_link_parts, run_digest, window_tokens
+from pipeline.runtime.codecs import (
+    LinkCodecs,
+    codec_requests,
+    make_codecs,
+    make_decode_codecs,
+    make_link_parts,
+    run_digest,
+    window_tokens,
+)
 from pipeline.runtime.deployment import Deployment
+from pipeline.runtime.head import max_result_nbytes, result_nbytes
+from pipeline.runtime.link_specs import Workload, id_nbytes, link_specs
 from pipeline.runtime.text import make_run_windows
 
 __all__ = ["Job"]
@@ -39,10 +53,13 @@ class Job:
             max_tokens=window_tokens(config),
             checkpoint=deployment.checkpoint_digest,
         )
-        if deployment.codecs.serve(requests, measure_error=config.measure_error):
+        self.decodes = config.evaluation.mode == "decode"
+        self.measures_error = config.measure_error and not self.decodes
+        if deployment.codecs.serve(requests, measure_error=self.measures_error):
             self.codecs = deployment.codecs
         else:
-            self.codecs = make_codecs(requests, self.plan, self.control, measure_error=config.measure_error)
+            self.codecs = make_codecs(requests, self.plan, self.control, measure_error=self.measures_error)
+        self.decode_codecs = self._decode_codecs() if self.decodes else self.codecs
         parts = make_link_parts(
             config,
             self.plan,
@@ -54,6 +71,8 @@ class Job:
             ids_sha256=text.ids_sha256,
         )
         self.metrics, self.specs, self.importance = parts.metrics, parts.specs, parts.importance
+        if self.decodes:
+            self.specs = self._decode_specs()
         self.digest = run_digest(
             config,
             self.codecs,
@@ -63,6 +82,13 @@ class Job:
             bos_id=text.bos_id,
         )
 
+    @property
+    def decode_protocol(self) -> dict[str, Any]:
+        """What a record's protocol says beyond that of windows; empty for those."""
+        if not self.decodes:
+            return {}
+        return {"mode": "decode", "decode_chunk": self.config.evaluation.decode_chunk}
+
     def passes_in_flight(self) -> int:
         """Raises ScheduleError for a setting that would deadlock."""
         runtime = self.config.runtime
@@ -71,4 +97,37 @@ class Job:
             runtime.in_flight,
             receives_ahead=runtime.receives_ahead,
             world_size=self.control.world.world_size,
+        )
+
+    def _decode_codecs(self) -> LinkCodecs:
+        for facts in self.codecs.facts:
+            if facts.importance_metric is not None:
+                raise ConfigError(
+                    f"codec {facts.name} needs the importance of tokens, which evaluation.mode=decode does not compute"
+                )
+        return make_decode_codecs(
+            self.config,
+            self.plan,
+            self.control,
+            self.codecs,
+            hidden_size=self.hidden_size,
+            max_tokens=window_tokens(self.config),
+            checkpoint=self.deployment.checkpoint_digest,
+        )
+
+    def _decode_specs(self) -> dict[int, LinkSpec]:
+        windows = self.microbatches
+        workload = Workload(
+            microbatches=windows, max_rows=self.config.batch_size, max_tokens=max(m.num_tokens for m in windows)
+        )
+        return link_specs(
+            self.plan,
+            self.codecs.ends,
+            workload,
+            hidden_size=self.hidden_size,
+            dtype=TORCH_DTYPES[self.config.model.dtype],
+            decoding=self.decode_codecs.ends,
+            id_nbytes=id_nbytes(self.deployment.model_config.vocab_size),
+            result_bound=lambda work: result_nbytes(windows, work),
+            max_result_nbytes=max_result_nbytes(windows, 0),
         )

@@ -43,7 +43,7 @@ class Recorder:
             )
         environment = job.deployment.environment
         self.journal = Journal.open(folder, job.digest, resume=resume, environment=environment)
-        if config.measure_error and any(done.squared_error is None for done in self.journal.finished):
+        if job.measures_error and any(done.squared_error is None for done in self.journal.finished):
             logger.warning("the unfinished run was started without measure_error; it starts over")
             self.journal.close()
             self.journal = Journal.open(folder, job.digest, resume=False, environment=environment)
@@ -76,14 +76,22 @@ class Recorder:
             )
         self.journal.restart_clock()
 
-    def take(self, microbatch_index: int, scores: Scores, payload_bytes: tuple[int, ...]) -> None:
-        """One micro-batch is finished ; `payload_bytes` of each link."""
+    def take(
+        self,
+        microbatch_index: int,
+        scores: Scores,
+        payload_bytes: tuple[int, ...],
+        *,
+        num_frames: int = 1,
+        header_bytes: tuple[int, ...] | None = None,
+    ) -> None:
+        """One micro-batch is finished; bytes are those of each link, of headers where it crossed as several frames."""
         loss, top1 = scores.loss.numpy(), scores.top1.numpy()
         squared_error = None
-        if self._job.config.measure_error:
+        if self._job.measures_error:
             keys = [error_key(index, microbatch_index) for index in range(len(payload_bytes))]
             squared_error = tuple(map(tuple, self._job.control.take(keys)))
-        self.journal.finish(FinishedMicroBatch(payload_bytes, loss, top1, squared_error))
+        self.journal.finish(FinishedMicroBatch(payload_bytes, loss, top1, squared_error, num_frames, header_bytes))
         microbatch = self._job.microbatches[microbatch_index]
         self._progress.add(num_tokens=microbatch.num_tokens, loss=loss, payload_bytes=payload_bytes)
 
@@ -158,10 +166,12 @@ class Recorder:
         traffic = {link.name: LinkTraffic() for link in plan.links}
         for microbatch, done in zip(job.microbatches, journal.finished, strict=True):
             for link in plan.links:
+                header_bytes = header_nbytes(is_indexed=True, trail=done.payload_bytes[: link.index])
                 traffic[link.name].add(
                     num_tokens=microbatch.num_tokens,
                     payload_bytes=done.payload_bytes[link.index],
-                    header_bytes=header_nbytes(is_indexed=True, trail=done.payload_bytes[: link.index]),
+                    header_bytes=header_bytes if done.header_bytes is None else done.header_bytes[link.index],
+                    num_frames=done.num_frames,
                 )
         hidden_size = job.hidden_size
         return {
@@ -230,6 +240,7 @@ class Recorder:
             },
             "protocol": {
                 "name": "token perplexity, sliding window",
+                **job.decode_protocol,
                 "max_length": config.dataset.max_length,
                 "stride": config.dataset.stride,
                 "bos": config.dataset.bos,
@@ -241,7 +252,7 @@ class Recorder:
 
     def _reconstruction(self) -> dict[str, Any]:
         """Relative squared error of each link over all frames, where it was measured."""
-        if not self._job.config.measure_error:
+        if not self._job.measures_error:
             return {}
         errors = {}
         for link in self._job.plan.links:

@@ -134,7 +134,7 @@ class _SweepRecorder:
 
     def find(self, evaluation: Evaluation) -> Path | None:
         """The record of an evaluation, if there is one that lacks nothing which the config asks for."""
-        wanted = {"one_token", "reconstruction"} if evaluation.config.measure_error else {"one_token"}
+        wanted = {"one_token", "reconstruction"} if evaluation.measures_error else {"one_token"}
         for path, record in self._records.get(evaluation.digest, ()):
             if wanted <= record.keys():
                 try:

@@ -5,26 +5,21 @@ Rank 0 hands in a source of passes; the others follow frames.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from compressors import Compressor
+from pipeline.comm.link import LinkSpec
 from pipeline.comm.link_ends import forward_hops, open_links
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.models.stage import TokenWindows
-from pipeline.partition.plan import Plan
 from pipeline.partition.schedule import passes_in_flight
-from pipeline.runtime.codecs import CodecFacts, LinkCodecs, codec_requests, make_codecs
+from pipeline.runtime.codecs import CodecFacts, make_decode_codecs
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.devices import available_cores
 from pipeline.runtime.engine import Engine, Source
 from pipeline.runtime.head import Head, max_result_nbytes, result_nbytes
-from pipeline.runtime.link_specs import generation_workload, link_specs
+from pipeline.runtime.link_specs import generation_workload, id_nbytes, link_specs
 from pipeline.runtime.memory import peak_rss_bytes, pss_bytes
 from pipeline.runtime.together import warm_up
 from pipeline.runtime.worker import EndCodecs, StageWorker
@@ -51,7 +46,15 @@ class GenerationRing:
         self.slot_length = generation.slot_length(positions)
         self.prefill_chunk = min(generation.prefill_chunk or self.slot_length, self.slot_length)
         self.codecs = deployment.codecs
-        self.decode_codecs = self._decode_codecs()
+        self.decode_codecs = make_decode_codecs(
+            config,
+            plan,
+            control,
+            self.codecs,
+            hidden_size=deployment.model_config.hidden_size,
+            max_tokens=self.workload.max_tokens,
+            checkpoint=deployment.checkpoint_digest,
+        )
         for facts in (*self.codecs.facts, *self.decode_codecs.facts):
             _check_codec(facts)
         self.passes = generation.passes or self._num_working_at_once()
@@ -70,7 +73,11 @@ class GenerationRing:
         tokens = TokenWindows(deployment.text.ids, (), None)
         result_link = len(plan.links) if plan.last_node != 0 else None
         self._worker = StageWorker(
-            deployment.stages, self._end_codecs(), Head(tokens, result_link), tokens, dtype=dtype
+            deployment.stages,
+            EndCodecs.make(plan, self.codecs, self.decode_codecs),
+            Head(tokens, result_link),
+            tokens,
+            dtype=dtype,
         )
 
     @property
@@ -115,44 +122,16 @@ class GenerationRing:
         for stage in self.deployment.stages.values():
             stage.close_slots()
 
-    def _decode_codecs(self) -> LinkCodecs:
-        """Those of sampled tokens: the others' where they are asked for alike."""
+    def _specs(self) -> dict[int, LinkSpec]:
         deployment = self.deployment
-        requests = codec_requests(
-            self.config,
-            deployment.plan,
-            hidden_size=deployment.model_config.hidden_size,
-            max_tokens=self.workload.max_tokens,
-            checkpoint=deployment.checkpoint_digest,
-            decode=True,
-        )
-        if self.codecs.serve(requests, measure_error=False):
-            return self.codecs
-        return make_codecs(requests, deployment.plan, deployment.control, measure_error=False)
-
-    def _end_codecs(self) -> EndCodecs:
-        decoding = None
-        if self.decode_codecs is not self.codecs:
-            decoding = EndCodecs(encoders=self.decode_codecs.encoders, decoders=self.decode_codecs.decoders)
-        both = list(zip(self.codecs.facts, self.decode_codecs.facts, strict=True))
-        return EndCodecs(
-            encoders=self.codecs.encoders,
-            decoders=self.codecs.decoders,
-            decoding=decoding,
-            ids_onward=_ids_onward(self.deployment.plan, both),
-        )
-
-    def _specs(self) -> dict[int, Any]:
-        deployment = self.deployment
-        decoding: Mapping[int, Compressor] = {} if self.decode_codecs is self.codecs else self.decode_codecs.ends
         return link_specs(
             deployment.plan,
             self.codecs.ends,
             self.workload,
             hidden_size=deployment.model_config.hidden_size,
             dtype=TORCH_DTYPES[self.config.model.dtype],
-            decoding=decoding,
-            id_nbytes=max(1, math.ceil(math.log2(max(2, deployment.model_config.vocab_size)) / 8)),
+            decoding=self.decode_codecs.ends,
+            id_nbytes=id_nbytes(deployment.model_config.vocab_size),
             result_bound=lambda work: result_nbytes((), work),
             max_result_nbytes=max_result_nbytes((), self.workload.max_rows),
         )
@@ -179,15 +158,3 @@ def _check_codec(facts: CodecFacts) -> None:
     if "importance" in facts.needs:
         raise ConfigError(f"codec {facts.name} needs the importance of tokens, which generation does not compute")
 
-
-def _ids_onward(plan: Plan, facts: Sequence[tuple[CodecFacts, CodecFacts]]) -> frozenset[int]:
-    """Links that token ids cross: those before a head on another node, or before a codec that takes ids."""
-    if plan.last_node != 0:
-        return frozenset(range(len(plan.links)))
-    readers = [
-        (index, "token_ids" in codec.needs and index > 0, "token_ids" in codec.decoder_needs)
-        for index, both in enumerate(facts)
-        for codec in both
-    ]
-    last = max([index if takes else index - 1 for index, sends, takes in readers if sends or takes], default=-1)
-    return frozenset(range(last + 1))

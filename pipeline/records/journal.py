@@ -34,13 +34,16 @@ class FinishedMicroBatch:
     """What one micro-batch contributes to the record.
 
     `payload_bytes` has one entry per link, `loss` (float32) and `top1` (int32) one per scored token.
-    `squared_error`, where it was measured, has (sum of (x - x')^2, sum of x^2) per link.
+    `squared_error`, where it was measured, has (sum of (x - x')^2, sum of x^2) per link. A micro-batch that crosses as
+    several frames says how many, and their `header_bytes` per link.
     """
 
     payload_bytes: tuple[int, ...]
     loss: np.ndarray
     top1: np.ndarray
     squared_error: tuple[tuple[float, float], ...] | None = None
+    num_frames: int = 1
+    header_bytes: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -139,6 +142,7 @@ class Journal:
                 "squared_error": result.squared_error,
                 "loss": base64.b64encode(result.loss.astype("<f4").tobytes()).decode(),
                 "top1": base64.b64encode(result.top1.astype("<i4").tobytes()).decode(),
+                **({"frames": [result.num_frames, *result.header_bytes]} if result.header_bytes is not None else {}),
             }
         )
         self.finished.append(result)
@@ -218,7 +222,17 @@ class Journal:
         top1 = np.frombuffer(base64.b64decode(event["top1"]), "<i4")
         measured = event.get("squared_error")
         squared_error = None if measured is None else tuple(map(tuple, measured))
-        self.finished.append(FinishedMicroBatch(tuple(event["payload_bytes"]), loss, top1, squared_error))
+        num_frames, *header_bytes = event.get("frames", [1])
+        self.finished.append(
+            FinishedMicroBatch(
+                tuple(event["payload_bytes"]),
+                loss,
+                top1,
+                squared_error,
+                num_frames,
+                tuple(header_bytes) if "frames" in event else None,
+            )
+        )
         self.earlier_s = event["elapsed_s"]
 
 

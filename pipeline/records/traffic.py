@@ -24,9 +24,11 @@ class LinkTraffic:
     padding_bytes: int = 0
     control_bytes: int = 0
 
-    def add(self, *, num_tokens: int, payload_bytes: int, header_bytes: int, padding_bytes: int = 0) -> None:
-        """Count one frame."""
-        self.num_frames += 1
+    def add(
+        self, *, num_tokens: int, payload_bytes: int, header_bytes: int, padding_bytes: int = 0, num_frames: int = 1
+    ) -> None:
+        """Count one frame, or several."""
+        self.num_frames += num_frames
         self.num_tokens += num_tokens
         self.payload_bytes += payload_bytes
         self.header_bytes += header_bytes

@@ -36,6 +36,7 @@ __all__ = [
     "codec_requests",
     "make_codec",
     "make_codecs",
+    "make_decode_codecs",
     "make_link_parts",
     "naming",
     "run_digest",
@@ -223,6 +224,25 @@ def make_codecs(
         probes=probes,
         facts=[CodecFacts(**by_link[str(link.index)]) for link in plan.links],
     )
+
+
+def make_decode_codecs(
+    config: RunConfig,
+    plan: Plan,
+    control: Control,
+    codecs: LinkCodecs,
+    *,
+    hidden_size: int,
+    max_tokens: int,
+    checkpoint: str,
+) -> LinkCodecs:
+    """Those of DECODE passes: `codecs` where they are asked for alike. Every rank calls it; raises as `make_codecs`."""
+    requests = codec_requests(
+        config, plan, hidden_size=hidden_size, max_tokens=max_tokens, checkpoint=checkpoint, decode=True
+    )
+    if codecs.serve(requests, measure_error=False):
+        return codecs
+    return make_codecs(requests, plan, control, measure_error=False)
 
 
 def make_link_parts(

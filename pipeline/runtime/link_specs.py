@@ -18,7 +18,7 @@ from pipeline.data.windows import MicroBatch
 from pipeline.partition.passes import Pass, PassKind
 from pipeline.partition.plan import Plan
 
-__all__ = ["Workload", "generation_workload", "gradient_specs", "link_specs"]
+__all__ = ["Workload", "generation_workload", "gradient_specs", "id_nbytes", "link_specs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,11 @@ def link_specs(
             max_rows=workload.max_rows,
         )
     return specs
+
+
+def id_nbytes(vocab_size: int) -> int:
+    """Bytes that a token id takes in a frame."""
+    return max(1, ((vocab_size - 1).bit_length() + 7) // 8)
 
 
 def gradient_specs(

@@ -6,7 +6,7 @@ leads from stage i to stage i + 1; the one behind the last stage, where there is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +19,8 @@ from pipeline.importance.metrics import AttentionMetric, Metric
 from pipeline.models.attention import Attention, AttentionReader
 from pipeline.models.stage import Stage, TokenWindows
 from pipeline.partition.passes import Pass, PassKind
-from pipeline.runtime.codecs import naming
+from pipeline.partition.plan import Plan
+from pipeline.runtime.codecs import CodecFacts, LinkCodecs, naming
 from pipeline.runtime.engine import Departure, Entry, Result
 from pipeline.runtime.head import Head
 from pipeline.runtime.stage_times import StageTimes
@@ -43,6 +44,20 @@ class EndCodecs:
     decoders: Mapping[int, Compressor]
     decoding: EndCodecs | None = None
     ids_onward: frozenset[int] = frozenset()
+
+    @classmethod
+    def make(cls, plan: Plan, codecs: LinkCodecs, decode_codecs: LinkCodecs) -> EndCodecs:
+        """Of a job whose DECODE passes have `decode_codecs`, which may be `codecs`."""
+        decoding = None
+        if decode_codecs is not codecs:
+            decoding = cls(encoders=decode_codecs.encoders, decoders=decode_codecs.decoders)
+        facts = [*enumerate(codecs.facts), *enumerate(decode_codecs.facts)]
+        return cls(
+            encoders=codecs.encoders,
+            decoders=codecs.decoders,
+            decoding=decoding,
+            ids_onward=_ids_onward(plan, facts),
+        )
 
     def of(self, kind: PassKind) -> EndCodecs:
         return self.decoding if kind is PassKind.DECODE and self.decoding is not None else self
@@ -197,3 +212,19 @@ class StageWorker:
                 metric.read(stage_layer, attention)
 
         return read
+
+
+def _ids_onward(plan: Plan, facts: Sequence[tuple[int, CodecFacts]]) -> frozenset[int]:
+    """Links that token ids cross: those before a head on another node, or before a codec that takes ids.
+
+    `facts` are those of the codecs, with the link that each is on.
+    """
+    if plan.last_node != 0:
+        return frozenset(range(len(plan.links)))
+    last = -1
+    for index, codec in facts:
+        if "token_ids" in codec.decoder_needs:
+            last = max(last, index)
+        elif "token_ids" in codec.needs:
+            last = max(last, index - 1)
+    return frozenset(range(last + 1))
