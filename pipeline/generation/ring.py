@@ -11,13 +11,15 @@ from typing import Any
 from pipeline.comm.link import LinkSpec
 from pipeline.comm.link_ends import forward_hops, open_links
 from pipeline.config.schema import ConfigError, RunConfig
+from pipeline.generation.scheduler import Scheduler
 from pipeline.models.loading import TORCH_DTYPES
+from pipeline.models.sampling import read_generation_defaults
 from pipeline.models.stage import TokenWindows
 from pipeline.partition.schedule import passes_in_flight
 from pipeline.runtime.codecs import CodecFacts, make_decode_codecs
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.devices import available_cores
-from pipeline.runtime.engine import Engine, Source
+from pipeline.runtime.engine import Engine
 from pipeline.runtime.head import Head, max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import generation_workload, id_nbytes, link_specs
 from pipeline.runtime.memory import peak_rss_bytes, pss_bytes
@@ -34,6 +36,8 @@ class GenerationRing:
         slot_length: positions of a slot.
         prefill_chunk: tokens of a prompt in one pass.
         passes: of sampled tokens that are worth having under way at once.
+        defaults, eos_ids, notes: what the checkpoint says of generation.
+        mixes_tokens: whether the model itself computes a token otherwise beside others.
 
     Raises ConfigError, on all ranks, for codecs that generation cannot use.
     """
@@ -64,6 +68,9 @@ class GenerationRing:
             receives_ahead=config.runtime.receives_ahead,
             world_size=control.world.world_size,
         )
+        defaults = read_generation_defaults(deployment.model_dir, deployment.model_config)
+        self.defaults, self.eos_ids, self.notes = defaults, defaults.eos_ids, defaults.notes
+        self.mixes_tokens = config.model.load_in_8bit and config.model.load_in_8bit_threshold > 0
         dtype = TORCH_DTYPES[config.model.dtype]
         hidden_size = deployment.model_config.hidden_size
         for codecs in dict.fromkeys((self.codecs, self.decode_codecs)):
@@ -85,8 +92,8 @@ class GenerationRing:
         """Of this rank's caches."""
         return sum(stage.slots.nbytes for stage in self.deployment.stages.values() if stage.slots is not None)
 
-    def run(self, source: Source | None) -> list[dict[str, Any]]:
-        """Until the source, rank 0's, is done; returns what every rank tells of it, on every rank."""
+    def run(self, scheduler: Scheduler | None) -> list[dict[str, Any]]:
+        """Until the scheduler, rank 0's, is done; returns what every rank tells of it, on every rank."""
         deployment, control, runtime = self.deployment, self.deployment.control, self.config.runtime
         ends = open_links(
             forward_hops(deployment.plan, devices=deployment.devices, channels=deployment.channels),
@@ -94,12 +101,12 @@ class GenerationRing:
             control.world,
             receives_ahead=runtime.receives_ahead,
         )
-        if source is not None and hasattr(source, "wake"):
-            source.wake = ends.wake
+        if scheduler is not None:
+            scheduler.wake = ends.wake
         control.barrier()
         start_s = time.perf_counter()
         Engine(
-            self._worker, ends, control.report, source=source, credits=self.credits, timeout_s=runtime.timeout_s
+            self._worker, ends, control.report, source=scheduler, credits=self.credits, timeout_s=runtime.timeout_s
         ).run()
         report = {
             "rank": control.world.rank,

@@ -30,11 +30,14 @@ def on_deployment(
     work: Callable[[Deployment], T],
     check: Callable[[Plan, Any], None] | None = None,
     claim: Callable[[str], None] | None = None,
+    *,
+    with_text: bool = True,
 ) -> T:
     """`work(deployment)` on every rank of the config's model, and its result.
 
     Rank 0 checks first that `folder` can be written to; `check(plan, model_config)` raises, before weights load, where
-    the work cannot be done, and so does `claim(digest)`, on rank 0, where the run cannot be recorded.
+    the work cannot be done, and so does `claim(digest)`, on rank 0, where the run cannot be recorded. The config's text is
+    read unless `with_text` is false.
     A failure ends the process, with its message and a non-zero status, on every rank.
     """
     try:
@@ -44,7 +47,7 @@ def on_deployment(
         sys.exit(2)
     watchdog = Watchdog(world, config.runtime.timeout_s)
     try:
-        return _work(config, world, watchdog, folder, work, check, claim)
+        return _work(config, world, watchdog, folder, work, check, claim, with_text)
     except BaseException as e:  # a panic of a library in Rust is no Exception
         watchdog.abort(e)
 
@@ -57,6 +60,7 @@ def _work(
     work: Callable[[Deployment], T],
     check: Callable[[Plan, Any], None] | None,
     claim: Callable[[str], None] | None,
+    with_text: bool,
 ) -> T:
     # Torch's C++ stacks for a lost connection would bury the message that names the lost rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -81,7 +85,7 @@ def _work(
     if world.rank == 0:
         check_writable(folder)
     return_freed_memory()
-    deployment = deploy(config, control, check, claim)
+    deployment = deploy(config, control, check, claim, with_text=with_text)
     keep_freed_memory()
     result = work(deployment)
     control.close()

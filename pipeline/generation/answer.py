@@ -1,0 +1,140 @@
+"""One request on its way to an answer: tokens in, text out, and what it took."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeline.generation.requests import Request
+from pipeline.generation.text import TextStream
+from pipeline.models.sampling import Sampled, SamplingOptions
+
+__all__ = ["Answer", "quantile"]
+
+
+class Answer:
+    """What comes of a request (`scheduler.Answering`).
+
+    Args:
+        eos_ids: tokens that end an answer, unless the request ignores them.
+        link_names: of the links of hidden states.
+        on_text: told what text is certain and was not before.
+        on_finish: told when there will be no more.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Any,
+        *,
+        eos_ids: Sequence[int],
+        link_names: Sequence[str],
+        on_text: Callable[[str], None] = lambda text: None,
+        on_finish: Callable[[Answer], None] = lambda answer: None,
+    ) -> None:
+        self.request = request
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        self._text = TextStream(tokenizer, request.stop)
+        self._pieces: list[str] = []
+        self._eos_ids = frozenset() if request.ignore_eos else frozenset(eos_ids)
+        self._link_names, self._bytes = link_names, [0.0] * len(link_names)
+        self._on_text, self._on_finish = on_text, on_finish
+        self._submitted_s = time.monotonic()
+        self._began_s: float | None = None
+        self._token_times_s: list[float] = []
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        return self.request.prompt_ids
+
+    @property
+    def options(self) -> SamplingOptions:
+        return self.request.options
+
+    @property
+    def expires_s(self) -> float:
+        limit = self.request.deadline_s
+        return math.inf if limit is None else self._submitted_s + limit
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def text(self) -> str:
+        """So far."""
+        return "".join(self._pieces)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds from having a slot to the first token."""
+        if self._began_s is None or not self._token_times_s:
+            return None
+        return self._token_times_s[0] - self._began_s
+
+    @property
+    def token_gaps_s(self) -> list[float]:
+        """Seconds between tokens."""
+        times = self._token_times_s
+        return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+
+    @property
+    def bytes_per_link(self) -> dict[str, float]:
+        """Payload bytes of its tokens; of passes that it shared, its share."""
+        return dict(zip(self._link_names, self._bytes, strict=True))
+
+    def begin(self) -> None:
+        self._began_s = time.monotonic()
+
+    def take(self, token: Sampled) -> None:
+        self._token_times_s.append(time.monotonic())
+        self.token_ids.append(token.token_id)
+        if token.token_id in self._eos_ids:
+            self.finish("stop")
+            return
+        self._show(self._text.push(token.token_id))
+        if self._text.finish_reason is not None:
+            self.finish(self._text.finish_reason)
+        elif len(self.token_ids) == self.request.max_new_tokens:
+            self.finish("length")
+
+    def count(self, payload_bytes: Sequence[float]) -> None:
+        self._bytes = [total + nbytes for total, nbytes in zip(self._bytes, payload_bytes, strict=True)]
+
+    def finish(self, reason: str, error: str | None = None) -> None:
+        self._show(self._text.finish())
+        self.finish_reason, self.error = reason, error
+        self._on_finish(self)
+
+    def as_line(self) -> dict[str, Any]:
+        """For the file of answers."""
+        gaps = self.token_gaps_s
+        began_s = self._began_s
+        return {
+            "index": self.request.index,
+            "prompt": self.request.prompt,
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "num_prompt_tokens": len(self.request.prompt_ids),
+            "queued_s": None if began_s is None else began_s - self._submitted_s,
+            "ttft_s": self.ttft_s,
+            "tpot_s": {"median": statistics.median(gaps), "p95": quantile(gaps, 0.95)} if gaps else None,
+            "bytes_per_link": self.bytes_per_link,
+            "error": self.error,
+        }
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)
+            self._on_text(text)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that `share` of `values` do not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
