@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("before", type=path_option, help="a checkout")
     parser.add_argument("after", type=path_option, help="another")
     parser.add_argument("--codecs", nargs="+", default=list(CODECS))
+    parser.add_argument("--other_headers", action="store_true", help="frames are headed otherwise: leave header bytes out")
     parser.add_argument("--tokens", type=int, default=384, help="of the demo's text")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="compare_versions_") as name:
@@ -126,11 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         differences = list(compare_ids(checkouts, [spec for spec in specs if "klt" not in spec]))
         for ranks in (1, NUM_RANKS):
             records = [run_sweep(checkout, specs, ranks) for checkout in checkouts]
-            differences += [f"{ranks} ranks, {line}" for line in compare(*records)]
+            differences += [f"{ranks} ranks, {line}" for line in compare(*records, arguments.other_headers)]
             print(f"swept {len(records[0])} codecs on {ranks} ranks: {len(differences)} differences so far", flush=True)
         for spec in resumed:
             records = [run_interrupted(checkout, spec) for checkout in checkouts]
-            differences += [f"resumed, {line}" for line in compare(*records)]
+            differences += [f"resumed, {line}" for line in compare(*records, arguments.other_headers)]
             print(f"interrupted and resumed {spec.partition('(')[0]}: {len(differences)} so far", flush=True)
     for line in differences:
         print(line)
@@ -178,17 +179,25 @@ def compare_ids(checkouts: Sequence[Checkout], specs: Sequence[str]) -> Iterator
     yield from (f"{spec}: codec id {before[spec]} became {after[spec]}" for spec in changed)
 
 
-def compare(before: Mapping[str, Path], after: Mapping[str, Path]) -> Iterator[str]:
-    """A line per difference between the records of the same codec."""
+def compare(before: Mapping[str, Path], after: Mapping[str, Path], other_headers: bool) -> Iterator[str]:
+    """A line per difference between the records of the same codec, but for header bytes with `other_headers`."""
     for name, path in before.items():
         if name not in after:
             yield f"{name}: no record"
             continue
         old, new = (json.loads(p.read_text()) for p in (path, after[name]))
+        if other_headers:
+            old, new = without_headers(old), without_headers(new)
         yield from (f"{name}: {key} is {new[key]}, was {old[key]}" for key in COMPARED_KEYS if old[key] != new.get(key))
         yield from (f"{name}: the record lacks {key}" for key in sorted(set(keys(old)) - set(keys(new))))
         if per_token(path) != per_token(after[name]):
             yield f"{name}: losses or likeliest tokens differ"
+
+
+def without_headers(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: without_headers(inner) for key, inner in value.items() if key != "header_bytes"}
 
 
 def keys(value: Any, prefix: str = "") -> Iterator[str]:
