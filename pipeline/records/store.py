@@ -38,6 +38,7 @@ __all__ = [
     "make_run_id",
     "model_label",
     "read_failure",
+    "read_kind",
     "read_per_token",
     "read_record",
     "software_versions",
@@ -232,11 +233,16 @@ def failure_path(folder: Path, failure_id: str) -> Path:
 
 def read_failure(path: Path) -> dict[str, Any] | None:
     """What `write_failure` wrote; None for any other file."""
+    return read_kind(path, FAILURE_KIND)
+
+
+def read_kind(path: Path, kind: str) -> dict[str, Any] | None:
+    """A JSON file that says it is of this kind; None for any other file."""
     try:
-        failure = _read_json(path)
+        value = _read_json(path)
     except RecordError:
         return None
-    return failure if isinstance(failure, dict) and failure.get("kind") == FAILURE_KIND else None
+    return value if isinstance(value, dict) and value.get("kind") == kind else None
 
 
 def _read_json(path: Path) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline.report import prediction
 from pipeline.report.charts import ChartPoint, trade_off_svg
 from pipeline.report.html_costs import times_section, traffic_section
+from pipeline.report.generation import HEADINGS
 from pipeline.report.html_parts import (
     all_points,
     heading,
@@ -49,6 +50,8 @@ def html_page(results: Results, outlook: Outlook) -> str:
             times_section(results),
             _provenance(results),
         ]
+    if results.generated:
+        sections.append(_generation(results))
     sections.append(_method(outlook))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -175,6 +178,23 @@ def _points_table(results: Results) -> str:
 heading to sort.</p>
 {table("Points", head, rows, 'class="sortable"')}
 {notes}
+</section>"""
+
+
+def _generation(results: Results) -> str:
+    head = [heading(name, "text" if name in ("codec", "model") else "") for name in HEADINGS]
+    rows = []
+    for run in results.generated:
+        name = f'<th scope="row"><span class="name" title="{escape(run.cells[0])}">{escape(run.cells[0])}</span></th>'
+        model = f'<td class="text">{escape(run.cells[1])}</td>'
+        rows.append(f"<tr>{name}{model}{''.join(f'<td>{escape(cell)}</td>' for cell in run.cells[2:])}</tr>")
+    notes = "".join(f"<li>{escape(note)}</li>" for note in sorted({note for r in results.generated for note in r.notes}))
+    return f"""<section id="generation">
+<h2>Generation</h2>
+<p class="small muted">Measured with a cache: prompts in, tokens out. TTFT is from having a slot to the first token,
+ms/token between tokens of one answer. Bytes are those of the senders, prompts included; headers stand apart.</p>
+{table("Generation", head, rows)}
+{f'<ul class="small">{notes}</ul>' if notes else ""}
 </section>"""
 
 

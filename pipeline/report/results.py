@@ -26,9 +26,11 @@ from pipeline.records.store import (
     disk_problem,
     model_label,
     read_failure,
+    read_kind,
     read_per_token,
     read_record,
 )
+from pipeline.report.generation import KIND, GeneratedRun, read_generation
 from pipeline.report.prediction import PipelineCosts
 from pipeline.report.quality import Quality, compare
 
@@ -40,6 +42,7 @@ __all__ = [
     "Setting",
     "is_uncompressed",
     "load_files",
+    "load_generated",
     "load_records",
     "read_own_per_token",
     "read_results",
@@ -118,6 +121,7 @@ class Results:
     settings: tuple[Setting, ...]
     failed: tuple[FailedPoint, ...]
     skipped: tuple[str, ...]
+    generated: tuple[GeneratedRun, ...] = ()
 
     @property
     def points(self) -> list[MeasuredPoint]:
@@ -139,6 +143,7 @@ class _Files:
     records: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     failed: list[FailedPoint] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    generated: list[GeneratedRun] = field(default_factory=list)
 
 
 def load_records(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -146,6 +151,11 @@ def load_records(paths: Sequence[Path]) -> list[dict[str, Any]]:
     error.
     """
     return [record for _, record in load_files(paths)]
+
+
+def load_generated(paths: Sequence[Path]) -> list[GeneratedRun]:
+    """Runs that generated, in `paths`."""
+    return _read_files(paths).generated
 
 
 def load_files(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
@@ -170,7 +180,12 @@ def read_results(paths: Sequence[Path]) -> Results:
         points = tuple(_points(members, baseline))
         name = str(len(settings) + 1) if len(groups) > 1 else ""
         settings.append(Setting(name=name, title=_title(points[0].record), points=points))
-    return Results(settings=tuple(settings), failed=tuple(files.failed), skipped=tuple(files.skipped))
+    return Results(
+        settings=tuple(settings),
+        failed=tuple(files.failed),
+        skipped=tuple(files.skipped),
+        generated=tuple(files.generated),
+    )
 
 
 def setting_key(record: Mapping[str, Any]) -> str:
@@ -210,7 +225,10 @@ def _read_files(paths: Sequence[Path]) -> _Files:
         for file in inside:
             try:
                 failure = read_failure(file)
-                if failure:
+                generated = None if failure else read_kind(file, KIND)
+                if generated is not None:
+                    files.generated.append(read_generation(file, generated))
+                elif failure:
                     label, error = (str(failure.get(key, "")) for key in ("label", "error"))
                     files.failed.append(FailedPoint(label=label or file.stem, error=error))
                 else:

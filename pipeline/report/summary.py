@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.records.store import RecordError, codec_labels, disk_problem, write_whole
+from pipeline.report.generation import HEADINGS
 from pipeline.report.html_page import html_page
 from pipeline.report.recommendation import Outlook, recommendation_text
-from pipeline.report.results import is_uncompressed, load_records, read_results, setting_key
+from pipeline.report.results import is_uncompressed, load_generated, load_records, read_results, setting_key
 from pipeline.report.text_page import csv_table, markdown_page
 
 __all__ = ["load_records", "print_summary", "summary_rows", "write_report"]
@@ -71,14 +72,21 @@ def _notes(record: dict[str, Any], one_setting: bool) -> list[str]:
 
 def print_summary(paths: Sequence[Path]) -> None:
     """Print the table of `paths` and where the records lie. What is no record is named on standard error."""
+    generated = load_generated(paths)
     rows = summary_rows(load_records(paths))
-    widths = {c: max(len(c), *(len(row[c]) for row in rows)) if rows else len(c) for c in _COLUMNS}
-    print("  ".join(c.ljust(widths[c]) for c in _COLUMNS).rstrip())
-    for row in rows:
-        print("  ".join(row[c].ljust(widths[c]) for c in _COLUMNS).rstrip())
+    if rows or not generated:
+        _print_table(_COLUMNS, [[row[c] for c in _COLUMNS] for row in rows])
+    if generated:
+        _print_table(HEADINGS, [list(map(_printable, run.cells)) for run in generated])
     places = paths if len(paths) == 1 else dict.fromkeys(path if path.is_dir() else path.parent for path in paths)
     for place in places:
         print(_printable(f"record{'s in' if place.is_dir() else ''}: {place}"))
+
+
+def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    for line in (headings, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def write_report(paths: Sequence[Path], page: Path, outlook: Outlook) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
+from pipeline.report.generation import HEADINGS
 from pipeline.report.point_columns import COLUMNS, SHOWN_COLUMNS, significant
 from pipeline.report.prediction import predict_decode, predict_prefill
 from pipeline.report.recommendation import Outlook, recommendation_text
@@ -35,6 +36,10 @@ def markdown_page(results: Results, outlook: Outlook) -> str:
                 "Predicted decode, ms/token (mostly), an estimate without a KV cache:",
                 _predictions(setting, outlook, decode=True),
             ]
+    if results.generated:
+        parts += ["## Generation, measured", _table(HEADINGS, [run.cells for run in results.generated])]
+        if notes := sorted({f"- {_escape(note)}" for run in results.generated for note in run.notes}):
+            parts.append("\n".join(notes))
     problems = [
         f"{_escape(p.label)} ran on something else than the uncompressed point, which may change its losses: "
         f"{_escape(p.elsewhere)}"
