@@ -64,6 +64,7 @@ def test_kernels_run_without_a_cache(damage, cause, tmp_path):
     assert "compiled kernels cannot be kept on disk" in line and cause in line and "NUMBA_CACHE_DIR" in line
 
 
+@pytest.mark.slow
 def test_numba_that_compiles_nothing_is_named(tmp_path):
     ended = encode(tmp_path, NUMBA_DISABLE_JIT="1")
     assert ended.returncode != 0

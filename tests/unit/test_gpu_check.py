@@ -17,6 +17,7 @@ def dry_run(folder, names):
     return status, json.loads(out.read_text())["checks"]
 
 
+@pytest.mark.slow
 def test_every_check_runs_in_small(tmp_path):
     names = [name for name in CHECKS if name not in SLOW]
     status, checks = dry_run(tmp_path, names)

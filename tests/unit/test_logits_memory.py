@@ -23,6 +23,7 @@ def peak_nbytes(call):
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_and_their_copies_keep_within_their_bounds(dtype):
     head = torch.nn.Linear(HIDDEN_SIZE, VOCAB_SIZE, bias=False, dtype=dtype)

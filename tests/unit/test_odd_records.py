@@ -124,6 +124,7 @@ def put(folder, name, text):
 CHANGES = st.tuples(st.integers(0, 10_000), st.booleans(), st.sampled_from(ODD_VALUES))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(CHANGES, min_size=1, max_size=3))
 def test_a_record_of_odd_values(folder, record, tables, changes):

@@ -71,6 +71,7 @@ print(f"{time.monotonic() - start_s:.1f} s")
 """
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_costs_one_bounded_wait(tmp_path):
     pytest.importorskip("wandb", reason="wandb is not installed")
     with socket.create_server(("127.0.0.1", 0)) as server:  # the system takes connections, and nobody answers
