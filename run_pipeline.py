@@ -1,7 +1,8 @@
-"""Entry point: parse, compose, run, record.
+"""Entry point: parse, deploy, run or generate, record.
 
 torchrun --nproc_per_node=4 run_pipeline.py --config demo.yaml
 python run_pipeline.py --config demo.yaml --compressor nf4
+torchrun --nproc_per_node=4 run_pipeline.py --config demo.yaml --compressor nf4 --generate "The canal was built"
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pipeline.runtime.launch import on_deployment
 
 if TYPE_CHECKING:
     from pipeline.evaluation.sweep import SweepResult
+    from pipeline.generation.generate import Generated
+    from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
     from pipeline.runtime.deployment import Deployment
 
 EXIT_POINTS_FAILED = 3
@@ -31,6 +34,12 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Every key of a config can be set with --set; see docs/configuration.md.",
     )
     add_config_options(parser)
+    parser.add_argument(
+        "--generate",
+        metavar="TEXT|JSONL|-",
+        help="go on from a text, or answer the prompts of a .jsonl file (-: standard input)",
+    )
+    parser.add_argument("--chat", action="store_true", help="talk with the model in the terminal")
     parser.add_argument("--plan", action="store_true", help="print stages, links, bytes and memory; load nothing")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from its journal")
     parser.add_argument(
@@ -48,11 +57,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    if (message := _contradiction(arguments)) is not None:
+        print(f"error: {message}", file=sys.stderr)
+        return 2
     if arguments.plan:
         return show_plan(config)
+    if arguments.chat:
+        return run_chat(config)
+    if arguments.generate is not None:
+        return run_generate(config, arguments.generate, resume=arguments.resume)
     if sweep:
         return run_sweep(sweep, config)
     return run(config, resume=arguments.resume)
+
+
+def _contradiction(arguments: argparse.Namespace) -> str | None:
+    """Why these options do not go together."""
+    chosen = [name for name in ("sweep", "generate", "chat", "plan") if getattr(arguments, name) not in (None, False)]
+    if len(chosen) > 1:
+        return f"--{chosen[0]} and --{chosen[1]} are two different things; choose one"
+    if arguments.chat and arguments.resume:
+        return "--chat keeps nothing that --resume could go on from"
+    return None
 
 
 def show_plan(config: RunConfig) -> int:
@@ -84,6 +110,45 @@ def run(config: RunConfig, *, resume: bool) -> int:
         from pipeline.report.summary import print_summary
 
         print_summary([path])
+    return 0
+
+
+def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
+    """Returns 3 on rank 0 when requests have failed."""
+    is_file = prompts == "-" or prompts.endswith(".jsonl")
+    if is_file and prompts != "-" and not Path(prompts).expanduser().is_file():
+        print(f"error: --generate {prompts}: there is no such file", file=sys.stderr)
+        return 2
+
+    def answer(deployment: Deployment) -> Generated | None:
+        from pipeline.generation.generate import generate
+        from pipeline.generation.requests import RequestMaker, read_requests
+
+        def requests(maker: RequestMaker) -> list[Request | RefusedRequest]:
+            return list(read_requests(prompts, maker)) if is_file else [maker.make({"prompt": prompts})]
+
+        return generate(config, deployment, requests, resume=resume, shown=None if is_file else prompts)
+
+    result = on_deployment(config, Path(config.exp_dir), answer, with_text=False)
+    if result is None:
+        return 0
+    from pipeline.report.summary import print_summary
+
+    print(flush=True)
+    for line in result.failed:
+        print(f"failed: line {line['line']}: {line['error']}", file=sys.stderr)
+    print_summary([result.record])
+    print(f"answers: {result.answers}")
+    return EXIT_POINTS_FAILED if result.failed else 0
+
+
+def run_chat(config: RunConfig) -> int:
+    def talk(deployment: Deployment) -> None:
+        from pipeline.generation.chat import chat
+
+        chat(config, deployment)
+
+    on_deployment(config, Path(config.exp_dir), talk, with_text=False)
     return 0
 
 

@@ -8,18 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.generation.requests import Request
+from pipeline.generation.requests import RefusedRequest, Request
 from pipeline.generation.text import TextStream
 from pipeline.models.sampling import Sampled, SamplingOptions
 
-__all__ = ["Answer", "quantile"]
+__all__ = ["Answer", "quantile", "refusal_line"]
 
 
 class Answer:
     """What comes of a request (`scheduler.Answering`).
 
     Args:
-        eos_ids: tokens that end an answer, unless the request ignores them.
         link_names: of the links of hidden states.
         on_text: told what text is certain and was not before.
         on_finish: told when there will be no more.
@@ -30,7 +29,6 @@ class Answer:
         request: Request,
         tokenizer: Any,
         *,
-        eos_ids: Sequence[int],
         link_names: Sequence[str],
         on_text: Callable[[str], None] = lambda text: None,
         on_finish: Callable[[Answer], None] = lambda answer: None,
@@ -41,7 +39,6 @@ class Answer:
         self.error: str | None = None
         self._text = TextStream(tokenizer, request.stop)
         self._pieces: list[str] = []
-        self._eos_ids = frozenset() if request.ignore_eos else frozenset(eos_ids)
         self._link_names, self._bytes = link_names, [0.0] * len(link_names)
         self._on_text, self._on_finish = on_text, on_finish
         self._submitted_s = time.monotonic()
@@ -54,7 +51,7 @@ class Answer:
 
     @property
     def options(self) -> SamplingOptions:
-        return self.request.options
+        return self.request.sampling
 
     @property
     def expires_s(self) -> float:
@@ -94,7 +91,7 @@ class Answer:
     def take(self, token: Sampled) -> None:
         self._token_times_s.append(time.monotonic())
         self.token_ids.append(token.token_id)
-        if token.token_id in self._eos_ids:
+        if token.token_id in self.request.eos_ids:
             self.finish("stop")
             return
         self._show(self._text.push(token.token_id))
@@ -116,8 +113,8 @@ class Answer:
         gaps = self.token_gaps_s
         began_s = self._began_s
         return {
-            "index": self.request.index,
-            "prompt": self.request.prompt,
+            "line": self.request.line,
+            "prompt": self.request.text,
             "text": self.text,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
@@ -133,6 +130,23 @@ class Answer:
         if text:
             self._pieces.append(text)
             self._on_text(text)
+
+
+def refusal_line(refused: RefusedRequest) -> dict[str, Any]:
+    """For the file of answers, of a request that was none."""
+    return {
+        "line": refused.line,
+        "prompt": None,
+        "text": "",
+        "token_ids": [],
+        "finish_reason": "error",
+        "num_prompt_tokens": 0,
+        "queued_s": None,
+        "ttft_s": None,
+        "tpot_s": None,
+        "bytes_per_link": {},
+        "error": refused.error,
+    }
 
 
 def quantile(values: Sequence[float], share: float) -> float:

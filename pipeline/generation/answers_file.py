@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 class AnswersFile:
     """`answers-<digest>.jsonl` in the folder of the records; `digest` is of all that decides over the answers.
 
-    With `resume`, `done` has the lines of requests that need not be answered again, by their index. Raises RecordError
+    With `resume`, `done` has the lines of requests that need not be answered again, by their line. Raises RecordError
     where the folder cannot be written to.
     """
 
@@ -62,7 +62,7 @@ def _read(path: Path) -> dict[int, dict[str, Any]]:
         try:
             answer = json.loads(line)
             if answer["error"] is None:
-                done[int(answer["index"])] = answer
+                done[int(answer["line"])] = answer
         except (ValueError, TypeError, KeyError) as e:
             raise RecordError(
                 f"{path}, line {number}, is no answer ({type(e).__name__}: {e}); delete the file to start over"

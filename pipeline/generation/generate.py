@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,26 @@ from tqdm import tqdm
 
 from pipeline.comm.watchdog import bounded
 from pipeline.config.schema import RunConfig
-from pipeline.generation.answer import Answer
+from pipeline.data.text import load_tokenizer
+from pipeline.generation.answer import Answer, refusal_line
 from pipeline.generation.answers_file import AnswersFile
 from pipeline.generation.record import generation_record, write_generation_record
-from pipeline.generation.requests import Request
+from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
 from pipeline.generation.ring import GenerationRing
 from pipeline.generation.scheduler import Scheduler
 from pipeline.records.store import digest_of
 from pipeline.runtime.deployment import Deployment
 
-__all__ = ["generate", "make_scheduler"]
+__all__ = ["Generated", "generate", "make_request_maker", "make_scheduler"]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Where the record and the answers are, and the lines of requests that failed."""
+
+    record: Path
+    answers: Path
+    failed: list[dict[str, Any]]
 
 
 def make_scheduler(ring: GenerationRing) -> Scheduler:
@@ -35,65 +47,73 @@ def make_scheduler(ring: GenerationRing) -> Scheduler:
     )
 
 
+def make_request_maker(ring: GenerationRing) -> RequestMaker:
+    """For rank 0: loads the checkpoint's tokenizer."""
+    config, deployment = ring.config, ring.deployment
+    return RequestMaker(
+        tokenizer=load_tokenizer(deployment.model_dir, trust_remote_code=config.model.trust_remote_code),
+        generation=config.generation,
+        defaults=ring.defaults,
+        vocab_size=deployment.model_config.vocab_size,
+        slot_length=ring.slot_length,
+    )
+
+
 class _Batch:
     """Rank 0's part: which requests are left, the file of answers, what is seen."""
 
-    def __init__(self, ring: GenerationRing, requests: Sequence[Request], tokenizer: Any, *, resume: bool) -> None:
-        self._ring, self._requests = ring, requests
+    def __init__(
+        self,
+        ring: GenerationRing,
+        requests: Sequence[Request | RefusedRequest],
+        tokenizer: Any,
+        *,
+        resume: bool,
+        shown: str | None,
+    ) -> None:
         config, deployment = ring.config, ring.deployment
         self.digest = digest_of(
             {
                 **config.numerics(),
-                "generation": config.as_dict()["generation"],
                 "checkpoint": deployment.checkpoint_digest,
-                "requests": [request.as_json() for request in requests],
+                "requests": [dataclasses.asdict(request) for request in requests],
             }
         )
         self.file = AnswersFile(Path(config.exp_dir), self.digest, resume=resume)
         self.scheduler = make_scheduler(ring)
-        self._is_streamed = len(requests) == 1
+        self.lines: list[dict[str, Any]] = []
+        self.answers: list[Answer] = []
+        shows = shown is not None
         self._bar = tqdm(
             total=len(requests),
             initial=len(self.file.done),
             unit="prompt",
             file=sys.stderr,
             dynamic_ncols=True,
-            disable=self._is_streamed,
+            disable=shows,
         )
         self._num_tokens, self._start_s = 0, time.monotonic()
-        self.answers: list[Answer] = []
         links = [link.name for link in deployment.plan.links]
         for request in requests:
-            if request.index in self.file.done:
+            if request.line in self.file.done:
+                continue
+            if isinstance(request, RefusedRequest):
+                self._write(refusal_line(request))
                 continue
             answer = Answer(
-                request,
-                tokenizer,
-                eos_ids=ring.eos_ids,
-                link_names=links,
-                on_text=_show if self._is_streamed else _ignore,
-                on_finish=self._finish,
+                request, tokenizer, link_names=links, on_text=_show if shows else _ignore, on_finish=self._finish
             )
             self.answers.append(answer)
-            error = request.error or self._misfit(request)
-            if error is None:
-                self.scheduler.submit(answer)
-            else:
-                answer.finish("error", error)
+            self.scheduler.submit(answer)
         self.scheduler.close()
 
-    def _misfit(self, request: Request) -> str | None:
-        num_prompt, room = len(request.prompt_ids), self._ring.slot_length
-        if num_prompt > room:
-            return (
-                f"the prompt has {num_prompt} tokens, a slot has room for {room} (generation.max_length), the answer "
-                "included"
-            )
-        return None
-
     def _finish(self, answer: Answer) -> None:
-        self.file.add(answer.as_line())
         self._num_tokens += len(answer.token_ids)
+        self._write(answer.as_line())
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        self.file.add(line)
         rate = self._num_tokens / max(time.monotonic() - self._start_s, 1e-9)
         self._bar.set_postfix_str(f"{self._num_tokens} tokens, {rate:.1f} tokens/s", refresh=False)
         self._bar.update()
@@ -106,13 +126,14 @@ class _Batch:
 def generate(
     config: RunConfig,
     deployment: Deployment,
-    read_requests: Callable[[GenerationRing], tuple[Sequence[Request], Any]],
+    read: Callable[[RequestMaker], Sequence[Request | RefusedRequest]],
     *,
     resume: bool,
-) -> tuple[Path, Path, list[dict[str, Any]]] | None:
-    """Answer requests; on rank 0 the record, the file of answers and the lines of those that failed, else None.
+    shown: str | None = None,
+) -> Generated | None:
+    """Answer requests; None on other ranks than 0. With `shown`, the answer is printed behind it while it comes.
 
-    `read_requests`, called on rank 0, gives the requests and the tokenizer.
+    `read`, called on rank 0, gives the requests.
     """
     control = deployment.control
     ring = GenerationRing(config, deployment)
@@ -120,19 +141,21 @@ def generate(
     def prepare() -> tuple[_Batch | None, None]:
         if control.world.rank != 0:
             return None, None
-        requests, tokenizer = read_requests(ring)
-        return _Batch(ring, requests, tokenizer, resume=resume), None
+        maker = make_request_maker(ring)
+        return _Batch(ring, read(maker), maker.tokenizer, resume=resume, shown=shown), None
 
     control.report("reading prompts")
     batch, _ = control.together(prepare)
+    if shown is not None and batch is not None:
+        _show(shown)
     reports = ring.run(batch.scheduler if batch else None)
     ring.close()
     if batch is None:
         return None
     batch.close()
-    record = generation_record(ring, batch.answers, list(batch.file.done.values()), reports, batch.digest)
+    record = generation_record(ring, batch.lines, batch.answers, len(batch.file.done), reports, batch.digest)
     path = write_generation_record(Path(config.exp_dir), record)
-    return path, batch.file.path, [a.as_line() for a in batch.answers if a.error is not None]
+    return Generated(path, batch.file.path, [line for line in batch.lines if line["error"] is not None])
 
 
 def _show(text: str) -> None:

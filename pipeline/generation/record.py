@@ -19,18 +19,18 @@ SCHEMA_VERSION = 1
 
 def generation_record(
     ring: GenerationRing,
+    lines: Sequence[Mapping[str, Any]],
     answers: Sequence[Answer],
-    earlier: Sequence[Mapping[str, Any]],
+    num_taken_over: int,
     reports: Sequence[Mapping[str, Any]],
     digest: str,
 ) -> dict[str, Any]:
-    """Of the answers of this session; `earlier` are lines of those that a resumed run took over.
+    """Of this session: `lines` of the file of answers, and the `answers` of requests that could be tried.
 
-    Bytes are what the senders counted; times are this session's.
+    Bytes are what the senders counted.
     """
     config, deployment = ring.config, ring.deployment
     plan, model = deployment.plan, deployment.model_config
-    lines = [answer.as_line() for answer in answers]
     gaps = [gap for answer in answers for gap in answer.token_gaps_s]
     ttft = [line["ttft_s"] for line in lines if line["ttft_s"] is not None]
     num_generated = sum(len(line["token_ids"]) for line in lines)
@@ -46,7 +46,7 @@ def generation_record(
         "results": {
             "num_requests": len(lines),
             "num_failed": sum(line["error"] is not None for line in lines),
-            "num_taken_over": len(earlier),
+            "num_taken_over": num_taken_over,
             "prompt_tokens": sum(line["num_prompt_tokens"] for line in lines),
             "generated_tokens": num_generated,
             "tokens_per_s": num_generated / run_s,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.records.store import RecordError, model_label
+from pipeline.records.store import RecordError, codec_label, config_label, model_label
 
 __all__ = ["HEADINGS", "KIND", "GeneratedRun", "read_generation"]
 
@@ -64,20 +64,10 @@ def _read(record: Mapping[str, Any]) -> GeneratedRun:
 
 def _codecs(record: Mapping[str, Any]) -> str:
     """`nf4`, or `int8, decoding nf4`."""
-    first, second = (_names(record[key]) for key in ("codecs", "codecs_decode"))
-    return first if first == second else f"{first}, decoding {second}"
-
-
-def _names(codecs: Mapping[str, Any]) -> str:
-    specs = []
-    for codec in codecs.values():
-        options = ", ".join(f"{key}={_option(value)}" for key, value in codec.items() if key != "name")
-        specs.append(f"{_text(codec['name'])}({options})" if options else _text(codec["name"]))
-    return " + ".join(dict.fromkeys(specs)) or "unsplit"
-
-
-def _option(value: Any) -> str:
-    return _names({"": value}) if isinstance(value, Mapping) else str(value)
+    config, label = record["args"]["config"], codec_label(record)
+    if config["compressor_decode"] is None or not record["codecs"]:
+        return label
+    return f"{label}, decoding {config_label({'compressor': config['compressor_decode'], 'compressor_per_link': {}})}"
 
 
 def _milliseconds(spread: Mapping[str, Any] | None, name: str) -> str:
