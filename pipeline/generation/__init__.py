@@ -1,0 +1,1 @@
+"""Prompts to answers: what is asked for (`requests`), and tokens that become text while they come (`text`)."""
