@@ -17,12 +17,22 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from compressors.user_files import read_text, unified_line_ends, user_path
 
-__all__ = ["DATASET_NAMES", "Text", "ids_digest", "load_text", "tokenize"]
+__all__ = [
+    "DATASET_NAMES",
+    "Text",
+    "check_vocabulary",
+    "encode",
+    "ids_digest",
+    "load_text",
+    "load_tokenizer",
+    "tokenize",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +110,25 @@ def tokenize(
     no tokenizer that loads, for a text of 0 or 1 token, since there is nothing to predict in it, and for an id that
     has no row in an embedding of `vocab_size` rows.
     """
+    tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+    ids = encode(tokenizer, text.text, f"the tokenizer in {model_dir} fails on {text.description}")
+    if len(ids) < first_k_tokens:
+        logger.warning("dataset.first_k_tokens is %d, %s has %d", first_k_tokens, text.description, len(ids))
+    ids = ids[: first_k_tokens or None]
+    bos_id = tokenizer.bos_token_id
+    if len(ids) < 2:
+        raise ValueError(
+            f"the dataset is empty: {text.description} gives {len(ids)} token(s), and at least 2 are needed "
+            "to score one; check dataset.name and dataset.path"
+        )
+    if vocab_size is not None:
+        check_vocabulary(tokenizer, ids, text.description, vocab_size=vocab_size)
+        check_vocabulary(tokenizer, [] if bos_id is None else [bos_id], "the BOS token", vocab_size=vocab_size)
+    return ids, bos_id
+
+
+def load_tokenizer(model_dir: Path, *, trust_remote_code: bool = False) -> Any:
+    """transformers' tokenizer of a checkpoint. Raises ValueError where none loads; the message names a damaged file."""
     _check_json(model_dir)
     with _tokenizer_errors(f"no tokenizer loads from {model_dir}"):
         from transformers import AutoTokenizer  # seconds to import, and only rank 0 tokenises
@@ -108,28 +137,30 @@ def tokenize(
         is_empty = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)  # transformers' of no files
     if is_empty:
         raise ValueError(f"no tokenizer loads from {model_dir}: its vocabulary is missing; copy it again")
-    with _tokenizer_errors(f"the tokenizer in {model_dir} fails on {text.description}"):
-        # Not verbose: else it warns that the text is longer than the model's context, which windows take care of.
-        ids = tokenizer(text.text, verbose=False)["input_ids"]
-        if len(ids) < first_k_tokens:
-            logger.warning("dataset.first_k_tokens is %d, %s has %d", first_k_tokens, text.description, len(ids))
-        ids = ids[: first_k_tokens or None]
-        bos_id = tokenizer.bos_token_id
-        highest = max([*ids, -1 if bos_id is None else bos_id], default=-1)
-        token = tokenizer.convert_ids_to_tokens(highest) if highest >= 0 else None
-    if len(ids) < 2:
-        raise ValueError(
-            f"the dataset is empty: {text.description} gives {len(ids)} token(s), and at least 2 are needed "
-            "to score one; check dataset.name and dataset.path"
-        )
-    if vocab_size is not None and highest >= vocab_size:
-        place = f"token {ids.index(highest)} of {text.description}" if highest in ids else "the BOS token"
-        raise ValueError(
-            f"{place} is {token!r} with id {highest}, but the model's vocab_size is {vocab_size}, so that its ids end "
-            f"at {vocab_size - 1}: the tokenizer in {model_dir} belongs to another model, or tokens were added to it "
-            "without rows in the embedding. Take the tokenizer files that came with the weights"
-        )
-    return ids, bos_id
+    return tokenizer
+
+
+def encode(tokenizer: Any, text: str, failure: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text, with the special tokens that the tokenizer adds. ValueErrors begin with `failure`."""
+    with _tokenizer_errors(failure):
+        # Not verbose: else it warns that the text is longer than the model's context, which others take care of.
+        return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+
+def check_vocabulary(tokenizer: Any, ids: Sequence[int], what: str, *, vocab_size: int) -> None:
+    """Raise ValueError where an id of `what` has no row in an embedding of `vocab_size` rows."""
+    highest = max(ids, default=-1)
+    if highest < vocab_size:
+        return
+    place = what if len(ids) == 1 else f"token {ids.index(highest)} of {what}"
+    folder = tokenizer.name_or_path
+    with _tokenizer_errors(f"the tokenizer in {folder} fails on {what}"):
+        token = tokenizer.convert_ids_to_tokens(highest)
+    raise ValueError(
+        f"{place} is {token!r} with id {highest}, but the model's vocab_size is {vocab_size}, so that its ids end "
+        f"at {vocab_size - 1}: the tokenizer in {folder} belongs to another model, or tokens were added to it "
+        "without rows in the embedding. Take the tokenizer files that came with the weights"
+    )
 
 
 def ids_digest(ids: Sequence[int] | np.ndarray) -> str:

@@ -38,7 +38,8 @@ def byte_level():
 def byte_fallback(decoder):
     """SentencePiece's kind: characters it has, and bytes for all others."""
     tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokens += [SPACE, *"abcdefst.€\ufffd", f"{SPACE}a", f"{SPACE}b", 2 * SPACE, 3 * SPACE, "st", "op", "", "日本", "abcd"]
+    tokens += [*"abcdefst.€\ufffd", SPACE, f"{SPACE}a", f"{SPACE}b", 2 * SPACE, 3 * SPACE]
+    tokens += ["st", "op", "", "日本", "abcd"]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [], byte_fallback=True))
     tokenizer.decoder = decoder
     return finished(tokenizer)

@@ -1,0 +1,231 @@
+"""Requests for answers: lines of a file or of standard input, checked, tokenised, with the options that each has.
+
+In front of the scheduler, on rank 0. A line is a JSON object, with `prompt` or `messages` and any of `OWN_KEYS` of the
+config's `generation` section, or a JSON string, which is a prompt. A line at fault is refused and the others go on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from compressors.user_files import InputError, user_path
+from pipeline.config.schema import ConfigError, GenerationConfig, generation_with
+from pipeline.data.text import check_vocabulary, encode
+from pipeline.models.sampling import GenerationDefaults, SamplingOptions, sampling_options
+
+__all__ = ["OWN_KEYS", "RefusedRequest", "Request", "RequestMaker", "read_requests"]
+
+MAX_LINE_NBYTES = 16 * 2**20
+_CUTS = ("top_k", "top_p", "min_p")
+# Keys of `generation` that a request may have for itself.
+OWN_KEYS = (
+    *("max_new_tokens", "temperature", *_CUTS, "repetition_penalty"),
+    *("stop", "seed", "ignore_eos", "deadline_s"),
+)
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt and how it is to be answered.
+
+    `text` is the prompt as it was tokenised, behind the chat template where there are messages. `eos_ids` end the
+    answer, and are empty where end-of-sequence tokens are ignored. `deadline_s` counts from when the request is taken.
+    """
+
+    line: int
+    text: str
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingOptions
+    stop: tuple[str, ...]
+    eos_ids: tuple[int, ...]
+    deadline_s: float | None
+
+
+@dataclass(frozen=True)
+class RefusedRequest:
+    """A line that is no request; the error names the line and what to change."""
+
+    line: int
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestMaker:
+    """What requests are made with: transformers' tokenizer, options where a request has none of its own, bounds.
+
+    `slot_length` is how many positions prompt and answer may have together.
+    """
+
+    tokenizer: Any
+    generation: GenerationConfig
+    defaults: GenerationDefaults
+    vocab_size: int
+    slot_length: int
+
+    def make(self, fields: Mapping[str, Any], *, line: int = 1) -> Request:
+        """Of a line's keys and values. Raises ValueError for what cannot be answered."""
+        _check_keys(fields)
+        own = {key: value for key, value in fields.items() if key in OWN_KEYS}
+        generation = generation_with(self.generation, own)
+        sampling = sampling_options(generation, self.defaults)
+        lost = [key for key in _CUTS if own.get(key) is not None]
+        if lost and sampling.greedy and "temperature" not in own:
+            name = lost[0]
+            raise ConfigError(f"{name} is {own[name]}, but answers are greedy; give a temperature above 0 with it")
+        if "messages" in fields:
+            text = self._chat(fields["messages"])
+        else:
+            text = _checked_text(fields["prompt"], "prompt")
+        # A template writes the special tokens itself.
+        ids = encode(self.tokenizer, text, "the prompt cannot be tokenised", add_special_tokens="prompt" in fields)
+        if not ids:
+            raise ValueError("the prompt has no tokens, so there is nothing to go on from; write a longer one")
+        check_vocabulary(self.tokenizer, ids, "the prompt", vocab_size=self.vocab_size)
+        if len(ids) + generation.max_new_tokens > self.slot_length:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and max_new_tokens is {generation.max_new_tokens}, but a sequence "
+                f"has at most {self.slot_length}; shorten the one or the other, or raise generation.max_length as far "
+                "as the model goes"
+            )
+        return Request(
+            line=line,
+            text=text,
+            prompt_ids=tuple(ids),
+            max_new_tokens=generation.max_new_tokens,
+            sampling=sampling,
+            stop=generation.stop,
+            eos_ids=() if generation.ignore_eos else self._eos_ids(),
+            deadline_s=generation.deadline_s,
+        )
+
+    def _eos_ids(self) -> tuple[int, ...]:
+        """The checkpoint's and the tokenizer's: either may lack the token that ends a turn."""
+        own = self.tokenizer.eos_token_id
+        return tuple(sorted({*self.defaults.eos_ids, *([] if own is None else [own])}))
+
+    def _chat(self, messages: Any) -> str:
+        """The template's text of a conversation, up to where the answer begins."""
+        if not isinstance(messages, list) or not messages:
+            example = '[{"role": "user", "content": "..."}]'
+            raise ValueError(f"messages must be a list such as {example}, got {messages!r}")
+        for index, message in enumerate(messages):
+            if not isinstance(message, dict) or sorted(message) != ["content", "role"]:
+                raise ValueError(f"messages[{index}] must have the keys role and content, got {message!r}")
+            for key in message:
+                _checked_text(message[key], f"messages[{index}].{key}")
+        if not self.tokenizer.chat_template:
+            raise ValueError("the model has no chat template, so it takes no messages; write a prompt instead")
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as e:  # templates are programs
+            raise ValueError(f"the model's chat template fails on these messages: {type(e).__name__}: {e}") from e
+
+
+def read_requests(source: str, maker: RequestMaker) -> Iterator[Request | RefusedRequest]:
+    """The requests of a file, or of standard input for `-`, in order and as they are read.
+
+    UTF-8, one JSON value a line, lines numbered from 1. Blank lines are passed over, as are a byte-order mark and the
+    kind of line ends. Raises ConfigError for a file that cannot be opened, and at the end for one without a request.
+    """
+    if source == "-":
+        return _requests(sys.stdin.buffer, "standard input", maker)
+    try:
+        return _requests(open(user_path(source), "rb"), source, maker)
+    except (OSError, InputError) as e:
+        raise ConfigError(f"prompts {source!r} cannot be read: {e}") from e
+
+
+def _requests(file: BinaryIO, name: str, maker: RequestMaker) -> Iterator[Request | RefusedRequest]:
+    is_empty = True
+    with file:
+        for number, line in _lines(file, name):
+            if number == 1:
+                line = line.removeprefix(_BYTE_ORDER_MARK)
+            if not line.strip():
+                continue
+            is_empty = False
+            request: Request | RefusedRequest
+            try:
+                request = maker.make(_parse(line), line=number)
+            except ValueError as e:
+                request = RefusedRequest(number, f"line {number}: {e}")
+            yield request
+    if is_empty:
+        raise ConfigError(f'prompts {name!r}: there is no line in it; write one like {{"prompt": "..."}} per request')
+
+
+def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
+    """Numbers and lines; of one that is too long, just as much as shows it."""
+    number = 0
+    while True:
+        try:
+            line = file.readline(MAX_LINE_NBYTES + 1)
+            rest = line
+            while len(rest) > MAX_LINE_NBYTES and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_LINE_NBYTES + 1)
+        except OSError as e:
+            raise ConfigError(f"prompts {name!r} cannot be read further than line {number}: {e}") from e
+        if not line:
+            return
+        number += 1
+        yield number, line
+
+
+def _parse(line: bytes) -> Mapping[str, Any]:
+    """A line's keys and values. Raises ValueError."""
+    if len(line.rstrip(b"\r\n")) > MAX_LINE_NBYTES:
+        raise ValueError(f"it is longer than {MAX_LINE_NBYTES} bytes")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"it is not UTF-8, from byte {e.start} on; convert the file: iconv -f ... -t UTF-8") from e
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once_each)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'it is no JSON ({e}); write {{"prompt": "..."}}, or the prompt in double quotes') from e
+    if isinstance(content, str):
+        return {"prompt": content}
+    if not isinstance(content, dict):
+        raise ValueError(f"it must be an object with prompt or messages, or a string, got {text.strip()[:40]}")
+    return content
+
+
+def _once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is given twice")
+        found[key] = value
+    return found
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_keys(fields: Mapping[str, Any]) -> None:
+    allowed = ("prompt", "messages", *OWN_KEYS)
+    for key in fields:
+        if key not in allowed:
+            close = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(f"unknown key {key!r}; {hint}Allowed: {', '.join(allowed)}")
+    if ("prompt" in fields) == ("messages" in fields):
+        raise ValueError("it must have either prompt or messages")
+
+
+def _checked_text(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{key} must be a string, got {value!r}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{key} has half of a surrogate pair at character {e.start}, which is no character") from e
+    return value
