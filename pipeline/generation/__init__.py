@@ -1,2 +1,1 @@
-"""Prompts to tokens: requests, the scheduler that makes passes of them, text, and what a run of them leaves.
-"""
+"""Prompts to answers: what is asked for (`requests`), and tokens that become text while they come (`text`)."""

@@ -23,8 +23,10 @@ __all__ = ["OWN_KEYS", "RefusedRequest", "Request", "RequestMaker", "read_reques
 MAX_LINE_NBYTES = 16 * 2**20
 _CUTS = ("top_k", "top_p", "min_p")
 # Keys of `generation` that a request may have for itself.
-OWN_KEYS = ("max_new_tokens", "temperature", *_CUTS, "repetition_penalty")
-OWN_KEYS += ("stop", "seed", "ignore_eos", "deadline_s")
+OWN_KEYS = (
+    *("max_new_tokens", "temperature", *_CUTS, "repetition_penalty"),
+    *("stop", "seed", "ignore_eos", "deadline_s"),
+)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -75,7 +77,8 @@ class RequestMaker:
         sampling = sampling_options(generation, self.defaults)
         lost = [key for key in _CUTS if own.get(key) is not None]
         if lost and sampling.greedy and "temperature" not in own:
-            raise ConfigError(f"{lost[0]} is {own[lost[0]]}, but answers are greedy; give a temperature above 0 with it")
+            name = lost[0]
+            raise ConfigError(f"{name} is {own[name]}, but answers are greedy; give a temperature above 0 with it")
         if "messages" in fields:
             text = self._chat(fields["messages"])
         else:
@@ -87,9 +90,9 @@ class RequestMaker:
         check_vocabulary(self.tokenizer, ids, "the prompt", vocab_size=self.vocab_size)
         if len(ids) + generation.max_new_tokens > self.slot_length:
             raise ValueError(
-                f"the prompt has {len(ids)} tokens and max_new_tokens is {generation.max_new_tokens}, but a sequence has "
-                f"at most {self.slot_length}; shorten the one or the other, or raise generation.max_length as far as the "
-                "model goes"
+                f"the prompt has {len(ids)} tokens and max_new_tokens is {generation.max_new_tokens}, but a sequence "
+                f"has at most {self.slot_length}; shorten the one or the other, or raise generation.max_length as far "
+                "as the model goes"
             )
         return Request(
             line=line,
@@ -110,7 +113,8 @@ class RequestMaker:
     def _chat(self, messages: Any) -> str:
         """The template's text of a conversation, up to where the answer begins."""
         if not isinstance(messages, list) or not messages:
-            raise ValueError(f'messages must be a list such as [{{"role": "user", "content": "..."}}], got {messages!r}')
+            example = '[{"role": "user", "content": "..."}]'
+            raise ValueError(f"messages must be a list such as {example}, got {messages!r}")
         for index, message in enumerate(messages):
             if not isinstance(message, dict) or sorted(message) != ["content", "role"]:
                 raise ValueError(f"messages[{index}] must have the keys role and content, got {message!r}")
@@ -183,7 +187,7 @@ def _parse(line: bytes) -> Mapping[str, Any]:
     except UnicodeDecodeError as e:
         raise ValueError(f"it is not UTF-8, from byte {e.start} on; convert the file: iconv -f ... -t UTF-8") from e
     try:
-        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as e:
         raise ValueError(f'it is no JSON ({e}); write {{"prompt": "..."}}, or the prompt in double quotes') from e
     if isinstance(content, str):
@@ -193,7 +197,7 @@ def _parse(line: bytes) -> Mapping[str, Any]:
     return content
 
 
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PLAIN_ROOMS = ["report", "records", "config", "partition"]
 PLAIN_MODULES = [
     "comm.world", "comm.watchdog", "comm.network", "data.windows", "runtime.launch", "runtime.memory",
-    "evaluation.progress", "evaluation.tracking", "analysis.layer_statistics", "analysis.plots",
+    "evaluation.progress", "evaluation.tracking", "generation.text", "analysis.layer_statistics", "analysis.plots",
 ]  # fmt: skip
 PROCESS_GROUP_ROOMS = {"comm", "runtime"}
 
