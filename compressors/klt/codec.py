@@ -15,10 +15,16 @@ Tokens whose u is far from the calibration's, that are not finite, or that would
 after division by a power of two. With that the bound on a frame's size holds token by token, and no token's
 reconstruction depends on a later one. Prediction begins anew in every row.
 
+With `temporal=false` nothing is predicted from the token before, every token is computed as if it were alone
+(`TokenTransform`), and ids are not coded: they come beside the payload at both ends. Then no token's reconstruction
+depends on what shares its frame: this is `klt` for generation. The calibration is the same; its models and `target_bits`
+were fitted with the token before, so that it takes a little more than they expect.
+
 A NaN or an infinity survives as such in its place; finite values come back finite.
 
 Payload: rANS words (uint32 [W], at least 2 unless there is no token), the raw tokens' exponents (int16 [R]), their
-values (fp16 [R, H]). Everything is coded in host memory; on an accelerator the transforms run there.
+values (fp16 [R, H]). Everything is coded in host memory; on an accelerator the transforms run there, unless `temporal`
+is false.
 """
 
 from __future__ import annotations
@@ -32,23 +38,24 @@ import torch
 
 from compressors.base import Compressor, CorruptPayload, LinkInfo, Payload
 from compressors.klt.calibration_file import LinkCalibration, TokenTable, read_calibration
-from compressors.options import option_error
+from compressors.klt.transform import FrameTransform, TokenTransform
+from compressors.options import check_choice, option_error
 from compressors.rows import Scratch
 from compressors.saturation import saturating_cast
 
-__all__ = ["Klt", "KltCoder", "matmul_rows", "trellis_rates"]
+__all__ = ["Klt", "KltCoder", "trellis_rates"]
 
 STEP_RANGE = (2.0**-10, 2.0**4)
-RAW_EIGHTHS = 32  # u that lies 4 octaves from the calibration's median, or more, makes a token raw
-FINER_RANGE = (-8, 16)  # quarter octaves
 SIDE_NBYTES = 16  # of a token at most, beside what a raw one takes
-MATMUL_ROWS = 128
 LAMBDA = 0.15  # squared half steps that the trellis gives for a bit
 CPU = torch.device("cpu")
 
 
 class Klt(Compressor):
-    """Transform, prediction and entropy coding by the link's file in `calibration`, at `step` or `target_bits`."""
+    """Transform, prediction and entropy coding by the link's file in `calibration`, at `step` or `target_bits`.
+
+    `temporal=False` leaves out the prediction from the token before and makes the codec frame-invariant.
+    """
 
     name = "klt"
 
@@ -58,10 +65,13 @@ class Klt(Compressor):
         calibration: str,
         step: float | None = None,
         target_bits: float | None = None,
+        temporal: bool = True,
         link: LinkInfo | None = None,
     ) -> None:
         super().__init__(link=link)
         self.calibration, self.step, self.target_bits = calibration, step, target_bits
+        self.temporal = check_choice(self.name, "temporal", temporal, (True, False))
+        self.frame_invariant = not temporal
         self._known = read_calibration(self.name, calibration, link)
         if (step is None) == (target_bits is None):
             raise option_error(self.name, "step", step, "a number, or target_bits instead of it")
@@ -70,7 +80,12 @@ class Klt(Compressor):
         if isinstance(step, bool) or not isinstance(step, (int, float)) or not _in_range(step):
             raise option_error(self.name, "step", step, f"a number from {STEP_RANGE[0]} to {STEP_RANGE[1]}")
         self.needs = ("token_ids",) if self._known.link.uses_token_ids else ()
-        self._coder = KltCoder(self._known.link, self._known.tokens, float(step))
+        self.decoder_needs = () if temporal else self.needs
+        self._coder = KltCoder(self._known.link, self._known.tokens, float(step), temporal=temporal)
+
+    def config(self) -> dict[str, Any]:
+        """Without `temporal` where it is true, as before there was the option: ids and digests stay what they were."""
+        return {option: value for option, value in super().config().items() if (option, value) != ("temporal", True)}
 
     def format_config(self) -> dict[str, Any]:
         """The files' digest stands for their path, the step for what it was chosen by."""
@@ -90,7 +105,7 @@ class Klt(Compressor):
     @torch.no_grad()
     def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         data = self._data_without_meta(payload).cpu()
-        x = self._coder.decompress(data, payload.shape, device, dtype)
+        x = self._coder.decompress(data, payload.shape, device, dtype, side.get("token_ids"))
         self._known.check_unchanged()
         return x
 
@@ -98,13 +113,15 @@ class Klt(Compressor):
 class KltCoder:
     """Frames at one step of one calibration. Used by `Klt` and, on held-out text, by the calibration itself."""
 
-    def __init__(self, calibration: LinkCalibration, tokens: TokenTable, step: float) -> None:
+    def __init__(
+        self, calibration: LinkCalibration, tokens: TokenTable, step: float, *, temporal: bool = True
+    ) -> None:
         from compressors.kernels import klt as kernels
 
-        self.step = step
+        self.step, self.temporal = step, temporal
+        self.transform = (FrameTransform if temporal else TokenTransform)(calibration, tokens, step)
         self._content, self._tokens = calibration, tokens
         self._scratch = Scratch()
-        self._first_rms = int(calibration.rms_eighths)
         self._side_classes = calibration.side_classes.numpy()
         self.component_class = (calibration.component_eighths - round(8 * math.log2(step))).numpy()
         self._trellis_class = self.component_class - kernels.FIRST_CLASS
@@ -112,11 +129,16 @@ class KltCoder:
         self._rates = trellis_rates(self._starts)
         frequency = np.arange(1, (1 << 15) + 1)
         self._frequency_bits = np.concatenate([[0], np.ceil(256 * (15 - np.log2(frequency)))]).astype(np.int64)
-        self._temporal = calibration.temporal_in.numpy(), calibration.temporal_out.numpy()
-        self._id_ranks, self._id_starts = tokens.ranks.numpy(), tokens.rank_starts.numpy()
+        temporal_rank = calibration.temporal_in.shape[1] if temporal else 0
+        self._temporal_factors = (
+            calibration.temporal_in[:, :temporal_rank].contiguous().numpy(),
+            calibration.temporal_out[:temporal_rank].numpy(),
+        )
+        coded = tokens if temporal else TokenTable.empty()
+        self._id_ranks, self._id_starts = coded.ranks.numpy(), coded.rank_starts.numpy()
         self._guesses = kernels.first_guesses(self._starts)
         self._id_guesses = kernels.first_guesses(self._id_starts[None])
-        self._ids = tokens.by_rank.numpy()
+        self._ids = coded.by_rank.numpy()
 
     def compress(self, x: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """Bytes of x [B, T, H], uint8 on the CPU."""
@@ -126,7 +148,7 @@ class KltCoder:
         if num_tokens == 0:
             return torch.empty(0, dtype=torch.uint8)
         rows = x.reshape(num_tokens, width)
-        y, rms, finer, is_raw = self.analyse(rows)
+        y, rms, finer, is_raw = self.transform.analyse(rows)
         y, ids = y.cpu(), self.check_ids(token_ids, num_tokens)
         levels, flags, _ = self.quantize(y, finer, is_raw, ids, x.shape[1])
         raw_cost = 256 * 16 * (width + 1)
@@ -136,9 +158,9 @@ class KltCoder:
         while True:
             ops = self._scratch.get("ops", (num_ops, 3), torch.int16, CPU).numpy().view(np.uint16)
             num_words = kernels.encode(
-                levels, flags, (rms - self._first_rms).numpy(), finer.numpy(), ids, self._side_classes,
-                self.component_class, self._magnitude, self._starts, self._frequency_bits, self._id_ranks,
-                self._id_starts, raw_cost, ops, words,
+                levels, flags, rms.numpy(), finer.numpy(), ids, self._side_classes, self.component_class,
+                self._magnitude, self._starts, self._frequency_bits, self._id_ranks, self._id_starts, raw_cost, ops,
+                words,
             )  # fmt: skip
             if num_words == kernels.OPS_FULL:
                 num_ops *= 2
@@ -146,28 +168,12 @@ class KltCoder:
                 levels, flags, _ = self.quantize(y, finer, torch.from_numpy(flags), ids, x.shape[1])
             else:
                 break
-        raw = rows[torch.from_numpy(flags).to(rows.device)].float().cpu()
-        exponents, values = _to_raw(raw)
-        coded = torch.from_numpy(words[:num_words].view(np.int32))
-        parts = [part.reshape(-1).view(torch.uint8) for part in (coded, exponents, values)]
+        parts = [torch.from_numpy(words[:num_words].view(np.int32))]
+        if flags.any():
+            parts += _to_raw(rows[torch.from_numpy(flags).to(rows.device)].float().cpu())
+        parts = [part.reshape(-1).view(torch.uint8) for part in parts]
         data = self._scratch.get("data", (sum(p.numel() for p in parts),), torch.uint8, CPU)
         return torch.cat(parts, out=data)
-
-    def analyse(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Components y float32 [N, H] on the device of `rows`; eighths of u, quarter octaves of the step's refinement
-        int32 [N] and whether the token must be raw, on the CPU."""
-        content, device = self._content, rows.device
-        x = rows.float()
-        octaves = x.square().mean(1).sqrt().log2()
-        eighths = (8 * octaves).round()
-        is_raw = ~((eighths - self._first_rms).abs() < RAW_EIGHTHS)
-        eighths = torch.where(is_raw, float(self._first_rms), eighths)
-        x = (x / torch.exp2(eighths / 8).unsqueeze(1)).masked_fill_(is_raw.unsqueeze(1), 0)
-        y = matmul_rows(x - self._on("mean", device), self._on("encode", device))
-        constant, per_octave = content.finer_bias.tolist()
-        finer = (y * self._on("finer", device)).sum(1) + (constant + per_octave * eighths / 8)
-        finer = finer.round().clamp(*FINER_RANGE)
-        return y, eighths.to(CPU, torch.int32), finer.to(CPU, torch.int32), is_raw.cpu()
 
     def quantize(
         self, y: torch.Tensor, finer: torch.Tensor, is_raw: torch.Tensor, ids: np.ndarray, tokens_per_row: int
@@ -180,15 +186,23 @@ class KltCoder:
         decoded = self._scratch.get("decoded", y.shape, torch.float32, CPU).numpy()
         flags = is_raw.numpy().copy()
         trellis.quantize(
-            y.cpu().numpy(), self._predict(ids), self.steps(finer), flags, tokens_per_row, *self._temporal,
-            self._trellis_class, 2 * finer.numpy(), self._rates, levels, decoded,
+            y.cpu().numpy(), self.transform.predict(ids), self.transform.steps(finer), flags, tokens_per_row,
+            *self._temporal_factors, self._trellis_class, 2 * finer.numpy(), self._rates, levels, decoded,
         )  # fmt: skip
         return levels, flags, decoded
 
     def decompress(
-        self, data: torch.Tensor, shape: Sequence[int], device: torch.device, dtype: torch.dtype
+        self,
+        data: torch.Tensor,
+        shape: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype,
+        token_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Inverse of `compress`. Raises CorruptPayload for bytes that it cannot have written."""
+        """Inverse of `compress`; `token_ids` as there, where `temporal` is false.
+
+        Raises CorruptPayload for bytes that it cannot have written.
+        """
         from compressors.kernels import klt as kernels
         from compressors.kernels import trellis
 
@@ -210,30 +224,20 @@ class KltCoder:
         num_raw = int(flags.sum())
         if num_words < 0 or 4 * num_words + num_raw * (2 * width + 2) != blob.size:
             raise CorruptPayload(f"{blob.size} bytes are no klt frame of shape {tuple(shape)}")
-        ids = self._ids[id_ranks] if num_ids else id_ranks
+        if not self.temporal:
+            ids = self.check_ids(token_ids, num_tokens)
+        else:
+            ids = self._ids[id_ranks] if num_ids else id_ranks
         decoded = self._scratch.get("decoded", (num_tokens, width), torch.float32, CPU)
         trellis.reconstruct(
-            levels, self._predict(ids), self.steps(torch.from_numpy(finer)), flags, shape[1], *self._temporal,
-            decoded.numpy(),
+            levels, self.transform.predict(ids), self.transform.steps(torch.from_numpy(finer)), flags, shape[1],
+            *self._temporal_factors, decoded.numpy(),
         )  # fmt: skip
-        u = torch.exp2((torch.from_numpy(rms) + self._first_rms).float() / 8).to(device)
-        x = matmul_rows(decoded.to(device), self._on("decode", device)).add_(self._on("mean", device))
-        x = saturating_cast(x.mul_(u.unsqueeze(1)), dtype)
+        x = self.transform.synthesise(decoded, rms, device, dtype)
         if num_raw:
             raw = _from_raw(torch.from_numpy(blob[4 * num_words :].copy()), num_raw, width)
             x[torch.from_numpy(flags).to(device)] = saturating_cast(raw, dtype).to(device)
         return x.view(tuple(shape))
-
-    def _predict(self, ids: np.ndarray) -> np.ndarray:
-        """Prediction of all tokens' components from their ids, float32 [N, H]."""
-        if not self._content.uses_token_ids:
-            return np.zeros((ids.size, self._content.hidden_size), np.float32)
-        features = self._tokens.features(torch.from_numpy(ids))
-        return matmul_rows(features, self._content.token_out).add_(self._content.token_bias).numpy()
-
-    def steps(self, finer: torch.Tensor) -> np.ndarray:
-        """Step of each token, float32 [N]."""
-        return (self.step * torch.exp2(finer.float() / -4)).numpy()
 
     def check_ids(self, token_ids: torch.Tensor | None, num_tokens: int) -> np.ndarray:
         """int32 [N] on the CPU; zeros where they are not used."""
@@ -242,29 +246,11 @@ class KltCoder:
         if token_ids is None or token_ids.numel() != num_tokens:
             raise ValueError(f"klt with a token table needs token_ids of {num_tokens} tokens, got {token_ids}")
         ids = token_ids.reshape(-1).to(CPU, torch.int32)
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._id_ranks.size:
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokens.num_ids:
             raise ValueError(
-                f"klt's table has {self._id_ranks.size} token ids, got {int(ids.min())} to {int(ids.max())}"
+                f"klt's table has {self._tokens.num_ids} token ids, got {int(ids.min())} to {int(ids.max())}"
             )
         return ids.numpy()
-
-    def _on(self, name: str, device: torch.device) -> torch.Tensor:
-        return self._scratch.constant(name, getattr(self._content, name), device)
-
-
-def matmul_rows(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """rows [N, K] @ matrix [K, M], always in blocks of one size.
-
-    How a library sums depends on the number of rows, and a row's last bits must not: a token's reconstruction would
-    depend on how many tokens follow.
-    """
-    num_rows = rows.shape[0]
-    blocks = rows.new_zeros(-(-num_rows // MATMUL_ROWS), MATMUL_ROWS, rows.shape[1])
-    blocks.view(-1, rows.shape[1])[:num_rows] = rows
-    product = rows.new_empty(*blocks.shape[:2], matrix.shape[1])
-    for block, out in zip(blocks, product, strict=True):
-        torch.mm(block, matrix, out=out)
-    return product.view(-1, matrix.shape[1])[:num_rows]
 
 
 def trellis_rates(starts: np.ndarray) -> np.ndarray:

@@ -30,8 +30,8 @@ import numpy as np
 import torch
 
 from compressors.klt.calibration_file import LinkCalibration, TokenTable
-from compressors.klt.codec import RAW_EIGHTHS
 from compressors.klt.models import REFERENCE_STEP, SampleRow, cumulative, eighths, fit_models, prior_models
+from compressors.klt.transform import RAW_EIGHTHS
 
 __all__ = ["CHUNK", "LinkStatistics", "fit", "make_token_table"]
 

@@ -22,7 +22,7 @@ import torch
 from compressors.base import LinkInfo
 from compressors.bitpack import Section, pack, packed_nbytes, unpack
 from compressors.klt.calibration_file import read_calibration
-from compressors.klt.codec import RAW_EIGHTHS, matmul_rows
+from compressors.klt.transform import RAW_EIGHTHS, matmul_rows
 from compressors.options import option_error
 from compressors.rows import RowCodec, divide
 

@@ -116,15 +116,15 @@ def _component_sizes(
     sums, weight = torch.zeros(calibration.hidden_size, dtype=torch.float64), 0.0
     sides: list[torch.Tensor] = []
     for row in sample:
-        y, rms, finer, is_raw = coder.analyse(row.hidden_states)
+        y, rms, finer, is_raw = coder.transform.analyse(row.hidden_states)
         ids = coder.check_ids(row.token_ids, len(y))
         levels, flags, decoded = coder.quantize(y, finer, is_raw, ids, len(y))
         coded = torch.from_numpy(~flags)
         errors = y.cpu() - torch.from_numpy(decoded)
-        unpredicted = errors + torch.from_numpy(levels * (0.5 * coder.steps(finer)[:, None]))
+        unpredicted = errors + torch.from_numpy(levels * (0.5 * coder.transform.steps(finer)[:, None]))
         sums += unpredicted[coded].abs().sum(0)
         weight += float(coded.sum())
-        sides += [torch.stack([rms - calibration.rms_eighths, finer])[:, coded]]
+        sides += [torch.stack([rms, finer])[:, coded]]
     prior = calibration.component_eighths
     side = torch.cat(sides, 1).float().abs().mean(1).clamp_min(0.1)
     result = {"side_classes": eighths(side).clamp(-16, 20)}
@@ -141,7 +141,7 @@ def _quantized(
     """(levels, is_raw, finer, class of each component) of every row."""
     coder = KltCoder(calibration, tokens, step)
     for row in sample:
-        y, _, finer, is_raw = coder.analyse(row.hidden_states)
+        y, _, finer, is_raw = coder.transform.analyse(row.hidden_states)
         levels, flags, _ = coder.quantize(y, finer, is_raw, coder.check_ids(row.token_ids, len(y)), len(y))
         yield levels.copy(), flags, finer.numpy(), coder.component_class
 

@@ -17,15 +17,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compressors import CorruptPayload, LinkInfo, Payload, make_compressor
-from compressors.check import CHECKS, hidden_states, side_inputs
+from compressors.check import CHECKS, dependence_on_frames, hidden_states, side_inputs, travelling
 from compressors.klt.calibration_file import file_name
 
 CPU = torch.device("cpu")
 KLT = {"name": "klt", "step": 0.4}
+TOKENWISE = KLT | {"temporal": False}
 FIXED = {"name": "klt_fixed", "nbits": 3}
 CASES = {
     "klt with ids": (KLT, True),
     "klt": (KLT, False),
+    "klt by token with ids": (TOKENWISE, True),
+    "klt by token": (TOKENWISE, False),
     "klt_fixed": (FIXED, False),
 }
 SUBJECTS = pytest.mark.parametrize("subject", [Calibrated(*case) for case in CASES.values()], ids=CASES)
@@ -66,8 +69,8 @@ def test_inference_mode_and_gradients_make_no_difference(subject):
     x = hidden_states((2, 6, 96))
     codec = subject.make(x)
     with torch.inference_mode():
-        first = codec.decompress(subject.compress(codec, x), CPU, x.dtype).clone()
-    second = codec.decompress(subject.compress(codec, x.clone().requires_grad_()), CPU, x.dtype)
+        first = subject.decompress(codec, subject.compress(codec, x), x).clone()
+    second = subject.decompress(codec, subject.compress(codec, x.clone().requires_grad_()), x)
     assert torch.equal(first, second)
     assert not second.requires_grad and not second.is_inference()
 
@@ -127,7 +130,7 @@ def test_damaged_payloads(name, data):
         damaged[data.draw(st.integers(0, damaged.numel() - 1))] = data.draw(st.integers(0, 255))
     damaged = damaged[: data.draw(st.integers(0, damaged.numel()))] if data.draw(st.booleans()) else damaged
     try:
-        decoded = codec.decompress(Payload(damaged, x.shape), CPU, x.dtype)
+        decoded = codec.decompress(Payload(damaged, x.shape), CPU, x.dtype, **travelling(codec, side_inputs(codec, x)))
     except CorruptPayload:
         return
     assert decoded.shape == x.shape
@@ -142,7 +145,8 @@ def test_any_bytes(name, seed, nbytes, shape):
     codec, shape = make(*CASES[name]), (*shape, 96)
     data = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     try:
-        decoded = codec.decompress(Payload(data, shape), CPU, torch.float32)
+        side = travelling(codec, side_inputs(codec, torch.empty(shape)))
+        decoded = codec.decompress(Payload(data, shape), CPU, torch.float32, **side)
     except CorruptPayload:
         return
     assert decoded.shape == shape
