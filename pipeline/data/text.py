@@ -183,7 +183,7 @@ def _check_json(model_dir: Path) -> None:
 
 @contextlib.contextmanager
 def _tokenizer_errors(what: str) -> Iterator[None]:
-    """Make ValueErrors of what a tokenizer raises. transformers and tokenizers raise many types, and the latter's Rust panics are no Exceptions."""
+    """transformers and tokenizers raise many types, and the latter's Rust panics are no Exceptions."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):

@@ -68,9 +68,9 @@ def link_specs(
                 link_index=index,
                 num_trail=index,
                 codec_ids=tuple(dict.fromkeys(codec.codec_id() for codec in both)),
+                dtype=dtype,
                 id_nbytes=id_nbytes,
             ),
-            dtype=dtype,
             hidden_size=hidden_size,
             bound=bound,
             microbatch_shapes=shapes,
@@ -105,8 +105,7 @@ def gradient_specs(
     return {
         index: HiddenSpec(
             name=name,
-            wire=WireFormat(link_index=index, num_trail=0, codec_ids=()),
-            dtype=its_dtype,
+            wire=WireFormat(link_index=index, num_trail=0, codec_ids=(), dtype=its_dtype),
             hidden_size=hidden_size,
             bound=lambda kind, shape, itemsize=its_dtype.itemsize: itemsize * math.prod(shape),
             microbatch_shapes=shapes,
