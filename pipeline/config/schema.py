@@ -226,7 +226,7 @@ class RunConfig:
     def numerics(self) -> dict[str, Any]:
         """Flat mapping of the keys that change numbers or bytes; what ranks and resumed runs must share.
 
-        Paths and names are left out: the digests of checkpoint and token ids stand for them. So is `generation`, of
+        Paths and names are left out: the digests of checkpoint and token ids stand for them. So is `generation`, on
         which no score of a text depends.
         """
         partition = [node.layers for node in self.partition.nodes]
