@@ -1,13 +1,21 @@
 """Prompts through the ring: the reference's tokens, whatever shares a pass and however many ranks there are."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers.launch import run_alone, run_ranks
+from compressors import make_compressor
+from tests.helpers.launch import ROOT, run_alone, run_ranks, start_ranks
+from tests.helpers.patience import allowed_s
 from tests.helpers.tiny_models import MODEL_TYPES, tiny_model
 
 PROMPTS = ["The canal", "a", "Once upon a time there was a lock keeper who", "xyz " * 30, "1, 2, 3, 4,"]
@@ -92,3 +100,180 @@ def test_what_shares_a_pass_changes_no_token(model_type, codec, tmp_path):
         for line, answer in first.items():
             assert answer["error"] is None
             assert others[line]["token_ids"] == answer["token_ids"], (name, line)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_samples_alike(plan, tmp_path):
+    """The same seed, the same text: in float64, on one to four ranks, with the head on node 0 or not."""
+    num_ranks, settings = PLANS[plan]
+    settings = ("model.dtype=fp64", "generation.temperature=0.9", "generation.top_k=20", *settings)
+    settings += ("generation.repetition_penalty=1.3", "generation.seed=5")
+    out = tmp_path / "out"
+    run(num_ranks, arguments(tiny_model(), out, prompts_file(tmp_path), *settings)).check()
+    unsplit = tmp_path / "unsplit"
+    run(1, arguments(tiny_model(), unsplit, prompts_file(tmp_path), *settings, "partition.num_nodes=1")).check()
+    expected = answers(unsplit)
+    assert {line: a["token_ids"] for line, a in answers(out).items()} == {
+        line: a["token_ids"] for line, a in expected.items()
+    }
+    assert len({tuple(a["token_ids"]) for a in expected.values()}) == len(expected)
+
+
+def test_a_codec_of_its_own_for_sampled_tokens(tmp_path):
+    prompts = prompts_file(tmp_path)
+    run(4, arguments(tiny_model(), tmp_path, prompts, "compressor_decode=int8", codec="nf4")).check()
+    (path,) = tmp_path.glob("*-generation-*.json")
+    links = json.loads(path.read_text())["traffic_per_link"].values()
+    num_prompt = sum(a["num_prompt_tokens"] for a in answers(tmp_path).values())
+    num_decoded = sum(NUM_TOKENS) - len(NUM_TOKENS)
+    for link in links:
+        assert link["tokens"] == num_prompt + num_decoded
+        assert link["payload_bytes"] == num_prompt * 36 + num_decoded * 68  # 64 values in 4 or 8 bits, a scale
+
+
+def test_bytes_of_requests_add_up_to_what_was_sent(tmp_path):
+    run(4, arguments(tiny_model(), tmp_path, prompts_file(tmp_path), codec="int8")).check()
+    (path,) = tmp_path.glob("*-generation-*.json")
+    for name, link in json.loads(path.read_text())["traffic_per_link"].items():
+        assert sum(a["bytes_per_link"][name] for a in answers(tmp_path).values()) == link["payload_bytes"]
+        num_frames, num_rows = link["frames"], len(PROMPTS) + sum(NUM_TOKENS) - len(NUM_TOKENS)
+        assert 12 * num_frames + 4 * num_rows <= link["header_bytes"] <= 12 * num_frames + 4 * num_rows + 8 * num_frames
+
+
+def test_a_prefix_that_a_slot_holds_is_not_sent_again(tmp_path):
+    system = "You keep the lock of a canal, and answer in one word. " * 2
+    prompts = prompts_file(tmp_path, [system + word for word in ("Who?", "When?", "Where?")], [8, 8, 8])
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    run(4, arguments(tiny_model(), shared, prompts, "model.dtype=fp64", "generation.prefill_chunk=32")).check()
+    for number, line in enumerate(prompts.read_text().splitlines()):
+        one = tmp_path / f"{number}.jsonl"
+        one.write_text(line + "\n")
+        run(1, arguments(tiny_model(), alone / str(number), one, "model.dtype=fp64")).check()
+        expected = answers(alone / str(number))[1]
+        got = answers(shared)[number + 1]
+        assert got["token_ids"] == expected["token_ids"]
+        is_first = number == 0
+        for name, nbytes in got["bytes_per_link"].items():
+            assert (nbytes == expected["bytes_per_link"][name]) == is_first, (number, name)
+
+
+def test_a_pass_that_fails_fails_its_request_alone(tmp_path):
+    """A frame of 13 tokens is the third prompt; of two rows, sequences that decode together, which then go alone."""
+    prompts = prompts_file(tmp_path, ["The canal", "a", "A lock keepe", "xyz"], [12, 12, 12, 12])
+    settings = ("generation.passes=1", "compressor_per_link={'layer:3:node2->node3': tests.helpers.bad_codecs:RaisingForShape(%s)}")
+    fine = tmp_path / "fine"
+    run(4, arguments(tiny_model(), fine, prompts, "generation.passes=1")).check()
+    expected = {line: a["token_ids"] for line, a in answers(fine).items()}
+    lengths = {line: a["num_prompt_tokens"] for line, a in answers(fine).items()}
+    failing = lengths[3]
+    assert list(lengths.values()).count(failing) == 1
+    out = tmp_path / "tokens"
+    finished = run(4, arguments(tiny_model(), out, prompts, settings[0], settings[1] % f"tokens={failing}"))
+    assert finished.returncode == 3
+    got = answers(out)
+    assert "rank 2, stage 2, prefill" in got[3]["error"] and "no bits for" in got[3]["error"]
+    assert {line: a["token_ids"] for line, a in got.items() if line != 3} == {
+        line: ids for line, ids in expected.items() if line != 3
+    }
+    out = tmp_path / "rows"
+    run(4, arguments(tiny_model(), out, prompts, settings[0], settings[1] % "rows=2")).check()
+    assert {line: a["token_ids"] for line, a in answers(out).items()} == expected
+
+
+def test_killed_and_resumed(tmp_path):
+    prompts = prompts_file(tmp_path, [f"prompt {number}" for number in range(12)], [20] * 12)
+    slow = "tests.helpers.bad_codecs:SlowToSend(seconds=0.02)"
+    words = arguments(tiny_model(), tmp_path / "out", prompts, "runtime.timeout_s=5", codec=slow)
+    with start_ranks([words] * 4) as ranks:
+        deadline = time.monotonic() + allowed_s(60)
+        while not any(p.read_bytes().count(b"\n") >= 3 for p in (tmp_path / "out").glob("answers-*.jsonl")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(ranks.rank_pids()[2], signal.SIGKILL)
+        finished = ranks.wait(30)
+    assert all(one.returncode != 0 for one in finished)
+    for rank in (0, 1, 3):
+        assert "lost rank 2" in finished[rank].stderr
+    kept = answers(tmp_path / "out")
+    assert 3 <= len(kept) < 12
+    run_ranks([[*words, "--resume"]] * 4, timeout_s=60)[0].check()
+    resumed = answers(tmp_path / "out")
+    assert sorted(resumed) == list(range(1, 13))
+    assert all(resumed[line] == answer for line, answer in kept.items())
+    (path,) = (tmp_path / "out").glob("*-generation-*.json")
+    assert json.loads(path.read_text())["results"]["num_taken_over"] == len(kept)
+
+
+def test_lines_at_fault_fail_alone(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_bytes(
+        b'{"prompt": "The canal", "max_new_tokens": 4}\n"a"\n{"prompt": ""}\n{"promt": "x"}\n"\xff"\n'
+        + json.dumps({"prompt": "x" * 400, "max_new_tokens": 4}).encode()
+        + b"\n"
+    )
+    finished = run(4, arguments(tiny_model(), tmp_path, prompts, "generation.max_new_tokens=5"))
+    assert finished.returncode == 3
+    got = answers(tmp_path)
+    assert [len(got[line]["token_ids"]) for line in (1, 2)] == [4, 5]
+    for line, words in {4: "did you mean prompt", 5: "not UTF-8", 6: "at most 160"}.items():
+        assert words in got[line]["error"] and got[line]["finish_reason"] == "error"
+
+
+@pytest.mark.parametrize("codec", ["zstd(int8)", "block_rowcol_mean(block_tokens=2, block_channels=2)"])
+def test_codecs_that_mix_tokens_are_refused(codec, tmp_path):
+    finished = run_alone(*arguments(tiny_model(), tmp_path, prompts_file(tmp_path), codec=codec))
+    is_invariant = make_compressor(codec).frame_invariant
+    assert (finished.returncode == 0) == is_invariant
+    assert ("cannot be used to generate" in finished.stderr) != is_invariant
+
+
+def test_one_text_is_shown_while_it_goes_on(tmp_path):
+    words = arguments(tiny_model(), tmp_path, "The canal", "generation.max_new_tokens=6", "generation.temperature=0")
+    finished = run(1, words).check()
+    assert finished.stdout.startswith("The canal")
+    (line,) = answers(tmp_path).values()
+    assert finished.stdout.startswith("The canal" + line["text"])
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+
+
+def test_a_chat_lives_through_silence_and_ends_with_its_input(tmp_path):
+    """Three times the timeout without a word; the second turn goes on from what the slot holds."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model(), model)
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    timeout_s = allowed_s(2)
+    settings = (f"runtime.timeout_s={timeout_s}", "runtime.threads=1", "generation.max_new_tokens=8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "run_pipeline.py"]
+    command += ["--model_name", str(model), "--exp_dir", str(tmp_path), "--chat", "--compressor", "nf4"]
+    command += [word for setting in settings for word in ("--set", setting)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            said = _read_until(process.stdout, "> ")
+            process.stdin.write("Hello\n")
+            process.stdin.flush()
+            said = _read_until(process.stdout, "> ")
+            assert said.strip()
+            time.sleep(3 * timeout_s)
+            process.stdin.write("And now?\n")
+            process.stdin.flush()
+            said = _read_until(process.stdout, "> ")
+            assert said.strip()
+            process.stdin.close()
+            assert process.wait(allowed_s(60)) == 0, process.stderr.read()
+        finally:
+            process.kill()
+
+
+def _read_until(stream, end):
+    """What comes up to a prompt."""
+    said = ""
+    while not said.endswith(f"\n{end}"):
+        char = stream.read(1)
+        assert char, f"the output ended: {said!r}"
+        said += char
+    return said[: -len(end)]

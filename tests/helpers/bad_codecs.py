@@ -162,3 +162,40 @@ class SlowToLoad(_Late):
 def _is_repaired() -> bool:
     path = os.environ.get("BAD_CODEC_REPAIRED")
     return path is not None and os.path.exists(path)
+
+
+class RaisingForShape(Compressor):
+    """Like `none`, but raises for frames of `rows` rows of `tokens` tokens each; 0 stands for any number."""
+
+    name = "raising_for_shape"
+    frame_invariant = True
+
+    def __init__(self, rows: int = 0, tokens: int = 0, *, link=None) -> None:
+        super().__init__(link=link)
+        self.rows, self.tokens = rows, tokens
+
+    def compress(self, x: torch.Tensor, **side) -> Payload:
+        if self.rows in (0, x.shape[0]) and self.tokens in (0, x.shape[1]):
+            raise ArithmeticError(f"no bits for {tuple(x.shape)}")
+        return Payload(x.contiguous().view(torch.uint8).reshape(-1), tuple(x.shape))
+
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        return payload.data.clone().view(dtype).reshape(payload.shape).to(device)
+
+
+class SlowToSend(Compressor):
+    """Like `none`, but takes `seconds` for every frame."""
+
+    name = "slow_to_send"
+    frame_invariant = True
+
+    def __init__(self, seconds: float, *, link=None) -> None:
+        super().__init__(link=link)
+        self.seconds = seconds
+
+    def compress(self, x: torch.Tensor, **side) -> Payload:
+        time.sleep(self.seconds)
+        return Payload(x.contiguous().view(torch.uint8).reshape(-1), tuple(x.shape))
+
+    def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        return payload.data.clone().view(dtype).reshape(payload.shape).to(device)
