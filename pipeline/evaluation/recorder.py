@@ -24,6 +24,7 @@ from pipeline.records.perplexity import perplexity, sum_nll
 from pipeline.records.store import RecordError, make_run_id, model_label, software_versions, write_record
 from pipeline.records.traffic import LinkTraffic, per_link_record, traffic_totals
 from pipeline.runtime.devices import shared_gpus
+from pipeline.runtime.timing import CACHED_TOKENS
 
 __all__ = ["Recorder", "error_key"]
 
@@ -210,7 +211,8 @@ class Recorder:
                 ),
             },
             "stages": {index: stage for report in reports for index, stage in sorted(report["stages"].items())},
-            "one_token": {
+            "one_token": {"cached_tokens": CACHED_TOKENS}
+            | {
                 part: {name: value for report in reports for name, value in report["one_token"][part].items()}
                 for part in ("stages", "links")
             },

@@ -71,6 +71,7 @@ _RECORD = {
     "one_token?": {
         "stages": {...: _TIMES},
         "links": {...: {"payload_bytes": _COUNT, "header_bytes": _COUNT}},
+        "cached_tokens?": _COUNT,
     },
     "reconstruction?": {...: {"relative_squared_error": _FIGURE}},
     "ranks": [{"host": str, "threads": _COUNT}],

@@ -41,7 +41,7 @@ def link_section(results: Results, outlook: Outlook) -> str:
     return f"""<section id="link">
 <h2>What would my link do?</h2>
 <p>Predicted from this run's stage times and bytes, with the same bandwidth and round trip on every link.
-Decoding is an estimate without a KV cache, shown where the run timed a one-token forward.</p>
+Decoding is predicted for one sequence, from forwards of one token over a short cache.</p>
 <form class="controls" id="network">
 <label>bandwidth, Mbit/s<input name="bandwidth" type="number" min="0" step="any" value="{mbits:g}"></label>
 <label>round trip, ms<input name="rtt" type="number" min="0" step="any" value="{rtt_ms:g}"></label>

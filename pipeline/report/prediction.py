@@ -16,9 +16,9 @@ token. The largest term of the prefill formula is the resource that binds; it is
 pipeline in which nodes and links work in the order of the schedule and never fail.
 
 Left out: filling and draining, TCP/IP's own headers and slow start, links that share one uplink, receives
-posted too late (runtime.receives_ahead), and machines faster or slower than the measured ones. Decoding is an
-estimate without a KV cache: one-token forwards at the start of a text, no attention to earlier tokens, nor the time
-of an importance metric.
+posted too late (runtime.receives_ahead), and machines faster or slower than the measured ones. Decoding is predicted
+from forwards of one token over a short cache (in records of older versions without one): attention to a long text
+comes on top, and so do sampling and the time of an importance metric.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def markdown_page(results: Results, outlook: Outlook) -> str:
             ]
         if any(point.costs and point.costs.one_token for point in setting.points):
             parts += [
-                "Predicted decode, ms/token (mostly), an estimate without a KV cache:",
+                "Predicted decode of one sequence, ms/token (mostly), from one-token forwards over a short cache:",
                 _predictions(setting, outlook, decode=True),
             ]
     if results.generated:
