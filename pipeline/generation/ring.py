@@ -23,6 +23,7 @@ from pipeline.runtime.engine import Engine
 from pipeline.runtime.head import Head, max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import generation_workload, id_nbytes, link_specs
 from pipeline.runtime.memory import peak_rss_bytes, pss_bytes
+from pipeline.runtime.stage_times import StageTimes
 from pipeline.runtime.together import warm_up
 from pipeline.runtime.worker import EndCodecs, StageWorker
 
@@ -88,6 +89,11 @@ class GenerationRing:
             tokens,
             dtype=dtype,
         )
+
+    @property
+    def times(self) -> dict[int, StageTimes]:
+        """Of this rank's stages, over all runs."""
+        return self._worker.times
 
     @property
     def cache_nbytes(self) -> int:

@@ -18,10 +18,12 @@ class StageTimes:
 
     `wait` is for frames, their framing and checksums included, by the host's clock. On a GPU the other phases are read
     from events of its stream. `importance` is what side inputs take, apart from `compute` although it interrupts that;
-    `measure` is for the record alone.
+    `measure` is for the record alone. `head` is what sampling takes, logits included; that of scores is within
+    `compute`.
     """
 
     compute_s: float = 0.0
+    head_s: float = 0.0
     importance_s: float = 0.0
     compress_s: float = 0.0
     decompress_s: float = 0.0
@@ -52,7 +54,8 @@ class StageTimes:
             self._add(phase, within, start.elapsed_time(end) / 1e3)
         self._events.clear()
         names = ("compute_s", "importance_s", "compress_s", "decompress_s", "wait_s", "measure_s")
-        return {name: getattr(self, name) for name in names}
+        times = {name: getattr(self, name) for name in names}
+        return {**times, "head_s": self.head_s} if self.head_s else times
 
     def _add(self, phase: str, within: str | None, seconds: float) -> None:
         setattr(self, f"{phase}_s", getattr(self, f"{phase}_s") + seconds)

@@ -163,7 +163,7 @@ class StageWorker:
             output = stage.forward(inputs, self._attention_reader(index), rows=work.rows or None)
         if not stage.plan.is_last:
             return self._encode(index, work, output, trail, ids, note)
-        with times.measure("compute", stage.device):
+        with times.measure("head" if work.samples else "compute", stage.device):
             value = self._head.results(work, stage, output, ids, note)
         if index == self._head.result_link:
             return Departure(link_index=index, payload=self._head.to_payload(value), trail=trail)
