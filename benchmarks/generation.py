@@ -75,9 +75,12 @@ class Bench:
     def __init__(self, config: RunConfig, deployment: Any, num_tokens: int) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from transformers.utils import logging as transformers_logging
+
         from pipeline.generation.ring import GenerationRing
         from pipeline.models.loading import TORCH_DTYPES
 
+        transformers_logging.set_verbosity_error()  # else it warns that answers end at no token, as they should here
         self.config, self.deployment, self.num_tokens = config, deployment, num_tokens
         self.control = deployment.control
         self.ring = GenerationRing(config, deployment)
@@ -135,6 +138,7 @@ class Bench:
         requests = [Request(self.long_prompt, 1)] if self.is_first else []
         self._run(requests, 1, chunk or LONG_PROMPT)
         if self.is_first:
+            assert requests[0].error is None, requests[0].error
             self.times[name].append(requests[0].first_s - requests[0].began_s)
 
     def _run(self, requests: Sequence[Request], passes: int, chunk: int) -> dict[str, float]:
@@ -244,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a rank without work leaves its threads' cores alone
     try:
-        config = with_overrides(read_config(arguments), [("runtime.threads", 1), ("generation.ignore_eos", True)])
+        own = [("runtime.threads", 1), ("generation.prefill_chunk", 0)]  # links then have room for whole prompts
+        config = with_overrides(read_config(arguments), own)
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
