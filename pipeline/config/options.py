@@ -30,7 +30,7 @@ __all__ = ["OptionParser", "add_config_options", "given_keys", "path_option", "r
 _FLAGS: dict[str, dict[str, Any]] = {
     "model_name": {"metavar": "ID|DIR|FILE"},
     "model_dir": {"metavar": "DIR", "help": "cache of downloads and conversions"},
-    "dtype": {"choices": ("fp32", "fp16", "bf16")},
+    "dtype": {"choices": ("fp32", "fp16", "bf16", "fp64")},
     "load_in_8bit": {"action": "store_true"},
     "load_in_4bit": {"action": "store_true"},
     "compressor": {"help": "a codec, e.g. nf4 or package.module:Class(option=value)"},

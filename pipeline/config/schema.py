@@ -63,7 +63,7 @@ class ModelConfig:
     revision: str | None = None
     dir: str | None = _key(None, path=True)  # cache of downloads and conversions
     stage_to: str | None = _key(None, path=True)  # fast directory that the weights are copied to first
-    dtype: str = _key("fp32", choices=("fp32", "fp16", "bf16"))
+    dtype: str = _key("fp32", choices=("fp32", "fp16", "bf16", "fp64"))
     load_in_8bit: bool = False
     # Channels in which any token of a micro-batch exceeds this run in the model's dtype; 0: none.
     load_in_8bit_threshold: float = _key(6.0, minimum=0)
