@@ -96,10 +96,18 @@ def stages(request):
 
 
 @pytest.fixture
-def expected(stages):
-    """Hidden states [3, T, H] of the whole texts, each in one pass of its own."""
-    states = torch.cat([run(stages, ids[None], [Row(0, 0)]) for ids in IDS])
-    open_slots(stages)
+def expected(request):
+    return whole_texts(model_dir(*request.node.callspec.params["stages"]))
+
+
+@functools.cache
+def whole_texts(folder):
+    """Hidden states [3, T, H] of the texts, each in one pass of its own."""
+    stages = load_stages(folder)
+    with torch.inference_mode():
+        open_slots(stages)
+        states = torch.cat([run(stages, ids[None], [Row(0, 0)]) for ids in IDS])
+        open_slots(stages)
     return states
 
 
