@@ -118,5 +118,5 @@ class RowCodec(Compressor):
         else:
             rows = self._scratch.get("decoded", shape, torch.float32, device)
         decode = self.decode_cpu if device.type == "cpu" else self.decode
-        decode(rows, torch.finfo(dtype).max, *sections)
+        decode(rows, min(torch.finfo(dtype).max, torch.finfo(torch.float32).max), *sections)
         return x if dtype == torch.float32 else x.copy_(rows.view(payload.shape))

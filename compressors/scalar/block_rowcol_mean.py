@@ -99,7 +99,7 @@ class BlockRowColMean(Compressor):
         weights = torch.nn.functional.pad(weights, (0, -num_tokens % self.block_tokens))
         grand_mean = (row_means * weights.view(-1, self.block_tokens, 1)).sum(-2, keepdim=True)
         columns = column_means.unflatten(-1, (row_means.shape[-1], self.block_channels)).unsqueeze(-3)
-        limit = torch.finfo(dtype).max
+        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
         tiles = (row_means - grand_mean)[..., None].add(columns).clamp_(-limit, limit)
         values = tiles.to(dtype).flatten(-2).flatten(-3, -2)[..., :num_tokens, :width].contiguous()
         order = self._order(width, device)

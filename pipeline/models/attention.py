@@ -1,13 +1,13 @@
 """Attention functions of our own, which a stage's decoder runs on for one forward: weights read, keys in slots.
 
-**Reading.** A fused kernel never forms the weights, and switching a layer to the eager kernel would take its mask away.
-`READABLE_SDPA` therefore has sdpa's own masks, returns exactly what sdpa returns and then lets a reader recompute what it
-wants from the same queries, keys and mask, a few query rows at a time:
+**Reading.** A fused kernel never forms the weights, and switching a layer to the eager kernel would take its mask
+away. `READABLE_SDPA` therefore has sdpa's own masks, returns exactly what sdpa returns and then lets a reader recompute
+what it wants from the same queries, keys and mask, a few query rows at a time:
 
     A_hij = softmax_j(scaling * <q_hi, k_hj> + mask_ij)
 
-in float32, at most `MAX_CHUNK_NBYTES` at once (or one row). Left out: caches (queries and keys have one length), kernels
-with logit soft-capping or position biases, gradients.
+in float32, at most `MAX_CHUNK_NBYTES` at once (or one row). Left out: caches (queries and keys have one length),
+kernels with logit soft-capping or position biases, gradients.
 
 **Slots.** `SLOTS` writes the keys and values of a pass into a `SlotCache` and attends row by row over what each slot
 holds: no copies, no padding, and no masks where a row has one token. A row's result does not depend on the other rows.
@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,52 +155,50 @@ def _over_slots(
     """
     refused = [name for name, value in unknown.items() if value is not None]
     refused += ["attention_mask"] * (attention_mask is not None) + ["dropout"] * (dropout != 0)
-    if refused or not module.is_causal:
-        raise AttentionError(
-            f"{type(module).__name__} asks for attention {'with ' + ', '.join(refused) if refused else 'to later tokens'}, "
-            "which is not known over slots"
-        )
-    layer = module.layer_idx
-    slots.write(layer, key, value)
-    num_shared = query.shape[1] // key.shape[1]
+    refused += ["is_causal=False"] * (not module.is_causal)
+    if refused:
+        raise AttentionError(f"{type(module).__name__} asks for {', '.join(refused)}, unknown to attention over slots")
+    slots.write(module.layer_idx, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attend = scaled_dot_product_attention if softcap is None else partial(_soft_capped, softcap=softcap)
+    batch, num_heads, num_tokens, head_dim = query.shape
+    num_shared = num_heads // key.shape[1]
     outputs = []
-    for row, queries in enumerate(query):
-        keys, values = slots.seen(layer, row, sliding_window)
-        # [key heads, query heads that share one, T, D]
-        grouped = queries.unflatten(0, (-1, num_shared))
-        if softcap is not None:
-            output = _soft_capped(grouped, keys, values, slots.mask(row, sliding_window), scaling, softcap)
-        elif slots.num_tokens == 1:
-            # Queries of one key head see the same, so they can be its rows: keys are read once.
-            output = scaled_dot_product_attention(grouped.squeeze(2)[None], keys[None], values[None], scale=scaling)
+    for row, queries in enumerate(query.split(1)):
+        keys, values = slots.seen(module.layer_idx, row, sliding_window)
+        if num_tokens == 1:
+            # Queries that share a head of keys are the rows of one product.
+            queries = queries.reshape(1, -1, num_shared, head_dim)
+            output = attend(queries, keys, values, scale=scaling)
         else:
-            is_causal = slots.is_plainly_causal(row, sliding_window)
-            shared = (part[:, None].expand(-1, num_shared, -1, -1) for part in (keys, values))
-            mask = None if is_causal else slots.mask(row, sliding_window)
-            output = scaled_dot_product_attention(grouped, *shared, attn_mask=mask, is_causal=is_causal, scale=scaling)
-        outputs.append(output.reshape(queries.shape).transpose(0, 1))
-    return torch.stack(outputs), None
+            # Heads of keys become the batch, so that repeating them is a view.
+            queries = queries.view(-1, num_shared, num_tokens, head_dim)
+            keys, values = (part.transpose(0, 1).expand(-1, num_shared, -1, -1) for part in (keys, values))
+            mask = slots.mask(row, sliding_window)
+            output = attend(queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        outputs.append(output.reshape(1, num_heads, num_tokens, head_dim))
+    return torch.cat(outputs).transpose(1, 2).contiguous(), None
 
 
 def _soft_capped(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
+    *,
+    scale: float,
     softcap: float,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
 ) -> torch.Tensor:
-    """Attention with scores capped at +-`softcap`, computed as transformers' eager kernels do.
-
-    `query` [key heads, shared, T, D], `keys` and `values` [key heads, positions, D].
-    """
-    scores = query @ keys[:, None].mT * scaling
-    scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores + mask
+    """`scaled_dot_product_attention` with scores capped at +-`softcap`, computed as transformers' eager kernels do."""
+    scores = torch.tanh(query @ keys.mT * scale / softcap) * softcap
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill_(later, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    return weights.to(query.dtype) @ values[:, None]
+    return weights.to(query.dtype) @ values
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Keys and values of the sequences in slots, of one stage's layers: what a pass reads and extends.
 
 Stands between the stage, which begins and commits passes, and the attention function (`attention.py`), which writes a
-pass's keys and values and attends over each row's. Those of position p lie at index p of their slot, so that masks, sliding
-windows and rotary angles follow from positions alone. Layers with a sliding window keep all positions too, or a slot could
-not be cropped to any length. Left out: who owns a slot, and when.
+pass's keys and values and attends over each row's. Those of position p lie at index p of their slot, so that masks,
+sliding windows and rotary angles follow from positions alone. Layers with a sliding window keep all positions too, or a
+slot could not be cropped to any length. Left out: who owns a slot, and when.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SlotCache:
                 raise SlotError(f"{name} is {value}; a cache needs at least 1")
         self.num_slots, self.max_length = num_slots, max_length
         num_heads, head_dim = _head_shape(config)
-        # [layer, keys or values, slot, head, position, head_dim]: of the layouts tried the fastest for one token on a CPU.
+        # [layer, keys or values, slot, head, position, head_dim]: a head's positions lie together, as kernels read them
         shape = (config.num_hidden_layers, 2, num_slots, num_heads, max_length, head_dim)
         with torch.inference_mode(False):  # or it could be written in inference mode only
             self._data = torch.empty(shape, dtype=dtype, device=device)
@@ -156,21 +156,20 @@ class SlotPass:
             target[1, slot, :, place] = values[row]
 
     def seen(self, layer: int, row: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of the keys and values [heads, positions, head_dim] that some token of the row sees.
+        """Views of the keys and values [1, heads, positions, head_dim] that some token of the row sees.
 
         Tokens see themselves and what is before them: all of it, or with a `window` the last `window` positions.
         """
-        place = slice(self._first_seen(row, window), self.starts[row] + self.num_tokens)
-        keys, values = self._data[layer, :, self._slots[row], :, place]
+        slot, place = self._slots[row], slice(self._first_seen(row, window), self.starts[row] + self.num_tokens)
+        keys, values = self._data[layer, :, slot : slot + 1, :, place].unbind()
         return keys, values
 
-    def is_plainly_causal(self, row: int, window: int | None) -> bool:
-        """Whether the row's token i sees the tokens 0 to i of the pass and nothing else."""
-        return self.starts[row] == 0 and (window is None or self.num_tokens <= window)
-
     def mask(self, row: int, window: int | None) -> torch.Tensor | None:
-        """What each token sees of `seen`: 0, or -inf where it does not, [T, positions]. None: all of it."""
-        if self.num_tokens == 1:
+        """What each token sees of `seen`: 0, or -inf where it does not, [T, positions].
+
+        None where that is plain: it is one token and sees all, or token i sees the tokens 0 to i of a pass from 0 on.
+        """
+        if self.num_tokens == 1 or (self.starts[row] == 0 and (window is None or self.num_tokens <= window)):
             return None
         start = self.starts[row]
         if (start, window) not in self._masks:

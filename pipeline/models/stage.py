@@ -110,8 +110,8 @@ class Stage:
 
         Raises AttentionError for a model that cannot be computed over slots of `max_length` positions.
         """
-        self.close_slots()
         check_slots(self.decoder, max_length)
+        self.close_slots()
         config = self.decoder.config
         self.slots = SlotCache(
             config, num_slots=num_slots, max_length=max_length, dtype=config.dtype, device=self.device

@@ -1,7 +1,8 @@
 """`--plan`: what a config would do, from config and headers. Loads no weights and starts no process group.
 
 Prints stages and their weights, links and their bytes per token, and per rank the memory that is certain: weights,
-link buffers, one chunk of logits. Activations, the allocator's slack and the interpreter come on top.
+link buffers, one chunk of logits; for generation, what the cache takes for each token of each slot. Activations, the
+allocator's slack and the interpreter come on top.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pipeline.comm.link_ends import SEND_DEPTH
 from pipeline.comm.mailbox import FrameMemory
 from pipeline.comm.wire import WireFormat, header_nbytes
 from pipeline.config.schema import RunConfig
+from pipeline.models.cache import cache_bytes_per_token
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.loading import TORCH_DTYPES, embedding_bytes, load_model_config, stage_parameter_bytes
 from pipeline.models.stage import MAX_LOGITS_NBYTES
@@ -78,14 +80,18 @@ def plan_text(config: RunConfig) -> str:
         frame = FrameMemory(nbytes, wire.max_tail_nbytes(max_rows=0, max_ids=num_tokens)).host_nbytes
         buffers[link.src_node] += SEND_DEPTH * frame
         buffers[link.dst_node] += config.runtime.receives_ahead * frame
-    lines += ["", "rank  weights      link buffers  logits      sum"]
+    lines += ["", "rank  weights      link buffers  logits      sum         cache"]
     for node in range(plan.num_nodes):
         own = sum(weights[stage.stage_index] for stage in plan.stages_of_node(node))
         chunk = MAX_LOGITS_NBYTES[_device_type(config, node)]
         logits = max(chunk, 4 * model_config.vocab_size) if node == plan.last_node else 0
         cells = [f"{nbytes / _GIB:.2f} GiB" for nbytes in (own, buffers[node], logits, own + buffers[node] + logits)]
-        lines.append(f"{node:<4}  {cells[0]:<11}  {cells[1]:<12}  {cells[2]:<10}  {cells[3]}")
+        num_layers = sum(stage.num_layers for stage in plan.stages_of_node(node))
+        cells.append(f"{cache_bytes_per_token(model_config, num_layers, dtype)} bytes a slot and token")
+        lines.append(f"{node:<4}  {cells[0]:<11}  {cells[1]:<12}  {cells[2]:<10}  {cells[3]:<10}  {cells[4]}")
     lines += ["", f"a micro-batch has up to {shape[0]} windows of {shape[1]} tokens"]
+    if getattr(model_config, "sliding_window", None) is not None:
+        lines.append("the cache of layers with a sliding window has room for whole sequences too")
     lines += [f"note: {note}" for note in notes]
     return "\n".join(lines)
 

@@ -83,6 +83,21 @@ def test_contract(spec, check):
 
 
 @pytest.mark.parametrize("spec", SPECS)
+def test_float64(spec):
+    """For tests of the pipeline: `none` keeps all bits, other codecs code what float32 keeps."""
+    x = hidden_states((2, 13, 64)).double() * (1 + 1e-12)
+    decoded = round_trip(spec, x)
+    assert decoded.dtype == torch.float64
+    if spec in ("none", "zstd", "zstd(none, item_size=4, level=1)"):
+        assert torch.equal(decoded, x) and not torch.equal(x.float().double(), x)
+        return
+    if "none" not in spec:
+        assert torch.equal(decoded, round_trip(spec, x.float()).double())
+    payload = compress(make(spec, x.dtype), x)
+    assert payload.nbytes <= make(spec, x.dtype).max_nbytes(x.shape)
+
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_error_on_hidden_states(spec):
     x = hidden_states((2, 40, 576))
     error = (round_trip(spec, x) - x).norm() / x.norm()

@@ -57,10 +57,11 @@ def tiny_arguments(exp_dir: Path, *more: str, model_type: str = "llama", num_tok
 
 
 @functools.cache
-def tiny_model(model_type: str = "llama", *, num_layers: int = 6, tied: bool = False) -> Path:
+def tiny_model(model_type: str = "llama", *, num_layers: int = 6, tied: bool = False, **fields: Any) -> Path:
     """Directory of a float32 checkpoint, shared by the session's tests: do not write into it."""
-    folder = _session_folder() / f"{model_type}-{num_layers}-{'tied' if tied else 'untied'}"
-    return save_tiny_model(folder, model_type, num_layers=num_layers, tied=tied)
+    words = [model_type, str(num_layers), "tied" if tied else "untied"]
+    folder = _session_folder() / "-".join(words + [f"{key}={value}" for key, value in fields.items()])
+    return save_tiny_model(folder, model_type, num_layers=num_layers, tied=tied, **fields)
 
 
 def save_tiny_model(

@@ -67,7 +67,7 @@ def test_an_option_of_a_codec_given_by_name():
         ("dataset.stride=0", "dataset.stride must be at least 1, got 0"),
         ("dataset.stride=true", "dataset.stride must be an integer, got True"),
         ("dataset.stride=4096", "dataset.stride must be at most 2048"),
-        ("model.dtype=fp64", "model.dtype must be one of fp32, fp16, bf16, got 'fp64'"),
+        ("model.dtype=fp8", "model.dtype must be one of fp32, fp16, bf16, fp64, got 'fp8'"),
         ("model=7", "model must be a mapping"),
         ("model.load_in_8bit=1", "model.load_in_8bit must be true or false, got 1"),
         ("runtime.timeout_s=0", "runtime.timeout_s must be above 0"),

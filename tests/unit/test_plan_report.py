@@ -10,3 +10,14 @@ def test_the_plan_of_the_demo(device, logits):
     rank_0, rank_1 = plan_text(config).splitlines()[-6:-4]
     assert rank_0.startswith("0  ") and logits in rank_0
     assert rank_1.startswith("1  ") and "0.00 GiB" in rank_1
+    # 7 and 8 layers with keys and values of 3 heads of 64 dimensions, in float32
+    assert rank_0.endswith("  10752 bytes a slot and token") and rank_1.endswith("  12288 bytes a slot and token")
+
+
+def test_the_plan_says_that_sliding_layers_keep_whole_sequences():
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    words = "the cache of layers with a sliding window has room for whole sequences too"
+    for window, is_said in ((8, True), (None, False)):
+        architecture = {"model_type": "mistral", "sliding_window": window, "vocab_size": 64, "head_dim": 8} | sizes
+        overrides = [("model.name", "some/model"), ("model.architecture", architecture), ("partition.num_nodes", 1)]
+        assert (words in plan_text(load_config(find_config("demo.yaml"), overrides))) is is_said
