@@ -104,9 +104,10 @@ class RowCodec(Compressor):
         rows = x.detach().reshape(shape)
         if rows.dtype != torch.float32 or not rows.is_contiguous():
             rows = self._scratch.get("rows", shape, torch.float32, x.device).copy_(rows)
-        data = self._scratch.get("data", (self.max_nbytes(x.shape),), torch.uint8, x.device)
+        sections = self.sections(*shape)
+        data = self._scratch.get("data", (sections_nbytes(*sections),), torch.uint8, x.device)
         encode = self.encode_cpu if x.device.type == "cpu" else self.encode
-        encode(rows, *split_bytes(data, *self.sections(*shape)))
+        encode(rows, *split_bytes(data, *sections))
         return Payload(data, tuple(x.shape))
 
     def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:

@@ -25,8 +25,10 @@ __all__ = [
     "jit",
     "pack_row",
     "pack_rows",
+    "pack_words",
     "unpack_row",
     "unpack_rows",
+    "unpack_words",
 ]
 
 logger = logging.getLogger(__name__)
@@ -209,3 +211,28 @@ def unpack_rows(packed, nbits, codes):
     """`unpack_row` of every row."""
     for i in range(codes.shape[0]):
         unpack_row(packed[i], nbits, codes[i])
+
+
+@jit
+def pack_words(codes, words):
+    """3-bit codes uint8 [N, H] to int32 [N, W], W = ceil(H / 10): word j has codes j, j + W, ..., from bit 27 down."""
+    num_words = words.shape[1]
+    words[:] = 0
+    for i in range(words.shape[0]):
+        for lane in range(10):
+            part, up = codes[i, lane * num_words : (lane + 1) * num_words], np.int32(27 - 3 * lane)
+            row = words[i, : part.size]
+            for j in range(part.size):
+                row[j] |= np.int32(part[j]) << up
+
+
+@jit
+def unpack_words(words, codes):
+    """Inverse of `pack_words`."""
+    num_words = words.shape[1]
+    for i in range(words.shape[0]):
+        for lane in range(10):
+            part, down = codes[i, lane * num_words : (lane + 1) * num_words], np.int32(27 - 3 * lane)
+            row = words[i, : part.size]
+            for j in range(part.size):
+                part[j] = np.uint8((row[j] >> down) & np.int32(7))

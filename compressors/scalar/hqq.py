@@ -66,7 +66,7 @@ class Hqq(RowCodec):
 
     def encode(self, rows, scale, zero, packed):
         width = rows.shape[1]
-        groups, valid = _groups(rows)
+        groups, valid = _groups(rows), _is_real(rows)
         group_scale, group_zero = self._start(groups)
         codes = self._refine(groups, valid, group_scale[..., None], group_zero[..., None])
         self._store(codes.flatten(1)[:, :width], group_scale, group_zero, scale, zero, packed)
@@ -74,13 +74,13 @@ class Hqq(RowCodec):
     def encode_cpu(self, rows, scale, zero, packed):
         from compressors.kernels import hqq
 
-        group_scale, group_zero = self._start(_groups(rows)[0])
+        group_scale, group_zero = self._start(_groups(rows))
         codes = self._scratch.get("codes", rows.shape, torch.uint8, rows.device)
         hqq.refine(rows.numpy(), self._levels, group_scale.numpy(), group_zero.numpy(), codes.numpy())
         self._store(codes, group_scale, group_zero, scale, zero, packed)
 
     def decode(self, rows, limit, scale, zero, packed):
-        codes = _groups(self._unpack(packed, rows.shape[1]))[0]
+        codes = _groups(self._unpack(packed, rows.shape[1]))
         values = (codes - zero.float()[..., None]) * scale.float()[..., None]
         rows.copy_(values.flatten(1)[:, : rows.shape[1]]).clamp_(-limit, limit)
 
@@ -92,7 +92,7 @@ class Hqq(RowCodec):
 
     def _start(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, zero) [N, groups] before refinement, the scale rounded to fp16; NaN for lost groups."""
-        lo, hi = groups.amin(2), groups.amax(2)
+        lo, hi = groups.aminmax(dim=2)
         largest = torch.maximum(lo.abs(), hi.abs())
         scale = divide(hi, self._levels) - divide(lo, self._levels)
         scale = torch.maximum(scale, largest / 2**15).clamp_(SMALLEST_SCALE, LARGEST_HALF)
@@ -129,13 +129,18 @@ class Hqq(RowCodec):
         return _unpack_words(packed, width) if self.layout == "words" else unpack(packed, self.nbits, width)
 
 
-def _groups(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """([N, H] as [N, groups, 64], filled up with the row's last value; which values are real)."""
+def _groups(rows: torch.Tensor) -> torch.Tensor:
+    """[N, H] as [N, groups, 64], filled up with the row's last value."""
     num_rows, width = rows.shape
     fill = -width % GROUP
     padded = torch.cat([rows, rows[:, -1:].expand(num_rows, fill)], dim=1) if fill else rows
-    valid = (torch.arange(width + fill, device=rows.device) < width).view(-1, GROUP)
-    return padded.view(num_rows, -1 if num_rows else valid.shape[0], GROUP), valid
+    return padded.view(num_rows, (width + fill) // GROUP, GROUP)
+
+
+def _is_real(rows: torch.Tensor) -> torch.Tensor:
+    """Which values of `_groups` are not filled up, bool [groups, 64]."""
+    width = rows.shape[1]
+    return (torch.arange(width + -width % GROUP, device=rows.device) < width).view(-1, GROUP)
 
 
 def _tree_sum(values: torch.Tensor) -> torch.Tensor:
@@ -148,9 +153,16 @@ def _tree_sum(values: torch.Tensor) -> torch.Tensor:
 
 def _pack_words(codes: torch.Tensor) -> torch.Tensor:
     """3-bit codes [N, H] to int32 [N, W = ceil(H / 10)]: word j has codes j, j + W, ..., from bit 27 down."""
-    num_words = -(-codes.shape[1] // CODES_PER_WORD)
-    fill = num_words * CODES_PER_WORD - codes.shape[1]
-    lanes = torch.nn.functional.pad(codes, (0, fill)).view(codes.shape[0], CODES_PER_WORD, num_words).int()
+    num_rows, width = codes.shape
+    num_words = -(-width // CODES_PER_WORD)
+    if codes.device.type == "cpu":
+        from compressors.kernels import bits
+
+        packed = torch.empty(num_rows, num_words, dtype=torch.int32)
+        bits.pack_words(codes.contiguous().numpy(), packed.numpy())
+        return packed
+    fill = num_words * CODES_PER_WORD - width
+    lanes = torch.nn.functional.pad(codes, (0, fill)).view(num_rows, CODES_PER_WORD, num_words).int()
     words = lanes[:, 0] << 27
     for lane in range(1, CODES_PER_WORD):
         words |= lanes[:, lane] << (27 - 3 * lane)
@@ -159,5 +171,11 @@ def _pack_words(codes: torch.Tensor) -> torch.Tensor:
 
 def _unpack_words(words: torch.Tensor, width: int) -> torch.Tensor:
     """Inverse of `_pack_words`: int32 [N, W] to uint8 codes [N, width]."""
+    if words.device.type == "cpu":
+        from compressors.kernels import bits
+
+        codes = torch.empty(words.shape[0], width, dtype=torch.uint8)
+        bits.unpack_words(words.numpy(), codes.numpy())
+        return codes
     lanes = [((words >> (27 - 3 * lane)) & 7).to(torch.uint8) for lane in range(CODES_PER_WORD)]
     return torch.cat(lanes, dim=1)[:, :width]

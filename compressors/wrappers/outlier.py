@@ -66,6 +66,7 @@ class Outlier(Wrapper):
             self._num_channels = len(self._fixed)
         inner_link = link and dataclasses.replace(link, hidden_size=max(link.hidden_size - self._num_channels, 1))
         super().__init__(inner=inner, inner_link=inner_link, link=link)
+        self._places: dict[tuple[int, int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}  # of fixed channels
         self.causal = self.inner.causal and self._fixed is not None
         self.frame_invariant = self.inner.frame_invariant and self._fixed is not None
 
@@ -93,8 +94,12 @@ class Outlier(Wrapper):
     def compress(self, x: torch.Tensor, **side: Any) -> Payload:
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         inner_shape, sections = self._layout(x.shape)
-        chosen = self._choose(rows, x.shape[-1] - inner_shape[-1])
-        others = _complement(chosen, x.shape[-1])
+        num_channels = x.shape[-1] - inner_shape[-1]
+        if self._fixed is None:
+            chosen = _largest(rows, num_channels)
+            others = _complement(chosen, x.shape[-1])
+        else:
+            chosen, others = self._fixed_places(num_channels, x.shape[-1], x.device)
         inner = self.inner.compress(rows.index_select(1, others).view(inner_shape), **side)
         payload, (*indices, values) = self._join(x.shape, inner, sections)
         saturating_copy_(values, rows.index_select(1, chosen))
@@ -107,21 +112,25 @@ class Outlier(Wrapper):
         width = payload.shape[-1]
         inner_shape, sections = self._layout(payload.shape)
         inner, (*indices, values) = self._part(payload, inner_shape, device, sections)
-        chosen = self._received(indices[0], width) if indices else self._choose(values, values.shape[1])
+        if indices:
+            chosen = self._received(indices[0], width)
+            others = _complement(chosen, width)
+        else:
+            chosen, others = self._fixed_places(values.shape[1], width, values.device)
         x = torch.empty(values.shape[0], width, dtype=dtype, device=device)
         rest = self.inner.decompress(inner, device, dtype, **side)
-        x.index_copy_(1, _complement(chosen, width), rest.view(values.shape[0], inner_shape[-1]))
+        x.index_copy_(1, others, rest.view(values.shape[0], inner_shape[-1]))
         x.index_copy_(1, chosen, saturating_cast(values, dtype))
         return x.view(payload.shape)
 
-    def _choose(self, rows: torch.Tensor, num_channels: int) -> torch.Tensor:
-        """Ascending channel indices, int64, on the device of `rows`."""
-        if self._fixed is not None:
-            fixed = torch.tensor(sorted(self._fixed[:num_channels]), dtype=torch.int64)
-            return self._scratch.constant(f"fixed {num_channels}", fixed, rows.device)
-        if rows.shape[0] == 0:
-            return torch.arange(num_channels, device=rows.device)
-        return rows.abs().amax(0).float().topk(num_channels).indices.sort().values
+    def _fixed_places(self, num_channels: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(fixed channels, the others), ascending int64 indices on `device`, made once for each width."""
+        key = num_channels, width, device
+        if key not in self._places:
+            assert self._fixed is not None
+            chosen = torch.tensor(sorted(self._fixed[:num_channels]), dtype=torch.int64).to(device)
+            self._places[key] = chosen, _complement(chosen, width)
+        return self._places[key]
 
     def _received(self, indices: torch.Tensor, width: int) -> torch.Tensor:
         """Channel indices from a payload. Bytes in host memory are checked, others forced into range: a check
@@ -133,7 +142,16 @@ class Outlier(Wrapper):
         return indices.long().clamp_(0, width - 1)
 
 
+def _largest(rows: torch.Tensor, num_channels: int) -> torch.Tensor:
+    """The channels of largest magnitude in `rows` [N, H], ascending int64 indices."""
+    if rows.shape[0] == 0:
+        return torch.arange(num_channels, device=rows.device)
+    return rows.abs().amax(0).float().topk(num_channels).indices.sort().values
+
+
 def _complement(chosen: torch.Tensor, width: int) -> torch.Tensor:
     """The width - C indices that are not among the C `chosen`, ascending."""
     is_chosen = torch.zeros(width, dtype=torch.uint8, device=chosen.device).index_fill_(0, chosen, 1)
+    if chosen.device.type == "cpu":
+        return (is_chosen == 0).nonzero().squeeze(1)
     return is_chosen.argsort(stable=True)[: width - chosen.numel()]

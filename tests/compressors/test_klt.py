@@ -105,6 +105,74 @@ def test_target_bits_is_what_held_out_text_takes():
     assert (calibration.rate_bits.diff() <= 0).all()
 
 
+def test_only_klt_by_token_is_frame_invariant():
+    """`klt` is seen to depend on frames. `klt_fixed` is not, here, but takes means and matrix products as torch has them,
+    whose order of summation depends on the number of rows on an accelerator."""
+    for name, case in CASES.items():
+        subject = Calibrated(*case)
+        assert subject.make(torch.empty(1, 1, 96)).frame_invariant == ("by token" in name)
+    assert list(dependence_on_frames(Calibrated(KLT))) and list(dependence_on_frames(Calibrated(KLT, False)))
+
+
+def test_a_token_is_the_same_in_frames_of_any_length():
+    """At a size where libraries change their way of summing with the number of rows."""
+    codec, x = make(TOKENWISE, hidden_size=576), hidden_states((1, 200, 576))
+    ids = torch.arange(200).view(1, 200) % VOCABULARY
+    together = codec.decompress(codec.compress(x, token_ids=ids), CPU, x.dtype, token_ids=ids)
+    for t in (0, 1, 63, 64, 127, 130, 199):
+        alone = ids[:, t : t + 1]
+        payload = codec.compress(x[:, t : t + 1], token_ids=alone)
+        assert torch.equal(codec.decompress(payload, CPU, x.dtype, token_ids=alone), together[:, t : t + 1])
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 130, 576])
+@pytest.mark.parametrize("width", [1, 5, 96, 1030])
+def test_sums_of_a_product_have_one_order(length, width):
+    from compressors.kernels import transform
+
+    generator = np.random.default_rng(0)
+    matrix = generator.normal(size=(length, width)).astype(np.float32)
+    rows = generator.normal(size=(131, length)).astype(np.float32)
+    product = np.full((131, width), np.nan, np.float32)
+    transform.multiply_rows(rows, matrix, product)
+    np.testing.assert_allclose(product, rows.astype(np.float64) @ matrix.astype(np.float64), rtol=1e-3, atol=1e-4)
+    in_order = np.zeros((131, width), np.float32)
+    for k in range(length):
+        in_order += rows[:, k : k + 1] * matrix[k]
+    assert np.array_equal(product, in_order)
+
+
+def test_both_ways_to_compute_agree():
+    """Where nothing can be predicted from the token before: the first tokens of rows."""
+    x = hidden_states((60, 1, 96), seed=14)
+    frames, tokens = Calibrated(KLT, False), Calibrated(TOKENWISE, False)
+    torch.testing.assert_close(frames.round_trip(x), tokens.round_trip(x), rtol=0.01, atol=0.05)
+    nbytes = [subject.compress(subject.make(x), x).nbytes for subject in (frames, tokens)]
+    assert nbytes[0] == pytest.approx(nbytes[1], rel=0.01)
+
+
+def test_temporal_leaves_the_ids_of_codecs_as_they_were():
+    codec, by_token = make(KLT), make(TOKENWISE)
+    known = {"name": "klt", "calibration": codec._known.digest, "step": 0.4, "target_bits": None, "format_version": 1}
+    assert codec.format_config() == known and make(KLT | {"temporal": True}).codec_id() == codec.codec_id()
+    assert by_token.format_config() == known | {"temporal": False} and by_token.codec_id() != codec.codec_id()
+    with pytest.raises(ValueError, match="temporal is 1, allowed: True, False"):
+        make(KLT | {"temporal": 1})
+
+
+def test_by_token_ids_come_beside_the_payload():
+    codec, x = make(TOKENWISE), hidden_states((2, 30, 96), seed=15)
+    ids = torch.arange(60).view(2, 30)
+    assert codec.needs == codec.decoder_needs == ("token_ids",) and make(KLT).decoder_needs == ()
+    assert make(TOKENWISE, use_token_ids=False).decoder_needs == ()
+    payload = codec.compress(x, token_ids=ids)
+    decoded = codec.decompress(payload, CPU, x.dtype, token_ids=ids)
+    assert (decoded - x).norm() < 0.45 * x.norm()
+    assert not torch.equal(codec.decompress(payload, CPU, x.dtype, token_ids=ids.flip(1)), decoded)
+    with pytest.raises(ValueError, match="needs token_ids of 60 tokens"):
+        codec.decompress(payload, CPU, x.dtype)
+
+
 def test_prediction_uses_token_ids():
     subject = Calibrated(KLT)
     codec = subject.make(torch.empty(1, 1, 96))
