@@ -31,13 +31,12 @@ from pipeline.models.loading import TORCH_DTYPES
 from pipeline.models.source import resolve_model
 from pipeline.models.stage import Stage, TokenWindows
 from pipeline.partition.plan import Plan
-from pipeline.partition.schedule import Action, make_schedule
 from pipeline.records.perplexity import sum_nll
 from pipeline.runtime.codecs import make_codec
 from pipeline.runtime.deployment import deploy
 from pipeline.runtime.devices import available_cores
 
-__all__ = ["BASELINES", "Run", "serve"]
+__all__ = ["BASELINES", "Run", "forward_order", "serve"]
 
 BASELINES = ("pipelining", "plain", "hooks")
 
@@ -111,16 +110,18 @@ def _through(codec: Compressor, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 class TorchPipelining:
-    """torch.distributed.pipelining with our stages, plan and order of actions, so that only the runtime differs.
+    """torch.distributed.pipelining with our stages and plan, in the order that ours falls into, so that only the runtime
+    differs.
 
-    Its runtime takes any list of actions, but insists on a backward for each FORWARD; they stand at the end and
-    `eval` makes nothing of them. Receive shapes are fixed, hence windows of one length only.
+    `order` is that of all ranks (`forward_order`). Its runtime takes any list of actions, but insists on a backward for
+    each FORWARD; they stand at the end and `eval` makes nothing of them. Receive shapes are fixed, hence windows of one
+    length only.
     """
 
     def __init__(
         self,
         stages: Sequence[Stage],
-        actions: Sequence[Sequence[Action]],
+        order: Sequence[Sequence[tuple[int, int]]],
         tokens: TokenWindows,
         *,
         num_stages: int,
@@ -146,7 +147,7 @@ class TorchPipelining:
             for stage in stages
         ]
         self._schedule = _PipelineScheduleRuntime(parts, len(tokens.microbatches))
-        self._schedule._prepare_schedule_with_comms({rank: _with_backwards(own) for rank, own in enumerate(actions)})
+        self._schedule._prepare_schedule_with_comms({rank: _with_backwards(own) for rank, own in enumerate(order)})
 
     @torch.inference_mode()
     def __call__(self) -> torch.Tensor | None:
@@ -170,13 +171,34 @@ class _StageModule(nn.Module):
         return self._stage.score(hidden_states, *self._tokens.scored(int(microbatch_index))).loss
 
 
-def _with_backwards(actions: Sequence[Action]) -> list[_Action]:
-    kinds = (_ComputationType.FORWARD, _ComputationType.FULL_BACKWARD)
-    last_stage_first = sorted(actions, key=lambda a: (a.microbatch_index, -a.stage_index))
+def forward_order(plan: Plan, num_microbatches: int, *, in_flight: int) -> list[list[tuple[int, int]]]:
+    """(stage index, micro-batch) in each rank's order, where rank = node and all stages take the same time.
+
+    A stage that lies a share p of the chain behind its rank's first one is `in_flight` * p micro-batches behind it;
+    later stages go first, so that finished work leaves the ring before new work enters it.
+    """
+    last_slot = len(plan.stages) - (plan.last_node == 0)  # results that return have a slot of their own
+    order = []
+    for node in range(plan.num_nodes):
+        own = [stage.stage_index for stage in plan.stages_of_node(node)]
+        steps = sorted(
+            (m + in_flight * (index - own[0]) // max(last_slot, 1), -index, m)
+            for index in own
+            for m in range(num_microbatches)
+        )
+        order.append([(-negative_index, m) for _, negative_index, m in steps])
+    return order
+
+
+def _with_backwards(order: Sequence[tuple[int, int]]) -> list[_Action]:
+    last_stage_first = sorted(order, key=lambda step: (step[1], -step[0]))
     return [
-        _Action(a.stage_index, kind, a.microbatch_index)
-        for kind, own in zip(kinds, (actions, last_stage_first), strict=True)
-        for a in own
+        _Action(index, kind, m)
+        for kind, own in (
+            (_ComputationType.FORWARD, order),
+            (_ComputationType.FULL_BACKWARD, last_stage_first),
+        )
+        for index, m in own
     ]
 
 
@@ -216,10 +238,9 @@ def _load(config: RunConfig, control: Control, names: Sequence[str]) -> dict[str
     tokens = TokenWindows(deployment.text.ids, evaluation.microbatches, deployment.text.bos_id)
     baselines: dict[str, Callable[[], Any]] = {}
     if "pipelining" in names:
-        num_ranks = control.world.world_size
         baselines["pipelining"] = TorchPipelining(
             list(deployment.stages.values()),
-            make_schedule(plan, len(tokens.microbatches), world_size=num_ranks, in_flight=evaluation.in_flight),
+            forward_order(plan, len(tokens.microbatches), in_flight=evaluation.passes_in_flight()),
             tokens,
             num_stages=len(plan.stages),
             hidden_size=evaluation.hidden_size,

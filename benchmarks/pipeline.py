@@ -231,7 +231,7 @@ def _conditions(config: RunConfig, deployment: Deployment) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "codecs": sorted({facts.name for facts in evaluation.codecs.facts}),
         "plan": [f"[{stage.start}, {stage.end}) on {stage.node}" for stage in deployment.plan.stages],
-        "in_flight": evaluation.in_flight,
+        "in_flight": evaluation.passes_in_flight(),
         "ranks": deployment.control.world.world_size,
         "threads_per_rank": deployment.threads,
         "cores": available_cores(),

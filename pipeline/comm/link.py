@@ -51,7 +51,7 @@ class LinkSpec(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenSpec:
-    """A link of hidden states [B, T, hidden_size] of `dtype`.
+    """A link of hidden states [B, T, hidden_size].
 
     `microbatch_shapes` are (B, T) of the micro-batches of a text; other passes have at most `max_rows` rows and
     `max_tokens` tokens in all. `bound(kind, shape)` is the codec's `max_nbytes`.
@@ -59,7 +59,6 @@ class HiddenSpec:
 
     name: str
     wire: WireFormat
-    dtype: torch.dtype
     hidden_size: int
     bound: Callable[[PassKind, tuple[int, ...]], int]
     microbatch_shapes: Sequence[tuple[int, int]] = ()
@@ -83,11 +82,10 @@ class HiddenSpec:
 
     @functools.cached_property
     def bounds(self) -> dict[tuple[PassKind, tuple[int, ...]], int]:
-        """Of the largest frames, by kind and shape."""
+        """Of the largest frames, by kind and shape: a codec may round up in every row, so of each number of rows."""
         shapes = [(PassKind.SCORE, shape) for shape in dict.fromkeys(self.microbatch_shapes)]
-        if self.max_rows:
-            widest = {(1, self.max_tokens), (self.max_rows, 1), (self.max_rows, self.max_tokens // self.max_rows)}
-            shapes += [(kind, shape) for kind in (PassKind.PREFILL, PassKind.DECODE) for shape in sorted(widest)]
+        widest = [(rows, self.max_tokens // rows) for rows in range(1, min(self.max_rows, self.max_tokens) + 1)]
+        shapes += [(kind, shape) for kind in (PassKind.PREFILL, PassKind.DECODE) for shape in widest]
         return {(kind, shape): self.bound(kind, (*shape, self.hidden_size)) for kind, shape in shapes}
 
     @property
@@ -237,12 +235,13 @@ class FrameReceiver:
 
         The payload is a view of the buffer until `release`. Raises BadFrame for a damaged or unexpected frame.
         """
+        sequence, self._sequence = self._sequence, self._sequence + 1
         try:
-            return self._open(buffer)
+            return self._open(buffer, sequence)
         except (BadFrame, CorruptPayload) as e:
-            raise BadFrame(f"link {self.spec.name}, frame {self._sequence}: {e}") from e
+            raise BadFrame(f"link {self.spec.name}, frame {sequence}: {e}") from e
 
-    def _open(self, buffer: FrameBuffer) -> Frame | None:
+    def _open(self, buffer: FrameBuffer, sequence: int) -> Frame | None:
         wire, host = self.spec.wire, buffer.host.numpy()
         base = host[:BASE_NBYTES].tobytes()
         # Nothing that the base says is certain yet, so it is bounded before it is followed.
@@ -254,13 +253,12 @@ class FrameReceiver:
             raise BadFrame(f"body of {body_nbytes} bytes, the buffer has {host.size}")
         start = BASE_NBYTES + in_host
         header, tail_nbytes = wire.decode(base, host[start : start + self.spec.max_tail_nbytes].tobytes())
-        crc = wire.checksum(self._sequence, host[4 : start + tail_nbytes].data)
+        crc = wire.checksum(sequence, host[4 : start + tail_nbytes].data)
         if crc != int.from_bytes(base[:4], "little"):
             raise BadFrame(
                 "the checksum does not match: the frame was damaged on the way, is not the next one, or its sender has "
                 "another version or codec; run one release on all ranks"
             )
-        self._sequence += 1
         work = header.work
         if work is None:
             return None

@@ -36,7 +36,10 @@ __all__ = [
 ]
 
 VERSION = 2
+MAX_BODY_NBYTES = 2**32 - 1
 MAX_ROWS = 255
+MAX_ROW_TOKENS = 2**16 - 1
+MAX_SLOT = 255
 MAX_START = 2**23 - 1
 MAX_NOTE_NBYTES = 4096
 
@@ -76,19 +79,22 @@ class Header:
 class WireFormat:
     """How one link writes headers, on both ends alike.
 
-    `codec_ids` are those of the link's codecs; `num_trail` links lie before it; a token id takes `id_nbytes` bytes.
+    `codec_ids` are those of the link's codecs, `dtype` that of the hidden states, None where there are none;
+    `num_trail` links lie before it; a token id takes `id_nbytes` bytes.
     """
 
     link_index: int
     num_trail: int
     codec_ids: tuple[int, ...]
+    dtype: torch.dtype | None = None
     id_nbytes: int = 4
 
     def encode(self, header: Header) -> tuple[bytes, bytes]:
-        """(base with a checksum of 0, tail)."""
+        """(base with a checksum of 0, tail). Raises ValueError for what does not fit into its fields."""
         work = header.work
         if work is None:
             return _BASE.pack(0, 0, 0, 0, 0), b""
+        self._check_fits(header, work)
         code = int(work.kind)
         code |= (_FAILED * header.failed) | (_SAMPLES * work.samples) | (_SCORES * work.scores)
         code |= (_HAS_IDS * (header.token_ids is not None)) | (_HAS_META * (header.meta_nbytes > 0))
@@ -110,7 +116,7 @@ class WireFormat:
     def checksum(self, sequence: int, *parts: memoryview | bytes) -> int:
         """CRC-32 of `parts` (all of a frame but its checksum) as the frame number `sequence` of the link."""
         told = struct.pack(f"<BHI{len(self.codec_ids)}Q", VERSION, self.link_index, sequence & 0xFFFFFFFF, *self.codec_ids)
-        crc = zlib.crc32(told)
+        crc = zlib.crc32(told + str(self.dtype).encode())
         for part in parts:
             crc = zlib.crc32(part, crc)
         return crc
@@ -139,6 +145,8 @@ class WireFormat:
             meta_nbytes = reader.unpack(_LENGTH) if code & _HAS_META else 0
             ids = None
             if code & _HAS_IDS:
+                if not num_rows * num_tokens:
+                    raise BadFrame(f"token ids of {num_rows} rows of {num_tokens} tokens")
                 ids = _ids_from_bytes(reader.take(num_rows * num_tokens * self.id_nbytes), num_rows, self.id_nbytes)
             note = bytes(reader.take(reader.unpack(_LENGTH))) if code & _HAS_NOTE else b""
         except (struct.error, IndexError) as e:
@@ -173,6 +181,26 @@ class WireFormat:
         """Bound of a tail on this link."""
         fixed = _INDEX.size + _MAX_VARINT_NBYTES * self.num_trail + 2 * _LENGTH.size + MAX_NOTE_NBYTES
         return fixed + max_rows * (_ROW.size + 1) + max_ids * self.id_nbytes
+
+    def _check_fits(self, header: Header, work: Pass) -> None:
+        if len(work.rows) > MAX_ROWS or work.num_tokens > MAX_ROW_TOKENS:
+            raise ValueError(
+                f"{len(work.rows)} rows of {work.num_tokens} tokens do not fit into a frame, which has at most {MAX_ROWS} "
+                f"rows and {MAX_ROW_TOKENS} tokens a row"
+            )
+        for row in work.rows:
+            if not (0 <= row.slot <= MAX_SLOT and 0 <= row.start <= MAX_START and 0 <= (row.from_slot or 0) <= MAX_SLOT):
+                raise ValueError(f"{row} does not fit into a frame: slots go up to {MAX_SLOT}, start to {MAX_START}")
+        if header.body_nbytes > MAX_BODY_NBYTES:
+            raise ValueError(
+                f"a payload of {header.body_nbytes} bytes does not fit into a frame, which has at most {MAX_BODY_NBYTES}; "
+                "lower batch_size or dataset.max_length"
+            )
+        if len(header.note) > MAX_NOTE_NBYTES:
+            raise ValueError(f"a note of {len(header.note)} bytes, a frame has at most {MAX_NOTE_NBYTES}")
+        ids = header.token_ids
+        if ids is not None and ids.size and not 0 <= ids.min() <= ids.max() < 256**self.id_nbytes:
+            raise ValueError(f"token ids {ids.min()} to {ids.max()} do not fit into {self.id_nbytes} bytes each")
 
 
 def is_end(frame: torch.Tensor) -> bool:

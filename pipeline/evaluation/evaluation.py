@@ -71,7 +71,8 @@ class Evaluation(Job):
         first = control.gather(len(recorder.journal.finished) if recorder else None)[0]
         if not in_sweep:
             control.watchdog.advice = ADVICE
-        credits = self.passes_in_flight()
+        # One process takes each pass to its end: more of them would only lie about.
+        credits = self.passes_in_flight() if control.world.world_size > 1 else 1
         control.report("warming up codecs")
         start_s = time.perf_counter()
         self._warm_up()

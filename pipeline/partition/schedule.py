@@ -33,12 +33,10 @@ def max_in_flight(plan: Plan, *, receives_ahead: int) -> int | None:
 def passes_in_flight(plan: Plan, setting: int, *, receives_ahead: int, world_size: int) -> int:
     """What `runtime.in_flight` means for a plan: two passes more than nodes where it is 0, or what the links can hold.
 
-    Raises ScheduleError for a number that could deadlock.
+    One process, which needs none, is told what the plan's ranks would have. Raises ScheduleError for a number that could deadlock.
     """
     limit = max_in_flight(plan, receives_ahead=receives_ahead)
-    if world_size == 1:
-        return 1  # one process runs each pass to its end
-    if limit is not None and setting > limit:
+    if limit is not None and setting > limit and world_size > 1:
         raise ScheduleError(
             f"runtime.in_flight is {setting}: with receives posted {receives_ahead} ahead, the links of this plan hold "
             f"{limit} passes, and more of them may deadlock. Lower runtime.in_flight or raise runtime.receives_ahead"

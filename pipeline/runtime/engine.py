@@ -161,15 +161,21 @@ class Engine:
         self._ends.flush()
 
     def _start_passes(self) -> None:
-        """New work enters while there are credits, and nothing that is under way waits for this rank."""
+        """New work enters while there are credits: one pass after each frame, more if nothing else waits for this rank.
+
+        Were frames always taken first, those that have come together would stay together, and the ring would empty
+        while this rank starts as many passes at a time.
+        """
         source = self._source
         assert source is not None
-        while len(self._in_flight) < self._credits and not self._ends.has_arrived():
+        while len(self._in_flight) < self._credits:
             entry = source.next()
             if entry is None:
                 break
             self._in_flight.append(entry)
             self._perform(None, entry.work, lambda entry=entry: self._worker.enter(entry))
+            if self._ends.has_arrived():
+                break
         if source.is_done and not self._in_flight:
             self._is_ending = True
             self._ends.end()

@@ -35,8 +35,7 @@ def link_specs(
     specs: dict[int, LinkSpec] = {
         index: HiddenSpec(
             name=plan.links[index].name,
-            wire=WireFormat(link_index=index, num_trail=index, codec_ids=(codec.codec_id(),)),
-            dtype=dtype,
+            wire=WireFormat(link_index=index, num_trail=index, codec_ids=(codec.codec_id(),), dtype=dtype),
             hidden_size=hidden_size,
             bound=lambda kind, shape, codec=codec: codec.max_nbytes(shape),
             microbatch_shapes=shapes,
@@ -73,8 +72,7 @@ def gradient_specs(
     return {
         index: HiddenSpec(
             name=name,
-            wire=WireFormat(link_index=index, num_trail=0, codec_ids=()),
-            dtype=its_dtype,
+            wire=WireFormat(link_index=index, num_trail=0, codec_ids=(), dtype=its_dtype),
             hidden_size=hidden_size,
             bound=lambda kind, shape, itemsize=its_dtype.itemsize: itemsize * math.prod(shape),
             microbatch_shapes=shapes,

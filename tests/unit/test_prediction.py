@@ -1,48 +1,66 @@
-"""The prediction against a simulated pipeline, event by event, that follows the runner's own schedule."""
+"""The prediction against a simulated pipeline, event by event, whose ranks take what comes as the engine's do."""
+
+import heapq
+from collections import deque
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.partition.plan import default_plan
-from pipeline.partition.schedule import ActionKind, make_schedule
 from pipeline.report.prediction import Network, PipelineCosts, predict_decode, predict_prefill
 
 
 def simulate(plan, stage_s, frame_bytes, network, num_microbatches, in_flight):
     """Times at which node 0 has finished each micro-batch.
 
-    A rank works through its actions in order and computes one stage at a time; a link carries one frame at a
-    time and delivers it half a round trip after its last bit left. Losses return in frames without size.
+    A rank computes one stage at a time and takes frames in the order of their coming. While fewer than `in_flight`
+    micro-batches are under way, rank 0 starts one after each frame, and more when none has come. A link carries one frame at a time and delivers it half a
+    round trip after its last bit left. Losses return in frames without size.
     """
-    schedule = make_schedule(plan, num_microbatches, world_size=plan.num_nodes, in_flight=in_flight)
-    clock = [0.0] * plan.num_nodes
-    link_free = [0.0] * len(plan.stages)
-    arrived: dict[tuple[int, int], float] = {}
-    finished = [None] * num_microbatches
-    position = [0] * plan.num_nodes
-    progress = True
-    while progress:
-        progress = False
-        for rank, actions in enumerate(schedule):
-            while position[rank] < len(actions):
-                action = actions[position[rank]]
-                slot, m = action.stage_index, action.microbatch_index
-                if slot > 0 and (slot, m) not in arrived:
-                    break
-                clock[rank] = max(clock[rank], arrived.get((slot, m), 0.0))
-                if action.kind is ActionKind.FORWARD:
-                    clock[rank] += stage_s[slot]
-                    if slot + 1 < len(plan.stages):
-                        link_free[slot] = max(link_free[slot], clock[rank]) + 8 * frame_bytes[slot] / network.bits_per_s
-                        arrived[slot + 1, m] = link_free[slot] + network.rtt_s / 2
-                    elif plan.last_node != 0:
-                        arrived[slot + 1, m] = clock[rank] + network.rtt_s / 2
-                if slot == (len(plan.stages) if plan.last_node != 0 else len(plan.stages) - 1):
-                    finished[m] = clock[rank]
-                position[rank] += 1
-                progress = True
-    assert None not in finished
+    num_stages, returns = len(plan.stages), plan.last_node != 0
+    nodes = [stage.node for stage in plan.stages] + [0] * returns  # by place in the chain
+    inboxes = [deque() for _ in range(plan.num_nodes)]  # places in the chain
+    is_busy, link_free = [False] * plan.num_nodes, [0.0] * num_stages
+    started, finished, may_start = 0, [], True
+    events = []  # (time, count, node, place, whether it has arrived there or been computed)
+
+    def at(time_s, node, place, has_arrived):
+        at.count += 1
+        heapq.heappush(events, (time_s, at.count, node, place, has_arrived))
+
+    at.count = 0
+
+    def work(now_s, node):
+        nonlocal started, may_start
+        if is_busy[node]:
+            return
+        has_credit = node == 0 and started < num_microbatches and started - len(finished) < in_flight
+        if has_credit and (may_start or not inboxes[node]):
+            place, started, may_start = 0, started + 1, False
+        elif inboxes[node]:
+            place, may_start = inboxes[node].popleft(), may_start or node == 0
+        else:
+            return
+        is_busy[node] = True
+        at(now_s + (stage_s[place] if place < num_stages else 0.0), node, place, False)
+
+    work(0.0, 0)
+    while events:
+        now_s, _, node, place, has_arrived = heapq.heappop(events)
+        if has_arrived:
+            inboxes[node].append(place)
+        else:
+            is_busy[node] = False
+            if place + 1 == len(nodes):
+                finished.append(now_s)
+            elif place + 1 < num_stages:
+                link_free[place] = max(link_free[place], now_s) + 8 * frame_bytes[place] / network.bits_per_s
+                at(link_free[place] + network.rtt_s / 2, nodes[place + 1], place + 1, True)
+            else:
+                at(now_s + network.rtt_s / 2, 0, place + 1, True)
+        work(now_s, node)
+    assert len(finished) == num_microbatches
     return finished
 
 
