@@ -83,9 +83,7 @@ class Evaluation(Job):
         control.barrier()
         if recorder:
             recorder.begin()
-        engine = Engine(
-            worker, ends, control.report, source=source, credits=credits, timeout_s=self.config.runtime.timeout_s
-        )
+        engine = Engine(worker, ends, control.report, source=source, credits=credits)
         engine.run()
         with self._failing_alike():
             if source and source.failure is not None:
