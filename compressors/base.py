@@ -134,7 +134,7 @@ class Compressor(ABC):
 
     @abstractmethod
     def compress(self, x: torch.Tensor, **side: Any) -> Payload:
-"""Encode hidden states `x` [B, T, H] in float32, float16 or bfloat16, in tests also float64; B, T may be 0.
+        """Encode hidden states `x` [B, T, H] in float32, float16 or bfloat16, in tests also float64; B, T may be 0.
 
         `side` has the inputs in `needs`: importance float32 [B, T], token_ids integer [B, T]. What is no float32 may be
         converted to it first.

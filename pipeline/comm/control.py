@@ -89,9 +89,12 @@ class Control:
             ) from e
         self.report("starting")
 
-    def report(self, where: str, *, waiting: bool = False) -> str:
-        """Take down what this rank does and whether it waits for another; returns it with the rank's name."""
-        self.watchdog.where, self.watchdog.waiting = where, waiting
+    def report(self, where: str, *, waiting: bool = False, due: bool = False) -> str:
+        """Take down what this rank does and whether it waits for another; returns it with the rank's name.
+
+        `due`: passes are under way, so that this must be called again within the timeout.
+        """
+        self.watchdog.move(where, waiting=waiting, due=due)
         return self.watchdog.place
 
     def gather(self, value: Any) -> list[Any]:

@@ -1,9 +1,9 @@
 """Links: a codec's payload becomes a checked frame on one side and a payload again on the other.
 
 A link has two ends. The sending end copies a payload, with what the next stage must know of the pass, into a mailbox's
-buffer; the receiving end checks each frame against what the link may carry and gives the payload as a view of its buffer
-until `release`. Bytes are counted where they are handed to send. A stream is DATA frames and FAILED ones, which stand in
-the place of the data of a pass that has failed on an earlier rank, then END.
+buffer; the receiving end checks each frame against what the link may carry and gives the payload as a view of its
+buffer until `release`. Bytes are counted where they are handed to send. A stream is DATA frames and FAILED ones, which
+stand in the place of the data of a pass that has failed on an earlier rank, then END.
 
 This module knows neither models nor codecs' insides, and does not decide when anything is sent.
 """
@@ -104,7 +104,9 @@ class HiddenSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultSpec:
-    """The link that carries results from the head's node to node 0: bytes, at most `bound(pass)`, `max_nbytes` of any."""
+    """The link that carries results from the head's node to node 0: bytes, at most `bound(pass)`, of any
+    `max_nbytes`.
+    """
 
     name: str
     wire: WireFormat
@@ -169,7 +171,8 @@ class FrameSender:
         nbytes = payload.data.numel() + len(meta)
         if nbytes > bound:
             raise ValueError(
-                f"link {self.spec.name}: the payload has {nbytes} bytes, its codec's max_nbytes promised at most {bound}"
+                f"link {self.spec.name}: the payload has {nbytes} bytes, "
+                f"its codec's max_nbytes promised at most {bound}"
             )
         if payload.shape != shape:
             raise ValueError(f"link {self.spec.name}: Payload.shape is {payload.shape}, the input had {shape}")

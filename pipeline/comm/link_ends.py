@@ -6,7 +6,6 @@ of data.
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,6 @@ from pipeline.comm.mailbox import (
     BodyChannel,
     FrameBuffer,
     FrameMemory,
-    LinkError,
     Loopback,
     PeerAddress,
     PeerInbox,
@@ -101,15 +99,9 @@ class LinkEnds:
         """Make one `take` return None, from any thread."""
         self._arrivals.wake()
 
-    def take(self, timeout_s: float | None) -> Arrival | None:
-        """Wait for a frame and check it.
-
-        Raises LinkError when a peer is gone, or nothing has come for `timeout_s`; BadFrame for a damaged frame.
-        """
-        try:
-            taken = self._arrivals.take(timeout_s)
-        except queue.Empty:
-            raise LinkError(f"no frame came for {timeout_s:g} s (runtime.timeout_s)") from None
+    def take(self) -> Arrival | None:
+        """Wait for a frame and check it; None after `wake`. Raises LinkError when a peer is gone, BadFrame for damage."""
+        taken = self._arrivals.take()
         if taken is None:
             return None
         link_index, buffer = taken

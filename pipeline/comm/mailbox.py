@@ -1,15 +1,15 @@
 """Mailboxes: buffers handed from one stage to the next, over Gloo, NCCL or, in one process, a queue.
 
 An outbox owns the buffers that frames are written into and sends them without blocking. An inbox keeps several receives
-posted, because a receive that is posted only after another message arrived costs a whole round trip; a thread of its own
-waits for them, since Gloo cannot be polled, and puts what arrives into one `Arrivals` for all links of a rank. It waits
-without limit: an idle link is a normal link.
+posted, because a receive that is posted only after another message arrived costs a whole round trip; a thread of its
+own waits for them, since Gloo cannot be polled, and puts what arrives into one `Arrivals` for all links of a rank. It
+waits without limit: an idle link is a normal link.
 
 * `Loopback`: both ends in one process; a posted buffer is simply taken by the other end.
 * `PeerOutbox` and `PeerInbox`: `torch.distributed` point-to-point. Over Gloo a frame is one message in host memory
   (pinned for a CUDA stage); receives are posted with room for any frame, and a frame may be shorter. With a
-  `BodyChannel` Gloo carries headers, failures and END; a body lies on the GPU and goes over NCCL, whose receive is posted
-  once the header has announced its size. A posted NCCL receive occupies the GPU, and both sides must name one size.
+  `BodyChannel` Gloo carries headers, failures and END; a body lies on the GPU and goes over NCCL, whose receive is
+  posted once the header has announced its size. A posted NCCL receive occupies the GPU, and both sides must name one size.
   The tests run this, too, with Gloo in the place of NCCL; NCCL itself they do not run.
 
 What the bytes mean is `link.py`'s business.
@@ -134,9 +134,9 @@ class Arrivals:
         """Make one `take` return None, from any thread."""
         self._queue.put(None)
 
-    def take(self, timeout_s: float | None = None) -> tuple[int, FrameBuffer] | None:
-        """Wait for the next buffer. Raises queue.Empty after `timeout_s`, LinkError when a peer is gone."""
-        item = self._queue.get(timeout=timeout_s)
+    def take(self) -> tuple[int, FrameBuffer] | None:
+        """Wait for the next buffer. Raises LinkError when a peer is gone."""
+        item = self._queue.get()
         if item is None:
             return None
         link_index, buffer = item

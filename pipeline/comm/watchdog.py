@@ -11,7 +11,9 @@ Two threads per rank, which the main thread's blocking calls do not hold up:
   signal handlers.
 
 A rank counts as silent once its heartbeat has not changed for the timeout, however long it works on a
-micro-batch: only a stopped or dead process is silent, or one that holds the interpreter lock all that time.
+micro-batch: only a stopped or dead process is silent, or one that holds the interpreter lock all that time. Of ranks
+that live, rank 0's watchdog knows whether passes move: while some are under way, its main thread must get on with them
+within the timeout, whether it computes, sends or waits.
 
 No torch here, so that the watch begins before torch is imported; the store is handed in later.
 """
@@ -112,7 +114,7 @@ class Watchdog:
     """One rank's watch. It begins with the signals; `join` adds the other ranks, `stop` ends it all.
 
     `where` is this rank's position in words and `waiting` whether it waits for another rank; whoever drives
-    the run keeps them up to date. `advice` stands behind the last message. With one process there is nothing
+    the run keeps them up to date by `move`. `advice` stands behind the last message. With one process there is nothing
     to watch, and `abort` only prints. Must be made on the main thread.
     """
 
@@ -128,6 +130,9 @@ class Watchdog:
         self._cause: str | None = None
         self._exit_code = EXIT_FAILED
         self._unanswered_s = 0.0  # how long the store has not answered
+        self._is_due = False
+        self._num_moves = self._num_moves_seen = 0
+        self._still_s = 0.0  # how long no move has been seen while one was due
         self._all_told = threading.Event()
         self._stopping = threading.Event()
         self._wake_heart = threading.Event()
@@ -146,6 +151,11 @@ class Watchdog:
     @property
     def place(self) -> str:
         return f"rank {self._world.rank}, {self.where}" if self._world.world_size > 1 else self.where
+
+    def move(self, where: str, *, waiting: bool, due: bool) -> None:
+        """This rank has got somewhere; if another move is `due`, it must come within the timeout."""
+        self.where, self.waiting, self._is_due = where, waiting, due
+        self._num_moves += 1
 
     def join(self, store: Any) -> None:
         """Watch the other ranks and be watched.
@@ -200,7 +210,11 @@ class Watchdog:
         while not self._stopping.is_set():
             ready, _, _ = select.select([self._reader], [], [], self._interval_s / 2)
             received = set(self._reader.recv(64)) if ready else set()
-            self._unanswered_s += clock.tick() if self._heart.is_alive() else 0.0
+            passed_s = clock.tick()
+            self._unanswered_s += passed_s if self._heart.is_alive() else 0.0
+            num_moves = self._num_moves
+            is_still = self._is_due and num_moves == self._num_moves_seen
+            self._still_s, self._num_moves_seen = self._still_s + passed_s if is_still else 0.0, num_moves
             cause = self._look(received)
             if cause is not None and not self._stopping.is_set():
                 self._leave(cause)
@@ -218,9 +232,16 @@ class Watchdog:
         silent = self._silent_ranks(self._timeout_s)
         if silent:
             return self._publish(f"no sign of life from {silent} for {self._timeout_s:g} s")
+        if self._still_s > self._timeout_s:
+            return self._publish(self._why_still())
         if self._unanswered_s > self._timeout_s:
             return f"{self._store_in_words()} has not answered for {self._timeout_s:g} s"
         return None
+
+    def _why_still(self) -> str:
+        if not self.waiting:
+            return f"{self.place}: at it for {self._timeout_s:g} s, or runtime.timeout_s is too short for it"
+        return self._blame(None, f"no pass has moved for {self._timeout_s:g} s")
 
     def _guess_cause(self) -> str:
         """Why torchrun sends SIGTERM although no rank has published a cause."""

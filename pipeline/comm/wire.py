@@ -115,8 +115,9 @@ class WireFormat:
 
     def checksum(self, sequence: int, *parts: memoryview | bytes) -> int:
         """CRC-32 of `parts` (all of a frame but its checksum) as the frame number `sequence` of the link."""
-        told = struct.pack(f"<BHI{len(self.codec_ids)}Q", VERSION, self.link_index, sequence & 0xFFFFFFFF, *self.codec_ids)
-        crc = zlib.crc32(told + str(self.dtype).encode())
+        place = struct.pack("<BHI", VERSION, self.link_index, sequence & 0xFFFFFFFF)
+        codecs = struct.pack(f"<{len(self.codec_ids)}Q", *self.codec_ids)
+        crc = zlib.crc32(place + codecs + str(self.dtype).encode())
         for part in parts:
             crc = zlib.crc32(part, crc)
         return crc
@@ -185,16 +186,17 @@ class WireFormat:
     def _check_fits(self, header: Header, work: Pass) -> None:
         if len(work.rows) > MAX_ROWS or work.num_tokens > MAX_ROW_TOKENS:
             raise ValueError(
-                f"{len(work.rows)} rows of {work.num_tokens} tokens do not fit into a frame, which has at most {MAX_ROWS} "
-                f"rows and {MAX_ROW_TOKENS} tokens a row"
+                f"{len(work.rows)} rows of {work.num_tokens} tokens do not fit into a frame, which has at most "
+                f"{MAX_ROWS} rows and {MAX_ROW_TOKENS} tokens a row"
             )
         for row in work.rows:
-            if not (0 <= row.slot <= MAX_SLOT and 0 <= row.start <= MAX_START and 0 <= (row.from_slot or 0) <= MAX_SLOT):
+            slots = (row.slot, row.slot if row.from_slot is None else row.from_slot)
+            if not 0 <= min(slots) <= max(slots) <= MAX_SLOT or not 0 <= row.start <= MAX_START:
                 raise ValueError(f"{row} does not fit into a frame: slots go up to {MAX_SLOT}, start to {MAX_START}")
         if header.body_nbytes > MAX_BODY_NBYTES:
             raise ValueError(
-                f"a payload of {header.body_nbytes} bytes does not fit into a frame, which has at most {MAX_BODY_NBYTES}; "
-                "lower batch_size or dataset.max_length"
+                f"a payload of {header.body_nbytes} bytes does not fit into a frame, which has at most "
+                f"{MAX_BODY_NBYTES}; lower batch_size or dataset.max_length"
             )
         if len(header.note) > MAX_NOTE_NBYTES:
             raise ValueError(f"a note of {len(header.note)} bytes, a frame has at most {MAX_NOTE_NBYTES}")

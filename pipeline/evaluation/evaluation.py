@@ -87,9 +87,7 @@ class Evaluation(Job):
         control.barrier()
         if recorder:
             recorder.begin()
-        engine = Engine(
-            worker, ends, control.report, source=source, credits=credits, timeout_s=self.config.runtime.timeout_s
-        )
+        engine = Engine(worker, ends, control.report, source=source, credits=credits)
         with self._slots():
             engine.run()
         with failing_alike(self.control):

@@ -113,9 +113,7 @@ class GenerationRing:
             scheduler.wake = ends.wake
         control.barrier()
         start_s = time.perf_counter()
-        Engine(
-            self._worker, ends, control.report, source=scheduler, credits=self.credits, timeout_s=runtime.timeout_s
-        ).run()
+        Engine(self._worker, ends, control.report, source=scheduler, credits=self.credits).run()
         report = {
             "rank": control.world.rank,
             "host": control.host,

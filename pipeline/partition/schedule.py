@@ -1,10 +1,10 @@
 """How many passes may be in flight. Integers only.
 
-No rank has a list of work: each takes frames as they come, and rank 0 starts a new pass when it has nothing else to do
-and a credit is left. A rank that cannot send waits, with one frame in hand, until the next rank has room; r receives are
-posted there. So ranks stand still for good only if they form a cycle of links, on each of which r frames have arrived
-and are not taken while one more waits to be sent: k links hold k (r + 1) passes then. With fewer than that in flight, for
-the shortest cycle of links, some buffer is free and the hole travels back. In the ring of N ranks this is D < N (r + 1).
+No rank has a list of work: each takes frames as they come, and rank 0 starts new passes while a credit is left. A rank
+that cannot send waits, with one frame in hand, until the next rank has room; r receives are posted there. So ranks
+stand still for good only if they form a cycle of links, on each of which r frames have arrived and are not taken while
+one more waits to be sent: k links hold k (r + 1) passes then. With fewer than that in flight, for the shortest cycle of
+links, some buffer is free and the hole travels back. In the ring of N ranks this is D < N (r + 1).
 
 What else could be waited for is not: a rank takes frames of all its links alike, sends of END and failures are frames
 like others, and posted sends, which links buffer besides, make the ring roomier than this.
@@ -33,7 +33,8 @@ def max_in_flight(plan: Plan, *, receives_ahead: int) -> int | None:
 def passes_in_flight(plan: Plan, setting: int, *, receives_ahead: int, world_size: int) -> int:
     """What `runtime.in_flight` means for a plan: two passes more than nodes where it is 0, or what the links can hold.
 
-    One process, which needs none, is told what the plan's ranks would have. Raises ScheduleError for a number that could deadlock.
+    One process, which needs none, is told what the plan's ranks would have. Raises ScheduleError for a number that
+    could deadlock.
     """
     limit = max_in_flight(plan, receives_ahead=receives_ahead)
     if limit is not None and setting > limit and world_size > 1:

@@ -43,13 +43,16 @@ class StageError(PipelineError):
 class Report(Protocol):
     """Takes down what this rank is doing (`Control.report`)."""
 
-    def __call__(self, where: str, *, waiting: bool = False) -> str:
-        """`waiting` for another rank; returns `where` with the rank's name."""
+    def __call__(self, where: str, *, waiting: bool = False, due: bool = False) -> str:
+        """`waiting` for another rank; returns `where` with the rank's name.
+
+        `due`: this must be called again within the timeout, or something hangs.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A pass that enters the ring: its token ids, int64 [rows, tokens] on the CPU, and what the head must know of it."""
+    """A pass that enters the ring: token ids, int64 [rows, tokens] on the CPU, and what the head must know of it."""
 
     work: Pass
     token_ids: torch.Tensor
@@ -106,7 +109,7 @@ class Worker(Protocol):
         """Begin a pass."""
 
     def unpack(self, link_index: int, frame: Frame) -> torch.Tensor:
-        """What has come over a link, in memory of its own: the frame's payload is a view of a buffer for the next one."""
+        """What has come over a link, in memory of its own: the frame's payload is a view of a buffer for the next."""
 
     def step(self, link_index: int, frame: Frame, inputs: torch.Tensor, entry: Entry | None) -> Departure | Result:
         """Go on with a pass; `entry` is what rank 0 knows of the one that is due back."""
@@ -121,8 +124,8 @@ class Worker(Protocol):
 class Engine:
     """One rank's loop over the links of one job.
 
-    `source` is rank 0's, with `credits`, the passes that may be in flight, and `timeout_s`, within which one of them
-    must move.
+    `source` is rank 0's, with `credits`, the passes that may be in flight. While some are, rank 0's reports say that
+    another one is due.
     """
 
     def __init__(
@@ -133,10 +136,9 @@ class Engine:
         *,
         source: Source | None,
         credits: int,
-        timeout_s: float,
     ) -> None:
         self._worker, self._ends, self._report = worker, ends, report
-        self._source, self._credits, self._timeout_s = source, credits, timeout_s
+        self._source, self._credits = source, credits
         self._in_flight: deque[Entry] = deque()
         self._is_ending = source is None
         self._where = "waiting for a first pass"
@@ -146,39 +148,43 @@ class Engine:
 
         Raises BadFrame for a damaged frame, LinkError when a peer is gone or silent, and what the source raises.
         """
+        has_moved, start_s = True, 0.0
         while True:
             if not self._is_ending:
-                self._start_passes()
+                has_moved |= self._start_passes()
             if self._is_ending and not self._ends.is_open:
                 break
-            self._report(self._where, waiting=True)
-            start_s = time.perf_counter()
-            arrival = self._ends.take(self._timeout_s if self._in_flight else None)
+            if has_moved:  # a source that wakes this rank in vain does not
+                self._tell(waiting=True)
+                start_s = time.perf_counter()
+            arrival = self._ends.take()
+            has_moved = arrival is not None
             if arrival is not None:
                 self._worker.waited(arrival.link_index, time.perf_counter() - start_s, sending=False)
                 self._advance(arrival)
         self._report("finishing", waiting=True)
         self._ends.flush()
 
-    def _start_passes(self) -> None:
+    def _start_passes(self) -> bool:
         """New work enters while there are credits: one pass after each frame, more if nothing else waits for this rank.
 
         Were frames always taken first, those that have come together would stay together, and the ring would empty
-        while this rank starts as many passes at a time.
+        while this rank starts as many passes at a time. Returns whether there was anything to do.
         """
         source = self._source
         assert source is not None
-        while len(self._in_flight) < self._credits:
+        has_started = False
+        while len(self._in_flight) < self._credits and not (has_started and self._ends.has_arrived()):
             entry = source.next()
             if entry is None:
                 break
+            has_started = True
             self._in_flight.append(entry)
             self._perform(None, entry.work, lambda entry=entry: self._worker.enter(entry))
-            if self._ends.has_arrived():
-                break
         if source.is_done and not self._in_flight:
             self._is_ending = True
             self._ends.end()
+        return has_started or self._is_ending
 
     def _advance(self, arrival: Arrival) -> None:
         link_index, frame = arrival.link_index, arrival.frame
@@ -203,7 +209,7 @@ class Engine:
 
     def _perform(self, link_index: int | None, work: Pass, compute: Callable[[], Departure | Result]) -> None:
         self._where = self._worker.place(link_index, work)
-        place = self._report(self._where)
+        place = self._tell()
         try:
             outcome = compute()
             if isinstance(outcome, Departure):
@@ -216,11 +222,11 @@ class Engine:
             self._worker.drop(work)
             self._pass_on_failure(link_index, work, f"{place}: {cause_in_words(e)}")
             return
-        self._finish(outcome)
+        self._finish(work, outcome)
 
     def _send(self, work: Pass, departure: Departure) -> None:
         start_s = time.perf_counter()
-        self._report(self._where, waiting=True)
+        self._tell(waiting=True)
         self._ends.senders[departure.link_index].send(
             work, departure.payload, departure.trail, token_ids=departure.token_ids, note=departure.note
         )
@@ -231,8 +237,14 @@ class Engine:
         if onward is not None:
             onward.fail(work, cause)
         else:
-            self._finish(Failure(cause))
+            self._finish(work, Failure(cause))
 
-    def _finish(self, result: Result | Failure) -> None:
+    def _finish(self, work: Pass, result: Result | Failure) -> None:
         assert self._source is not None, "passes end on rank 0"
-        self._source.take(self._in_flight.popleft().work, result)
+        entry = self._in_flight.popleft()
+        assert entry.work == work, f"{work} has come back before {entry.work}"
+        self._source.take(entry.work, result)
+
+    def _tell(self, *, waiting: bool = False) -> str:
+        is_due = bool(self._in_flight) or (self._source is not None and self._is_ending)
+        return self._report(self._where, waiting=waiting, due=is_due)

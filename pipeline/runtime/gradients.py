@@ -1,8 +1,8 @@
 """Forward and backward through the pipeline, to see what the objective's gradient is at each link.
 
 For what must know how much hidden states matter: calibration, importance of tokens, relevance of attention heads.
-One micro-batch is in flight; hidden states cross as they are, gradients come back as raw float32, both over Gloo. With S
-stages, link i < S - 1 of the chain leads from stage i to stage i + 1, and link 2 S - 3 - i from there back.
+One micro-batch is in flight; hidden states cross as they are, gradients come back as raw float32, both over Gloo. With
+S stages, link i < S - 1 of the chain leads from stage i to stage i + 1, and link 2 S - 3 - i from there back.
 Nothing is trained: weights need no gradients.
 """
 
@@ -39,7 +39,7 @@ class GradientPass:
         microbatches: of the deployment's text.
         objective: what is differentiated, summed over scored positions; None: forward only, for the readers' sake.
         on_gradient: takes hidden states and gradients at this rank's outgoing links.
-        on_finished: told on node 0 that a micro-batch is done (forward only: has entered), by its index.
+        on_finished: told on node 0 that a micro-batch is done, by its index.
         attention_readers: of stages, by stage index, as `Stage.forward` takes them.
     """
 
@@ -80,9 +80,7 @@ class GradientPass:
         )
         ends = open_links([*there, *back], specs, control.world, receives_ahead=1)
         source = _OneByOne(self._tokens) if control.world.rank == 0 else None
-        engine = Engine(
-            self, ends, control.report, source=source, credits=1, timeout_s=control.timeout_s
-        )
+        engine = Engine(self, ends, control.report, source=source, credits=1)
         with torch.set_grad_enabled(self._objective is not None):
             engine.run()
         told = control.gather([self._value, source.failure if source else None])

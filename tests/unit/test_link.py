@@ -49,7 +49,7 @@ class Pair:
 
     def receive(self):
         """(frame, its buffer)."""
-        link_index, buffer = self.arrivals.take(0)
+        link_index, buffer = self.arrivals.take()
         assert link_index == 1
         return self.receiver.open(buffer), buffer
 
@@ -150,7 +150,7 @@ def test_a_pass_that_the_link_cannot_carry_is_refused_at_both_ends(work, words):
     lax = Pair(Lax(**{field.name: getattr(SPEC, field.name) for field in dataclasses.fields(SPEC)}))
     lax.sender.send(work, payload(8), (0,))
     with pytest.raises(BadFrame, match=f"link layer:3:node1->node2, frame 0: {words}"):
-        pair.receiver.open(lax.arrivals.take(0)[1])
+        pair.receiver.open(lax.arrivals.take()[1])
 
 
 def test_a_body_beyond_the_bound_of_its_pass_is_refused():
@@ -158,7 +158,7 @@ def test_a_body_beyond_the_bound_of_its_pass_is_refused():
     lavish = Pair(dataclasses.replace(SPEC, bound=lambda kind, shape: 60))
     lavish.sender.send(SECOND, payload(46, SECOND), (0,))
     with pytest.raises(BadFrame, match="body of 46 bytes for micro-batch 1, at most 45 are possible"):
-        Pair().receiver.open(lavish.arrivals.take(0)[1])
+        Pair().receiver.open(lavish.arrivals.take()[1])
 
 
 def test_a_body_beyond_any_bound_is_refused_before_it_is_read():
@@ -197,7 +197,7 @@ def test_frames_out_of_turn_are_refused():
     pair = Pair()
     pair.sender.send(FIRST, payload(), (0,))
     pair.sender.send(SECOND, payload(work=SECOND), (0,))
-    pair.arrivals.take(0)
+    pair.arrivals.take()
     with pytest.raises(BadFrame, match="frame 0: the checksum does not match: .* is not the next one"):
         pair.receive()
     pair = Pair()
@@ -212,7 +212,7 @@ def test_another_links_frame_is_refused(other):
     stranger = Pair(dataclasses.replace(SPEC, wire=dataclasses.replace(WIRE, **other)))
     stranger.sender.send(FIRST, payload(), (0,))
     with pytest.raises(BadFrame, match="sender has another version or codec; run one release on all ranks"):
-        Pair().receiver.open(stranger.arrivals.take(0)[1])
+        Pair().receiver.open(stranger.arrivals.take()[1])
 
 
 def test_end_is_repeated_for_every_posted_receive():

@@ -15,8 +15,8 @@ def simulate(plan, stage_s, frame_bytes, network, num_microbatches, in_flight):
     """Times at which node 0 has finished each micro-batch.
 
     A rank computes one stage at a time and takes frames in the order of their coming. While fewer than `in_flight`
-    micro-batches are under way, rank 0 starts one after each frame, and more when none has come. A link carries one frame at a time and delivers it half a
-    round trip after its last bit left. Losses return in frames without size.
+    micro-batches are under way, rank 0 starts one after each frame, and more when none has come. A link carries one
+    frame at a time and delivers it half a round trip after its last bit left. Losses return in frames without size.
     """
     num_stages, returns = len(plan.stages), plan.last_node != 0
     nodes = [stage.node for stage in plan.stages] + [0] * returns  # by place in the chain

@@ -25,9 +25,9 @@ class Loops:
     """The ranks' loops over a plan's links, and all states that they can get into.
 
     A state has the number of frames on each link, at most `receives_ahead`, and for each rank the link that it holds a
-    frame for, or None. A rank without a frame in hand takes one from any link that has some: frames of several links may
-    be told to it in any order. It then waits until there is room on the next link. Rank 0 may start a pass while it has
-    a credit, whatever has arrived: its thread may not have told it yet.
+    frame for, or None. A rank without a frame in hand takes one from any link that has some: frames of several links
+    may be told to it in any order. It then waits until there is room on the next link. Rank 0 may start a pass while it
+    has a credit, whatever has arrived: its thread may not have told it yet.
     """
 
     def __init__(self, plan, *, receives_ahead, credits):

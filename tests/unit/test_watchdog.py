@@ -84,6 +84,38 @@ def test_else_the_symptom_is_told_where_it_was_seen(idle):
     assert idle._blame(2, "timed out") == "rank 1, stage 1, micro-batch 7: timed out"
 
 
+def test_of_a_standstill_the_rank_that_computes_is_named(idle):
+    """Rank 0's own watchdog sees it, as nobody else times passes."""
+    idle.move("stage 4, micro-batch 6", waiting=False, due=True)
+    cause = "rank 1, stage 4, micro-batch 6: at it for 2 s, or runtime.timeout_s is too short for it"
+    assert idle._why_still() == cause
+    idle.move("stage 4, micro-batch 6", waiting=True, due=True)
+    idle._beats = {2: _Beat(b"4|0|stage 2, micro-batch 8"), 3: _Beat(b"4|1|stage 3, micro-batch 7")}
+    told = "the others wait for rank 2 (last at stage 2, micro-batch 8), or runtime.timeout_s is too short for it"
+    assert idle._why_still() == f"{told}: no pass has moved for 2 s"
+
+
+def stand_still(rank, ends):
+    """Moves for longer than the timeout, then no more, although another move is due, or none is."""
+    dog = Watchdog(World(rank=0, world_size=4), timeout_s=0.6)
+    for index in range(6):
+        dog.move(f"stage 0, micro-batch {index}", waiting=False, due=True)
+        time.sleep(0.2)
+    if not ends:
+        time.sleep(60)
+    dog.move("waiting for prompts", waiting=True, due=False)
+    time.sleep(1.5)
+    dog.stop()
+
+
+def test_passes_that_do_not_move_within_the_timeout_end_the_run():
+    (still,) = call_on_ranks(1, stand_still, False, timeout_s=20)
+    (idle,) = call_on_ranks(1, stand_still, True, timeout_s=20)
+    cause = "rank 0, stage 0, micro-batch 5: at it for 0.6 s, or runtime.timeout_s is too short for it"
+    assert still.returncode == 1 and f"rank 0 stops: {cause}" in still.stderr
+    assert (idle.returncode, idle.stderr) == (0, "")
+
+
 ERRORS = {"bug": KeyError("x"), "peer": Gone("closed"), "ctrl-c": KeyboardInterrupt()}
 
 
