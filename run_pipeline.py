@@ -122,7 +122,7 @@ def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
 
     def answer(deployment: Deployment) -> Generated | None:
         from pipeline.generation.generate import generate
-        from pipeline.generation.requests import RequestMaker, read_requests
+        from pipeline.generation.requests import read_requests
 
         def requests(maker: RequestMaker) -> list[Request | RefusedRequest]:
             return list(read_requests(prompts, maker)) if is_file else [maker.make({"prompt": prompts})]

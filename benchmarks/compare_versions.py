@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("before", type=path_option, help="a checkout")
     parser.add_argument("after", type=path_option, help="another")
     parser.add_argument("--codecs", nargs="+", default=list(CODECS))
-    parser.add_argument("--other_headers", action="store_true", help="frames are headed otherwise: leave header bytes out")
+    parser.add_argument("--other_headers", action="store_true", help="frames have other headers: leave their bytes out")
     parser.add_argument("--tokens", type=int, default=384, help="of the demo's text")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="compare_versions_") as name:

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=4 -m benchmarks.generation --config demo.yaml --dtype bf16 --rounds 1
 
 Rank 0 holds the unsplit model as well; while it generates, the other ranks wait in the ring without work. Before
-anything is timed, the ring's tokens are compared with the reference's. Prints medians of all rounds as ratios, and where a
-step's time goes. A codec, other weights and so on come from the config.
+anything is timed, the ring's tokens are compared with the reference's. Prints medians of all rounds as ratios, and
+where a step's time goes. A codec, other weights and so on come from the config.
 """
 
 from __future__ import annotations
@@ -219,7 +219,8 @@ def compare(bench: Bench) -> None:
 def show(bench: Bench) -> None:
     median = {name: statistics.median(times) for name, times in bench.times.items()}
     one, eight = median["generate, one sequence"], median["generate, batch of eight"]
-    print(f"{bench.config.model.name}, {bench.config.model.dtype}, codec {bench.config.compressor}, {bench.cores} cores")
+    model = bench.config.model
+    print(f"{model.name}, {model.dtype}, codec {bench.config.compressor}, {bench.cores} cores")
     for name, seconds in median.items():
         if "warm-up" in name:
             continue
@@ -227,7 +228,8 @@ def show(bench: Bench) -> None:
             print(f"{name}: {seconds:.2f} s")
             continue
         against = eight if "eight" in name else one
-        print(f"{name}: {1 / seconds:.2f} tokens/s, {against / seconds:.2f} of {'the batch' if against is eight else 'one'}")
+        other = "the batch" if against is eight else "one"
+        print(f"{name}: {1 / seconds:.2f} tokens/s, {against / seconds:.2f} of {other}")
     chunks = median["first token of a long prompt, chunks of 256"]
     print(f"chunks bring the first token {median['first token of a long prompt, whole'] / chunks:.2f} times as soon")
     ratio = median["ring, one sequence"] / median["ring, four sequences"]

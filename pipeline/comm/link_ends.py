@@ -100,7 +100,10 @@ class LinkEnds:
         self._arrivals.wake()
 
     def take(self) -> Arrival | None:
-        """Wait for a frame and check it; None after `wake`. Raises LinkError when a peer is gone, BadFrame for damage."""
+        """Wait for a frame and check it; None after `wake`.
+
+        Raises LinkError when a peer is gone, BadFrame for damage.
+        """
         taken = self._arrivals.take()
         if taken is None:
             return None

@@ -9,8 +9,8 @@ waits without limit: an idle link is a normal link.
 * `PeerOutbox` and `PeerInbox`: `torch.distributed` point-to-point. Over Gloo a frame is one message in host memory
   (pinned for a CUDA stage); receives are posted with room for any frame, and a frame may be shorter. With a
   `BodyChannel` Gloo carries headers, failures and END; a body lies on the GPU and goes over NCCL, whose receive is
-  posted once the header has announced its size. A posted NCCL receive occupies the GPU, and both sides must name one size.
-  The tests run this, too, with Gloo in the place of NCCL; NCCL itself they do not run.
+  posted once the header has announced its size. A posted NCCL receive occupies the GPU, and both sides must name one
+  size. The tests run this, too, with Gloo in the place of NCCL; NCCL itself they do not run.
 
 What the bytes mean is `link.py`'s business.
 """

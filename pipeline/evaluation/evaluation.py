@@ -251,7 +251,8 @@ class _DecodedWindows:
     """The source that scores the same windows through a cache, as an answer's tokens go.
 
     What stands in front of a micro-batch's first scored token is prefilled at once, the rest goes `decode_chunk` tokens
-    at a time. Tokens are known beforehand, so passes follow each other without waiting, and one set of slots serves all.
+    at a time. Tokens are known beforehand, so passes follow each other without waiting, and one set of slots serves
+    all.
     """
 
     def __init__(self, tokens: TokenWindows, recorder: Recorder, first: int, chunk: int) -> None:

@@ -6,6 +6,7 @@ Rank 0 hands in a source of passes; the others follow frames.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 from pipeline.comm.link import LinkSpec
@@ -154,9 +155,7 @@ class GenerationRing:
         control, deployment = self.deployment.control, self.deployment
         is_gpu = any(device.type == "cuda" for device in deployment.devices.values())
         told = control.gather([control.host, available_cores() // deployment.threads, is_gpu])
-        by_host: dict[str, int] = {}
-        for host, at_once, on_gpu in told:
-            by_host[host] = by_host.get(host, 0) + 1
+        by_host = Counter(host for host, _, _ in told)
         limits = {host: at_once for host, at_once, on_gpu in told if not on_gpu}
         return sum(max(1, min(count, limits.get(host, count))) for host, count in by_host.items())
 

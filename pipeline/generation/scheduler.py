@@ -5,8 +5,8 @@ answer ends, is the answer's business.
 
 * A request gets a slot when one is free. If a slot holds a prefix of its prompt already, that is not computed again.
 * Prompts go in chunks, of which several are under way at once; passes of sampled tokens and chunks take turns.
-* Sampled tokens of several sequences share a pass: as many as make `passes` of them, so that each pass costs the reading
-  of the weights once and as many ranks work as can. A sequence waits for its own token only.
+* Sampled tokens of several sequences share a pass: as many as make `passes` of them, so that each pass costs the
+  reading of the weights once and as many ranks work as can. A sequence waits for its own token only.
 * What a failed pass has left on the ranks, they undo (`Worker.drop`). A pass of several rows is tried again row by row.
 """
 

@@ -188,7 +188,8 @@ def _generation(results: Results) -> str:
         name = f'<th scope="row"><span class="name" title="{escape(run.cells[0])}">{escape(run.cells[0])}</span></th>'
         model = f'<td class="text">{escape(run.cells[1])}</td>'
         rows.append(f"<tr>{name}{model}{''.join(f'<td>{escape(cell)}</td>' for cell in run.cells[2:])}</tr>")
-    notes = "".join(f"<li>{escape(note)}</li>" for note in sorted({note for r in results.generated for note in r.notes}))
+    told = sorted({note for run in results.generated for note in run.notes})
+    notes = "".join(f"<li>{escape(note)}</li>" for note in told)
     return f"""<section id="generation">
 <h2>Generation</h2>
 <p class="small muted">Measured with a cache: prompts in, tokens out. TTFT is from having a slot to the first token,

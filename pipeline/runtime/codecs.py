@@ -21,6 +21,7 @@ from pipeline.data.windows import MicroBatch
 from pipeline.importance.metrics import METRICS, Metric
 from pipeline.importance.selection import make_metrics
 from pipeline.models.loading import TORCH_DTYPES
+from pipeline.partition.passes import Pass, PassKind
 from pipeline.partition.plan import Plan
 from pipeline.records.store import digest_of
 from pipeline.runtime.head import max_result_nbytes, result_nbytes
@@ -280,7 +281,11 @@ def make_link_parts(
             result_bound=lambda work: result_nbytes(microbatches, work),
             max_result_nbytes=max_result_nbytes(microbatches, 0),
         )
-        bounds = {str(i): {str(what): nbytes for what, nbytes in specs[i].bounds.items()} for i in codecs.ends}
+        shapes = {microbatch.shape: microbatch.index for microbatch in microbatches}
+        bounds = {
+            str(link): {str(shape): specs[link].expect(_score(index))[1] for shape, index in shapes.items()}
+            for link in codecs.ends
+        }
         return (metrics, specs), [{str(index): metric.describe() for index, metric in metrics.items()}, bounds]
 
     largest = max(m.num_tokens for m in microbatches)
@@ -296,6 +301,10 @@ def make_link_parts(
                 f"{' and '.join(sorted(digests))}"
             )
     return LinkParts(metrics=metrics, specs=specs, importance=dict(sorted(importance.items())))
+
+
+def _score(microbatch_index: int) -> Pass:
+    return Pass(kind=PassKind.SCORE, microbatch_index=microbatch_index)
 
 
 def _check_ends_agree(plan: Plan, told: Iterable[Mapping[str, Any]], what: str) -> None:

@@ -11,6 +11,7 @@ the rank that sees it, and ends the run.
 
 from __future__ import annotations
 
+import functools
 import time
 import traceback
 from collections import deque
@@ -180,7 +181,7 @@ class Engine:
                 break
             has_started = True
             self._in_flight.append(entry)
-            self._perform(None, entry.work, lambda entry=entry: self._worker.enter(entry))
+            self._perform(None, entry.work, functools.partial(self._worker.enter, entry))
         if source.is_done and not self._in_flight:
             self._is_ending = True
             self._ends.end()

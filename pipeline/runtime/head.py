@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -109,7 +108,8 @@ class Head:
     def _follow(self, work: Pass, ids: torch.Tensor | None, note: bytes) -> None:
         """Keep the slots' sequences as the caches of the stages do."""
         assert ids is not None
-        before = {row.slot: self._ids.get(row.slot if row.from_slot is None else row.from_slot, []) for row in work.rows}
+        sources = {row.slot: row.slot if row.from_slot is None else row.from_slot for row in work.rows}
+        before = {slot: self._ids.get(source, []) for slot, source in sources.items()}
         for row, own in zip(work.rows, ids.tolist(), strict=True):
             self._ids[row.slot] = before[row.slot][: row.start] + own
         for slot, options in json.loads(note or b"{}").items():

@@ -36,8 +36,8 @@ def on_deployment(
     """`work(deployment)` on every rank of the config's model, and its result.
 
     Rank 0 checks first that `folder` can be written to; `check(plan, model_config)` raises, before weights load, where
-    the work cannot be done, and so does `claim(digest)`, on rank 0, where the run cannot be recorded. The config's text is
-    read unless `with_text` is false.
+    the work cannot be done, and so does `claim(digest)`, on rank 0, where the run cannot be recorded. The config's text
+    is read unless `with_text` is false.
     A failure ends the process, with its message and a non-zero status, on every rank.
     """
     try:

@@ -102,13 +102,17 @@ def gradient_specs(
     shapes = [m.shape for m in microbatches]
     there = [(f"raw:{link.name}", dtype) for link in plan.links]
     back = [(f"gradient:{link.name}", torch.float32) for link in reversed(plan.links)]
-    return {
-        index: HiddenSpec(
+    specs: dict[int, LinkSpec] = {}
+    for index, (name, its_dtype) in enumerate([*there, *back]):
+
+        def bound(kind: PassKind, shape: tuple[int, ...], itemsize: int = its_dtype.itemsize) -> int:
+            return itemsize * math.prod(shape)
+
+        specs[index] = HiddenSpec(
             name=name,
             wire=WireFormat(link_index=index, num_trail=0, codec_ids=(), dtype=its_dtype),
             hidden_size=hidden_size,
-            bound=lambda kind, shape, itemsize=its_dtype.itemsize: itemsize * math.prod(shape),
+            bound=bound,
             microbatch_shapes=shapes,
         )
-        for index, (name, its_dtype) in enumerate([*there, *back])
-    }
+    return specs

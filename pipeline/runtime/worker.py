@@ -1,7 +1,7 @@
 """What a rank computes of a pass: decode, forward, encode; at the end of the chain, what the head makes of it.
 
-Knows stages, codecs and metrics by their place in the chain; which of them this rank holds is the plan's business. Link i
-leads from stage i to stage i + 1; the one behind the last stage, where there is one, carries results to node 0.
+Knows stages, codecs and metrics by their place in the chain; which of them this rank holds is the plan's business. Link
+i leads from stage i to stage i + 1; the one behind the last stage, where there is one, carries results to node 0.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Probe = Callable[[int, torch.Tensor, Payload], None]
 class EndCodecs:
     """The codec objects at this rank's link ends, by link index.
 
-    `decoding` are those for DECODE passes, where they are others. `ids_onward` has the links over which generation sends
-    token ids along, because a codec or head further on needs them.
+    `decoding` are those for DECODE passes, where they are others. `ids_onward` has the links over which generation
+    sends token ids along, because a codec or head further on needs them.
     """
 
     encoders: Mapping[int, Compressor]

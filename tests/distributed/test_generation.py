@@ -32,7 +32,8 @@ def prompts_file(tmp_path, prompts=PROMPTS, num_tokens=NUM_TOKENS):
 def arguments(model, exp_dir, prompts, *settings, codec="none"):
     base = ("runtime.threads=1", "generation.max_slots=3", "generation.max_length=160", "generation.ignore_eos=true")
     words = [word for setting in (*base, *settings) for word in ("--set", setting)]
-    return ["--model_name", str(model), "--exp_dir", str(exp_dir), "--compressor", codec, *words, "--generate", str(prompts)]
+    base = ["--model_name", str(model), "--exp_dir", str(exp_dir), "--compressor", codec]
+    return [*base, *words, "--generate", str(prompts)]
 
 
 def answers(exp_dir):
@@ -160,7 +161,8 @@ def test_a_prefix_that_a_slot_holds_is_not_sent_again(tmp_path):
 def test_a_pass_that_fails_fails_its_request_alone(tmp_path):
     """A frame of 13 tokens is the third prompt; of two rows, sequences that decode together, which then go alone."""
     prompts = prompts_file(tmp_path, ["The canal", "a", "A lock keepe", "xyz"], [12, 12, 12, 12])
-    settings = ("generation.passes=1", "compressor_per_link={'layer:3:node2->node3': tests.helpers.bad_codecs:RaisingForShape(%s)}")
+    codec = "tests.helpers.bad_codecs:RaisingForShape(%s)"
+    settings = ("generation.passes=1", f"compressor_per_link={{'layer:3:node2->node3': {codec}}}")
     fine = tmp_path / "fine"
     run(4, arguments(tiny_model(), fine, prompts, "generation.passes=1")).check()
     expected = {line: a["token_ids"] for line, a in answers(fine).items()}
