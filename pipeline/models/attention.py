@@ -177,7 +177,8 @@ def _over_slots(
             mask = slots.mask(row, sliding_window)
             output = attend(queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling)
         outputs.append(output.reshape(1, num_heads, num_tokens, head_dim))
-    return torch.cat(outputs).transpose(1, 2).contiguous(), None
+    output = outputs[0] if batch == 1 else torch.cat(outputs)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _soft_capped(

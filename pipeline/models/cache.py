@@ -34,6 +34,9 @@ class SlotCache:
     Args:
         config: the stage's, whose `num_hidden_layers` are its own.
         dtype: that of hidden states.
+
+    Attributes:
+        layers: views of keys and values [num_slots, heads, max_length, head_dim] of each layer.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class SlotCache:
         shape = (config.num_hidden_layers, 2, num_slots, num_heads, max_length, head_dim)
         with torch.inference_mode(False):  # or it could be written in inference mode only
             self._data = torch.empty(shape, dtype=dtype, device=device)
+            self.layers = [(keys, values) for keys, values in self._data]
+        self.dtype, self.device = dtype, device
         self._lengths = [0] * num_slots
 
     @property
@@ -121,9 +126,9 @@ class SlotPass:
     def __init__(self, cache: SlotCache, rows: Sequence[Row], num_tokens: int) -> None:
         self.starts = [row.start for row in rows]
         self.num_tokens = num_tokens
-        self._cache, self._data = cache, cache._data
+        self._cache = cache
         self._slots = [row.slot for row in rows]
-        device = self._data.device
+        device = cache.device
         self._slot_indices = torch.tensor(self._slots, device=device)
         self.position_ids = torch.tensor(self.starts, device=device)[:, None] + torch.arange(num_tokens, device=device)
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
@@ -134,35 +139,33 @@ class SlotPass:
 
         Raises SlotError for a shape or dtype that the cache was not made for.
         """
-        target = self._data[layer]
-        expected = (len(self._slots), target.shape[2], self.num_tokens, target.shape[4])
+        targets = self._cache.layers[layer]
+        _, num_heads, _, head_dim = targets[0].shape
+        expected = (len(self._slots), num_heads, self.num_tokens, head_dim)
         for name, given in (("keys", keys), ("values", values)):
-            if given.shape != expected or given.dtype != target.dtype:
+            if given.shape != expected or given.dtype != self._cache.dtype:
                 raise SlotError(
                     f"layer {layer} of the stage makes {name} {list(given.shape)} in {given.dtype}, the cache was made "
-                    f"for {list(expected)} in {target.dtype}"
+                    f"for {list(expected)} in {self._cache.dtype}"
                 )
         if layer != self._num_written:
             raise SlotError(f"layer {layer} of the stage writes its keys where layer {self._num_written} is due")
         self._num_written += 1
-        if self.num_tokens == 1:
-            positions = self.position_ids[:, 0]
-            target[0][self._slot_indices, :, positions] = keys[:, :, 0]
-            target[1][self._slot_indices, :, positions] = values[:, :, 0]
-            return
-        for row, (slot, start) in enumerate(zip(self._slots, self.starts, strict=True)):
-            place = slice(start, start + self.num_tokens)
-            target[0, slot, :, place] = keys[row]
-            target[1, slot, :, place] = values[row]
+        for target, given in zip(targets, (keys, values), strict=True):
+            if self.num_tokens == 1 and len(self._slots) > 1:
+                target[self._slot_indices, :, self.position_ids[:, 0]] = given[:, :, 0]
+                continue
+            for row, (slot, start) in enumerate(zip(self._slots, self.starts, strict=True)):
+                target[slot, :, start : start + self.num_tokens] = given[row]
 
     def seen(self, layer: int, row: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the keys and values [1, heads, positions, head_dim] that some token of the row sees.
 
         Tokens see themselves and what is before them: all of it, or with a `window` the last `window` positions.
         """
-        slot, place = self._slots[row], slice(self._first_seen(row, window), self.starts[row] + self.num_tokens)
-        keys, values = self._data[layer, :, slot : slot + 1, :, place].unbind()
-        return keys, values
+        slot, keys, values = self._slots[row], *self._cache.layers[layer]
+        first, end = self._first_seen(row, window), self.starts[row] + self.num_tokens
+        return keys[slot : slot + 1, :, first:end], values[slot : slot + 1, :, first:end]
 
     def mask(self, row: int, window: int | None) -> torch.Tensor | None:
         """What each token sees of `seen`: 0, or -inf where it does not, [T, positions].
@@ -173,20 +176,21 @@ class SlotPass:
             return None
         start = self.starts[row]
         if (start, window) not in self._masks:
-            first, device = self._first_seen(row, window), self._data.device
+            first, device = self._first_seen(row, window), self._cache.device
             tokens = torch.arange(start, start + self.num_tokens, device=device)[:, None]
             positions = torch.arange(first, start + self.num_tokens, device=device)
             unseen = positions > tokens
             if window is not None:
                 unseen |= positions <= tokens - window
-            mask = torch.zeros(unseen.shape, dtype=self._data.dtype, device=device)
+            mask = torch.zeros(unseen.shape, dtype=self._cache.dtype, device=device)
             self._masks[start, window] = mask.masked_fill_(unseen, -torch.inf)
         return self._masks[start, window]
 
     def commit(self) -> None:
         """The forward is complete: the slots hold its tokens. Raises SlotError when a layer has written nothing."""
-        if self._num_written != len(self._data):
-            raise SlotError(f"{self._num_written} of the stage's {len(self._data)} layers have written their keys")
+        num_layers = len(self._cache.layers)
+        if self._num_written != num_layers:
+            raise SlotError(f"{self._num_written} of the stage's {num_layers} layers have written their keys")
         for slot, start in zip(self._slots, self.starts, strict=True):
             self._cache._lengths[slot] = start + self.num_tokens
 
