@@ -377,7 +377,7 @@ def _generation(codec: Compressor, subject: Subject) -> str:
     reason = next(dependence_on_frames(subject), None)
     if reason:
         return f"cannot generate: {reason}"
-    return "cannot generate: frame_invariant is False; nothing was found against True, so set it if you know that it holds"
+    return "cannot generate: frame_invariant is False; nothing was found against True: set it if it holds"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Kernels of compressors.klt.transform.TokenTransform: the transforms of single tokens.
 
-What a token becomes does not depend on the others of its frame, to the last bit. Every sum runs in one order, element by
-element, however many tokens there are; a matrix product has its columns side by side in a vector, never its sum. Powers
-of two come from a table, since a library's vectors and scalars may differ.
+What a token becomes does not depend on the others of its frame, to the last bit. Every sum runs in one order, element
+by element, however many tokens there are; a matrix product has its columns side by side in a vector, never its sum.
+Powers of two come from a table, since a library's vectors and scalars may differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from compressors.kernels.bits import inlined, jit
 
 __all__ = ["analyse", "multiply_rows", "steps", "synthesise"]
 
-TILE_ROWS, TILE_COLUMNS = 64, 1024  # a tile of the product stays in the second-level cache, 8 rows of the matrix in the first
+# A tile of the product stays in the second-level cache, 8 rows of the matrix in the first.
+TILE_ROWS, TILE_COLUMNS = 64, 1024
 _OCTAVE = np.array([2.0 ** (n / 8) for n in range(8)])
 
 

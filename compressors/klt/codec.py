@@ -17,8 +17,8 @@ reconstruction depends on a later one. Prediction begins anew in every row.
 
 With `temporal=false` nothing is predicted from the token before, every token is computed as if it were alone
 (`TokenTransform`), and ids are not coded: they come beside the payload at both ends. Then no token's reconstruction
-depends on what shares its frame: this is `klt` for generation. The calibration is the same; its models and `target_bits`
-were fitted with the token before, so that it takes a little more than they expect.
+depends on what shares its frame: this is `klt` for generation. The calibration is the same; its models and
+`target_bits` were fitted with the token before, so that it takes a little more than they expect.
 
 A NaN or an infinity survives as such in its place; finite values come back finite.
 

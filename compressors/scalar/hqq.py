@@ -92,7 +92,7 @@ class Hqq(RowCodec):
 
     def _start(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, zero) [N, groups] before refinement, the scale rounded to fp16; NaN for lost groups."""
-        lo, hi = groups.aminmax(dim=2)
+        lo, hi = groups.amin(2), groups.amax(2)
         largest = torch.maximum(lo.abs(), hi.abs())
         scale = divide(hi, self._levels) - divide(lo, self._levels)
         scale = torch.maximum(scale, largest / 2**15).clamp_(SMALLEST_SCALE, LARGEST_HALF)

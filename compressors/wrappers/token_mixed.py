@@ -11,8 +11,8 @@ computes by the `metric` named here; among equal values earlier tokens rank high
 The receiver knows how many tokens each level has, and reads from the payload which they are. What decides over a
 token's bits is its rank in the row, so every metric that looks at content makes later tokens matter to earlier
 ones, the norm of single tokens too: such a codec is not causal. With a metric of places alone (random, uniform)
-the choice depends on T and on nothing else. Neither is frame-invariant, as a frame's tokens are ranked among themselves;
-where one level has all tokens, nothing is ranked.
+the choice depends on T and on nothing else. Neither is frame-invariant, as a frame's tokens are ranked among
+themselves; where one level has all tokens, nothing is ranked.
 
 Side information: ceil(log2 n) bits per token for n levels, if more than one has tokens, and 8 bytes for each
 codec whose size depends on the values.

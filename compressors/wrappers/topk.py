@@ -84,8 +84,11 @@ class TopK(Wrapper):
         if self._uses_bitmap(width):
             kept = unpack(positions[0], 1, width)
             _check_on_host(kept.sum(1) == num_kept, f"a token's bitmap does not have {num_kept} bits")
-            rank = kept.cumsum(1) - 1
-            x = values.gather(1, rank.clamp_(0, num_kept - 1)).masked_fill_(kept == 0, 0)
+            if kept.device.type == "cpu":  # every row has num_kept bits
+                x = values.new_zeros(num_rows, width).masked_scatter_(kept.bool(), values)
+            else:
+                rank = kept.cumsum(1) - 1
+                x = values.gather(1, rank.clamp_(0, num_kept - 1)).masked_fill_(kept == 0, 0)
         else:
             indices = values.new_zeros((), dtype=torch.int64)
             for i, (part, nbits) in enumerate(zip(positions, _index_bits(width), strict=True)):

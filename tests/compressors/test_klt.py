@@ -106,8 +106,9 @@ def test_target_bits_is_what_held_out_text_takes():
 
 
 def test_only_klt_by_token_is_frame_invariant():
-    """`klt` is seen to depend on frames. `klt_fixed` is not, here, but takes means and matrix products as torch has them,
-    whose order of summation depends on the number of rows on an accelerator."""
+    """`klt` is seen to depend on frames. `klt_fixed` need not be: it takes means and matrix products as torch has them,
+    and the order in which those sum may depend on the number of rows and on a row's place, on an accelerator above all.
+    """
     for name, case in CASES.items():
         subject = Calibrated(*case)
         assert subject.make(torch.empty(1, 1, 96)).frame_invariant == ("by token" in name)
