@@ -110,7 +110,7 @@ def _through(codec: Compressor, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 class TorchPipelining:
-    """torch.distributed.pipelining with our stages and plan, in the order that ours falls into: only the runtime differs.
+    """torch.distributed.pipelining with our stages and plan, in the order that ours falls into: the runtime differs.
 
     `order` is that of all ranks (`forward_order`). Its runtime takes any list of actions, but insists on a backward for
     each FORWARD; they stand at the end and `eval` makes nothing of them. Receive shapes are fixed, hence windows of one

@@ -12,7 +12,7 @@ __all__ = ["Pass", "PassKind", "Row"]
 
 
 class PassKind(IntEnum):
-    """SCORE: a micro-batch of a text that every rank knows, without a cache. PREFILL and DECODE: rows that extend slots.
+    """SCORE: a micro-batch of a text that every rank knows, without a cache. PREFILL and DECODE: rows of slots.
 
     What distinguishes the latter two is the codec: a DECODE has what was generated, or is scored as if it were.
     """

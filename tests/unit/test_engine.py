@@ -454,7 +454,7 @@ def test_a_pass_may_follow_from_the_result_of_the_last():
 
 
 def test_one_pass_enters_after_each_frame_while_others_wait():
-    """With all frames first, those that come together would stay together; with all passes first, they would pile up."""
+    """With all frames first, those that come together would stay so; with all passes first, they would pile up."""
     ring, source = Ring(PLANS["ring"], depth=None), Windows(12, credits=4)
     ring.run(source, credits=4)
     assert [event[0] for event in ring.log[:8]] == ["enter", "frame"] * 4

@@ -1,7 +1,7 @@
 """Passes over slots give what the whole text in one forward gives, however it is cut and whatever shares a pass.
 
-In float64, where a difference is a mistake: rounding is 1e-15 there. Norms round to float32 whatever the dtype, and a value
-whose rounding flips would show as 1e-8, once in about 1e8 values.
+In float64, where a difference is a mistake: rounding is 1e-15 there. Norms round to float32 whatever the dtype, and a
+value whose rounding flips would show as 1e-8, once in about 1e8 values.
 """
 
 import functools
