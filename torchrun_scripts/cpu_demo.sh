@@ -1,5 +1,6 @@
 #!/bin/sh
-# Four ranks on one machine's CPU: calibrate klt for the demo model, run a sweep of five codecs, draw a figure.
+# Four ranks on one machine's CPU: calibrate klt for the demo model, run a sweep of five codecs, generate a sentence with
+# the last of them, draw a figure.
 # Offline once the packages are installed. `make demo` calls this. Interrupted, the same command goes on; finished, it
 # starts over.
 set -eu
@@ -30,12 +31,17 @@ if [ ! -d "$calibration" ]; then
 fi
 echo "==> five codecs on the same model, split over four processes, scored on Python's help topics"
 torchrun --standalone --nproc_per_node=4 run_pipeline.py --config demo.yaml --sweep demo.yaml --exp_dir "$folder"
+echo "==> prompts in, tokens out: the same ring, with klt on its links, goes on from a text"
+torchrun --standalone --nproc_per_node=4 run_pipeline.py --config demo.yaml --exp_dir "$folder/generated" \
+    --compressor "klt(calibration=$calibration, step=0.4, temporal=false)" --set generation.max_new_tokens=32 \
+    --set generation.max_slots=1 --generate "The canal was built to"
 echo "==> drawing the figure"
 python -m pipeline.report "$folder" --png "$folder/demo.png" >/dev/null
 cat <<END
 ==> figure: $folder/demo.png, page: $folder/report-demo.html
 ==> what to try next, after . $(dirname "$(command -v torchrun)")/activate
     torchrun --nproc_per_node=4 run_pipeline.py --config demo.yaml --compressor "klt(calibration=$calibration, step=0.4)"
+    torchrun --nproc_per_node=4 run_pipeline.py --config demo.yaml --compressor nf4 --chat
     torchrun --nproc_per_node=4 run_pipeline.py --config demo.yaml --sweep quick.yaml --exp_dir results/quick
     python run_pipeline.py --config qwen3_32b.yaml --plan
 END
