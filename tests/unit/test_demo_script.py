@@ -59,12 +59,13 @@ def run_demo(clone, *, fails="nothing", **environment):
     return finished, calls.read_text().splitlines() if calls.exists() else []
 
 
-def test_it_calibrates_sweeps_and_draws(clone):
+def test_it_calibrates_sweeps_generates_and_draws(clone):
     finished, calls = run_demo(clone)
     assert finished.returncode == 0 and not finished.stderr
-    assert [call.split()[0] for call in calls] == ["python", "torchrun", "python"]
+    assert [call.split()[0] for call in calls] == ["python", "torchrun", "torchrun", "python"]
     assert "-m pipeline.calibrate --config demo.yaml --set dataset.split=validation" in calls[0]
     assert f"--sweep demo.yaml --exp_dir {FOLDER}" in calls[1]
+    assert f"klt(calibration={CALIBRATION}, " in calls[2] and "--generate The canal" in calls[2]
     assert all("OMP_NUM_THREADS=1 " in call for call in calls)
     assert (clone / CALIBRATION / "link.safetensors").is_file()
     assert all(line.startswith(("==> ", "    ")) for line in finished.stdout.splitlines())
@@ -74,10 +75,10 @@ def test_a_finished_demo_starts_over(clone):
     run_demo(clone)
     (clone / FOLDER / "old.json").write_text("{}")
     _, calls = run_demo(clone)
-    assert len(calls) == 3 and not (clone / FOLDER / "old.json").exists()
+    assert len(calls) == 4 and not (clone / FOLDER / "old.json").exists()
 
 
-@pytest.mark.parametrize(("fails", "num_left"), [("calibrate", 3), ("run_pipeline", 2), ("report", 2)])
+@pytest.mark.parametrize(("fails", "num_left"), [("calibrate", 4), ("run_pipeline", 3), ("report", 3)])
 def test_an_interrupted_demo_goes_on(clone, fails, num_left):
     finished, _ = run_demo(clone, fails=fails)
     assert finished.returncode != 0
