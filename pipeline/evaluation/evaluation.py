@@ -146,8 +146,11 @@ class Evaluation(Job):
             return {}
 
         def make_probe(index: int, decoder: Compressor) -> Probe:
-            def probe(microbatch_index: int, hidden_states: torch.Tensor, payload: Payload) -> None:
-                self.control.post(error_key(index, microbatch_index), squared_error(decoder, payload, hidden_states))
+            def probe(
+                microbatch_index: int, hidden_states: torch.Tensor, payload: Payload, ids: torch.Tensor | None
+            ) -> None:
+                error = squared_error(decoder, payload, hidden_states, ids)
+                self.control.post(error_key(index, microbatch_index), error)
 
             return probe
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from pipeline.partition.passes import Row
 __all__ = [
     "CACHED_TOKENS",
     "blank_side_inputs",
+    "decoder_side_inputs",
     "payload_from_json",
     "payload_to_json",
     "squared_error",
@@ -38,9 +39,12 @@ MAX_S = 1.0  # for a large model, fewer repeats have to do
 CACHED_TOKENS = 16  # few: what a step takes on a CPU or a GPU is the reading of its weights
 
 
-def squared_error(decoder: Compressor, payload: Payload, x: torch.Tensor) -> tuple[float, float]:
+def squared_error(
+    decoder: Compressor, payload: Payload, x: torch.Tensor, token_ids: torch.Tensor | None
+) -> tuple[float, float]:
     """(sum of (x - x')^2, sum of x^2) in float64 over one frame, x' being what `decoder` makes of the payload."""
-    reconstruction = decoder.decompress(payload, x.device, x.dtype)
+    side = dict.fromkeys(decoder.decoder_needs, token_ids)
+    reconstruction = decoder.decompress(payload, x.device, x.dtype, **side)
     exact = x.double()
     return (exact - reconstruction.double()).square().sum().item(), exact.square().sum().item()
 
@@ -81,7 +85,8 @@ def time_compress(encoder: Compressor, x: torch.Tensor) -> tuple[float, Payload]
 @torch.inference_mode()
 def time_decompress(decoder: Compressor, payload: Payload, device: torch.device, dtype: torch.dtype) -> float:
     """Median seconds of `decompress`."""
-    return _median_s(lambda: decoder.decompress(payload, device, dtype), device)
+    side = decoder_side_inputs(decoder, payload.shape)
+    return _median_s(lambda: decoder.decompress(payload, device, dtype, **side), device)
 
 
 def blank_side_inputs(codec: Compressor, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -89,6 +94,11 @@ def blank_side_inputs(codec: Compressor, x: torch.Tensor) -> dict[str, torch.Ten
     shape = x.shape[:2]
     side = {"importance": torch.zeros(shape, device=x.device), "token_ids": torch.zeros(shape, dtype=torch.int64)}
     return {name: side[name] for name in codec.needs}
+
+
+def decoder_side_inputs(codec: Compressor, shape: Sequence[int]) -> dict[str, torch.Tensor]:
+    """What `decompress` takes beside a payload of shape (B, T, H), as `blank_side_inputs` had it."""
+    return {name: torch.zeros(tuple(shape[:2]), dtype=torch.int64) for name in codec.decoder_needs}
 
 
 def payload_to_json(payload: Payload) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pipeline.comm.watchdog import PipelineError, tell
 from pipeline.records.store import RecordError
 from pipeline.runtime.codecs import LinkCodecs, cause_in_words, naming
 from pipeline.runtime.engine import StageError
-from pipeline.runtime.timing import blank_side_inputs, payload_from_json, payload_to_json
+from pipeline.runtime.timing import blank_side_inputs, decoder_side_inputs, payload_from_json, payload_to_json
 
 __all__ = ["failing_alike", "from_all_ranks", "warm_up"]
 
@@ -63,9 +63,8 @@ def warm_up(
         for index, decoder in codecs.decoders.items():
             device = devices[index + 1]
             payload = payload_from_json(written[str(index)], device)
-            ids = {name: torch.zeros((1, 2), dtype=torch.int64) for name in decoder.decoder_needs}
             with naming(decoder):
-                decoder.decompress(payload, device, dtype, **ids)
+                decoder.decompress(payload, device, dtype, **decoder_side_inputs(decoder, payload.shape))
 
 
 @contextmanager

@@ -28,8 +28,8 @@ from pipeline.runtime.timing import wait_for_stream
 
 __all__ = ["EndCodecs", "Probe", "StageWorker"]
 
-# Called at the sending end of a link: micro-batch, hidden states [B, T, H], what the codec made of them.
-Probe = Callable[[int, torch.Tensor, Payload], None]
+# Called at the sending end of a link: micro-batch, hidden states [B, T, H], what the codec made of them, token ids.
+Probe = Callable[[int, torch.Tensor, Payload, torch.Tensor | None], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -192,7 +192,7 @@ class StageWorker:
         wait_for_stream(stage.device)  # else the copy to the host counts the GPU's work as waiting
         if index in self._probes and work.microbatch_index is not None:
             with times.measure("measure", stage.device):
-                self._probes[index](work.microbatch_index, hidden_states, payload)
+                self._probes[index](work.microbatch_index, hidden_states, payload, ids)
         self.last_tokens[index] = hidden_states[:1, -1:].clone()
         carried = None
         if work.kind is not PassKind.SCORE and index in self._codecs.ids_onward:
