@@ -13,6 +13,7 @@ from pipeline.data.windows import make_microbatches
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.partition.schedule import passes_in_flight
 from pipeline.runtime.codecs import (
+    CodecFacts,
     LinkCodecs,
     codec_requests,
     make_codecs,
@@ -88,6 +89,19 @@ class Job:
         if not self.decodes:
             return {}
         return {"mode": "decode", "decode_chunk": self.config.evaluation.decode_chunk}
+
+    @property
+    def decode_record(self) -> dict[str, Any]:
+        """A record's key for the codecs of single tokens; empty for windows."""
+        if not self.decodes:
+            return {}
+        links = zip(self.plan.links, self.decode_codecs.facts, strict=True)
+        return {"codecs_decode": {link.name: codec.config for link, codec in links}}
+
+    @property
+    def all_facts(self) -> list[CodecFacts]:
+        """Of the codecs of all passes."""
+        return [*self.codecs.facts, *self.decode_codecs.facts]
 
     def passes_in_flight(self) -> int:
         """Raises ScheduleError for a setting that would deadlock."""

@@ -193,9 +193,10 @@ class Recorder:
             "time_run_s": time_run_s,
             "timed_tokens": num_fresh,
             "tokens_per_s": num_fresh / (time_run_s - journal.earlier_s),
-            "causal": all(codec.causal for codec in job.codecs.facts) and not _mixes_tokens(config),
+            "causal": all(codec.causal for codec in job.all_facts) and not _mixes_tokens(config),
             "notes": self._notes(),
             "codecs": {link.name: codec.config for link, codec in zip(plan.links, job.codecs.facts, strict=True)},
+            **job.decode_record,
             "importance": {plan.links[i].name: metric for i, metric in job.importance.items()},
             "plan": [{"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in plan.stages],
             "resumed": {
@@ -280,7 +281,8 @@ class Recorder:
         notes = list(self._job.deployment.notes)
         notes += [
             f"codec {codec.name} on {link.name} is not causal: later tokens leak into the perplexity"
-            for link, codec in zip(self._job.plan.links, self._job.codecs.facts, strict=True)
+            for codecs in dict.fromkeys((self._job.codecs, self._job.decode_codecs))
+            for link, codec in zip(self._job.plan.links, codecs.facts, strict=True)
             if not codec.causal
         ]
         if _mixes_tokens(self._job.config):

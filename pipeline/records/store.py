@@ -292,7 +292,9 @@ def codec_labels(records: Sequence[Mapping[str, Any]]) -> list[str]:
 def config_label(config: Mapping[str, Any]) -> str:
     """`codec_label` of a config that has not been run."""
     own = [f"{name}: {_spec_label(spec)}" for name, spec in config["compressor_per_link"].items()]
-    return ", ".join([_spec_label(config["compressor"]), *own])
+    decode = config.get("compressor_decode")
+    decoding = [] if decode is None else [f"decoding {_spec_label(decode)}"]
+    return ", ".join([_spec_label(config["compressor"]), *own, *decoding])
 
 
 def _spec_label(spec: Any) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.records.store import RecordError, codec_label, config_label, model_label
+from pipeline.records.store import RecordError, codec_label, model_label
 
 __all__ = ["HEADINGS", "KIND", "GeneratedRun", "read_generation"]
 
@@ -43,7 +43,7 @@ def _read(record: Mapping[str, Any]) -> GeneratedRun:
     headers = sum(_count(link["header_bytes"]) for link in links)
     slots, passes = _count(schedule["max_slots"]), _count(schedule["passes"])
     cells = (
-        _codecs(record),
+        codec_label(record),
         model_label(_text(record["args"]["model_name"])),
         str(_count(results["num_requests"])),
         str(_count(results["num_failed"])),
@@ -60,14 +60,6 @@ def _read(record: Mapping[str, Any]) -> GeneratedRun:
     return GeneratedRun(
         cells=cells, run_id=_text(record["run_id"]), notes=tuple(_text(note) for note in record["notes"])
     )
-
-
-def _codecs(record: Mapping[str, Any]) -> str:
-    """`nf4`, or `int8, decoding nf4`."""
-    config, label = record["args"]["config"], codec_label(record)
-    if config["compressor_decode"] is None or not record["codecs"]:
-        return label
-    return f"{label}, decoding {config_label({'compressor': config['compressor_decode'], 'compressor_per_link': {}})}"
 
 
 def _milliseconds(spread: Mapping[str, Any] | None, name: str) -> str:

@@ -89,7 +89,11 @@ def plan_text(config: RunConfig) -> str:
         num_layers = sum(stage.num_layers for stage in plan.stages_of_node(node))
         cells.append(f"{cache_bytes_per_token(model_config, num_layers, dtype)} bytes a slot and token")
         lines.append(f"{node:<4}  {cells[0]:<11}  {cells[1]:<12}  {cells[2]:<10}  {cells[3]:<10}  {cells[4]}")
-    lines += ["", f"a micro-batch has up to {shape[0]} windows of {shape[1]} tokens"]
+    slots = config.generation.max_slots
+    slot_length = config.generation.slot_length(getattr(model_config, "max_position_embeddings", None))
+    cache = slots * slot_length * cache_bytes_per_token(model_config, plan.num_layers, dtype)
+    lines += ["", f"to generate: {slots} slots of {slot_length} tokens, {cache / _GIB:.2f} GiB of cache on all ranks"]
+    lines += [f"a micro-batch has up to {shape[0]} windows of {shape[1]} tokens"]
     if getattr(model_config, "sliding_window", None) is not None:
         lines.append("the cache of layers with a sliding window has room for whole sequences too")
     lines += [f"note: {note}" for note in notes]

@@ -7,10 +7,12 @@ from pipeline.runtime.plan_report import plan_text
 @pytest.mark.parametrize(("device", "logits"), [("cpu", "0.06 GiB"), ("cuda:0", "0.25 GiB")])
 def test_the_plan_of_the_demo(device, logits):
     config = load_config(find_config("demo.yaml"), [("runtime.device", device)])
-    rank_0, rank_1 = plan_text(config).splitlines()[-6:-4]
+    text = plan_text(config)
+    rank_0, rank_1 = text[text.index("rank  ") :].splitlines()[1:3]
     assert rank_0.startswith("0  ") and logits in rank_0
     assert rank_1.startswith("1  ") and "0.00 GiB" in rank_1
     # 7 and 8 layers with keys and values of 3 heads of 64 dimensions, in float32
+    assert "to generate: 8 slots of 2048 tokens, 0.70 GiB of cache on all ranks" in text  # 30 layers
     assert rank_0.endswith("  10752 bytes a slot and token") and rank_1.endswith("  12288 bytes a slot and token")
 
 
