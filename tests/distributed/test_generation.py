@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from compressors import make_compressor
 from tests.helpers.launch import ROOT, run_alone, run_ranks, start_ranks
@@ -47,9 +47,9 @@ def run(num_ranks, words, **options):
     return run_ranks([words] * num_ranks, timeout_s=120, **options)[0]
 
 
-def reference(model_dir, dtype):
-    """Greedy tokens and logits of transformers' own, one prompt at a time."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+def reference(model_dir, dtype, **options):
+    """Greedy tokens of transformers' own, one prompt at a time."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **options)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     for prompt, num_tokens in zip(PROMPTS, NUM_TOKENS, strict=True):
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
@@ -71,6 +71,16 @@ def test_greedy_tokens_are_transformers(model_type, tmp_path):
     run(4, arguments(model, tmp_path / "out", prompts_file(tmp_path), "generation.prefill_chunk=16")).check()
     got = answers(tmp_path / "out")
     for number, expected in enumerate(reference(model, torch.float32), 1):
+        assert got[number]["token_ids"] == expected, number
+
+
+def test_eight_bit_weights_unchunked(tmp_path):
+    """Which mix the tokens of a forward pass: so prompts go whole and one sequence at a time, as in the reference."""
+    settings = ("generation.prefill_chunk=0", "generation.max_slots=1", "model.load_in_8bit=true")
+    run(4, arguments(tiny_model(), tmp_path / "out", prompts_file(tmp_path), *settings)).check()
+    got = answers(tmp_path / "out")
+    quantized = BitsAndBytesConfig(load_in_8bit=True)
+    for number, expected in enumerate(reference(tiny_model(), torch.float32, quantization_config=quantized), 1):
         assert got[number]["token_ids"] == expected, number
 
 
