@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from compressors import make_compressor
+from pipeline.config.schema import DEMO_MODEL
+from pipeline.models.source import resolve_model
 from tests.helpers.launch import ROOT, run_alone, run_ranks, start_ranks
 from tests.helpers.patience import allowed_s
 from tests.helpers.tiny_models import MODEL_TYPES, tiny_model
@@ -289,3 +291,40 @@ def _read_until(stream, end):
         assert char, f"the output ended: {said!r}"
         said += char
     return said[: -len(end)]
+
+
+@pytest.mark.slow
+def test_smollm2_says_what_transformers_says(tmp_path):
+    """Eight prompts of unlike length, four at a time: others join as they end. Where a token differs, it must be a tie:
+    the reference's gap between the two below twice the logits' tolerance of 1e-3.
+    """
+    prompts = [
+        "The canal was built",
+        "Once upon a time there was a lock keeper who",
+        "A list of the largest rivers:",
+        "In",
+        "The recipe needs two eggs and " * 12,
+        "def fibonacci(n):",
+        "It is a truth universally acknowledged that",
+        "Water flows " * 40,
+    ]
+    num_tokens = [64, 64, 10, 64, 64, 64, 64, 64]
+    file = prompts_file(tmp_path, prompts, num_tokens)
+    settings = ("generation.max_slots=4", "generation.max_length=256", "generation.temperature=0")
+    settings += ("generation.prefill_chunk=32", "generation.ignore_eos=true", "runtime.threads=1")
+    words = ["--config", "demo.yaml", "--exp_dir", str(tmp_path), "--generate", str(file)]
+    words += [word for setting in settings for word in ("--set", setting)]
+    run_ranks([words] * 4, timeout_s=300)[0].check()
+    got = answers(tmp_path)
+    model_dir = resolve_model(DEMO_MODEL, cache_dir=None, stage_to=None, show_progress=False)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    for number, (prompt, count) in enumerate(zip(prompts, num_tokens, strict=True), 1):
+        ids, own = tokenizer(prompt)["input_ids"], got[number]["token_ids"]
+        assert len(own) == count
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids + own])).logits[0, len(ids) - 1 : -1]
+        greedy = logits.argmax(-1).tolist()
+        # Along our own ids every choice is the reference's; a tie would be the first place where it is not.
+        for place, (a, b) in enumerate(zip(own, greedy, strict=True)):
+            assert a == b or logits[place, b] - logits[place, a] < 2e-3, (number, place)
