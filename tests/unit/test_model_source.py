@@ -40,7 +40,7 @@ SHARED_WIKITEXT_DIR = Path(__file__).parents[3] / "shared" / "data" / "wikitext-
 WIKITEXT = Path(os.environ.get("THINWIRE_WIKITEXT", SHARED_WIKITEXT_DIR)) / "wiki.test.raw"
 EMBEDDING_SHA256 = "3fd491c8066dd9dc1a2bf6796701526c82817d95c0ecabacdef3013c2b8bbbaa"
 HIDDEN_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 64, 4, 2, 16
-VOCABULARY = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
+VOCABULARY = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd"]
 
 
 def tiny_config() -> LlamaConfig:
@@ -177,7 +177,7 @@ def write_vocabulary(writer: gguf.GGUFWriter) -> None:
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(VOCABULARY)
     writer.add_token_types([3] + [1] * (len(VOCABULARY) - 1))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])  # transformers 5.17 reads a list of one as the string in it
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
 
