@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.options import OptionParser, add_config_options, read_config
+from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.config.sweep_file import Sweep, find_sweep, load_sweep
 from pipeline.runtime.launch import on_deployment
@@ -116,9 +116,14 @@ def run(config: RunConfig, *, resume: bool) -> int:
 def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
     """Returns 3 on rank 0 when requests have failed."""
     is_file = prompts == "-" or prompts.endswith(".jsonl")
-    if is_file and prompts != "-" and not Path(prompts).expanduser().is_file():
-        print(f"error: --generate {prompts}: there is no such file", file=sys.stderr)
-        return 2
+    if is_file and prompts != "-":
+        try:
+            problem = None if path_option(prompts).is_file() else "there is no such file"
+        except argparse.ArgumentTypeError as e:
+            problem = str(e)
+        if problem is not None:
+            print(f"error: --generate {prompts}: {problem}", file=sys.stderr)
+            return 2
 
     def answer(deployment: Deployment) -> Generated | None:
         from pipeline.generation.generate import generate
