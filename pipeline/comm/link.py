@@ -88,11 +88,11 @@ class HiddenSpec:
         shapes += [(kind, shape) for kind in (PassKind.PREFILL, PassKind.DECODE) for shape in widest]
         return {(kind, shape): self.bound(kind, (*shape, self.hidden_size)) for kind, shape in shapes}
 
-    @property
+    @functools.cached_property
     def max_body_nbytes(self) -> int:
         return max(self.bounds.values(), default=0)
 
-    @property
+    @functools.cached_property
     def max_tail_nbytes(self) -> int:
         tokens = [math.prod(shape) for shape in self.microbatch_shapes]
         return self.wire.max_tail_nbytes(max_rows=self.max_rows, max_ids=max([self.max_tokens, *tokens]))

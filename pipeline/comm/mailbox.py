@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.comm.watchdog import PipelineError
-from pipeline.comm.wire import BASE_NBYTES, MAX_NOTE_NBYTES, is_end
+from pipeline.comm.wire import BASE_NBYTES, MAX_NOTE_NBYTES, BadFrame, is_end
 
 __all__ = [
     "Arrivals",
@@ -167,7 +167,10 @@ class Inbox(Protocol):
         """Give back a buffer, which waits for another frame."""
 
     def close(self) -> None:
-        """The stream has ended and every buffer is back: leave no posted receive behind."""
+        """The stream has ended and every buffer is back: leave no posted receive behind.
+
+        Raises LinkError or BadFrame when that cannot be.
+        """
 
 
 class Loopback:
@@ -269,6 +272,7 @@ class PeerInbox:
         self._link_index, self._address, self._channel, self._arrivals = link_index, address, memory.channel, arrivals
         self._depth = depth
         self._posted: queue.SimpleQueue[tuple[FrameBuffer, dist.Work]] = queue.SimpleQueue()
+        self._failure: PipelineError | None = None
         for _ in range(depth):
             self.recycle(memory.allocate())
         self._thread = threading.Thread(target=self._receive, name=f"inbox {address.name}", daemon=True)
@@ -287,6 +291,8 @@ class PeerInbox:
 
     def close(self) -> None:
         self._thread.join()
+        if self._failure is not None:
+            raise self._failure
 
     def _receive(self) -> None:
         """The thread: hands over all frames up to the first END."""
@@ -295,10 +301,14 @@ class PeerInbox:
             while num_ends < self._depth:
                 buffer, work = self._posted.get()
                 self._guard(functools.partial(work.wait, _WITHOUT_LIMIT))
-                num_ends += is_end(buffer.host)
+                if is_end(buffer.host):
+                    num_ends += 1
+                elif num_ends:
+                    raise BadFrame(f"link {self._address.name}: something else than END has come behind END")
                 if num_ends <= 1:
                     self._arrivals.put(self._link_index, buffer)
-        except LinkError as e:
+        except PipelineError as e:
+            self._failure = e
             self._arrivals.put(self._link_index, e)
 
     def _guard(self, operation: Callable[[], T]) -> T:

@@ -18,7 +18,7 @@ from pipeline.comm.mailbox import (
     PeerInbox,
     PeerOutbox,
 )
-from pipeline.comm.wire import WireFormat
+from pipeline.comm.wire import BadFrame, WireFormat
 from pipeline.partition.passes import Pass, PassKind, Row
 from pipeline.records.store import read_per_token, read_record
 from tests.helpers.launch import call_on_ranks, run_ranks
@@ -197,6 +197,31 @@ def peer_gone(rank, apart):
 @APART
 def test_a_peer_that_leaves_is_named(apart):
     check(call_on_ranks(2, peer_gone, apart, timeout_s=60))
+
+
+def damage_the_second_end(rank):
+    ends = Ends(rank, False, 3)
+    if rank == 0:
+        post, posted = ends.outbox.post, []
+
+        def damaging_post(buffer, nbytes, device_nbytes):
+            posted.append(nbytes)
+            if len(posted) == 2:
+                buffer.host[8] ^= 2
+            post(buffer, nbytes, device_nbytes)
+
+        ends.outbox.post = damaging_post
+        ends.sender.end()
+        ends.sender.flush()
+    else:
+        assert ends.take()[0] is None
+        with pytest.raises(BadFrame, match="layer:0:node0->node1: something else than END has come behind END"):
+            ends.receiver.close()
+    leave()
+
+
+def test_an_end_that_is_damaged_does_not_hang_the_receiver():
+    check(call_on_ranks(2, damage_the_second_end, timeout_s=60))
 
 
 def receiver_gone(rank):

@@ -6,30 +6,18 @@ import time
 from collections import deque
 
 import pytest
-import torch
 
-from compressors.base import Payload
-from pipeline.comm.link import FrameReceiver, FrameSender, HiddenSpec, ResultSpec
+from pipeline.comm.link import FrameReceiver, FrameSender
 from pipeline.comm.link_ends import LinkEnds
 from pipeline.comm.mailbox import Arrivals, FrameMemory, LinkError, Loopback
 from pipeline.comm.watchdog import PipelineError
-from pipeline.comm.wire import BadFrame, WireFormat, is_end
-from pipeline.partition.passes import Pass, PassKind
-from pipeline.partition.plan import default_plan, explicit_plan
+from pipeline.comm.wire import BadFrame, is_end
+from pipeline.partition.plan import default_plan
 from pipeline.partition.schedule import max_in_flight
-from pipeline.runtime.engine import Departure, Engine, Entry, Failure, Result
+from pipeline.runtime.engine import Engine, Failure
+from tests.helpers.adding_stages import PLANS, Adding, Windows, entry, expected, places_of_failure, some_sleep, specs
 
-NUM_TOKENS = 5
 MOST_S = 60  # for what takes milliseconds, on a busy machine
-PLANS = {
-    "ring": default_plan(12, 3),
-    "no wrap": default_plan(12, 3, wrap=False),
-    "explicit": explicit_plan(12, [[(0, 2), (8, 9)], [(2, 5), (9, 12)], [(5, 8)]]),
-}
-
-
-def score(index):
-    return Pass(kind=PassKind.SCORE, microbatch_index=index)
 
 
 class Stuck(LinkError):
@@ -78,20 +66,19 @@ class Ring:
     """The ranks of a plan, each with an engine in a thread of its own; of one process where `depth` is None."""
 
     def __init__(self, plan, *, depth=2, fails=(), sleep=None):
-        self.plan, self.depth, self.fails, self.sleep = plan, depth, dict(fails), sleep or (lambda rank: None)
+        self.plan, self.depth, self.fails, self.sleep = plan, depth, fails, sleep or (lambda rank: None)
         self.num_ranks = 1 if depth is None else plan.num_nodes
-        self.stage_nodes = [stage.node if self.num_ranks > 1 else 0 for stage in plan.stages]
-        self.nodes = self.stage_nodes + [0] * (plan.last_node != 0)  # by place in the chain
-        self.log, self.dropped, self.reports = [], [], [[] for _ in range(self.num_ranks)]
+        nodes = [stage.node if self.num_ranks > 1 else 0 for stage in plan.stages]
+        self.nodes = nodes + [0] * (plan.last_node != 0)  # by place in the chain
+        self.log, self.reports = [], [[] for _ in range(self.num_ranks)]
         self._lock = threading.Lock()
 
     def open(self):
         """Link ends of each rank."""
         arrivals = [Arrivals() for _ in range(self.num_ranks)]
         self.boxes, senders, receivers = [], [{} for _ in arrivals], [{} for _ in arrivals]
-        for index in range(len(self.nodes) - 1):
+        for index, spec in specs(self.plan).items():
             src, dst = self.nodes[index], self.nodes[index + 1]
-            spec = self.spec(index)
             memory = FrameMemory(spec.max_body_nbytes, spec.max_tail_nbytes)
             if self.depth is None:
                 box = Loopback(index, memory, arrivals[dst])
@@ -102,18 +89,6 @@ class Ring:
             receivers[dst][index] = FrameReceiver(spec, box)
         return [LinkEnds(*own, len(self.nodes) - 1) for own in zip(senders, receivers, arrivals, strict=True)]
 
-    def spec(self, index):
-        wire = WireFormat(link_index=index, num_trail=index, codec_ids=())
-        if index == len(self.plan.links):
-            return ResultSpec(name="result", wire=wire, bound=lambda work: NUM_TOKENS, max_nbytes=NUM_TOKENS)
-        return HiddenSpec(
-            name=f"link {index}",
-            wire=wire,
-            hidden_size=1,
-            bound=lambda kind, shape: shape[1],
-            microbatch_shapes=[(1, NUM_TOKENS)] * 5000,
-        )
-
     def run(self, source, *, credits, before=lambda ends: None):
         """Run all ranks to their end; raises what one of them raises."""
         ends, errors = self.open(), []
@@ -122,7 +97,7 @@ class Ring:
         def run_rank(rank):
             try:
                 Engine(
-                    _Worker(self, rank),
+                    Adding(self.plan, rank, fails=self.fails, sleep=self.sleep, tell=self.tell),
                     ends[rank],
                     lambda where, **how: self._report(rank, where, how),
                     source=source if rank == 0 else None,
@@ -141,6 +116,11 @@ class Ring:
         assert not any(thread.is_alive() for thread in threads), "END has not reached every rank"
         assert not any(one.is_open for one in ends)
 
+    @property
+    def dropped(self):
+        """(rank, pass) in order."""
+        return [event[1:] for event in self.log if event[0] == "drop"]
+
     def tell(self, *event):
         with self._lock:
             self.log.append(event)
@@ -148,107 +128,6 @@ class Ring:
     def _report(self, rank, where, how):
         self.reports[rank].append((where, how))
         return f"rank {rank}, {where}"
-
-
-class _Worker:
-    """Each stage adds one to the bytes of a pass, which begin with its number."""
-
-    def __init__(self, ring, rank):
-        self._ring, self._rank = ring, rank
-
-    def place(self, link_index, work):
-        return f"stage {0 if link_index is None else link_index + 1}, {work}"
-
-    def enter(self, entry):
-        self._ring.tell("enter", entry.work.microbatch_index)
-        self._ring.sleep(self._rank)
-        self._maybe_fail("enter", 0, entry.work)
-        return self._go_on(0, entry.work, entry.token_ids.to(torch.uint8).view(-1), ())
-
-    def unpack(self, link_index, frame):
-        self._ring.tell("frame", link_index, frame.work.microbatch_index)
-        self._maybe_fail("unpack", link_index + 1, frame.work)
-        return frame.payload.data.clone()
-
-    def step(self, link_index, frame, inputs, entry):
-        self._ring.sleep(self._rank)
-        self._maybe_fail("step", link_index + 1, frame.work)
-        last_link = len(self._ring.nodes) - 2
-        assert (entry is not None) == (link_index == last_link and self._rank == 0)
-        if entry is not None:
-            assert entry.work == frame.work
-        if link_index + 1 == len(self._ring.plan.stages):
-            return Result(inputs.tolist(), frame.trail[:-1])
-        return self._go_on(link_index + 1, frame.work, inputs, frame.trail)
-
-    def drop(self, work):
-        self._ring.dropped.append((self._rank, work.microbatch_index))
-
-    def waited(self, link_index, seconds, *, sending):
-        assert seconds >= 0
-
-    def _go_on(self, stage, work, data, trail):
-        data = data + 1
-        if stage == len(self._ring.nodes) - 1:
-            return Result(data.tolist(), trail)
-        shape = (1, NUM_TOKENS, 1) if stage < len(self._ring.plan.links) else ()
-        if stage >= len(self._ring.plan.links):
-            self._maybe_fail("to_payload", stage, work)
-        if self._fails("too large", stage, work):
-            data = torch.cat([data, data])
-        if self._fails("wrong shape", stage, work):
-            shape = (9,)
-        return Departure(link_index=stage, payload=Payload(data, shape), trail=trail)
-
-    def _fails(self, what, stage, work):
-        return self._ring.fails.get(work.microbatch_index) == (what, stage)
-
-    def _maybe_fail(self, what, stage, work):
-        if self._fails(what, stage, work):
-            raise ArithmeticError(f"no more {what}")
-
-
-class Windows:
-    """A closed list of passes, which keeps account of what the engine does."""
-
-    def __init__(self, num_passes, credits=None):
-        self.num_passes, self.credits = num_passes, credits
-        self.results, self.most_in_flight = [], 0
-        self.following = 0
-
-    @property
-    def is_done(self):
-        return self.following == self.num_passes
-
-    @property
-    def in_flight(self):
-        return self.following - len(self.results)
-
-    def next(self):
-        if self.is_done:
-            return None
-        index, self.following = self.following, self.following + 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        assert self.credits is None or self.in_flight <= self.credits
-        return entry(index)
-
-    def take(self, work, result):
-        assert work.microbatch_index == len(self.results)
-        self.results.append(result)
-
-
-def entry(index):
-    return Entry(work=score(index), token_ids=torch.full((1, NUM_TOKENS), index % 100))
-
-
-def expected(plan, index):
-    """The result of a pass: as many ones added as there are stages, and the bytes on each link."""
-    return Result([index % 100 + len(plan.stages)] * NUM_TOKENS, (NUM_TOKENS,) * len(plan.links))
-
-
-def some_sleep(seed, most_s=1e-3):
-    rng = random.Random(seed)
-    return lambda rank: time.sleep(rng.random() * most_s) if rng.random() < 0.5 else None
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -279,18 +158,6 @@ def test_one_stage_needs_no_links():
     ring = Ring(default_plan(12, 1), depth=None)
     ring.run(source, credits=1)
     assert source.results == [expected(ring.plan, index) for index in range(5)]
-
-
-def places_of_failure(plan):
-    """(what, stage) of everything that can go wrong in a plan."""
-    last = len(plan.stages) - 1
-    yield ("enter", 0)
-    yield from (("unpack", stage) for stage in range(1, last + 1))
-    yield from (("step", stage) for stage in range(1, last + 1))
-    yield from ((what, stage) for what in ("too large", "wrong shape") for stage in range(last))
-    if plan.last_node != 0:
-        yield from ((what, last) for what in ("to_payload", "too large", "wrong shape"))
-        yield from (("unpack", last + 1), ("step", last + 1))
 
 
 @pytest.mark.parametrize("depth", [None, 1, 2])
@@ -454,14 +321,12 @@ def test_a_pass_may_follow_from_the_result_of_the_last():
 
 
 def test_one_pass_enters_after_each_frame_while_others_wait():
-    """With all frames first, those that come together would stay so; with all passes first, they would pile up."""
+    """With all frames first, those that come together would stay together; with passes first, they would pile up."""
     ring, source = Ring(PLANS["ring"], depth=None), Windows(12, credits=4)
     ring.run(source, credits=4)
-    assert [event[0] for event in ring.log[:8]] == ["enter", "frame"] * 4
-    num_entered = 0
-    for event, following in zip(ring.log, ring.log[1:], strict=False):
-        num_entered = num_entered + 1 if event[0] == "enter" else 0
-        assert not (event[0] == following[0] == "enter")
+    events = [event[0] for event in ring.log]
+    assert events[:8] == ["enter", "frame"] * 4
+    assert ("enter", "enter") not in zip(events, events[1:], strict=False)
     assert source.results == [expected(ring.plan, index) for index in range(12)]
 
 
@@ -473,7 +338,7 @@ def test_what_breaks_the_links_ends_the_run(where, monkeypatch):
     def breaks(*_):
         raise Broken("the store has ended")
 
-    monkeypatch.setattr(_Worker, where, breaks)
+    monkeypatch.setattr(Adding, where, breaks)
     ring, source = Ring(PLANS["ring"], depth=None), Windows(3)
     with pytest.raises(Broken):
         ring.run(source, credits=1)
