@@ -181,7 +181,7 @@ class _Worker:
             return Result(inputs.tolist(), frame.trail[:-1])
         return self._go_on(link_index + 1, frame.work, inputs, frame.trail)
 
-    def drop(self, work):
+    def drop(self, link_index, work):
         self._ring.dropped.append((self._rank, work.microbatch_index))
 
     def waited(self, link_index, seconds, *, sending):
