@@ -7,7 +7,8 @@ answer ends, is the answer's business.
 * Prompts go in chunks, of which several are under way at once; passes of sampled tokens and chunks take turns.
 * Sampled tokens of several sequences share a pass: as many as make `passes` of them, so that each pass costs the
   reading of the weights once and as many ranks work as can. A sequence waits for its own token only.
-* What a failed pass has left on the ranks, they undo (`Worker.drop`). A pass of several rows is tried again row by row.
+* What a failed pass has left on the ranks, they undo (`Worker.drop`); a slot that was to begin with a copy then holds
+  nothing. A pass of several rows is tried again row by row.
 """
 
 from __future__ import annotations
@@ -97,7 +98,18 @@ class _Sequence:
 class _UnderWay:
     """What a pass was made of."""
 
-    rows: list[tuple[_Sequence, int, int]] = field(default_factory=list)  # sequence, epoch, start
+    rows: list[_UnderWayRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _UnderWayRow:
+    """`held` is what its slot held for the sequence, of which `kept` positions are there if the pass fails."""
+
+    sequence: _Sequence
+    epoch: int
+    start: int
+    held: list[int]
+    kept: int
 
 
 class Scheduler:
@@ -129,7 +141,6 @@ class Scheduler:
         self._is_closed = False
         self._free = deque(range(num_slots))
         self._held: list[list[int]] = [[] for _ in range(num_slots)]  # token ids that the caches hold
-        self._owners: list[_Sequence | None] = [None] * num_slots  # whose they are
         self._active: list[_Sequence] = []
         self._under_way: deque[_UnderWay] = deque()
         self._num_decodes = 0
@@ -170,13 +181,14 @@ class Scheduler:
         self._num_decodes -= work.kind is PassKind.DECODE
         tokens = result.value if isinstance(result, Result) else None
         assert not isinstance(tokens, Scores)
-        for place, (sequence, epoch, start) in enumerate(under_way.rows):
-            if isinstance(result, Failure) and self._owners[sequence.slot] is sequence:
-                del self._held[sequence.slot][start:]
-            if epoch != sequence.epoch:
+        for place, row in enumerate(under_way.rows):
+            sequence = row.sequence
+            if isinstance(result, Failure):
+                del row.held[row.kept :]
+            if row.epoch != sequence.epoch:
                 continue  # of a sequence that has ended, or was sent back
             if isinstance(result, Failure):
-                self._fail(sequence, start, result.cause, shared=len(under_way.rows) > 1)
+                self._fail(sequence, row.start, result.cause, shared=len(under_way.rows) > 1)
                 continue
             sequence.is_alone = False
             sequence.answering.count([nbytes / len(under_way.rows) for nbytes in result.trail])
@@ -185,33 +197,32 @@ class Scheduler:
 
     def _expire(self) -> None:
         now_s = time.monotonic()
-        for sequence in [s for s in self._active if s.answering.is_finished or s.answering.expires_s <= now_s]:
-            if not sequence.answering.is_finished:
-                sequence.answering.finish("deadline")
+        for sequence in [s for s in self._active if _is_over(s.answering, now_s)]:
             self._leave(sequence)
         if now_s < self._next_look_s:
             return
         self._next_look_s = now_s + LOOK_S
         with self._lock:
-            late = [a for a in self._queue if a.is_finished or a.expires_s <= now_s]
-            for answering in late:
-                self._queue.remove(answering)
-        for answering in late:
-            if not answering.is_finished:
-                answering.finish("deadline")
+            waiting = list(self._queue)
+        for answering in waiting:
+            if _is_over(answering, now_s):
+                self._unqueue(answering)
 
     def _admit(self) -> None:
         """Give free slots to requests, in their order; one that shares a prompt under way waits for it."""
         with self._lock:
             waiting = list(itertools.islice(self._queue, MAX_LOOK))
+        now_s = time.monotonic()
         for answering in waiting:
             if not self._free:
                 return
+            if _is_over(answering, now_s):
+                self._unqueue(answering)
+                continue
             source, shared = self._shared_prefix(answering.prompt_ids)
             if shared is None:
                 continue
-            with self._lock:
-                self._queue.remove(answering)
+            self._unqueue(answering)
             if source in self._free:
                 slot = source
                 self._free.remove(slot)
@@ -221,6 +232,10 @@ class Scheduler:
             sequence.source = source if shared else None
             self._active.append(sequence)
             answering.begin()
+
+    def _unqueue(self, answering: Answering) -> None:
+        with self._lock:
+            self._queue.remove(answering)
 
     def _shared_prefix(self, prompt: Sequence[int]) -> tuple[int, int | None]:
         """(slot, how many positions it holds of a prompt); None for the latter when more of them are on their way."""
@@ -244,13 +259,13 @@ class Scheduler:
         sequence.sent += len(chunk)
         is_last = not sequence.is_prefilling
         sequence.is_under_way = is_last
-        note, source = b"", None
+        note, source, held, kept = b"", None, self._held[sequence.slot], start
         if not sequence.has_begun:
             note = begin_note({sequence.slot: sequence.answering.options})
             source = None if sequence.source == sequence.slot else sequence.source
-            sequence.has_begun = True
-        self._held[sequence.slot] += chunk
-        self._under_way.append(_UnderWay([(sequence, sequence.epoch, start)]))
+            sequence.has_begun, kept = True, 0  # what it begins with may not be there
+        held += chunk
+        self._under_way.append(_UnderWay([_UnderWayRow(sequence, sequence.epoch, start, held, kept)]))
         work = Pass(
             kind=PassKind.PREFILL, rows=(Row(sequence.slot, start, source),), num_tokens=len(chunk), samples=is_last
         )
@@ -262,7 +277,6 @@ class Scheduler:
         if source is not None and _common(self._held[source], sequence.ids[:start]) < start:
             sequence.source, sequence.sent = None, 0  # another has the source by now
         self._held[sequence.slot] = sequence.ids[: sequence.sent]
-        self._owners[sequence.slot] = sequence
 
     def _decode(self, ready: list[_Sequence]) -> Entry:
         num_decoding = sum(not s.is_prefilling for s in self._active)
@@ -270,8 +284,9 @@ class Scheduler:
         rows, under_way = [], _UnderWay()
         for sequence in together:
             rows.append(Row(sequence.slot, sequence.sent))
-            under_way.rows.append((sequence, sequence.epoch, sequence.sent))
-            self._held[sequence.slot].append(sequence.ids[sequence.sent])
+            held = self._held[sequence.slot]
+            under_way.rows.append(_UnderWayRow(sequence, sequence.epoch, sequence.sent, held, sequence.sent))
+            held.append(sequence.ids[sequence.sent])
             sequence.sent += 1
             sequence.is_under_way = True
         self._under_way.append(under_way)
@@ -291,12 +306,15 @@ class Scheduler:
             self._leave(sequence)
 
     def _fail(self, sequence: _Sequence, start: int, cause: str, *, shared: bool) -> None:
-        """Send a sequence back to where the pass began, alone, or from its beginning without a shared prefix."""
+        """Send a sequence back to where the pass began, alone, or a prompt from its beginning without a shared prefix."""
+        if sequence.answering.is_finished:
+            self._leave(sequence)
+            return
         sequence.epoch += 1
         sequence.is_under_way = False
         if shared:
             sequence.is_alone, sequence.sent = True, start
-        elif sequence.source is not None:
+        elif sequence.source is not None and start < sequence.num_prompt:
             sequence.source, sequence.sent, sequence.has_begun = None, 0, False
         else:
             sequence.answering.finish("error", cause)
@@ -306,6 +324,13 @@ class Scheduler:
         sequence.epoch += 1
         self._active.remove(sequence)
         self._free.append(sequence.slot)
+
+
+def _is_over(answering: Answering, now_s: float) -> bool:
+    """Whether no more tokens are to come, which it is told if its time is up."""
+    if not answering.is_finished and answering.expires_s <= now_s:
+        answering.finish("deadline")
+    return answering.is_finished
 
 
 def _common(held: Sequence[int], prompt: Sequence[int]) -> int:

@@ -115,8 +115,8 @@ class Worker(Protocol):
     def step(self, link_index: int, frame: Frame, inputs: torch.Tensor, entry: Entry | None) -> Departure | Result:
         """Go on with a pass; `entry` is what rank 0 knows of the one that is due back."""
 
-    def drop(self, work: Pass) -> None:
-        """A pass has failed, here or before: undo what it has left."""
+    def drop(self, link_index: int | None, work: Pass) -> None:
+        """A pass has failed where this link leads to, or before: undo there what it has left, and what it replaced."""
 
     def waited(self, link_index: int, seconds: float, *, sending: bool) -> None:
         """This rank has waited for a frame of a link, or to send one."""
@@ -194,7 +194,7 @@ class Engine:
             return
         if frame.failure is not None:
             self._ends.release(arrival)
-            self._worker.drop(frame.work)
+            self._worker.drop(link_index, frame.work)
             self._pass_on_failure(link_index, frame.work, frame.failure)
             return
         entry = self._in_flight[0] if link_index == self._ends.last_link and self._in_flight else None
@@ -220,7 +220,7 @@ class Engine:
             raise
         except Exception as e:
             tell(f"ERROR: {place}: a stage or codec raised\n{traceback.format_exc()}")
-            self._worker.drop(work)
+            self._worker.drop(link_index, work)
             self._pass_on_failure(link_index, work, f"{place}: {cause_in_words(e)}")
             return
         self._finish(work, outcome)

@@ -115,7 +115,7 @@ class GradientPass:
         self._on_gradient(index, _index(frame.work), output.detach(), gradient)
         return self._backward(index, frame.work, gradient.to(output.dtype))
 
-    def drop(self, work: Pass) -> None:
+    def drop(self, link_index: int | None, work: Pass) -> None:
         self._graphs.clear()
 
     def waited(self, link_index: int, seconds: float, *, sending: bool) -> None:

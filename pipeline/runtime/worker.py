@@ -131,11 +131,14 @@ class StageWorker:
             ids, note = entry.token_ids, entry.note
         return self._forward(link_index + 1, frame.work, inputs, frame.trail, ids, note)
 
-    def drop(self, work: Pass) -> None:
-        for stage in self._stages.values():
-            for row in work.rows:
-                if stage.slots is not None:
-                    stage.slots.crop(row.slot, min(row.start, stage.slots.length(row.slot)))
+    def drop(self, link_index: int | None, work: Pass) -> None:
+        # Other stages of this rank are left alone: those before may have gone on with the slot's next sequence.
+        stage = self._stages.get(0 if link_index is None else link_index + 1)
+        if stage is None or stage.slots is None:
+            return
+        for row in work.rows:
+            kept = row.start if row.from_slot is None else 0  # the copy may not have been made
+            stage.slots.crop(row.slot, min(kept, stage.slots.length(row.slot)))
 
     def waited(self, link_index: int, seconds: float, *, sending: bool) -> None:
         times = self.times.get(link_index + (not sending))

@@ -115,7 +115,7 @@ class Adding:
             return Result(inputs.tolist(), frame.trail[:-1])
         return self._go_on(link_index + 1, frame.work, inputs, frame.trail)
 
-    def drop(self, work):
+    def drop(self, link_index, work):
         self._tell("drop", self._rank, work.microbatch_index)
 
     def waited(self, link_index, seconds, *, sending):

@@ -1,0 +1,350 @@
+"""Requests through scheduler, engines, workers, caches and head, in one thread that moves frames as chance wants.
+
+The stages are made of integers: what one gives out at a position is a checksum of all that it has seen up to there, so
+that a slot which holds anything but its sequence gives other tokens. Passes fail, requests are cancelled and expire.
+"""
+
+import math
+import random
+import struct
+import zlib
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from compressors.base import Payload
+from pipeline.comm.link import Frame
+from pipeline.comm.link_ends import Arrival
+from pipeline.generation.scheduler import Scheduler
+from pipeline.models.cache import SlotCache
+from pipeline.models.sampling import Sampler, SamplingOptions
+from pipeline.models.stage import TokenWindows
+from pipeline.partition.passes import PassKind
+from pipeline.partition.plan import default_plan, explicit_plan
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.head import Head
+from pipeline.runtime.worker import EndCodecs, StageWorker
+
+CPU = torch.device("cpu")
+VOCABULARY = 12
+PLANS = {
+    "one": default_plan(4, 1),
+    "ring": default_plan(12, 3),
+    "no wrap": default_plan(12, 3, wrap=False),
+    "explicit": explicit_plan(12, [[(0, 2), (8, 9)], [(2, 5), (9, 12)], [(5, 8)]]),
+}
+CONFIG = SimpleNamespace(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, hidden_size=1, head_dim=1)
+
+
+class Refused(Exception):
+    """Chance has failed a pass."""
+
+
+def checksums(index, seen, start=0):
+    """What stage `index` gives out from position `start` on, of float64 numbers that it has seen from 0 on."""
+    data = seen.numpy().tobytes()
+    crc, out = zlib.crc32(data[: 8 * start], index), []
+    for place in range(8 * start, len(data), 8):
+        crc = zlib.crc32(data[place : place + 8], crc)
+        out.append(crc)
+    return torch.tensor(out, dtype=torch.float64)
+
+
+def logits_of(value):
+    words = [zlib.crc32(struct.pack("<dI", value, token)) for token in range(VOCABULARY)]
+    return torch.tensor([4 * word / 2**32 for word in words], dtype=torch.float64)
+
+
+class ChecksumStage:
+    """As `models.stage.Stage`, of one layer."""
+
+    def __init__(self, plan, num_slots, slot_length, chance):
+        self.plan, self.device, self._chance = plan, CPU, chance
+        self.slots = SlotCache(CONFIG, num_slots=num_slots, max_length=slot_length, dtype=torch.float64, device=CPU)
+
+    def forward(self, inputs, reader, *, rows):
+        self._chance("before a stage")
+        values = inputs.reshape(len(rows), 1, -1, 1).double()
+        own = self.slots.begin(rows, values.shape[2])
+        own.write(0, values, values)
+        self._chance("in a stage")
+        out = [
+            checksums(self.plan.stage_index, own.seen(0, place, None)[0].flatten(), row.start)
+            for place, row in enumerate(rows)
+        ]
+        own.commit()
+        return torch.stack(out)[:, :, None]
+
+    def logits(self, output):
+        self._chance("in the head")
+        return torch.stack([logits_of(value) for value in output.flatten().tolist()])
+
+
+class RawCodec:
+    name, link, needs, decoder_needs = "raw", None, (), ()
+
+    def __init__(self, chance):
+        self._chance = chance
+
+    def compress(self, x):
+        self._chance("compress")
+        return Payload(x.contiguous().view(torch.uint8).flatten(), tuple(x.shape))
+
+    def decompress(self, payload, device, dtype):
+        self._chance("decompress")
+        return payload.data.clone().view(dtype).reshape(payload.shape)
+
+
+class Sending:
+    def __init__(self, link):
+        self._link = link
+
+    def send(self, work, payload, trail, *, token_ids, note):
+        nbytes = payload.data.numel()
+        assert len(note) <= 4096
+        trail = (*trail, nbytes)
+        self._link.append(
+            Frame(work=work, payload=payload, failure=None, trail=trail, token_ids=token_ids, note=note)
+        )
+
+    def fail(self, work, cause):
+        self._link.append(Frame(work=work, payload=None, failure=cause, trail=(), token_ids=None, note=b""))
+
+
+class Ring:
+    """All ranks of a plan. `step` moves one frame."""
+
+    def __init__(self, plan, rng, scheduler, *, num_slots, slot_length, credits, failing):
+        self._rng, self.failing, self.num_failed, self.slot_length = rng, failing, 0, slot_length
+        stages = plan.stages
+        nodes = [stage.node for stage in stages] + [0] * (plan.last_node != 0)
+        self._links = [deque() for _ in nodes[1:]]
+        self._engines, self._dst = [], nodes[1:]
+        codec, result_link = RawCodec(self.chance), len(plan.links) if plan.last_node else None
+        for rank in range(plan.num_nodes):
+            own = {
+                stage.stage_index: ChecksumStage(stage, num_slots, slot_length, self.chance)
+                for stage in stages
+                if stage.node == rank
+            }
+            codecs = EndCodecs(
+                encoders={link.index: codec for link in plan.links if link.src_node == rank},
+                decoders={link.index: codec for link in plan.links if link.dst_node == rank},
+                ids_onward=frozenset(range(len(plan.links))) if plan.last_node else frozenset(),
+            )
+            head = Head(TokenWindows(torch.zeros(1, dtype=torch.int64), (), None), result_link)
+            worker = StageWorker(own, codecs, head, None, dtype=torch.float64)
+            ends = SimpleNamespace(
+                senders={i: Sending(self._links[i]) for i in range(len(self._links)) if nodes[i] == rank},
+                last_link=len(self._links) - 1 if self._links else None,
+                has_arrived=lambda rank=rank: any(self._links[i] for i in self._coming(rank)),
+                release=lambda arrival: None,
+                end=lambda: None,
+            )
+            source = scheduler if rank == 0 else None
+            self._engines.append(Engine(worker, ends, lambda where, **how: where, source=source, credits=credits))
+
+    def chance(self, where):
+        if self._rng.random() < self.failing:
+            self.num_failed += 1
+            raise Refused(where)
+
+    @property
+    def in_flight(self):
+        return self._engines[0]._in_flight
+
+    def start(self):
+        """As rank 0 does when it is woken."""
+        if not self._engines[0]._is_ending:
+            self._engines[0]._start_passes()
+
+    def step(self):
+        """Whether there was anything."""
+        filled = [index for index, link in enumerate(self._links) if link]
+        if not filled:
+            return False
+        index = self._rng.choice(filled)
+        self._engines[self._dst[index]]._advance(Arrival(index, self._links[index].popleft(), None))
+        if self._dst[index] == 0:
+            self.start()
+        return True
+
+    def _coming(self, rank):
+        return [index for index, dst in enumerate(self._dst) if dst == rank]
+
+
+class Asked:
+    """A request (`Answering`)."""
+
+    def __init__(self, prompt, options, num_tokens):
+        self.prompt_ids, self.options, self.num_tokens = tuple(prompt), options, num_tokens
+        self.ids, self.reason, self.error, self.has_begun = [], None, None, False
+        self.expires_s = math.inf
+
+    @property
+    def is_finished(self):
+        return self.reason is not None
+
+    def begin(self):
+        assert not self.has_begun and not self.is_finished
+        self.has_begun = True
+
+    def take(self, token):
+        assert not self.is_finished and self.has_begun
+        self.ids.append(token.token_id)
+        if len(self.ids) == self.num_tokens:
+            self.finish("length")
+
+    def count(self, payload_bytes):
+        assert all(nbytes > 0 for nbytes in payload_bytes)
+
+    def finish(self, reason, error=None):
+        assert not self.is_finished
+        self.reason, self.error = reason, error
+
+
+def expected(plan, asked, num_tokens):
+    """The answer's first tokens, computed alone and at once."""
+    sampler, ids = Sampler(asked.options), list(asked.prompt_ids)
+    while len(ids) < len(asked.prompt_ids) + num_tokens:
+        values = torch.tensor(ids, dtype=torch.float64)
+        for index in range(len(plan.stages)):
+            values = checksums(index, values)
+        ids.append(sampler(logits_of(values[-1].item()), torch.tensor(ids), len(ids)).token_id)
+    return ids[len(asked.prompt_ids) :]
+
+
+def some_prompts(rng, slot_length):
+    """Many that share something, of one token to all of a slot."""
+    roots = [[rng.randrange(VOCABULARY) for _ in range(slot_length)] for _ in range(2)]
+    while True:
+        length = rng.choice([1, 2, slot_length, rng.randint(1, slot_length), rng.randint(16, slot_length)])
+        kept = rng.choice([0, length, rng.randint(0, length)])
+        yield rng.choice(roots)[:kept] + [rng.randrange(VOCABULARY) for _ in range(length - kept)]
+
+
+def some_options(rng):
+    return SamplingOptions(
+        temperature=rng.choice([0.0, 1.0]),
+        repetition_penalty=rng.choice([1.0, 1.5]),
+        seed=rng.randrange(3),
+    )
+
+
+def simulate(plan, seed, *, failing, cancels):
+    rng = random.Random(seed)
+    num_slots, slot_length = rng.choice([1, 2, 3, 5]), rng.choice([24, 48])
+    scheduler = Scheduler(
+        num_slots=num_slots,
+        slot_length=slot_length,
+        prefill_chunk=rng.choice([1, 3, 8, slot_length]),
+        passes=rng.choice([1, 2, 4, 7]),
+    )
+    credits = rng.choice([1, 2, 5, 9])
+    ring = Ring(plan, rng, scheduler, num_slots=num_slots, slot_length=slot_length, credits=credits, failing=failing)
+    prompts, everyone = some_prompts(rng, slot_length), []
+    left = 30
+    while left or not scheduler.is_done or ring.in_flight:
+        what = rng.random()
+        if left and what < 0.1:
+            left -= 1
+            prompt = next(prompts)
+            if everyone and rng.random() < 0.4:  # the next turn of a conversation
+                before = rng.choice(everyone)
+                prompt = [*before.prompt_ids, *before.ids, rng.randrange(VOCABULARY)][:slot_length]
+            everyone.append(Asked(prompt, some_options(rng), rng.randint(1, slot_length)))
+            scheduler.submit(everyone[-1])
+            if not left:
+                scheduler.close()
+            ring.start()
+        elif 0.1 <= what < 0.1 + cancels:
+            waiting = [asked for asked in everyone if not asked.is_finished]
+            if waiting:
+                chosen = rng.choice(waiting)
+                if rng.random() < 0.5:
+                    chosen.finish("cancelled")
+                else:
+                    chosen.expires_s = 0
+        else:
+            for _ in range(rng.choice([1, 1, 20])):
+                if not ring.step():
+                    ring.start()
+                    break
+    return everyone, ring
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("failing", "cancels"), [(0, 0), (0.003, 0), (0.003, 0.03)])
+def test_every_answer_is_that_of_its_prompt(plan, failing, cancels):
+    num_failed = num_errors = 0
+    for seed in range(8 if failing else 4):
+        everyone, ring = simulate(PLANS[plan], seed, failing=failing, cancels=cancels)
+        num_failed += ring.num_failed
+        for asked in everyone:
+            assert asked.ids == expected(PLANS[plan], asked, len(asked.ids)), seed
+            if asked.reason == "length":
+                num_positions = len(asked.prompt_ids) + len(asked.ids)
+                assert len(asked.ids) == asked.num_tokens or num_positions == ring.slot_length + 1, seed
+            elif asked.reason == "error":
+                num_errors += 1
+                assert "Refused" in asked.error, (seed, asked.error)
+            else:
+                assert cancels, (seed, asked.reason)
+    assert num_errors <= num_failed and bool(num_failed) == bool(failing)
+
+
+def make_ring(plan, **options):
+    scheduler = Scheduler(num_slots=2, slot_length=48, prefill_chunk=48, **options)
+    return scheduler, Ring(PLANS[plan], random.Random(0), scheduler, num_slots=2, slot_length=48, credits=1, failing=0)
+
+
+@pytest.mark.parametrize("plan", ["ring", "no wrap", "explicit"])
+def test_a_copy_that_was_not_made_serves_no_other_request(plan):
+    """It failed on an earlier rank; further on, the slot still has what it held before, and the request has ended."""
+    scheduler, ring = make_ring(plan, passes=1)
+    greedy, system = SamplingOptions(), [number % 11 for number in range(20)]
+    first, other = Asked([*system, 1], greedy, 25), Asked([5] * 30, greedy, 1)
+    for asked in (first, other):
+        scheduler.submit(asked)
+    ring.start()
+    while not other.is_finished:
+        assert ring.step()
+    copied, last = Asked([*system, 2], greedy, 3), Asked([*system, 3], greedy, 3)
+    scheduler.submit(copied)
+    while ring.in_flight[0].work.kind is not PassKind.PREFILL:
+        assert ring.step()
+    assert ring.in_flight[0].work.rows[0].from_slot == 0
+    ring.failing = 1
+    assert ring.step() and ring.num_failed == 1
+    ring.failing = 0
+    copied.finish("cancelled")
+    scheduler.submit(last)
+    scheduler.close()
+    while ring.step():
+        assert not first.is_finished or last.ids, "the other slot was to be taken"
+    for asked in (first, last):
+        assert asked.ids == expected(PLANS[plan], asked, asked.num_tokens)
+
+
+def test_a_failed_decode_of_a_shared_prompt_is_no_new_beginning():
+    """What it has been given already would come twice."""
+    scheduler, ring = make_ring("ring", passes=1)
+    prompt = [number % 11 for number in range(20)]
+    scheduler.submit(before := Asked(prompt, SamplingOptions(), 1))
+    ring.start()
+    while not before.is_finished:
+        assert ring.step()
+    scheduler.submit(asked := Asked([*prompt, 1], SamplingOptions(), 9))
+    scheduler.close()
+    ring.start()
+    while len(asked.ids) < 4:
+        assert ring.step()
+    ring.failing = 1
+    assert ring.step()
+    ring.failing = 0
+    while ring.step():
+        pass
+    assert asked.reason == "error" and "Refused" in asked.error
+    assert asked.ids == expected(PLANS["ring"], asked, 4)
