@@ -306,7 +306,7 @@ class Scheduler:
             self._leave(sequence)
 
     def _fail(self, sequence: _Sequence, start: int, cause: str, *, shared: bool) -> None:
-        """Send a sequence back to where the pass began, alone, or a prompt from its beginning without a shared prefix."""
+        """Send a sequence back to where the pass began, alone, or a prompt to its beginning without a shared prefix."""
         if sequence.answering.is_finished:
             self._leave(sequence)
             return
