@@ -63,7 +63,6 @@ class GenerationRing:
         )
         for facts in (*self.codecs.facts, *self.decode_codecs.facts):
             _check_codec(facts)
-        self.passes = generation.passes or self._num_working_at_once()
         self.credits = 1  # one process takes each pass to its end
         if control.world.world_size > 1:
             self.credits = passes_in_flight(
@@ -72,6 +71,7 @@ class GenerationRing:
                 receives_ahead=config.runtime.receives_ahead,
                 world_size=control.world.world_size,
             )
+        self.passes = min(self.credits, generation.passes or self._num_working_at_once())
         defaults = read_generation_defaults(deployment.model_dir, deployment.model_config)
         self.defaults, self.eos_ids, self.notes = defaults, defaults.eos_ids, defaults.notes
         self.mixes_tokens = config.model.load_in_8bit and config.model.load_in_8bit_threshold > 0

@@ -280,7 +280,8 @@ class Scheduler:
 
     def _decode(self, ready: list[_Sequence]) -> Entry:
         num_decoding = sum(not s.is_prefilling for s in self._active)
-        together = [s for s in ready if not s.is_alone][: math.ceil(num_decoding / self._passes)] or ready[:1]
+        alone = [s for s in ready if s.is_alone]
+        together = alone[:1] or ready[: math.ceil(num_decoding / self._passes)]
         rows, under_way = [], _UnderWay()
         for sequence in together:
             rows.append(Row(sequence.slot, sequence.sent))
@@ -289,6 +290,8 @@ class Scheduler:
             held.append(sequence.ids[sequence.sent])
             sequence.sent += 1
             sequence.is_under_way = True
+            self._active.remove(sequence)
+            self._active.append(sequence)  # the others come first next time
         self._under_way.append(under_way)
         self._num_decodes += 1
         work = Pass(kind=PassKind.DECODE, rows=tuple(rows), num_tokens=1, samples=True)

@@ -348,3 +348,27 @@ def test_a_failed_decode_of_a_shared_prompt_is_no_new_beginning():
         pass
     assert asked.reason == "error" and "Refused" in asked.error
     assert asked.ids == expected(PLANS["ring"], asked, 4)
+
+
+@pytest.mark.parametrize("fails_together", [False, True])
+def test_nobody_waits_for_anothers_answer(fails_together):
+    """With fewer passes in the ring than are meant to be, and when those of several rows fail."""
+    num_slots = 4
+    scheduler = Scheduler(
+        num_slots=num_slots, slot_length=48, prefill_chunk=48, passes=1 if fails_together else 4, shares_prefixes=False
+    )
+    rng = random.Random(0)
+    ring = Ring(PLANS["ring"], rng, scheduler, num_slots=num_slots, slot_length=48, credits=1, failing=0)
+    everyone = [Asked([number], SamplingOptions(), 20) for number in range(num_slots)]
+    for asked in everyone:
+        scheduler.submit(asked)
+    ring.start()
+    has_failed = not fails_together
+    while not any(len(asked.ids) > 10 for asked in everyone):
+        if not has_failed and len(ring.in_flight[0].work.rows) == 3:  # the fourth joins, and goes on
+            ring.failing = 1
+            has_failed = True
+        assert ring.step()
+        ring.failing = 0
+    numbers = [len(asked.ids) for asked in everyone]
+    assert has_failed and max(numbers) - min(numbers) <= 4, numbers
