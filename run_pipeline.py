@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.comm.world import World
 from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.config.sweep_file import Sweep, find_sweep, load_sweep
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.sweep import SweepResult
     from pipeline.generation.generate import Generated
     from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
+    from pipeline.partition.plan import Plan
     from pipeline.runtime.deployment import Deployment
 
 EXIT_POINTS_FAILED = 3
@@ -116,14 +118,11 @@ def run(config: RunConfig, *, resume: bool) -> int:
 def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
     """Returns 3 on rank 0 when requests have failed."""
     is_file = prompts == "-" or prompts.endswith(".jsonl")
-    if is_file and prompts != "-":
-        try:
-            problem = None if path_option(prompts).is_file() else "there is no such file"
-        except argparse.ArgumentTypeError as e:
-            problem = str(e)
-        if problem is not None:
-            print(f"error: --generate {prompts}: {problem}", file=sys.stderr)
-            return 2
+
+    def check(plan: Plan, model_config: object) -> None:
+        """On rank 0, which alone reads them."""
+        if World.from_environment().rank == 0 and (problem := _prompts_problem(prompts)) is not None:
+            raise ConfigError(f"--generate {prompts}: {problem}")
 
     def answer(deployment: Deployment) -> Generated | None:
         from pipeline.generation.generate import generate
@@ -134,7 +133,7 @@ def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
 
         return generate(config, deployment, requests, resume=resume, shown=None if is_file else prompts)
 
-    result = on_deployment(config, Path(config.exp_dir), answer, with_text=False)
+    result = on_deployment(config, Path(config.exp_dir), answer, check, with_text=False)
     if result is None:
         return 0
     from pipeline.report.summary import print_summary
@@ -145,6 +144,19 @@ def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
     print_summary([result.record])
     print(f"answers: {result.answers}")
     return EXIT_POINTS_FAILED if result.failed else 0
+
+
+def _prompts_problem(prompts: str) -> str | None:
+    """Why neither prompts nor a text can be meant."""
+    if prompts == "-":
+        return "standard input is closed" if sys.stdin is None else None
+    try:
+        is_there = path_option(prompts).is_file()
+    except (argparse.ArgumentTypeError, OSError) as e:  # a text may be too long for a name
+        return str(e) if prompts.endswith(".jsonl") else None
+    if prompts.endswith(".jsonl"):
+        return None if is_there else "there is no such file"
+    return "this is a file; a file of prompts has a name that ends in .jsonl" if is_there else None
 
 
 def run_chat(config: RunConfig) -> int:

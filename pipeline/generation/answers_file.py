@@ -36,7 +36,7 @@ class AnswersFile:
             logger.warning("nothing to resume: %s has no answers to these prompts with this config", folder)
         try:
             write_whole(self.path, b"".join(map(_line, self.done.values())))
-            self._file = open(self.path, "ab", buffering=0)
+            self._file = open(self.path, "ab")
         except OSError as e:
             raise RecordError(f"{self.path} cannot be written: {disk_problem(e)}") from e
 
@@ -44,6 +44,7 @@ class AnswersFile:
         """Hand a line to the operating system at once. Raises RecordError."""
         try:
             self._file.write(_line(answer))
+            self._file.flush()  # all of it: without a buffer, a disk that fills up takes a part and says nothing
         except OSError as e:
             raise RecordError(f"{self.path} cannot be written: {disk_problem(e)}") from e
 

@@ -249,6 +249,29 @@ def test_one_text_is_shown_while_it_goes_on(tmp_path):
     assert finished.stdout.startswith("The canal" + line["text"])
 
 
+def test_what_is_no_text_and_no_prompts_is_told(tmp_path):
+    note = tmp_path / "prompts.txt"
+    note.write_text("The canal")
+    for prompts, told in (
+        (note, "has a name that ends in .jsonl"),
+        (tmp_path / "nowhere.jsonl", "there is no such file"),
+        (tmp_path / "folder.jsonl", "there is no such file"),
+    ):
+        finished = run_alone(*arguments(tiny_model(), tmp_path / "out", prompts))
+        assert finished.returncode == 1 and told in finished.stderr
+        assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize("mode", [("--generate", "-"), ("--chat",)])
+def test_a_closed_standard_input_is_told(mode, tmp_path):
+    words = arguments(tiny_model(), tmp_path, "-")[:-2]
+    command = " ".join([sys.executable, "run_pipeline.py", *words, *mode])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(f"{command} <&-", shell=True, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert finished.returncode == 1 and "closed" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 
 
