@@ -37,7 +37,8 @@ class Answer:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.error: str | None = None
-        self._text = TextStream(tokenizer, request.stop)
+        self._tokenizer = tokenizer
+        self._text: TextStream | None = None  # while tokens come: thousands of answers may wait
         self._pieces: list[str] = []
         self._link_names, self._bytes = link_names, [0.0] * len(link_names)
         self._on_text, self._on_finish = on_text, on_finish
@@ -87,8 +88,10 @@ class Answer:
 
     def begin(self) -> None:
         self._began_s = time.monotonic()
+        self._text = TextStream(self._tokenizer, self.request.stop)
 
     def take(self, token: Sampled) -> None:
+        assert self._text is not None, "it has not begun, or has ended"
         self._token_times_s.append(time.monotonic())
         self.token_ids.append(token.token_id)
         if token.token_id in self.request.eos_ids:
@@ -104,7 +107,9 @@ class Answer:
         self._bytes = [total + nbytes for total, nbytes in zip(self._bytes, payload_bytes, strict=True)]
 
     def finish(self, reason: str, error: str | None = None) -> None:
-        self._show(self._text.finish())
+        if self._text is not None:
+            self._show(self._text.finish())
+            self._text = None
         self.finish_reason, self.error = reason, error
         self._on_finish(self)
 

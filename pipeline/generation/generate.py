@@ -44,6 +44,7 @@ def make_scheduler(ring: GenerationRing) -> Scheduler:
         prefill_chunk=ring.prefill_chunk,
         passes=ring.passes,
         shares_prefixes=not ring.mixes_tokens,
+        shares_answers=ring.decode_codecs is ring.codecs,
     )
 
 

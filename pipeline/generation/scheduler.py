@@ -120,6 +120,7 @@ class Scheduler:
         prefill_chunk: tokens of a prompt in one pass.
         passes: of sampled tokens that are under way at once.
         shares_prefixes: whether what a slot holds may serve another prompt.
+        shares_answers: whether sampled tokens in it may; not where they have another codec than prompts.
         wake: called when there is something new to do, from whatever thread `submit` is.
     """
 
@@ -131,16 +132,17 @@ class Scheduler:
         prefill_chunk: int,
         passes: int,
         shares_prefixes: bool = True,
+        shares_answers: bool = True,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.wake = wake
         self._slot_length, self._chunk, self._passes = slot_length, prefill_chunk, passes
-        self._shares_prefixes = shares_prefixes
+        self._shares_prefixes, self._shares_answers = shares_prefixes, shares_answers
         self._queue: deque[Answering] = deque()
         self._lock = threading.Lock()
         self._is_closed = False
         self._free = deque(range(num_slots))
-        self._held: list[list[int]] = [[] for _ in range(num_slots)]  # token ids that the caches hold
+        self._held: list[list[int]] = [[] for _ in range(num_slots)]  # token ids that the caches have to share
         self._active: list[_Sequence] = []
         self._under_way: deque[_UnderWay] = deque()
         self._num_decodes = 0
@@ -287,7 +289,8 @@ class Scheduler:
             rows.append(Row(sequence.slot, sequence.sent))
             held = self._held[sequence.slot]
             under_way.rows.append(_UnderWayRow(sequence, sequence.epoch, sequence.sent, held, sequence.sent))
-            held.append(sequence.ids[sequence.sent])
+            if self._shares_answers:
+                held.append(sequence.ids[sequence.sent])
             sequence.sent += 1
             sequence.is_under_way = True
             self._active.remove(sequence)

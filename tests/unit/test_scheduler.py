@@ -372,3 +372,16 @@ def test_nobody_waits_for_anothers_answer(fails_together):
         ring.failing = 0
     numbers = [len(asked.ids) for asked in everyone]
     assert has_failed and max(numbers) - min(numbers) <= 4, numbers
+
+
+@pytest.mark.parametrize("shares_answers", [True, False])
+def test_an_answer_serves_a_prompt_only_where_prompts_have_its_codec(shares_answers):
+    scheduler, ring = make_ring("ring", passes=1, shares_answers=shares_answers)
+    scheduler.submit(first := Asked([number % 11 for number in range(20)], SamplingOptions(), 10))
+    ring.start()
+    while ring.step():
+        pass
+    scheduler.submit(Asked([*first.prompt_ids, *first.ids, 1], SamplingOptions(), 1))
+    ring.start()
+    (row,) = ring.in_flight[0].work.rows
+    assert row.start == (29 if shares_answers else 20)  # the last token has never been sent
