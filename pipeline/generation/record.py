@@ -10,11 +10,9 @@ from typing import Any
 from pipeline.generation.answer import Answer, quantile
 from pipeline.generation.ring import GenerationRing
 from pipeline.records.store import make_run_id, model_label, software_versions, write_json
+from pipeline.report.generation import KIND, SCHEMA_VERSION
 
 __all__ = ["generation_record", "write_generation_record"]
-
-KIND = "thinwire generation"
-SCHEMA_VERSION = 1
 
 
 def generation_record(

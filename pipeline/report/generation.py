@@ -10,9 +10,10 @@ from typing import Any
 
 from pipeline.records.store import RecordError, codec_label, model_label
 
-__all__ = ["HEADINGS", "KIND", "GeneratedRun", "read_generation"]
+__all__ = ["HEADINGS", "KIND", "SCHEMA_VERSION", "GeneratedRun", "read_generation"]
 
 KIND = "thinwire generation"
+SCHEMA_VERSION = 1
 HEADINGS = (
     *("codec", "model", "requests", "failed", "tokens", "tokens/s", "TTFT ms", "ms/token", "ms/token p95"),
     *("bytes/token/link", "header bytes/token", "cache MiB", "rows, passes"),
@@ -37,6 +38,8 @@ def read_generation(path: Path, record: Mapping[str, Any]) -> GeneratedRun:
 
 
 def _read(record: Mapping[str, Any]) -> GeneratedRun:
+    if _count(record["schema_version"]) != SCHEMA_VERSION:
+        raise ValueError(f"schema_version is {record['schema_version']}, this release reads {SCHEMA_VERSION}")
     results, links, schedule = record["results"], record["traffic_per_link"].values(), record["schedule"]
     crossings = sum(_count(link["tokens"]) for link in links)
     payload = sum(_count(link["payload_bytes"]) for link in links)

@@ -4,7 +4,7 @@ import numpy as np
 
 from pipeline.partition.plan import default_plan
 from pipeline.records.perplexity import perplexity
-from pipeline.records.store import write_record
+from pipeline.records.store import write_json, write_record
 
 PLAN = default_plan(8, 4)
 HIDDEN_SIZE = 64
@@ -100,3 +100,40 @@ def write_point(folder, compressor="none", *, loss=None, nbytes=256, num_tokens=
         "window": np.repeat(np.arange(NUM_WINDOWS, dtype=np.int32), len(loss) // NUM_WINDOWS),
     }
     return write_record(folder, record | changes, per_token)
+
+
+def write_generation(folder, run_id, **changes):
+    """Write the record of a run that generated; returns its path."""
+    spread = {"median": 0.02, "p95": 0.04}
+    record = {
+        "kind": "thinwire generation",
+        "schema_version": 1,
+        "run_id": run_id,
+        "digest": "d" * 64,
+        "args": {
+            "model_name": "a/model",
+            "config": {"compressor": "nf4", "compressor_per_link": {}, "compressor_decode": "int8"},
+        },
+        "results": {
+            "num_requests": 3,
+            "num_failed": 1,
+            "num_taken_over": 0,
+            "prompt_tokens": 28,
+            "generated_tokens": 12,
+            "tokens_per_s": 67.4,
+            "ttft_s": spread,
+            "tpot_s": spread,
+        },
+        "traffic_per_link": {
+            link.name: {"payload_bytes": 2368, "header_bytes": 144, "control_bytes": 12, "frames": 8, "tokens": 37}
+            for link in PLAN.links
+        },
+        "codecs": {link.name: {"name": "nf4"} for link in PLAN.links},
+        "ranks": [{"rank": rank, "cache_bytes": 2**20} for rank in range(PLAN.num_nodes)],
+        "schedule": {"max_slots": 8, "passes": 4},
+        "notes": ["something of note"],
+        **changes,
+    }
+    path = folder / f"{run_id}.json"
+    write_json(path, record)
+    return path

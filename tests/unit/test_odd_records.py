@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from pipeline.records.store import read_failure, write_failure
+from pipeline.records.store import write_failure
 from pipeline.report.html_page import html_page
 from pipeline.report.importance_curves import collect
 from pipeline.report.plots import plot_rate_quality
@@ -23,7 +23,7 @@ from pipeline.report.recommendation import Outlook, recommendation_text
 from pipeline.report.results import load_files, load_records, read_results, read_whole_record, setting_key
 from pipeline.report.summary import print_summary, summary_rows, write_report
 from pipeline.report.text_page import csv_table, markdown_page
-from tests.helpers.records import losses, write_point
+from tests.helpers.records import losses, write_generation, write_point
 
 MARKUP = "<script>alert(1)</script>"
 DEEP = "deep nesting stands here"
@@ -67,11 +67,12 @@ def changed(record, changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three whole points and a failed one."""
+    """Three whole points, a failed one, and a run that generated."""
     folder = tmp_path_factory.mktemp("records")
     for label, change, nbytes in (("none", 0.0, 256), ("int8", 0.001, 66), ("nf4", 0.05, 36)):
         write_point(folder, label, loss=losses(change), nbytes=nbytes, run_id=label, notes=[])
     write_failure(folder, {"failure_id": "1", "label": "nf5", "error": "no such codec", "args": {}})
+    write_generation(folder, "generation")
     return folder
 
 
@@ -80,6 +81,12 @@ def record(tmp_path_factory):
     """What is to become odd."""
     path = write_point(tmp_path_factory.mktemp("odd"), "int6", loss=losses(0.009), nbytes=50, run_id="odd")
     return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def generation(tmp_path_factory):
+    """What is to become odd, too."""
+    return json.loads(write_generation(tmp_path_factory.mktemp("odd"), "odd").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -103,16 +110,17 @@ def tables_of(folder):
     own = {row["run_id"]: row for row in rows if row["run_id"] in OWN}
     said = {row["codec"]: row | {"note": ""} for row in console if row["codec"] in OWN}
     assert len(console) == len(rows) == len(results.points)
-    return own, said, len(rows), results
+    (generated,) = [run for run in results.generated if run.run_id == "generation"]
+    return own, said, generated, len(rows) + len(results.generated), results
 
 
 def check(folder, tables, name):
     """The file is shown or named, and the other points are as without it."""
-    own, said, count, results = tables_of(folder)
+    *found, count, results = tables_of(folder)
     named = [text for text in results.skipped if name in text]
     failed = len(results.failed) - 1
-    assert (count - len(OWN)) + len(named) + failed == 1, results.skipped
-    assert (own, said) == tables[:2]
+    assert (count - len(OWN) - 1) + len(named) + failed == 1, results.skipped
+    assert found == list(tables[:3])
 
 
 def put(folder, name, text):
@@ -135,6 +143,50 @@ def test_a_record_of_odd_values(folder, record, tables, changes):
         check(folder, tables, "odd.json")
     finally:
         path.unlink()
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(CHANGES, min_size=1, max_size=3))
+def test_a_record_of_generation_of_odd_values(folder, generation, tables, changes, capsys):
+    everywhere = list(places(generation))
+    chosen = [(everywhere[number % len(everywhere)], delete, value) for number, delete, value in changes]
+    path = put(folder, "odd.json", changed(generation, chosen))
+    try:
+        check(folder, tables, "odd.json")
+        print_summary([folder])
+        assert "\x1b" not in capsys.readouterr().out
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        (("schema_version",), 2, "schema_version is 2, this"),
+        (("schema_version",), True, "no count"),
+        (("results", "tokens_per_s"), 10**400, "OverflowError"),
+        (("results", "num_requests"), -1, "no count"),
+        (("results", "ttft_s"), [], "TypeError"),
+        (("traffic_per_link",), [], "AttributeError"),
+        (("codecs",), {}, None),
+        (("notes",), ["\x1b[2J"], None),
+        (("args", "config", "compressor"), {"name": MARKUP}, None),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_is_odd_in_a_record_of_generation_is_told(place, value, told, folder, generation, tables):
+    path = put(folder, "odd.json", changed(generation, [(place, False, value)]))
+    try:
+        check(folder, tables, "odd.json")
+        skipped = "\n".join(read_results([folder]).skipped)
+        assert told in skipped if told else skipped == ""
+    finally:
+        path.unlink()
+
+
+def test_the_codec_of_sampled_tokens_is_named_once(tables):
+    assert tables[2].cells[0] == "nf4, decoding int8"
 
 
 @pytest.mark.parametrize(
@@ -251,9 +303,10 @@ FORMS = [value for name, value in sorted(globals().items()) if name.startswith("
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-def test_a_file_of_another_form(form, folder, record, tables):
+@pytest.mark.parametrize("kind", ["record", "generation"])
+def test_a_file_of_another_form(kind, form, folder, tables, request):
     path = folder / "odd.json"
-    form(path, json.dumps(record))
+    form(path, json.dumps(request.getfixturevalue(kind)))
     try:
         check(folder, tables, "odd.json")
     finally:
@@ -384,4 +437,4 @@ def test_importance_curves_read_on(tmp_path_factory, record, changes):
 
 
 def test_a_whole_record_is_whole(folder):
-    assert len([read_whole_record(path) for path in sorted(folder.glob("*.json")) if read_failure(path) is None]) == 3
+    assert len([read_whole_record(path) for path in sorted(folder.glob("*.json")) if path.stem in OWN]) == 3
