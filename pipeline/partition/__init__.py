@@ -1,3 +1,3 @@
-"""Which layers lie on which node, and who does what in which order: plans and schedules. Integers only, nothing of what
-a layer is. Plain Python.
+"""Which layers lie on which node, what goes around them at once, and how much of it may: plans and passes. Integers
+only, nothing of what a layer is. Plain Python.
 """
