@@ -247,8 +247,10 @@ def load_stage(
     _check_shapes(model_dir, model_class, stage_config, state_dict)
     options: dict[str, Any] = {}
     if load_in_8bit or load_in_4bit:
-        # It warns at every 8-bit linear layer of every micro-batch that the inputs are not float16.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        # It warns at every 8-bit linear layer of every micro-batch that the inputs are not float16, and on some CPUs,
+        # when it is imported, that a kernel for 4 bits could be downloaded.
+        for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=load_in_8bit,
             llm_int8_threshold=load_in_8bit_threshold,
