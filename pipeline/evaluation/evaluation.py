@@ -26,7 +26,8 @@ from pipeline.partition.schedule import ScheduleError
 from pipeline.runtime.codecs import naming
 from pipeline.runtime.engine import Engine, Entry, Failure, Result, StageError
 from pipeline.runtime.head import Head
-from pipeline.runtime.memory import peak_rss_bytes, pss_bytes
+from pipeline.runtime.rank_report import own_gpus, rank_report
+from pipeline.runtime.sources import MicroBatches
 from pipeline.runtime.timing import (
     payload_from_json,
     payload_to_json,
@@ -64,7 +65,7 @@ class Evaluation(Job):
 
     def _run(self, recorder: Recorder | None, *, in_sweep: bool) -> Path | None:
         control = self.control
-        for gpu in self._gpus():
+        for gpu in own_gpus(self.deployment):
             torch.cuda.reset_peak_memory_stats(gpu)
         first = control.gather(len(recorder.journal.finished) if recorder else None)[0]
         if not in_sweep:
@@ -73,7 +74,8 @@ class Evaluation(Job):
         credits = self.passes_in_flight() if control.world.world_size > 1 else 1
         control.report("warming up codecs")
         start_s = time.perf_counter()
-        warm_up(control, self.codecs, self.deployment.devices, self.hidden_size, TORCH_DTYPES[self.config.model.dtype])
+        for codecs in dict.fromkeys((self.codecs, self.decode_codecs)):
+            warm_up(control, codecs, self.deployment.devices, self.hidden_size, TORCH_DTYPES[self.config.model.dtype])
         warm_up_s = time.perf_counter() - start_s
         tokens = TokenWindows(self.text.ids, self.microbatches, self.text.bos_id)
         worker, ends = self._make_worker(tokens), self._open_links()
@@ -82,7 +84,12 @@ class Evaluation(Job):
             source = (
                 _DecodedWindows(tokens, recorder, first, self.config.evaluation.decode_chunk)
                 if self.decodes
-                else _Windows(tokens, recorder, first)
+                else MicroBatches(
+                    tokens,
+                    first=first,
+                    on_start=recorder.journal.start,
+                    on_result=lambda index, result: recorder.take(index, result.value, result.trail),
+                )
             )
         control.barrier()
         if recorder:
@@ -96,7 +103,8 @@ class Evaluation(Job):
         control.report("timing a token")
         one_token = self._one_token(worker)
         control.report("collecting results", waiting=True)
-        reports = control.gather({**self._rank_report(worker, ends), "warm_up_s": warm_up_s, "one_token": one_token})
+        own = rank_report(self.deployment, worker.times, ends)
+        reports = control.gather({**own, "warm_up_s": warm_up_s, "one_token": one_token})
         if not recorder:
             return None
         path = recorder.finish(reports, first)
@@ -194,60 +202,6 @@ class Evaluation(Job):
         with failing_alike(self.control):
             self.control.in_turn(lambda: decompress(written))
         return {"stages": {str(index): times for index, times in stages.items()}, "links": links}
-
-    def _gpus(self) -> set[torch.device]:
-        return {device for device in self.deployment.devices.values() if device.type == "cuda"}
-
-    def _rank_report(self, worker: StageWorker, ends: LinkEnds) -> dict[str, Any]:
-        """What this rank tells rank 0 at the end, as JSON."""
-        devices, gpus = self.deployment.devices, self._gpus()
-        rank = self.control.world.rank
-        return {
-            "rank": rank,
-            "host": self.control.host,
-            "threads": self.deployment.threads,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "pss_bytes": pss_bytes(),
-            "gpu": self.deployment.gpus[rank],
-            "peak_cuda_bytes": sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else None,
-            "cuda_in_use_bytes": sum(map(_in_use_nbytes, gpus)) if gpus else None,
-            "stages": {
-                str(index): {"device": str(devices[index]), **times.as_dict()} for index, times in worker.times.items()
-            },
-            "sent": {sender.spec.name: sender.traffic.as_dict() for sender in ends.senders.values()},
-        }
-
-
-def _in_use_nbytes(gpu: torch.device) -> int:
-    """Of a GPU's memory, by all processes: contexts and libraries too, which torch's own count leaves out."""
-    free_nbytes, total_nbytes = torch.cuda.mem_get_info(gpu)
-    return total_nbytes - free_nbytes
-
-
-class _Windows:
-    """The source of SCORE passes: micro-batches from `first` on, until one fails."""
-
-    def __init__(self, tokens: TokenWindows, recorder: Recorder, first: int) -> None:
-        self.failure: str | None = None
-        self._tokens, self._recorder, self._following = tokens, recorder, first
-
-    @property
-    def is_done(self) -> bool:
-        return self.failure is not None or self._following == len(self._tokens.microbatches)
-
-    def next(self) -> Entry | None:
-        if self.is_done:
-            return None
-        index, self._following = self._following, self._following + 1
-        self._recorder.journal.start(index)
-        return Entry(work=Pass(kind=PassKind.SCORE, microbatch_index=index), token_ids=self._tokens.input_ids(index))
-
-    def take(self, work: Pass, result: Result | Failure) -> None:
-        assert work.microbatch_index is not None
-        if isinstance(result, Failure):
-            self.failure = self.failure or result.cause
-        elif self.failure is None:
-            self._recorder.take(work.microbatch_index, result.value, result.trail)
 
 
 class _DecodedWindows:

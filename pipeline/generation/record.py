@@ -76,7 +76,13 @@ def generation_record(
         "plan": [{"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in plan.stages],
         "stages": {index: stage for report in reports for index, stage in sorted(report["stages"].items())},
         "ranks": [
-            {key: report[key] for key in ("rank", "host", "threads", "peak_rss_bytes", "pss_bytes", "cache_bytes")}
+            {
+                key: report[key]
+                for key in (
+                    *("rank", "host", "threads", "gpu", "peak_rss_bytes", "pss_bytes"),
+                    *("peak_cuda_bytes", "cuda_in_use_bytes", "cache_bytes"),
+                )
+            }
             for report in reports
         ],
         "schedule": {

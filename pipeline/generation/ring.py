@@ -23,7 +23,7 @@ from pipeline.runtime.devices import available_cores
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.head import Head, max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import generation_workload, id_nbytes, link_specs
-from pipeline.runtime.memory import peak_rss_bytes, pss_bytes
+from pipeline.runtime.rank_report import rank_report
 from pipeline.runtime.stage_times import StageTimes
 from pipeline.runtime.together import warm_up
 from pipeline.runtime.worker import EndCodecs, StageWorker
@@ -115,21 +115,9 @@ class GenerationRing:
         control.barrier()
         start_s = time.perf_counter()
         Engine(self._worker, ends, control.report, source=scheduler, credits=self.credits).run()
-        report = {
-            "rank": control.world.rank,
-            "host": control.host,
-            "threads": deployment.threads,
-            "run_s": time.perf_counter() - start_s,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "pss_bytes": pss_bytes(),
-            "cache_bytes": self.cache_nbytes,
-            "stages": {
-                str(index): {"device": str(deployment.devices[index]), **times.as_dict()}
-                for index, times in self._worker.times.items()
-            },
-            "sent": {sender.spec.name: sender.traffic.as_dict() for sender in ends.senders.values()},
-        }
-        return control.gather(report)
+        run_s = time.perf_counter() - start_s
+        report = rank_report(deployment, self._worker.times, ends)
+        return control.gather({**report, "run_s": run_s, "cache_bytes": self.cache_nbytes})
 
     def close(self) -> None:
         """Free the slots."""

@@ -19,10 +19,11 @@ from pipeline.comm.link_ends import Hop, open_links
 from pipeline.data.windows import MicroBatch
 from pipeline.models.attention import AttentionReader
 from pipeline.models.stage import Objective, TokenWindows
-from pipeline.partition.passes import Pass, PassKind
+from pipeline.partition.passes import Pass
 from pipeline.runtime.deployment import Deployment
-from pipeline.runtime.engine import Departure, Engine, Entry, Failure, Result, StageError
+from pipeline.runtime.engine import Departure, Engine, Entry, Result, StageError
 from pipeline.runtime.link_specs import gradient_specs
+from pipeline.runtime.sources import MicroBatches
 
 __all__ = ["GradientPass", "OnGradient"]
 
@@ -79,7 +80,7 @@ class GradientPass:
             plan, self._microbatches, hidden_size=self._deployment.model_config.hidden_size, dtype=self._dtype
         )
         ends = open_links([*there, *back], specs, control.world, receives_ahead=1)
-        source = _OneByOne(self._tokens) if control.world.rank == 0 else None
+        source = MicroBatches(self._tokens) if control.world.rank == 0 else None
         engine = Engine(self, ends, control.report, source=source, credits=1)
         with torch.set_grad_enabled(self._objective is not None):
             engine.run()
@@ -152,28 +153,6 @@ class GradientPass:
             return _departure(link_index, gradient.float())
         shape = (*self._microbatches[_index(work)].shape, self._deployment.model_config.hidden_size)
         return Departure(link_index=link_index, payload=Payload(torch.empty(0, dtype=torch.uint8), shape), trail=())
-
-
-class _OneByOne:
-    """Every micro-batch in turn, until one fails."""
-
-    def __init__(self, tokens: TokenWindows) -> None:
-        self.failure: str | None = None
-        self._tokens, self._following = tokens, 0
-
-    @property
-    def is_done(self) -> bool:
-        return self.failure is not None or self._following == len(self._tokens.microbatches)
-
-    def next(self) -> Entry | None:
-        if self.is_done:
-            return None
-        index, self._following = self._following, self._following + 1
-        return Entry(work=Pass(kind=PassKind.SCORE, microbatch_index=index), token_ids=self._tokens.input_ids(index))
-
-    def take(self, work: Pass, result: Result | Failure) -> None:
-        if isinstance(result, Failure):
-            self.failure = self.failure or result.cause
 
 
 def _index(work: Pass) -> int:
