@@ -1,11 +1,14 @@
 """Tokens per second of the ring against transformers' generate, in one run, turn by turn.
 
+    export OMP_WAIT_POLICY=PASSIVE
     torchrun --nproc_per_node=4 -m benchmarks.generation --config demo.yaml
     torchrun --nproc_per_node=4 -m benchmarks.generation --config demo.yaml --dtype bf16 --rounds 1
 
-Rank 0 holds the unsplit model as well; while it generates, the other ranks wait in the ring without work. Before
-anything is timed, the ring's tokens are compared with the reference's. Prints medians of all rounds as ratios, and
-where a step's time goes. A codec, other weights and so on come from the config.
+Without that variable the threads of a rank spin for a while when it has nothing left to compute, on cores that another
+rank needs; OpenMP reads it when torch is loaded. Rank 0 holds the unsplit model as well; while it generates, the other
+ranks wait in the ring without work. Before anything is timed, the ring's tokens are compared with the reference's.
+Prints medians of all rounds as ratios, and where a step's time goes. A codec, other weights and so on come from the
+config.
 """
 
 from __future__ import annotations
@@ -112,11 +115,14 @@ class Bench:
             self.phases[name] = report
         return [request.token_ids for request in requests]
 
-    def reference_s(self, name: str, num: int) -> list[list[int]]:
-        """Seconds of transformers' generate with all cores, on rank 0, a batch of `num` prompts padded on the left."""
+    def reference_s(self, name: str, num: int, *, threads: int = 0) -> list[list[int]]:
+        """Seconds of transformers' generate on rank 0, a batch of `num` prompts padded on the left.
+
+        With all cores, or so many threads.
+        """
         outputs: list[list[int]] = []
         if self.is_first:
-            torch.set_num_threads(self.cores)
+            torch.set_num_threads(threads or self.cores)
             length = max(map(len, self.prompts[:num]))
             ids = torch.tensor([[0] * (length - len(p)) + p for p in self.prompts[:num]])
             mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in self.prompts[:num]])
@@ -174,10 +180,12 @@ def run(config: RunConfig, deployment: Any, num_tokens: int, rounds: int) -> Non
     bench = Bench(config, deployment, num_tokens)
     cases: dict[str, Callable[[str], Any]] = {
         "generate, one sequence": lambda name: bench.reference_s(name, 1),
+        "generate, one sequence, one thread": lambda name: bench.reference_s(name, 1, threads=1),
         "ring, one sequence": lambda name: bench.ring_s(name, 1, 1),
         f"ring, one sequence, {bench.cores} threads a rank": lambda name: bench.ring_s(name, 1, 1, threads=bench.cores),
         "ring, four sequences": lambda name: bench.ring_s(name, 4, 2),
         "generate, batch of eight": lambda name: bench.reference_s(name, 8),
+        "generate, batch of four, one thread": lambda name: bench.reference_s(name, 4, threads=1),
         "ring, eight rows in two passes": lambda name: bench.ring_s(name, 8, 2),
         "ring, eight rows in one pass": lambda name: bench.ring_s(name, 8, 1),
         "first token of a long prompt, chunks of 256": lambda name: bench.ttft_s(name, 256),
@@ -220,7 +228,10 @@ def show(bench: Bench) -> None:
     median = {name: statistics.median(times) for name, times in bench.times.items()}
     one, eight = median["generate, one sequence"], median["generate, batch of eight"]
     model = bench.config.model
-    print(f"{model.name}, {model.dtype}, codec {bench.config.compressor}, {bench.cores} cores")
+    print(
+        f"{model.name}, {model.dtype}, codec {bench.config.compressor}, {bench.cores} cores, "
+        f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}"
+    )
     for name, seconds in median.items():
         if "warm-up" in name:
             continue
@@ -248,7 +259,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of every sequence")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args(argv)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a rank without work leaves its threads' cores alone
     try:
         own = [("runtime.threads", 1), ("generation.prefill_chunk", 0)]  # links then have room for whole prompts
         config = with_overrides(read_config(arguments), own)
