@@ -61,92 +61,161 @@ class ConfigError(ValueError):
     """A configuration that cannot be run. The message names key, value and what is allowed."""
 
 
-def _key(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING, **limits: Any) -> Any:
-    """A dataclass field with its limits: `choices`, `minimum`, `above`, `maximum`; `path` where it may name a file,
-    `one_or_more` where a single value stands for a list of it. None, where it is allowed, has no limits."""
+def _key(
+    meaning: str, default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING, **limits: Any
+) -> Any:
+    """A dataclass field with its meaning, Markdown for docs/configuration.md (`config.key_table`), and its limits.
+
+    These are `choices`, `minimum`, `above`, `maximum`; `path` where it may name a file, `one_or_more` where a single
+    value stands for a list of it. None, where it is allowed, has no limits.
+    """
+    metadata = {"meaning": meaning, **limits}
     if default_factory is not dataclasses.MISSING:
-        return field(default_factory=default_factory, metadata=limits)
-    return field(default=default, metadata=limits)
+        return field(default_factory=default_factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which weights, and in which precision they run."""
 
-    name: str = _key(DEMO_MODEL, path=True)  # hub id, directory, .gguf file, or package:NAME/FILE.gguf
-    revision: str | None = None
-    dir: str | None = _key(None, path=True)  # cache of downloads and conversions
-    stage_to: str | None = _key(None, path=True)  # fast directory that the weights are copied to first
-    dtype: str = _key("fp32", choices=("fp32", "fp16", "bf16", "fp64"))
-    load_in_8bit: bool = False
-    # Channels in which any token of a micro-batch exceeds this run in the model's dtype; 0: none.
-    load_in_8bit_threshold: float = _key(6.0, minimum=0)
-    load_in_4bit: bool = False
-    trust_remote_code: bool = False
-    # Fields of the checkpoint's config.json. They let --plan work without the checkpoint and must agree with it.
-    architecture: Mapping[str, Any] = _key(default_factory=dict)
+    name: str = _key(
+        "hub id, directory, `.gguf` file, or `package:NAME/FILE.gguf`, a file inside an installed package; by "
+        "default the demo's model",
+        DEMO_MODEL,
+        path=True,
+    )
+    revision: str | None = _key("branch, tag or commit of a hub model", None)
+    dir: str | None = _key(
+        "where downloads and conversions are kept; `null`: the hub's cache, `~/.cache/thinwire`", None, path=True
+    )
+    stage_to: str | None = _key(
+        "fast directory that the weights are copied to first; resumable, checked", None, path=True
+    )
+    dtype: str = _key(
+        "of weights and hidden states. `fp64` is for tests, which tell rounding from mistakes by it: what "
+        "transformers computes in float32 whatever the dtype (norms, rotary angles) stays so, lossy codecs convert "
+        "to float32, losses are rounded to it",
+        "fp32",
+        choices=("fp32", "fp16", "bf16", "fp64"),
+    )
+    load_in_8bit: bool = _key("bitsandbytes 8-bit weights", False)
+    load_in_8bit_threshold: float = _key(
+        "channels in which any token of a micro-batch exceeds it stay in `model.dtype`; the default is bitsandbytes' "
+        "own. 0: no such channels, so that tokens do not mix, and no waiting for the GPU",
+        6.0,
+        minimum=0,
+    )
+    load_in_4bit: bool = _key("bitsandbytes 4-bit weights", False)
+    trust_remote_code: bool = _key("run code that comes with the checkpoint", False)
+    architecture: Mapping[str, Any] = _key(
+        "fields of the model's `config.json`; `--plan` needs them without the checkpoint, and they must agree with it",
+        default_factory=dict,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeConfig:
-    """One node of an explicit partition: half-open layer ranges [start, end), and where it computes."""
+    """One node of an explicit partition."""
 
-    layers: tuple[tuple[int, int], ...] | None = None
-    device: str | None = None
+    layers: tuple[tuple[int, int], ...] | None = _key(
+        "half-open ranges [start, end) of its layers, for every node or for none", None
+    )
+    device: str | None = _key("where it computes; `null`: as `runtime.device` says", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionConfig:
-    """How the layers are cut. `nodes` is empty (default plan) or has `num_nodes` entries."""
+    """How the layers are cut."""
 
-    num_nodes: int = _key(4, minimum=1)
-    wrap: bool = True
-    nodes: tuple[NodeConfig, ...] = ()
+    num_nodes: int = _key("torchrun's world size must be this, or 1", 4, minimum=1)
+    wrap: bool = _key("node 0 holds the first and the last layers; `false`: the head is on the last node", True)
+    nodes: tuple[NodeConfig, ...] = _key("empty, for the default plan, or one entry per node", ())
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
     """Which text, and the sliding-window protocol over its tokens."""
 
-    name: str = _key("pydoc", choices=("wikitext", "pydoc", "text"))
-    path: str | None = _key(None, path=True)
-    split: str = _key("test", choices=("test", "validation", "train"))
-    bos: str = _key("text", choices=("text", "window"))
-    first_k_tokens: int = _key(0, minimum=0)  # 0: all
-    max_length: int = _key(2048, minimum=2)
-    stride: int = _key(512, minimum=1)
+    name: str = _key(
+        "WikiText-2, the standard library's help texts, or a text file", "pydoc", choices=("wikitext", "pydoc", "text")
+    )
+    path: str | None = _key(
+        "a raw WikiText file, or any UTF-8 file for `text`; line ends (LF, CR LF, CR) and byte-order marks do not "
+        "change the text",
+        None,
+        path=True,
+    )
+    split: str = _key(
+        "of the hub's WikiText-2; of `pydoc`, whose `validation` is the docstrings of the library's modules. With "
+        "`dataset.path` the text is read as a whole",
+        "test",
+        choices=("test", "validation", "train"),
+    )
+    bos: str = _key("`window` puts a BOS token in front of every window", "text", choices=("text", "window"))
+    first_k_tokens: int = _key("cut the text; 0: all of it", 0, minimum=0)
+    max_length: int = _key("tokens of a window", 2048, minimum=2)
+    stride: int = _key("tokens from the start of a window to that of the next", 512, minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportanceConfig:
     """What importance metrics take beside their codec's options; which metric runs is the codec's choice."""
 
-    layers: str | Sequence[int] = "last"  # last or all of the sending stage, or indices in the model
-    seed: int = _key(0, minimum=0)
-    head_weights: str | None = _key(None, path=True)
-    oracle: str | None = _key(None, path=True)
+    layers: str | Sequence[int] = _key(
+        "layers of the sending stage whose attention a metric reads: `last`, `all`, or a list of layer numbers in "
+        "the model, of which each stage takes its own",
+        "last",
+    )
+    seed: int = _key("of the metric `random`", 0, minimum=0)
+    head_weights: str | None = _key(
+        "file of head relevances, for `head_weighted` and `head_weighted_causal`", None, path=True
+    )
+    oracle: str | None = _key("file of token importance, for `oracle`", None, path=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """How the run is carried out; nothing here changes a number or a payload byte."""
 
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    backend: str = _key("auto", choices=("auto", "gloo", "nccl"))
-    interface: str | None = None  # network interface that carries the links
-    threads: int = _key(0, minimum=0, maximum=1024)  # per rank; 0: cores // local ranks
-    timeout_s: float = _key(120.0, above=0, maximum=MAX_TIMEOUT_S)
-    load_timeout_s: float = _key(1800.0, above=0, maximum=MAX_TIMEOUT_S)
-    in_flight: int = _key(0, minimum=0)  # micro-batches between rank 0's first and last action; 0: num_nodes + 2
-    receives_ahead: int = _key(2, minimum=1, maximum=1024)
+    device: str = _key(
+        "`auto`, `cpu`, `cuda` (a GPU per local rank) or `cuda:N`; `auto` is `cuda` where there is one", "auto"
+    )
+    backend: str = _key(
+        "of the links; `auto` is `gloo`, with pinned buffers for GPUs. `nccl` needs a GPU per rank. Neither has been "
+        "run on GPUs yet; Gloo between CPUs has",
+        "auto",
+        choices=("auto", "gloo", "nccl"),
+    )
+    interface: str | None = _key(
+        "network interface that Gloo and NCCL bind to; needed on several machines whose host names are not known to "
+        "each other. `null`: loopback on one machine",
+        None,
+    )
+    threads: int = _key("per rank; 0: cores / local ranks", 0, minimum=0, maximum=1024)
+    timeout_s: float = _key(
+        "how long a silent rank is waited for, or a pass that does not move", 120.0, above=0, maximum=MAX_TIMEOUT_S
+    )
+    load_timeout_s: float = _key(
+        "the same while ranks download, convert and load", 1800.0, above=0, maximum=MAX_TIMEOUT_S
+    )
+    in_flight: int = _key(
+        "passes between rank 0's first and last stage; 0: `num_nodes` + 2, or what the links hold", 0, minimum=0
+    )
+    receives_ahead: int = _key("receives posted per link", 2, minimum=1, maximum=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """How a text's windows go through the ring: each at once, or with a cache as an answer's tokens do."""
 
-    mode: str = _key("window", choices=("window", "decode"))
-    decode_chunk: int = _key(1, minimum=1)  # tokens that a pass of mode decode scores at once
+    mode: str = _key(
+        "how a text is scored: `window`, each window in one pass, or `decode`, with a cache, as the tokens of an "
+        "answer pass",
+        "window",
+        choices=("window", "decode"),
+    )
+    decode_chunk: int = _key("tokens that a pass of mode `decode` scores at once", 1, minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,20 +226,52 @@ class GenerationConfig:
     (`models.sampling`).
     """
 
-    max_new_tokens: int = _key(128, minimum=1)
-    temperature: float | None = _key(None, minimum=0)  # 0: greedy; above: sampling
-    top_p: float | None = _key(None, minimum=0, maximum=1)
-    top_k: int | None = _key(None, minimum=0)  # 0: all tokens
-    min_p: float | None = _key(None, minimum=0, maximum=1)
-    repetition_penalty: float | None = _key(None, above=0)
-    stop: tuple[str, ...] = _key((), one_or_more=True)
-    seed: int = _key(0, minimum=0, maximum=MAX_SEED)
-    ignore_eos: bool = False
-    max_slots: int = _key(8, minimum=1, maximum=255)  # sequences at once
-    max_length: int = _key(0, minimum=0)  # positions of a slot, prompt and answer together; 0: see `slot_length`
-    prefill_chunk: int = _key(256, minimum=0)  # tokens of a prompt in one pass; 0: all
-    passes: int = _key(0, minimum=0)  # in flight; 0: automatic
-    deadline_s: float | None = _key(None, above=0, maximum=MAX_TIMEOUT_S)
+    max_new_tokens: int = _key("the longest answer, in tokens", 128, minimum=1)
+    temperature: float | None = _key(
+        "0: greedy, the likeliest token each time; above 0: sampling. `null`: the checkpoint's, greedy or sampling "
+        "as its `do_sample` says",
+        None,
+        minimum=0,
+    )
+    top_p: float | None = _key(
+        "sample from the likeliest tokens that together have this probability, after `top_k`. `null`: the checkpoint's",
+        None,
+        minimum=0,
+        maximum=1,
+    )
+    top_k: int | None = _key(
+        "sample from so many likeliest tokens, after the temperature; 0: all. `null`: the checkpoint's", None, minimum=0
+    )
+    min_p: float | None = _key(
+        "sample from tokens at least so many times as likely as the first, after `top_p`. `null`: the checkpoint's",
+        None,
+        minimum=0,
+        maximum=1,
+    )
+    repetition_penalty: float | None = _key(
+        "logits of tokens that the prompt or the answer holds are divided by it, or multiplied where negative; in "
+        "greedy answers too. `null`: the checkpoint's",
+        None,
+        above=0,
+    )
+    stop: tuple[str, ...] = _key("the answer ends in front of the first of these strings", (), one_or_more=True)
+    seed: int = _key(
+        "the same seed, prompt and options give the same answer, whatever else is in flight; several answers to one "
+        "prompt need a seed each",
+        0,
+        minimum=0,
+        maximum=MAX_SEED,
+    )
+    ignore_eos: bool = _key("do not end at an end-of-sequence token", False)
+    max_slots: int = _key("sequences at once", 8, minimum=1, maximum=255)
+    max_length: int = _key(
+        f"positions that a slot holds, prompt and answer together; 0: what the model has, at most {MAX_SLOT_LENGTH}",
+        0,
+        minimum=0,
+    )
+    prefill_chunk: int = _key("tokens of a prompt in one pass; 0: the whole prompt", 256, minimum=0)
+    passes: int = _key("passes in flight; 0: automatic", 0, minimum=0)
+    deadline_s: float | None = _key("how long a request may take", None, above=0, maximum=MAX_TIMEOUT_S)
 
     def slot_length(self, max_positions: int | None) -> int:
         """Positions of a slot in a model with `max_positions` (None: no bound). Raises ConfigError for too many.
@@ -188,10 +289,10 @@ class GenerationConfig:
 class WandbConfig:
     """Weights & Biases; off unless asked for."""
 
-    enabled: bool = False
-    project: str = "thinwire"
-    run_name: str | None = None
-    mode: str = _key("online", choices=("online", "offline"))
+    enabled: bool = _key("log runs to Weights & Biases", False)
+    project: str = _key("its project", "thinwire")
+    run_name: str | None = _key("name of the run; `null`: the record's id", None)
+    mode: str = _key("`offline` needs no account", "online", choices=("online", "offline"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,13 +302,25 @@ class RunConfig:
     model: ModelConfig = ModelConfig()
     partition: PartitionConfig = PartitionConfig()
     dataset: DatasetConfig = DatasetConfig()
-    compressor: str | Mapping[str, Any] = "none"
-    compressor_per_link: Mapping[str, Any] = _key(default_factory=dict)
-    compressor_decode: str | Mapping[str, Any] | None = None  # of sampled tokens; None: as the link's other frames
+    compressor: str | Mapping[str, Any] = _key(
+        "a codec: a name, `name(option=value, inner=...)`, or a mapping with `name`", "none"
+    )
+    compressor_per_link: Mapping[str, Any] = _key(
+        "link name -> codec, in place of `compressor`", default_factory=dict
+    )
+    compressor_decode: str | Mapping[str, Any] | None = _key(
+        "codec of frames whose tokens were sampled one at a time, on every link; `null`: the codec of the link's "
+        "other frames",
+        None,
+    )
     importance: ImportanceConfig = ImportanceConfig()
-    batch_size: int = _key(1, minimum=1)
-    measure_error: bool = False  # of the reconstruction on each link; its time does not count as encoding
-    exp_dir: str = _key("results", path=True)
+    batch_size: int = _key("windows per micro-batch", 1, minimum=1)
+    measure_error: bool = _key(
+        "decode every frame at its sender once more, and record each link's relative squared error; the time does "
+        "not count as encoding. Sweeps set it",
+        False,
+    )
+    exp_dir: str = _key("where records, per-token files and journals go", "results", path=True)
     evaluation: EvaluationConfig = EvaluationConfig()
     generation: GenerationConfig = GenerationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
