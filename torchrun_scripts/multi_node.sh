@@ -4,7 +4,7 @@
 # RENDEZVOUS is an address of one of the machines ([fd00::1]:29500 with IPv6), which is to start within a minute of the
 # others; INTERFACE the network interface that carries the links, RANKS_PER_NODE the ranks on each machine (1). torchrun
 # decides which machine is rank 0; record and journal are written there. Neither the rendezvous nor the links are
-# authenticated or encrypted: use a private network (see README, Security).
+# authenticated or encrypted: use a private network (docs/security.md).
 set -eu
 cd "$(dirname "$0")/.."
 : "${RENDEZVOUS:?set it to HOST:PORT of one of the machines}"

@@ -4,7 +4,7 @@
 values through the rendezvous store, never through pickled objects. What watches for ranks that die or hang is
 `watchdog.py`.
 
-The groups have neither authentication nor encryption; see the README.
+The groups have neither authentication nor encryption; see docs/security.md.
 """
 
 from __future__ import annotations

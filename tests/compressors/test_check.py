@@ -306,7 +306,3 @@ def test_the_example_for_codec_writers(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sign: causal, fixed size, 1.028 bits a value" in done.stdout
     assert len([line for line in EXAMPLE.splitlines() if line.strip()]) <= 20
-
-
-def test_the_readme_shows_the_same_example():
-    assert EXAMPLE in (ROOT / "README.md").read_text()
