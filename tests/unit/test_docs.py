@@ -36,7 +36,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 MAX_README_LINES = 140
 
-Figures = dict[str, dict[str, list[float]]]  # by what a row's first cell says, then by heading
+# By what a row's first cell says, then by heading; a string where a cell is words.
+Figures = dict[str, dict[str, list[float] | str]]
 
 
 def pages(with_what: re.Pattern[str]) -> list[Path]:
@@ -64,8 +65,10 @@ class TestFigures:
                     problem = self.problem(cell, known[label].get(heading, []))
                     assert problem is None, f"{name(page)}, {label}, {heading}: {problem}"
 
-    def problem(self, cell: str, expected: list[float]) -> str | None:
+    def problem(self, cell: str, expected: list[float] | str) -> str | None:
         """Why the figures of a cell are not those expected, at the precision that it shows. An empty cell is none."""
+        if isinstance(expected, str):
+            return None if cell == expected else f"says {cell!r}, not {expected!r}"
         shown = list(self.FIGURE.finditer(cell))
         if cell and (not shown or len(shown) != len(expected)):
             return f"shows {cell!r}, the records have {expected}"
@@ -88,6 +91,7 @@ class TestFigures:
             ("-0.33", [0.33]),
             ("0.33", []),
             ("none", [0.33]),
+            ("one sequence", "two sequences"),
         ],
     )
     def test_a_wrong_cell_is_found(self, cell, expected):
@@ -96,8 +100,8 @@ class TestFigures:
     def test_every_record_is_shown(self):
         markers = [found["paths"] for page in PAGES for found in self.MARKER.finditer(page.read_text())]
         shown = {Path(path).stem for paths in markers for path in paths.split(", ")}
-        of_codecs = {"smollm2_published_table", "smollm2_klt", "gemma3_270m_klt"}
-        assert shown >= of_codecs | {"smollm2_token_importance", "smollm2_importance_cost"}
+        records = {path.stem for path in (ROOT / "docs/results").glob("*.json") if not path.stem.startswith("gpu_")}
+        assert len(records) >= 7 and shown >= records
 
     def test_every_codec_has_a_row(self):
         (table,) = re.findall(r"\| name \| what it sends.*\n((?:\|.*\n)+)", (ROOT / "docs/codecs.md").read_text())
@@ -120,8 +124,9 @@ def figures(paths: list[str]) -> Figures:
     known: Figures = defaultdict(dict)
     for path in paths:
         record = json.loads((ROOT / path).read_text())
-        kinds = {"rows": of_codecs, "points": of_importance, "T=1024": of_costs, "columns": of_publication}
-        read = next(kind for key, kind in reversed(kinds.items()) if key in record)
+        kinds = {"columns": of_publication, "points": of_importance, "T=1024": of_costs}
+        kinds |= {"new_tokens": of_generated_text, "runs": of_generation_speed, "rows": of_codecs}
+        read = next(kind for key, kind in kinds.items() if key in record)
         for label, by_heading in read(record).items():
             known[label] |= by_heading
     return known
@@ -191,6 +196,37 @@ def of_costs(record: dict) -> Figures:
         contender: {"time": [cost["time_ratio"]], "peak memory of the pass": [cost["memory_ratio"]]}
         for contender, cost in record["T=1024"].items()
     }
+
+
+def of_generated_text(record: dict) -> Figures:
+    uncompressed = next(row for row in record["rows"] if row["codec"] == "none")
+    return {
+        row["codec"]: {
+            "tokens equal": [row["equal_share"]],
+            "text's perplexity": [row["text_ppl"]],
+            "decode-mode perplexity": [row["decode_ppl"]],
+            "bytes/token/link": [row["bytes_per_token"]],
+            "header bytes/token/link": [row["header_bytes_per_token"]],
+            "time/token": [row["tpot_s"] / uncompressed["tpot_s"]],
+        }
+        for row in record["rows"]
+    }
+
+
+def of_generation_speed(record: dict) -> Figures:
+    headings = {
+        ("fp32", "PASSIVE"): "float32",
+        ("fp32", "not set"): "float32, threads that spin",
+        ("bf16", "PASSIVE"): "bfloat16, one round",
+    }
+    known: Figures = defaultdict(dict)
+    for run in record["runs"]:
+        speeds = run["tokens_per_s"]
+        for case, speed in speeds.items():
+            against = "generate, batch of eight" if "eight" in case else "generate, one sequence"
+            known[case]["against"] = against
+            known[case][headings[run["dtype"], run["omp_wait_policy"]]] = [speed / speeds[against]]
+    return known
 
 
 class TestLinks:
