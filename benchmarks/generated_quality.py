@@ -25,7 +25,8 @@ from pipeline.config.options import OptionParser, path_option
 from pipeline.config.schema import DEMO_MODEL
 from pipeline.data.text import load_text
 from pipeline.models.source import resolve_model
-from pipeline.records.store import software_versions, write_json
+from pipeline.records.environment import software_versions
+from pipeline.records.files import write_json
 
 NUM_RANKS = 4
 CODECS = (

@@ -18,10 +18,13 @@ from pipeline.evaluation.job import Job
 from pipeline.evaluation.progress import Progress
 from pipeline.evaluation.tracking import Tracker
 from pipeline.models.stage import Scores
-from pipeline.records.environment import environment_changes
+from pipeline.records.environment import environment_changes, software_versions
+from pipeline.records.files import RecordError
+from pipeline.records.identity import make_run_id
 from pipeline.records.journal import FinishedMicroBatch, Journal
+from pipeline.records.labels import model_label
 from pipeline.records.perplexity import perplexity, sum_nll
-from pipeline.records.store import RecordError, make_run_id, model_label, software_versions, write_record
+from pipeline.records.store import write_record
 from pipeline.records.traffic import LinkTraffic, per_link_record, traffic_totals
 from pipeline.runtime.devices import shared_gpus
 from pipeline.runtime.timing import CACHED_TOKENS

@@ -22,15 +22,11 @@ from pipeline.evaluation.progress import SweepProgress
 from pipeline.evaluation.tracking import Tracker
 from pipeline.partition.schedule import ScheduleError
 from pipeline.records.environment import environment_changes
+from pipeline.records.files import RecordError
+from pipeline.records.identity import digest_of
 from pipeline.records.journal import Journal
-from pipeline.records.store import (
-    RecordError,
-    config_label,
-    digest_of,
-    failure_path,
-    read_record,
-    write_failure,
-)
+from pipeline.records.labels import config_label
+from pipeline.records.store import failure_path, read_record, write_failure
 from pipeline.report.recommendation import Outlook
 from pipeline.report.results import read_own_per_token, read_whole_record
 from pipeline.report.summary import write_report

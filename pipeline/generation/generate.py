@@ -21,7 +21,7 @@ from pipeline.generation.record import generation_record, write_generation_recor
 from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
 from pipeline.generation.ring import GenerationRing
 from pipeline.generation.scheduler import Scheduler
-from pipeline.records.store import digest_of
+from pipeline.records.identity import digest_of
 from pipeline.runtime.deployment import Deployment
 
 __all__ = ["Generated", "generate", "make_request_maker", "make_scheduler"]

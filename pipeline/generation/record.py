@@ -9,7 +9,10 @@ from typing import Any
 
 from pipeline.generation.answer import Answer, quantile
 from pipeline.generation.ring import GenerationRing
-from pipeline.records.store import make_run_id, model_label, software_versions, write_json
+from pipeline.records.environment import software_versions
+from pipeline.records.files import write_json
+from pipeline.records.identity import make_run_id
+from pipeline.records.labels import model_label
 from pipeline.report.generation import KIND, SCHEMA_VERSION
 
 __all__ = ["generation_record", "write_generation_record"]

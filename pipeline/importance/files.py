@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from pipeline.records.store import disk_problem, write_whole
+from pipeline.records.files import disk_problem, write_whole
 
 __all__ = [
     "ImportanceFileError",

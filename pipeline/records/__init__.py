@@ -1,3 +1,3 @@
-"""What a run leaves on disk: the record and its per-token file (`store`, `schema`), the journal of a run that has not
-ended (`journal`), and the sums that stand in them (`traffic`, `perplexity`). Plain Python.
+"""What a run leaves on disk: records and the per-token file (`store`), the journal of a run that has not ended (`journal`),
+the sums that stand in them (`traffic`, `perplexity`), and how files are written (`files`). Plain Python.
 """

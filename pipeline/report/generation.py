@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.records.store import RecordError, codec_label, model_label
+from pipeline.records.files import RecordError
+from pipeline.records.labels import codec_label, model_label
 
 __all__ = ["HEADINGS", "KIND", "SCHEMA_VERSION", "GeneratedRun", "read_generation"]
 

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.options import OptionParser, path_option
-from pipeline.records.store import check_writable, model_label, write_figure, write_json
+from pipeline.records.files import check_writable, write_figure, write_json
+from pipeline.records.labels import model_label
 from pipeline.report.quality import compare
 from pipeline.report.results import is_uncompressed, load_files, read_own_per_token, setting_key
 

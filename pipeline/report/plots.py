@@ -11,7 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from pipeline.records.store import codec_labels, model_label, write_figure
+from pipeline.records.files import write_figure
+from pipeline.records.labels import codec_labels, model_label
 
 __all__ = ["plot_rate_quality"]
 

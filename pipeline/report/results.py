@@ -18,18 +18,11 @@ import numpy as np
 
 from pipeline.config.schema import ModelConfig
 from pipeline.records.environment import environment_changes
+from pipeline.records.files import RecordError, disk_problem
+from pipeline.records.identity import digest_of
+from pipeline.records.labels import codec_label, model_label
 from pipeline.records.schema import schema_problem
-from pipeline.records.store import (
-    RecordError,
-    codec_label,
-    digest_of,
-    disk_problem,
-    model_label,
-    read_failure,
-    read_kind,
-    read_per_token,
-    read_record,
-)
+from pipeline.records.store import read_failure, read_kind, read_per_token, read_record
 from pipeline.report.generation import KIND, GeneratedRun, read_generation
 from pipeline.report.prediction import PipelineCosts
 from pipeline.report.quality import Quality, compare

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.records.store import RecordError, codec_labels, disk_problem, write_whole
+from pipeline.records.files import RecordError, disk_problem, write_whole
+from pipeline.records.labels import codec_labels
 from pipeline.report.generation import HEADINGS
 from pipeline.report.html_page import html_page
 from pipeline.report.recommendation import Outlook, recommendation_text

@@ -3,8 +3,9 @@
 import numpy as np
 
 from pipeline.partition.plan import default_plan
+from pipeline.records.files import write_json
 from pipeline.records.perplexity import perplexity
-from pipeline.records.store import write_json, write_record
+from pipeline.records.store import write_record
 
 PLAN = default_plan(8, 4)
 HIDDEN_SIZE = 64

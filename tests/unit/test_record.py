@@ -4,16 +4,10 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.records.store import (
-    RecordError,
-    check_writable,
-    codec_label,
-    digest_of,
-    make_run_id,
-    read_per_token,
-    read_record,
-    write_record,
-)
+from pipeline.records.files import RecordError, check_writable
+from pipeline.records.identity import digest_of, make_run_id
+from pipeline.records.labels import codec_label
+from pipeline.records.store import read_per_token, read_record, write_record
 
 PER_TOKEN = {"loss": np.arange(3, dtype=np.float32)} | dict.fromkeys(("top1", "window"), np.arange(3, dtype=np.int32))
 

@@ -1,4 +1,4 @@
-from pipeline.records.store import codec_labels
+from pipeline.records.labels import codec_labels
 from pipeline.report.summary import load_records, print_summary, summary_rows
 
 

@@ -17,8 +17,9 @@ from compressors.klt.calibration_file import write_calibration, write_token_tabl
 from pipeline.analysis.plots import plot_heads
 from pipeline.importance.files import write_head_relevance, write_token_importance
 from pipeline.models.staging import stage_directory
+from pipeline.records.files import RecordError, check_writable, write_json, write_whole
 from pipeline.records.journal import FinishedMicroBatch, Journal
-from pipeline.records.store import RecordError, check_writable, write_failure, write_json, write_record, write_whole
+from pipeline.records.store import write_failure, write_record
 from pipeline.report.plots import plot_rate_quality
 from pipeline.report.recommendation import Outlook
 from pipeline.report.results import load_records
