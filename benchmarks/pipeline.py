@@ -170,7 +170,7 @@ def _run_thinwire(config: RunConfig, deployment: Deployment) -> Run | None:
     if path is None:
         return None
     record = read_record(path)
-    return Run(record["time_run_s"], record["results"]["total_nll"], read_per_token(path)["loss"])
+    return Run(record.time_run_s, record.results.total_nll, read_per_token(path)["loss"])
 
 
 def _measure(

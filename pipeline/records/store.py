@@ -1,66 +1,70 @@
-"""A run's results on disk: one strict JSON record, and beside it a safetensors file with a row per scored token.
+"""Records on disk: a strict JSON file each, and beside an evaluation's a safetensors file with a row per scored token.
 
-Numbers that JSON cannot hold (NaN, infinity) are written as null and flagged. Files appear whole or not at all.
-Reports read these files and nothing else.
+Between the models, which say what is in a record, and the folders that reports read. Files appear whole or not at all.
+What is no record, or is damaged, is a RecordError; nothing else is raised for the content of a file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 from safetensors.numpy import load_file, save
 
-from pipeline.records.files import RecordError, disk_problem, write_json, write_whole
+from pipeline.records.base import problem_in
+from pipeline.records.failed_point import FAILURE_KIND, FailedPoint
+from pipeline.records.files import RecordError, disk_problem, write_whole
+from pipeline.records.generation_record import GENERATION_KIND, GenerationRecord
+from pipeline.records.migrations import lift
+from pipeline.records.run_record import RUN_KIND, RunRecord
 
 __all__ = [
+    "AnyRecord",
     "failure_path",
+    "read_any",
     "read_failure",
-    "read_kind",
+    "read_generation",
     "read_per_token",
     "read_record",
     "write_failure",
+    "write_generation",
     "write_record",
 ]
 
-SCHEMA_VERSION = 1
-FAILURE_KIND = "failed point"
-_REQUIRED_KEYS = ("schema_version", "run_id", "args", "results", "traffic_totals", "traffic_per_link", "time_run_s")
+AnyRecord = RunRecord | GenerationRecord | FailedPoint
+
+_MODELS: dict[str, type[AnyRecord]] = {
+    RUN_KIND: RunRecord,
+    GENERATION_KIND: GenerationRecord,
+    FAILURE_KIND: FailedPoint,
+}
 _PER_TOKEN = {"loss": np.dtype(np.float32), "top1": np.dtype(np.int32), "window": np.dtype(np.int32)}
 _MAX_BYTES = 64 << 20  # far beyond any record; what is larger is not even read
 
 
-def write_record(folder: Path, record: Mapping[str, Any], per_token: Mapping[str, np.ndarray]) -> Path:
+def write_record(folder: Path, record: RunRecord, per_token: Mapping[str, np.ndarray]) -> Path:
     """Write `<run_id>.safetensors`, then `<run_id>.json`; returns the latter's path.
 
     A run id that is taken gets a number behind it. Raises RecordError when the disk does not take it.
     """
-    run_id, attempt = record["run_id"], 1
+    run_id, attempt = record.run_id, 1
     while (folder / f"{run_id}.json").exists():
         attempt += 1
-        run_id = f"{record['run_id']}-{attempt}"
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        **record,
-        "run_id": run_id,
-        "finished_at": datetime.datetime.now(datetime.UTC).isoformat(),
-        "per_token_file": f"{run_id}.safetensors",
-    }
-    finite, content = _finite(content)
-    content["finite"] = finite
+        run_id = f"{record.run_id}-{attempt}"
+    record = record.model_copy(update={"run_id": run_id, "per_token_file": f"{run_id}.safetensors"})
     path = folder / f"{run_id}.json"
+    content = _content(record)
     try:
         write_whole(path.with_suffix(".safetensors"), save(dict(per_token)))
     except OSError as e:
         raise RecordError(f"the record {path} cannot be written: {disk_problem(e)}") from e
     try:
-        write_json(path, content)
+        _write(path, content)
     except RecordError:
         with contextlib.suppress(OSError):
             path.with_suffix(".safetensors").unlink()
@@ -68,16 +72,59 @@ def write_record(folder: Path, record: Mapping[str, Any], per_token: Mapping[str
     return path
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Read a record back. Raises RecordError for anything else."""
-    record = _read_json(path)
-    missing = [key for key in _REQUIRED_KEYS if not isinstance(record, dict) or key not in record]
-    if missing:
-        raise RecordError(f"{path} is not a run record: it lacks {', '.join(missing)}")
-    if record["schema_version"] != SCHEMA_VERSION:
-        found = str(record["schema_version"])[:40]
-        raise RecordError(f"{path} has schema version {found}, this program reads {SCHEMA_VERSION}")
+def write_generation(folder: Path, record: GenerationRecord) -> Path:
+    """Write `<run_id>.json`; returns its path. Raises RecordError when the disk does not take it."""
+    return _write(folder / f"{record.run_id}.json", _content(record))
+
+
+def write_failure(folder: Path, failure: FailedPoint) -> Path:
+    """Write `failed-<failure_id>.json`, in place of an older one; returns its path. Raises RecordError."""
+    return _write(failure_path(folder, failure.failure_id), _content(failure))
+
+
+def failure_path(folder: Path, failure_id: str) -> Path:
+    """Where `write_failure` puts a failure."""
+    return folder / f"failed-{failure_id}.json"
+
+
+def read_any(path: Path) -> AnyRecord:
+    """Read a record of whatever kind and version. Raises RecordError for anything else."""
+    value = _read_json(path)
+    try:
+        lifted = lift(value)
+        kind = lifted.get("kind")
+        if not isinstance(kind, str) or kind not in _MODELS:
+            raise ValueError(f"kind is {str(kind)[:40]!r}, not {', '.join(map(repr, _MODELS))}")
+        return _MODELS[kind].model_validate_json(json.dumps(lifted))
+    except ValidationError as e:
+        raise RecordError(f"{path} is not a complete record: {problem_in(e)}") from e
+    except (ValueError, RecursionError) as e:
+        raise RecordError(f"{path} is not a record: {e}") from e
+
+
+def read_record(path: Path) -> RunRecord:
+    """Read an evaluation's record. Raises RecordError for anything else."""
+    record = read_any(path)
+    if not isinstance(record, RunRecord):
+        raise RecordError(f"{path} is not the record of an evaluation: its kind is {record.kind!r}")
     return record
+
+
+def read_generation(path: Path) -> GenerationRecord:
+    """Read the record of a run that answered prompts. Raises RecordError for anything else."""
+    record = read_any(path)
+    if not isinstance(record, GenerationRecord):
+        raise RecordError(f"{path} is not the record of answers: its kind is {record.kind!r}")
+    return record
+
+
+def read_failure(path: Path) -> FailedPoint | None:
+    """What `write_failure` wrote; None for any other file."""
+    try:
+        record = read_any(path)
+    except RecordError:
+        return None
+    return record if isinstance(record, FailedPoint) else None
 
 
 def read_per_token(record_path: Path) -> dict[str, np.ndarray]:
@@ -103,41 +150,22 @@ def read_per_token(record_path: Path) -> dict[str, np.ndarray]:
     return columns
 
 
-def write_failure(folder: Path, failure: Mapping[str, Any]) -> Path:
-    """Write `failed-<failure_id>.json`: that a point of a sweep has failed, and why; replaces an older one.
-
-    `failure` has `failure_id`, `label`, `error` and `args`. Raises RecordError.
-    """
-    path = failure_path(folder, failure["failure_id"])
-    write_json(
-        path,
-        {
-            "schema_version": SCHEMA_VERSION,
-            "kind": FAILURE_KIND,
-            **failure,
-            "finished_at": datetime.datetime.now(datetime.UTC).isoformat(),
-        },
-    )
-    return path
-
-
-def failure_path(folder: Path, failure_id: str) -> Path:
-    """Where `write_failure` puts a failure."""
-    return folder / f"failed-{failure_id}.json"
-
-
-def read_failure(path: Path) -> dict[str, Any] | None:
-    """What `write_failure` wrote; None for any other file."""
-    return read_kind(path, FAILURE_KIND)
-
-
-def read_kind(path: Path, kind: str) -> dict[str, Any] | None:
-    """A JSON file that says it is of this kind; None for any other file."""
+def _content(record: AnyRecord) -> bytes:
+    """The file of a record. Raises RuntimeError for one that could not be read back, naming the key: a bug."""
+    text = json.dumps(record.model_dump(mode="json"), indent=1, allow_nan=False)
     try:
-        value = _read_json(path)
-    except RecordError:
-        return None
-    return value if isinstance(value, dict) and value.get("kind") == kind else None
+        type(record).model_validate_json(text)
+    except ValidationError as e:
+        raise RuntimeError(f"a record that nobody could read is not written: {problem_in(e)}; this is a bug") from e
+    return text.encode()
+
+
+def _write(path: Path, content: bytes) -> Path:
+    try:
+        write_whole(path, content)
+    except OSError as e:
+        raise RecordError(f"{path} cannot be written: {disk_problem(e)}") from e
+    return path
 
 
 def _read_json(path: Path) -> Any:
@@ -157,16 +185,3 @@ def _read_json(path: Path) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def _finite(value: Any) -> tuple[bool, Any]:
-    """`value` with non-finite floats replaced by None, and whether there was none."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return False, None
-    if isinstance(value, Mapping):
-        parts = {str(key): _finite(item) for key, item in value.items()}
-        return all(ok for ok, _ in parts.values()), {key: item for key, (_, item) in parts.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_finite(item) for item in value]
-        return all(ok for ok, _ in items), [item for _, item in items]
-    return True, value
