@@ -115,11 +115,13 @@ class Recorder:
             squared_error = tuple(map(tuple, self._job.control.take(keys)))
         self.journal.finish(FinishedMicroBatch(payload_bytes, loss, top1, squared_error, num_frames, header_bytes))
         microbatch = self._job.microbatches[microbatch_index]
+        assert self._progress is not None, "begin comes first"
         self._progress.add(num_tokens=microbatch.num_tokens, loss=loss, payload_bytes=payload_bytes)
 
     def finish(self, reports: Sequence[dict[str, Any]], first: int) -> Path:
         """Write the record; `first` is the micro-batch with which this session began."""
         time_run_s = self.journal.elapsed_s
+        assert self._progress is not None, "begin comes first"
         self._progress.close()
         self._check_traffic(reports, first)
         record = self._record(reports, time_run_s, first)

@@ -71,7 +71,7 @@ def run_points(sweep: Sweep, config: RunConfig, deployment: Deployment) -> Sweep
         result.num_run += was_run
         if recorder and error is not None:
             result.failures.append(recorder.fail(point, config, label, error, was_run))
-        elif recorder:
+        elif recorder and path is not None:
             recorder.finish(point, config, path, was_run)
             if path not in result.records:
                 result.records.append(path)
@@ -105,7 +105,7 @@ def _run_point(
             error = str(e)
     told = control.gather({"error": error, "finished": finished and str(finished)})
     errors = [one["error"] for one in told if one["error"] is not None]
-    if errors:
+    if evaluation is None or errors:
         return None, errors[0], False
     if told[0]["finished"]:
         return finished, None, False

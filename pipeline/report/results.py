@@ -158,7 +158,7 @@ def read_results(paths: Sequence[Path]) -> Results:
     groups: dict[str, list[tuple[Path, RunRecord]]] = {}
     for path, record in files.records:
         groups.setdefault(setting_key(record), []).append((path, record))
-    settings = []
+    settings: list[Setting] = []
     for members in groups.values():
         baseline = next((member for member in members if is_uncompressed(member[1])), None)
         points = tuple(_points(members, baseline))
@@ -189,13 +189,17 @@ def recommend(setting: Setting, max_ppl_increase: float) -> Recommendation:
     baseline's. Codecs that are not causal are left out: their perplexity is flattered.
     """
     limit = 1 + max_ppl_increase
-    fit = [
-        p for p in setting.points
-        if p.quality and p.quality.ppl_ratio <= limit and p.record.causal and p.bytes_per_token is not None
-    ]  # fmt: skip
-    certain = [p for p in fit if p.uncompressed or (p.quality.ppl_interval and p.quality.ppl_interval[1] <= limit)]
-    cheapest = [min(points, key=lambda p: p.bytes_per_token, default=None) for points in (fit, certain)]
-    return Recommendation(cheapest=cheapest[0], certain=cheapest[1])
+    fit, certain = [], []  # (bytes per token, place, point)
+    for place, point in enumerate(setting.points):
+        nbytes, quality = point.bytes_per_token, point.quality
+        if quality and quality.ppl_ratio <= limit and point.record.causal and nbytes is not None:
+            fit.append((nbytes, place, point))
+            if point.uncompressed or (quality.ppl_interval and quality.ppl_interval[1] <= limit):
+                certain.append((nbytes, place, point))
+    return Recommendation(
+        cheapest=min(fit)[2] if fit else None,
+        certain=min(certain)[2] if certain else None,
+    )
 
 
 def _read_files(paths: Sequence[Path]) -> _Files:
@@ -227,8 +231,9 @@ def _points(
     members: Sequence[tuple[Path, RunRecord]], baseline: tuple[Path, RunRecord] | None
 ) -> Iterator[MeasuredPoint]:
     """The points of one setting, compared with its baseline token by token."""
-    uncompressed, problem = None, "no uncompressed point of the same model, text and protocol"
+    baseline_path, uncompressed, problem = None, None, "no uncompressed point of the same model, text and protocol"
     if baseline is not None:
+        baseline_path = baseline[0]
         try:
             uncompressed = read_own_per_token(*baseline)
         except RecordError as e:
@@ -237,7 +242,7 @@ def _points(
         quality, note = None, problem
         if uncompressed is not None:
             try:
-                own = uncompressed if path == baseline[0] else read_own_per_token(path, record)
+                own = uncompressed if path == baseline_path else read_own_per_token(path, record)
                 quality, note = compare(uncompressed, own), ""
             except ValueError as e:  # RecordError too
                 note = str(e)
