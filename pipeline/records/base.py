@@ -44,11 +44,12 @@ class Part(BaseModel):
 
     @classmethod
     def from_plain(cls, value: Any) -> Self:
-        """Of plain values as JSON would hold them: tuples as lists, numbers that are not finite as null.
+        """Of plain values as JSON would hold them: tuples as lists, numbers that are not finite as null, bytes that are
+        no text escaped.
 
         Raises ValidationError.
         """
-        return cls.model_validate_json(json.dumps(_finite(value)))
+        return cls.model_validate_json(json.dumps(_plain(value)))
 
 
 class OpenPart(Part):
@@ -124,12 +125,12 @@ def _short(value: Any) -> str:
         return f"{type(value).__name__} that cannot be shown"
 
 
-def _finite(value: Any) -> Any:
-    """`value` with non-finite floats replaced by None."""
+def _plain(value: Any) -> Any:
+    """`value` as strict JSON can hold it."""
     if isinstance(value, float):
         return finite_or_none(value)
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {_escape(str(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+        return [_plain(item) for item in value]
+    return _escape(value)

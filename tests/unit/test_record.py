@@ -127,8 +127,10 @@ def test_options_of_a_codec_are_its_own():
 
 
 def test_words_that_are_no_text_are_kept_readable(tmp_path):
-    failure = FailedPoint(failure_id="1", label="x", error="no file \udcff", args={}, finished_at=now())
-    assert read_failure(write_failure(tmp_path, failure)).error == "no file \\udcff"
+    words = {"failure_id": "1", "label": "x", "error": "no file \udcff", "args": {}, "finished_at": now()}
+    for failure in (FailedPoint(**words), FailedPoint.from_plain(words | {"args": {"\ud800": "\udcff"}})):
+        back = read_failure(write_failure(tmp_path, failure))
+        assert back.error == "no file \\udcff" and json.dumps(dict(back.args)) in ("{}", r'{"\\ud800": "\\udcff"}')
 
 
 @pytest.mark.parametrize(
