@@ -191,8 +191,8 @@ def show_sweep(sweep: Sweep, config: RunConfig, result: SweepResult) -> None:
 
     print_summary(result.records)
     for path in result.failures:
-        failure = read_failure(path)
-        print(f"failed: {failure['label']}: {failure['error']}", file=sys.stderr)
+        if failure := read_failure(path):
+            print(f"failed: {failure.label}: {failure.error}", file=sys.stderr)
     if result.num_run and result.records:
         write_page(sweep, config, result)
 

@@ -27,6 +27,7 @@ import yaml
 from safetensors import safe_open
 
 from pipeline.config.options import path_option
+from pipeline.records.store import read_record
 
 NUM_RANKS = 4
 CALIBRATION_TOKENS = 2048
@@ -185,7 +186,7 @@ def compare(before: Mapping[str, Path], after: Mapping[str, Path], other_headers
         if name not in after:
             yield f"{name}: no record"
             continue
-        old, new = (json.loads(p.read_text()) for p in (path, after[name]))
+        old, new = (read_record(p).model_dump(mode="json") for p in (path, after[name]))
         if other_headers:
             old, new = without_headers(old), without_headers(new)
         yield from (f"{name}: {key} is {new[key]}, was {old[key]}" for key in COMPARED_KEYS if old[key] != new.get(key))

@@ -25,7 +25,10 @@ from pipeline.config.options import OptionParser, path_option
 from pipeline.config.schema import DEMO_MODEL
 from pipeline.data.text import load_text
 from pipeline.models.source import resolve_model
-from pipeline.records.store import software_versions, write_json
+from pipeline.records.environment import software_versions
+from pipeline.records.files import write_json
+from pipeline.records.generation_record import GenerationRecord
+from pipeline.records.store import read_generation, read_record
 
 NUM_RANKS = 4
 CODECS = (
@@ -53,16 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, codec in enumerate(CODECS):
         spec, folder = codec.format(calibration=arguments.calibration), arguments.out / f"{number}"
         answers, record = generate(spec, prompts, folder, arguments.new_tokens)
-        links = record["traffic_per_link"].values()
-        crossings = sum(link["tokens"] for link in links)
+        links = record.traffic_per_link.values()
+        crossings = sum(link.tokens for link in links)
         rows.append(
             {
                 "codec": codec.replace("calibration={calibration}, ", ""),
                 "answers": [answers[line] for line in sorted(answers)],
                 "decode_ppl": decode_perplexity(spec, folder, arguments.scored_tokens),
-                "bytes_per_token": sum(link["payload_bytes"] for link in links) / crossings,
-                "header_bytes_per_token": sum(link["header_bytes"] for link in links) / crossings,
-                "tpot_s": record["results"]["tpot_s"]["median"],
+                "bytes_per_token": sum(link.payload_bytes for link in links) / crossings,
+                "header_bytes_per_token": sum(link.header_bytes for link in links) / crossings,
+                "tpot_s": record.results.tpot_s.median,
             }
         )
         print(f"{rows[-1]['codec']} done", file=sys.stderr, flush=True)
@@ -104,14 +107,14 @@ def make_prompts(num: int) -> list[str]:
     return long_enough[::step][:num]
 
 
-def generate(codec: str, prompts: Path, folder: Path, new_tokens: int) -> tuple[dict[int, Any], Mapping[str, Any]]:
+def generate(codec: str, prompts: Path, folder: Path, new_tokens: int) -> tuple[dict[int, Any], GenerationRecord]:
     settings = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": "true", "max_length": 256}
     words = [word for key, value in settings.items() for word in ("--set", f"generation.{key}={value}")]
     run(codec, folder, *words, "--generate", str(prompts))
     (path,) = folder.glob("answers-*.jsonl")
     (record,) = folder.glob("*-generation-*.json")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {line["line"]: line for line in lines}, json.loads(record.read_text())
+    return {line["line"]: line for line in lines}, read_generation(record)
 
 
 def decode_perplexity(codec: str, folder: Path, num_tokens: int) -> float:
@@ -120,7 +123,7 @@ def decode_perplexity(codec: str, folder: Path, num_tokens: int) -> float:
     windows = ("--first_k_tokens", str(num_tokens), "--max_length", "512", "--stride", "256")
     run(codec, folder / "decode", *words, *windows)
     (record,) = (folder / "decode").glob("*.json")
-    return json.loads(record.read_text())["results"]["avg_ppl"]
+    return read_record(record).results.avg_ppl
 
 
 def run(codec: str, folder: Path, *words: str) -> None:

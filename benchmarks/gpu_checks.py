@@ -233,16 +233,16 @@ def four_ranks(device: torch.device, figures: Figures) -> None:
             _run_ranks(ranks, [*arguments, "--sweep", str(sweep), "--exp_dir", str(results)])
             for path in sorted(results.glob("*.json")):
                 record = read_record(path)
-                codec = record["args"]["config"]["compressor"]
+                codec = record.args.config.compressor
                 losses.setdefault(codec, []).append(torch.from_numpy(read_per_token(path)["loss"]))
                 figures[f"{codec}, {ranks} ranks"] = {
-                    "perplexity": record["results"]["avg_ppl"],
-                    "tokens_per_s": record["tokens_per_s"],
-                    "backend": record["backend"],
-                    "gpus": len({rank["gpu"] for rank in record["ranks"]}),
-                    "peak_cuda_mib": sum(rank["peak_cuda_bytes"] or 0 for rank in record["ranks"]) / 2**20,
-                    "cuda_in_use_mib": max(rank["cuda_in_use_bytes"] or 0 for rank in record["ranks"]) / 2**20,
-                    "notes": "; ".join(record["notes"]),
+                    "perplexity": record.results.avg_ppl,
+                    "tokens_per_s": record.tokens_per_s,
+                    "backend": record.backend,
+                    "gpus": len({rank.gpu for rank in record.ranks}),
+                    "peak_cuda_mib": sum(rank.peak_cuda_bytes or 0 for rank in record.ranks) / 2**20,
+                    "cuda_in_use_mib": max(rank.cuda_in_use_bytes or 0 for rank in record.ranks) / 2**20,
+                    "notes": "; ".join(record.notes),
                 }
         for codec, (one, four) in losses.items():
             difference = (one - four).abs().max().item()

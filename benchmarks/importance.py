@@ -25,7 +25,7 @@ from pipeline.importance.metrics import METRICS, AttentionMetric, Metric, Metric
 from pipeline.models.loading import load_model_config, load_stage
 from pipeline.models.source import resolve_model
 from pipeline.models.stage import Stage
-from pipeline.records.store import software_versions
+from pipeline.records.environment import software_versions
 from pipeline.runtime.memory import return_freed_memory
 from pipeline.runtime.placement import make_plan
 

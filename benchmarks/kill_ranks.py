@@ -20,7 +20,6 @@ Prints a line per kill and a summary with the slowest exit; exit code 1 if anyth
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import re
@@ -307,8 +306,7 @@ def _num_finished(exp_dir: Path) -> int:
 
 
 def _outcome(path: Path) -> dict[str, Any]:
-    record = read_record(path)
-    return json.loads(json.dumps({key: record[key] for key in RESULT_KEYS}))
+    return read_record(path).model_dump(mode="json", include=set(RESULT_KEYS))
 
 
 def _losses(path: Path) -> np.ndarray:

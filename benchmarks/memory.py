@@ -110,9 +110,7 @@ def rank_memories(config: RunConfig) -> list[RankMemory]:
             load_in_8bit=config.model.load_in_8bit,
             load_in_4bit=config.model.load_in_4bit,
         )
-    return [
-        RankMemory(r["rank"], own[r["rank"]], r["peak_rss_bytes"], r["pss_bytes"]) for r in read_record(path)["ranks"]
-    ]
+    return [RankMemory(r.rank, own[r.rank], r.peak_rss_bytes, r.pss_bytes) for r in read_record(path).ranks]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

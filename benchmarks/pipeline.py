@@ -42,7 +42,8 @@ from pipeline.comm.world import World
 from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
 from pipeline.config.schema import ConfigError, RunConfig, with_overrides
 from pipeline.evaluation.evaluation import Evaluation
-from pipeline.records.store import read_per_token, read_record, software_versions
+from pipeline.records.environment import software_versions
+from pipeline.records.store import read_per_token, read_record
 from pipeline.runtime.deployment import Deployment, deploy
 from pipeline.runtime.devices import available_cores
 from pipeline.runtime.memory import keep_freed_memory, return_freed_memory
@@ -169,7 +170,7 @@ def _run_thinwire(config: RunConfig, deployment: Deployment) -> Run | None:
     if path is None:
         return None
     record = read_record(path)
-    return Run(record["time_run_s"], record["results"]["total_nll"], read_per_token(path)["loss"])
+    return Run(record.time_run_s, record.results.total_nll, read_per_token(path)["loss"])
 
 
 def _measure(

@@ -26,7 +26,9 @@ from pipeline.models.attention import Attention, AttentionReader
 from pipeline.models.loading import TORCH_DTYPES, check_attention_readable
 from pipeline.models.stage import Objective
 from pipeline.partition.plan import Plan, StagePlan
-from pipeline.records.store import model_label, software_versions, write_json
+from pipeline.records.environment import software_versions
+from pipeline.records.files import write_json
+from pipeline.records.labels import model_label
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.gradients import GradientPass
 from pipeline.runtime.text import make_run_windows

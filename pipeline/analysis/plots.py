@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pipeline.records.store import write_figure
+from pipeline.records.files import write_figure
 
 __all__ = ["plot_heads", "plot_layers"]
 

@@ -5,8 +5,6 @@ Between a deployment, which outlives it, and `evaluation.py`, which runs it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from pipeline.comm.link import LinkSpec
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.windows import make_microbatches
@@ -82,21 +80,6 @@ class Job:
             ids_sha256=text.ids_sha256,
             bos_id=text.bos_id,
         )
-
-    @property
-    def decode_protocol(self) -> dict[str, Any]:
-        """What a record's protocol says beyond that of windows; empty for those."""
-        if not self.decodes:
-            return {}
-        return {"mode": "decode", "decode_chunk": self.config.evaluation.decode_chunk}
-
-    @property
-    def decode_record(self) -> dict[str, Any]:
-        """A record's key for the codecs of single tokens; empty for windows."""
-        if not self.decodes:
-            return {}
-        links = zip(self.plan.links, self.decode_codecs.facts, strict=True)
-        return {"codecs_decode": {link.name: codec.config for link, codec in links}}
 
     @property
     def all_facts(self) -> list[CodecFacts]:

@@ -18,12 +18,33 @@ from pipeline.evaluation.job import Job
 from pipeline.evaluation.progress import Progress
 from pipeline.evaluation.tracking import Tracker
 from pipeline.models.stage import Scores
-from pipeline.records.environment import environment_changes
+from pipeline.records.base import finite_or_none, now
+from pipeline.records.environment import environment_changes, software_versions
+from pipeline.records.files import RecordError
+from pipeline.records.identity import make_run_id
 from pipeline.records.journal import FinishedMicroBatch, Journal
+from pipeline.records.labels import model_label
 from pipeline.records.perplexity import perplexity, sum_nll
-from pipeline.records.store import RecordError, make_run_id, model_label, software_versions, write_record
-from pipeline.records.traffic import LinkTraffic, per_link_record, traffic_totals
+from pipeline.records.run_record import (
+    Args,
+    Dataset,
+    OneToken,
+    OneTokenLink,
+    OneTokenStage,
+    OtherTraffic,
+    Protocol,
+    Reconstruction,
+    Resumed,
+    RunRank,
+    RunRecord,
+    RunResults,
+    RunSchedule,
+    SessionEnvironment,
+)
+from pipeline.records.store import write_record
+from pipeline.records.traffic import LinkTraffic, link_record, link_totals
 from pipeline.runtime.devices import shared_gpus
+from pipeline.runtime.record_parts import codec_configs, planned_stages, recorded_model, stage_seconds
 from pipeline.runtime.timing import CACHED_TOKENS
 
 __all__ = ["Recorder", "error_key"]
@@ -94,17 +115,19 @@ class Recorder:
             squared_error = tuple(map(tuple, self._job.control.take(keys)))
         self.journal.finish(FinishedMicroBatch(payload_bytes, loss, top1, squared_error, num_frames, header_bytes))
         microbatch = self._job.microbatches[microbatch_index]
+        assert self._progress is not None, "begin comes first"
         self._progress.add(num_tokens=microbatch.num_tokens, loss=loss, payload_bytes=payload_bytes)
 
     def finish(self, reports: Sequence[dict[str, Any]], first: int) -> Path:
         """Write the record; `first` is the micro-batch with which this session began."""
         time_run_s = self.journal.elapsed_s
+        assert self._progress is not None, "begin comes first"
         self._progress.close()
         self._check_traffic(reports, first)
         record = self._record(reports, time_run_s, first)
         path = write_record(self._folder, record, self._per_token())
         self.journal.remove()
-        self._tracker.finish(record["results"] | record["traffic_totals"])
+        self._tracker.finish(record.results.model_dump() | record.traffic_totals.model_dump())
         return path
 
     def abandon(self) -> None:
@@ -130,8 +153,8 @@ class Recorder:
         by_first = dict(self.journal.sessions)  # without those that finished nothing
         known = [(first, environment) for first, environment in by_first.items() if environment is not None]
         changes = []
-        for (_, before), (first, now) in itertools.pairwise(known):
-            if change := environment_changes(before, now):
+        for (_, before), (first, own) in itertools.pairwise(known):
+            if change := environment_changes(before, own):
                 changes.append(
                     f"micro-batches from {first} on ran on something else than those before, which may change losses: "
                     f"{change}"
@@ -157,16 +180,81 @@ class Recorder:
             "window": np.repeat(np.arange(len(counts), dtype=np.int32), counts),
         }
 
-    def _record(self, reports: Sequence[dict[str, Any]], time_run_s: float, first: int) -> dict[str, Any]:
+    def _record(self, reports: Sequence[dict[str, Any]], time_run_s: float, first: int) -> RunRecord:
         job, journal = self._job, self.journal
         config, deployment, plan = job.config, job.deployment, job.plan
         total_nll = sum_nll(float(loss) for done in journal.finished for loss in done.loss)
         num_scored = sum(m.num_scored for m in job.microbatches)
-        num_processed = sum(m.num_tokens for m in job.microbatches)
         num_fresh = sum(m.num_tokens for m in job.microbatches[first:])
-        traffic = {link.name: LinkTraffic() for link in plan.links}
-        for microbatch, done in zip(job.microbatches, journal.finished, strict=True):
-            for link in plan.links:
+        ppl, errors, traffic = perplexity(total_nll, num_scored), self._errors(), self._traffic()
+        return RunRecord(
+            run_id=self.run_id,
+            digest=job.digest,
+            finished_at=now(),
+            per_token_file=f"{self.run_id}.safetensors",
+            finite=all(math.isfinite(figure) for figure in (ppl, total_nll, *errors.values()) if figure is not None),
+            args=Args.from_plain(config.original_args() | {"config": config.as_dict()}),
+            results=RunResults(
+                avg_ppl=finite_or_none(ppl),
+                total_nll=finite_or_none(total_nll),
+                total_loss_tokens=num_scored,
+                total_processed_tokens=sum(m.num_tokens for m in job.microbatches),
+                num_windows=len(job.windows),
+                num_microbatches=len(job.microbatches),
+            ),
+            traffic_totals=link_totals(traffic.values(), hidden_size=job.hidden_size, num_scored=num_scored),
+            traffic_other=self._other_traffic(reports),
+            traffic_per_link={name: link_record(link, job.hidden_size) for name, link in traffic.items()},
+            time_run_s=time_run_s,
+            timed_tokens=num_fresh,
+            tokens_per_s=num_fresh / (time_run_s - journal.earlier_s),
+            causal=all(codec.causal for codec in job.all_facts) and not _mixes_tokens(config),
+            notes=tuple(self._notes()),
+            codecs=codec_configs(plan, job.codecs),
+            codecs_decode=codec_configs(plan, job.decode_codecs) if job.decodes else None,
+            importance={plan.links[i].name: metric for i, metric in job.importance.items()},
+            plan=planned_stages(plan),
+            resumed=self._resumed(),
+            stages=stage_seconds(reports),
+            one_token=OneToken(
+                cached_tokens=CACHED_TOKENS,
+                stages={index: OneTokenStage(**times) for index, times in _of_all(reports, "stages").items()},
+                links={name: OneTokenLink(**sizes) for name, sizes in _of_all(reports, "links").items()},
+            ),
+            reconstruction={
+                name: Reconstruction(relative_squared_error=None if error is None else finite_or_none(error))
+                for name, error in errors.items()
+            }
+            if job.measures_error
+            else None,
+            ranks=tuple(RunRank(**{key: report[key] for key in RunRank.model_fields}) for report in reports),
+            schedule=RunSchedule(in_flight=job.passes_in_flight(), receives_ahead=config.runtime.receives_ahead),
+            backend=deployment.backend,
+            model=recorded_model(deployment),
+            dataset=Dataset(
+                description=job.text.description,
+                num_tokens=job.text.ids.numel(),
+                text_sha256=job.text.text_sha256,
+                ids_sha256=job.text.ids_sha256,
+            ),
+            protocol=Protocol(
+                name="token perplexity, sliding window",
+                mode="decode" if job.decodes else "window",
+                decode_chunk=config.evaluation.decode_chunk if job.decodes else None,
+                max_length=config.dataset.max_length,
+                stride=config.dataset.stride,
+                bos=config.dataset.bos,
+            ),
+            versions=software_versions(),
+            environment=dict(deployment.environment),
+        )
+
+    def _traffic(self) -> dict[str, LinkTraffic]:
+        """What each link carried, from the journal: all sessions, each micro-batch once."""
+        links = self._job.plan.links
+        traffic = {link.name: LinkTraffic() for link in links}
+        for microbatch, done in zip(self._job.microbatches, self.journal.finished, strict=True):
+            for link in links:
                 header_bytes = header_nbytes(is_indexed=True, trail=done.payload_bytes[: link.index])
                 traffic[link.name].add(
                     num_tokens=microbatch.num_tokens,
@@ -174,107 +262,43 @@ class Recorder:
                     header_bytes=header_bytes if done.header_bytes is None else done.header_bytes[link.index],
                     num_frames=done.num_frames,
                 )
-        hidden_size = job.hidden_size
-        return {
-            "run_id": self.run_id,
-            "digest": job.digest,
-            "args": {**config.original_args(), "config": config.as_dict()},
-            "results": {
-                "avg_ppl": perplexity(total_nll, num_scored),
-                "total_nll": total_nll,
-                "total_loss_tokens": num_scored,
-                "total_processed_tokens": num_processed,
-                "num_windows": len(job.windows),
-                "num_microbatches": len(job.microbatches),
-            },
-            "traffic_totals": traffic_totals(traffic, hidden_size=hidden_size, num_scored=num_scored),
-            "traffic_other": self._other_traffic(reports),
-            "traffic_per_link": {name: per_link_record(t, hidden_size) for name, t in traffic.items()},
-            "time_run_s": time_run_s,
-            "timed_tokens": num_fresh,
-            "tokens_per_s": num_fresh / (time_run_s - journal.earlier_s),
-            "causal": all(codec.causal for codec in job.all_facts) and not _mixes_tokens(config),
-            "notes": self._notes(),
-            "codecs": {link.name: codec.config for link, codec in zip(plan.links, job.codecs.facts, strict=True)},
-            **job.decode_record,
-            "importance": {plan.links[i].name: metric for i, metric in job.importance.items()},
-            "plan": [{"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in plan.stages],
-            "resumed": {
-                "num_sessions": journal.num_sessions,
-                **(
-                    {"environments": [{"from_microbatch": first, **(env or {})} for first, env in journal.sessions]}
-                    if self._environment_changes()
-                    else {}
-                ),
-                "resent_microbatches": len(journal.interrupted),
-                "resent_payload_bytes_at_most": sum(
-                    sum(journal.finished[m].payload_bytes) for m in journal.interrupted
-                ),
-            },
-            "stages": {index: stage for report in reports for index, stage in sorted(report["stages"].items())},
-            "one_token": {"cached_tokens": CACHED_TOKENS}
-            | {
-                part: {name: value for report in reports for name, value in report["one_token"][part].items()}
-                for part in ("stages", "links")
-            },
-            "ranks": [
-                {
-                    key: report[key]
-                    for key in (
-                        *("rank", "host", "threads", "gpu", "peak_rss_bytes", "pss_bytes"),
-                        *("peak_cuda_bytes", "cuda_in_use_bytes", "warm_up_s"),
-                    )
-                }
-                for report in reports
-            ],
-            "schedule": {"in_flight": job.passes_in_flight(), "receives_ahead": config.runtime.receives_ahead},
-            "backend": deployment.backend,
-            "model": {
-                "model_type": deployment.model_config.model_type,
-                "hidden_size": hidden_size,
-                "num_hidden_layers": plan.num_layers,
-                "checkpoint_fingerprint": deployment.checkpoint_digest,
-            },
-            "dataset": {
-                "description": job.text.description,
-                "num_tokens": job.text.ids.numel(),
-                "text_sha256": job.text.text_sha256,
-                "ids_sha256": job.text.ids_sha256,
-            },
-            "protocol": {
-                "name": "token perplexity, sliding window",
-                **job.decode_protocol,
-                "max_length": config.dataset.max_length,
-                "stride": config.dataset.stride,
-                "bos": config.dataset.bos,
-            },
-            "versions": software_versions(),
-            "environment": dict(deployment.environment),
-            **self._reconstruction(),
-        }
+        return traffic
 
-    def _reconstruction(self) -> dict[str, Any]:
-        """Relative squared error of each link over all frames, where it was measured."""
+    def _resumed(self) -> Resumed:
+        journal = self.journal
+        sessions = [
+            SessionEnvironment.from_plain({"from_microbatch": first, **(environment or {})})
+            for first, environment in journal.sessions
+        ]
+        return Resumed(
+            num_sessions=journal.num_sessions,
+            environments=tuple(sessions) if self._environment_changes() else None,
+            resent_microbatches=len(journal.interrupted),
+            resent_payload_bytes_at_most=sum(sum(journal.finished[m].payload_bytes) for m in journal.interrupted),
+        )
+
+    def _errors(self) -> dict[str, float | None]:
+        """Relative squared error of each link over all frames, where it was measured; None where all were zero."""
         if not self._job.measures_error:
             return {}
-        errors = {}
+        errors: dict[str, float | None] = {}
         for link in self._job.plan.links:
-            error, power = zip(*(done.squared_error[link.index] for done in self.journal.finished), strict=True)
-            total, power = math.fsum(error), math.fsum(power)
-            errors[link.name] = {"relative_squared_error": total / power if power else None}
-        return {"reconstruction": errors}
+            sums = [done.squared_error[link.index] for done in self.journal.finished if done.squared_error is not None]
+            total, power = (math.fsum(column) for column in zip(*sums, strict=True))
+            errors[link.name] = total / power if power else None
+        return errors
 
-    def _other_traffic(self, reports: Sequence[dict[str, Any]]) -> dict[str, int]:
+    def _other_traffic(self, reports: Sequence[dict[str, Any]]) -> OtherTraffic:
         """Bytes beside the hidden states, of this session: losses on their way to rank 0, END frames, token ids."""
         job = self._job
         hidden = {link.name for link in job.plan.links}
         results = [t for report in reports for name, t in report["sent"].items() if name not in hidden]
         num_ids = job.deployment.text.ids.numel()
-        return {
-            "result_bytes": sum(t["payload_bytes"] + t["header_bytes"] for t in results),
-            "end_bytes": sum(t["control_bytes"] for report in reports for t in report["sent"].values()),
-            "setup_bytes": 4 * num_ids * (job.control.world.world_size - 1),
-        }
+        return OtherTraffic(
+            result_bytes=sum(t["payload_bytes"] + t["header_bytes"] for t in results),
+            end_bytes=sum(t["control_bytes"] for report in reports for t in report["sent"].values()),
+            setup_bytes=4 * num_ids * (job.control.world.world_size - 1),
+        )
 
     def _notes(self) -> list[str]:
         """Sentences that a reader of the numbers must know."""
@@ -296,6 +320,11 @@ class Recorder:
             for gpu, ranks in shared_gpus(self._job.deployment.gpus).items()
         ]
         return notes + self._environment_changes()
+
+
+def _of_all(reports: Sequence[dict[str, Any]], part: str) -> dict[str, dict[str, Any]]:
+    """One-token figures of all ranks, by stage or link."""
+    return {name: figures for report in reports for name, figures in report["one_token"][part].items()}
 
 
 def _mixes_tokens(config: RunConfig) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,16 @@ from pipeline.evaluation.progress import SweepProgress
 from pipeline.evaluation.tracking import Tracker
 from pipeline.partition.schedule import ScheduleError
 from pipeline.records.environment import environment_changes
+from pipeline.records.base import now
+from pipeline.records.failed_point import FailedPoint
+from pipeline.records.files import RecordError
+from pipeline.records.identity import digest_of
 from pipeline.records.journal import Journal
-from pipeline.records.store import (
-    RecordError,
-    config_label,
-    digest_of,
-    failure_path,
-    read_record,
-    write_failure,
-)
+from pipeline.records.labels import config_label
+from pipeline.records.run_record import RunRecord
+from pipeline.records.store import failure_path, read_record, write_failure
 from pipeline.report.recommendation import Outlook
-from pipeline.report.results import read_own_per_token, read_whole_record
+from pipeline.report.results import read_own_per_token
 from pipeline.report.summary import write_report
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.engine import StageError
@@ -73,7 +71,7 @@ def run_points(sweep: Sweep, config: RunConfig, deployment: Deployment) -> Sweep
         result.num_run += was_run
         if recorder and error is not None:
             result.failures.append(recorder.fail(point, config, label, error, was_run))
-        elif recorder:
+        elif recorder and path is not None:
             recorder.finish(point, config, path, was_run)
             if path not in result.records:
                 result.records.append(path)
@@ -107,7 +105,7 @@ def _run_point(
             error = str(e)
     told = control.gather({"error": error, "finished": finished and str(finished)})
     errors = [one["error"] for one in told if one["error"] is not None]
-    if errors:
+    if evaluation is None or errors:
         return None, errors[0], False
     if told[0]["finished"]:
         return finished, None, False
@@ -124,19 +122,19 @@ class _SweepRecorder:
     def __init__(self, name: str, num_points: int, folder: Path) -> None:
         self.folder = folder
         self.progress = SweepProgress(name, num_points)
-        self._records: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+        self._records: dict[str, list[tuple[Path, RunRecord]]] = {}
         for path in sorted(folder.glob("*.json")):
             try:
-                record = read_whole_record(path)
+                record = read_record(path)
             except RecordError:
                 continue  # another kind of file, or another version's
-            self._records.setdefault(record["digest"], []).append((path, record))
+            self._records.setdefault(record.digest, []).append((path, record))
 
     def find(self, evaluation: Evaluation) -> Path | None:
         """The record of an evaluation, if there is one that lacks nothing which the config asks for."""
-        wanted = {"one_token", "reconstruction"} if evaluation.measures_error else {"one_token"}
         for path, record in self._records.get(evaluation.digest, ()):
-            if wanted <= record.keys():
+            lacks_errors = evaluation.measures_error and record.reconstruction is None
+            if record.one_token is not None and not lacks_errors:
                 try:
                     read_own_per_token(path, record)
                 except RecordError as e:
@@ -146,10 +144,10 @@ class _SweepRecorder:
                     return path
         return None
 
-    def _compare(self, path: Path, record: Mapping[str, Any], evaluation: Evaluation) -> None:
+    def _compare(self, path: Path, record: RunRecord, evaluation: Evaluation) -> None:
         """Tell where a point that is taken over ran on something else than this start's points do."""
-        before = record.get("environment")
-        if before is not None and (change := environment_changes(before, evaluation.deployment.environment)):
+        before, own = record.environment, evaluation.deployment.environment
+        if before is not None and (change := environment_changes(before, own)):
             logger.warning(
                 "%s was made on something else, which may change its losses: this start has %s", path.name, change
             )
@@ -157,8 +155,15 @@ class _SweepRecorder:
     def fail(self, point: Point, config: RunConfig, label: str, error: str, was_run: bool) -> Path:
         """Write down why a point has failed; returns the file."""
         self.progress.end(f"failed: {error}", was_run=was_run)
-        args = {"config": config.as_dict(), "point": dict(point.overrides)}
-        failure = {"failure_id": _failure_id(config, point), "label": label, "error": error, "args": args}
+        failure = FailedPoint.from_plain(
+            {
+                "failure_id": _failure_id(config, point),
+                "label": label,
+                "error": error,
+                "args": {"config": config.as_dict(), "point": dict(point.overrides)},
+                "finished_at": now(),
+            }
+        )
         return write_failure(self.folder, failure)
 
     def finish(self, point: Point, config: RunConfig, path: Path, was_run: bool) -> None:
@@ -166,8 +171,8 @@ class _SweepRecorder:
         failure_path(self.folder, _failure_id(config, point)).unlink(missing_ok=True)
         record = read_record(path)
         if was_run:
-            self._records.setdefault(record["digest"], []).append((path, record))
-        ppl = record["results"]["avg_ppl"]
+            self._records.setdefault(record.digest, []).append((path, record))
+        ppl = record.results.avg_ppl
         outcome = "perplexity is not finite" if ppl is None else f"perplexity {ppl:.4f}"
         self.progress.end(outcome if was_run else f"{outcome}, done before", was_run=was_run)
 
@@ -194,6 +199,6 @@ def _label(config: RunConfig, point: Point) -> str:
     others = [f"{key.split('.')[-1]}={value}" for key, value in point.overrides if not key.startswith("compressor")]
     try:
         codecs = config_label(tree)
-    except (AttributeError, KeyError):  # no form of a codec; that is the point's own failure
+    except AttributeError:  # no form of a codec; that is the point's own failure
         codecs = f"{tree['compressor']}, {tree['compressor_per_link']}"
     return ", ".join([codecs, *others])

@@ -39,7 +39,7 @@ class Tracker:
         folder: Path,
         group: str | None = None,
     ) -> None:
-        self._run = None
+        self._run: Any = None
         if settings.enabled and not Tracker._failed:
             self._guard(lambda: self._start(settings, run_id, config, folder, group))
 
@@ -76,7 +76,7 @@ class Tracker:
             project=settings.project,
             name=run_id if group else settings.run_name or run_id,
             group=group,
-            mode=settings.mode,
+            mode="offline" if settings.mode == "offline" else "online",
             config=dict(config),
             dir=str(folder),
             settings=_bounds(wandb.Settings),

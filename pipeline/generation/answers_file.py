@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.records.store import RecordError, disk_problem, write_whole
+from pipeline.records.files import RecordError, disk_problem, write_whole
 
 __all__ = ["AnswersFile"]
 

@@ -17,11 +17,12 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.text import load_tokenizer
 from pipeline.generation.answer import Answer, refusal_line
 from pipeline.generation.answers_file import AnswersFile
-from pipeline.generation.record import generation_record, write_generation_record
+from pipeline.generation.record import generation_record
 from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
 from pipeline.generation.ring import GenerationRing
 from pipeline.generation.scheduler import Scheduler
-from pipeline.records.store import digest_of
+from pipeline.records.identity import digest_of
+from pipeline.records.store import write_generation
 from pipeline.runtime.deployment import Deployment
 
 __all__ = ["Generated", "generate", "make_request_maker", "make_scheduler"]
@@ -155,7 +156,7 @@ def generate(
         return None
     batch.close()
     record = generation_record(ring, batch.lines, batch.answers, len(batch.file.done), reports, batch.digest)
-    path = write_generation_record(Path(config.exp_dir), record)
+    path = write_generation(Path(config.exp_dir), record)
     return Generated(path, batch.file.path, [line for line in batch.lines if line["error"] is not None])
 
 

@@ -70,7 +70,7 @@ class Metric(ABC):
 class AttentionMetric(Metric):
     """A metric of the attention of some layers: `read` comes first, while the stage computes them."""
 
-    setting_keys = ("layers",)
+    setting_keys: ClassVar[tuple[str, ...]] = ("layers",)
 
     def __init__(self, setting: MetricSetting) -> None:
         super().__init__(setting)
@@ -136,6 +136,7 @@ class HeadWeighted(Column):
     setting_keys = ("layers", "head_weights")
 
     def head_weights(self, layer: int, heads: int) -> torch.Tensor:
+        assert self._setting.head_relevance is not None
         relevance = self._setting.head_relevance[layer]
         return relevance / relevance.sum()
 
@@ -232,13 +233,14 @@ class Oracle(Metric):
 
     def __init__(self, setting: MetricSetting) -> None:
         super().__init__(setting)
-        lengths = [m.num_tokens for m in setting.microbatches]
-        if setting.token_importance.numel() != sum(lengths):
+        lengths, values = [m.num_tokens for m in setting.microbatches], setting.token_importance
+        assert values is not None
+        if values.numel() != sum(lengths):
             raise ValueError(
-                f"importance.oracle has {setting.token_importance.numel()} values for a link, the windows of this "
+                f"importance.oracle has {values.numel()} values for a link, the windows of this "
                 f"run have {sum(lengths)} tokens"
             )
-        self._parts = setting.token_importance.split(lengths)
+        self._parts = values.split(lengths)
 
     def importance(self, hidden_states: torch.Tensor, microbatch_index: int) -> torch.Tensor:
         shape = self._setting.microbatches[microbatch_index].shape

@@ -36,6 +36,7 @@ def make_metrics(
     for index, codec in encoders.items():
         if "importance" not in codec.needs:
             continue
+        assert codec.importance_metric is not None, "codecs that need importance were looked at when they were made"
         cls, stage, section = METRICS[codec.importance_metric], plan.stages[index], config.importance
         options: dict[str, Any] = {"seed": section.seed, "microbatches": microbatches, "first_layer": stage.start}
         if "layers" in cls.setting_keys:
@@ -73,7 +74,10 @@ def _layers_to_read(setting: str | Sequence[int], stage: StagePlan, num_layers: 
     beyond = [] if isinstance(setting, str) else [n for n in setting if n >= num_layers]
     if beyond:
         raise ConfigError(f"importance.layers has {beyond[0]}, the model's layers are 0 to {num_layers - 1}")
-    chosen = list(own[-1:] if setting == "last" else own if setting == "all" else sorted(set(setting) & set(own)))
+    if isinstance(setting, str):
+        chosen = list(own[-1:] if setting == "last" else own)
+    else:
+        chosen = sorted(set(setting) & set(own))
     if not chosen:
         holds = f"layers {stage.start} to {stage.end - 1}" if own else "no layers"
         raise ConfigError(

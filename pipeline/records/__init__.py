@@ -1,3 +1,3 @@
-"""What a run leaves on disk: the record and its per-token file (`store`, `schema`), the journal of a run that has not
-ended (`journal`), and the sums that stand in them (`traffic`, `perplexity`). Plain Python.
+"""What a run leaves on disk: records (`run_record`, `generation_record`, `failed_point`; read and written by `store`),
+the journal of a run that has not ended (`journal`), the sums in them (`traffic`, `perplexity`). Never loads torch.
 """

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from pipeline.records.environment import Environment
-from pipeline.records.store import RecordError, disk_problem
+from pipeline.records.files import RecordError, disk_problem
 
 __all__ = ["FinishedMicroBatch", "Journal"]
 

@@ -1,4 +1,4 @@
-"""What links carried: counts that add up; ratios are taken once, at the end. Plain Python.
+"""What links carried: counts that add up; ratios are taken once, at the end.
 
 Payload bytes are a codec's bytes (what the original benchmark calls bytes), header bytes the frames' headers; a token
 counts each time that it crosses, window overlap included.
@@ -6,11 +6,12 @@ counts each time that it crosses, window overlap included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
-__all__ = ["LinkTraffic", "per_link_record", "traffic_totals"]
+from pipeline.records.run_record import LinkTotals, RunLink
+
+__all__ = ["LinkTraffic", "link_record", "link_totals"]
 
 
 @dataclass
@@ -38,34 +39,33 @@ class LinkTraffic:
         return asdict(self)
 
 
-def per_link_record(traffic: LinkTraffic, hidden_size: int) -> dict[str, Any]:
-    """One link's entry of a record: the original benchmark's keys (bytes are payload bytes), then ours."""
-    values = traffic.num_tokens * hidden_size
-    return {
-        "bytes": traffic.payload_bytes,
-        "tokens": traffic.num_tokens,
-        "tx": traffic.num_frames,
-        "bytes_per_token": traffic.payload_bytes / traffic.num_tokens if traffic.num_tokens else None,
-        "bits_per_value": 8 * traffic.payload_bytes / values if values else None,
-        "header_bytes": traffic.header_bytes,
-        "padding_bytes": traffic.padding_bytes,
-    }
+def link_record(traffic: LinkTraffic, hidden_size: int) -> RunLink:
+    """One link's part of a record, of a link that tokens have crossed."""
+    return RunLink(
+        bytes=traffic.payload_bytes,
+        tokens=traffic.num_tokens,
+        tx=traffic.num_frames,
+        bytes_per_token=traffic.payload_bytes / traffic.num_tokens,
+        bits_per_value=8 * traffic.payload_bytes / (traffic.num_tokens * hidden_size),
+        header_bytes=traffic.header_bytes,
+        padding_bytes=traffic.padding_bytes,
+    )
 
 
-def traffic_totals(links: Mapping[str, LinkTraffic], *, hidden_size: int, num_scored: int) -> dict[str, Any]:
-    """Sums over links. `bytes_per_token` is per link crossing, `payload_bytes_per_scored_token` is not."""
+def link_totals(links: Iterable[LinkTraffic], *, hidden_size: int, num_scored: int) -> LinkTotals:
+    """Sums over links."""
     total = LinkTraffic()
-    for traffic in links.values():
+    for traffic in links:
         for name, count in traffic.as_dict().items():
             setattr(total, name, getattr(total, name) + count)
-    per_link = per_link_record(total, hidden_size)
-    return {
-        "total_bytes": total.payload_bytes,
-        "total_tokens": total.num_tokens,
-        "total_tx": total.num_frames,
-        "bytes_per_token": per_link["bytes_per_token"],
-        "bits_per_value": per_link["bits_per_value"],
-        "payload_bytes_per_scored_token": total.payload_bytes / num_scored if num_scored else None,
-        "header_bytes": total.header_bytes,
-        "padding_bytes": total.padding_bytes,
-    }
+    tokens, payload_bytes = total.num_tokens, total.payload_bytes
+    return LinkTotals(
+        total_bytes=payload_bytes,
+        total_tokens=tokens,
+        total_tx=total.num_frames,
+        bytes_per_token=payload_bytes / tokens if tokens else None,
+        bits_per_value=8 * payload_bytes / (tokens * hidden_size) if tokens else None,
+        payload_bytes_per_scored_token=payload_bytes / num_scored if num_scored else None,
+        header_bytes=total.header_bytes,
+        padding_bytes=total.padding_bytes,
+    )

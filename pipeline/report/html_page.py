@@ -111,7 +111,7 @@ def _measured_panel(setting: Setting) -> str:
             label=p.label,
             bits_per_value=p.bits_per_value,
             ppl=p.ppl,
-            causal=p.record["causal"],
+            causal=p.record.causal,
             detail="\n".join(f"{c.heading}: {c.text(p)}" for c in SHOWN_COLUMNS if c.value(p) not in (None, "")),
         )
         for p in setting.points
@@ -203,20 +203,21 @@ def _provenance(results: Results) -> str:
     parts = []
     for setting in results.settings:
         first = setting.points[0].record
-        ranks = [rank for p in setting.points for rank in p.record["ranks"]]
-        hosts = sorted({(rank["host"], rank["threads"]) for rank in ranks})
-        versions = sorted({json.dumps(p.record["versions"], sort_keys=True) for p in setting.points})
-        layers = ", ".join(f"node {s['node']}: {s['layers'][0]}-{s['layers'][1] - 1}" for s in first["plan"])
+        ranks = [rank for p in setting.points for rank in p.record.ranks]
+        hosts = sorted({(rank.host, rank.threads) for rank in ranks})
+        versions = sorted({json.dumps(p.record.versions, sort_keys=True) for p in setting.points})
+        layers = ", ".join(f"node {s.node}: {s.layers[0]}-{s.layers[1] - 1}" for s in first.plan)
+        protocol = first.protocol.model_dump(exclude_none=True)
         facts = [
-            ("model", first["args"]["model_name"]),
-            ("checkpoint", first["model"]["checkpoint_fingerprint"]),
-            ("text", f"{first['dataset']['description']}, {first['dataset']['num_tokens']:,} tokens"),
-            ("text, SHA-256", first["dataset"]["text_sha256"]),
-            ("token ids, SHA-256", first["dataset"]["ids_sha256"]),
-            ("protocol", ", ".join(f"{key} {value}" for key, value in first["protocol"].items())),
+            ("model", first.args.model_name),
+            ("checkpoint", first.model.checkpoint_fingerprint),
+            ("text", f"{first.dataset.description}, {first.dataset.num_tokens:,} tokens"),
+            ("text, SHA-256", first.dataset.text_sha256),
+            ("token ids, SHA-256", first.dataset.ids_sha256),
+            ("protocol", ", ".join(f"{key} {value}" for key, value in protocol.items())),
             ("layers, first point", layers),
-            ("backend", ", ".join(sorted({p.record["backend"] for p in setting.points}))),
-            ("ranks per point", ", ".join(sorted({str(len(p.record["ranks"])) for p in setting.points}))),
+            ("backend", ", ".join(sorted({p.record.backend for p in setting.points}))),
+            ("ranks per point", ", ".join(sorted({str(len(p.record.ranks)) for p in setting.points}))),
             ("hosts", ", ".join(f"{host} ({threads} threads a rank)" for host, threads in hosts)),
             *(("versions", ", ".join(f"{k} {v}" for k, v in json.loads(text).items())) for text in versions),
         ]
@@ -225,10 +226,10 @@ def _provenance(results: Results) -> str:
         for point in setting.points:
             record = point.record
             texts = (
-                record["run_id"],
-                record["digest"][:16],
-                record["finished_at"][:19],
-                "; ".join(record["notes"]),
+                record.run_id,
+                record.digest[:16],
+                (record.finished_at or "")[:19],
+                "; ".join(record.notes),
             )
             cells = "".join(f'<td class="text">{escape(text)}</td>' for text in texts)
             rows.append(f"<tr>{name_cell(setting, point)}{cells}</tr>")

@@ -43,7 +43,7 @@ def sort_heading(text: str, kind: str, meaning: str = "") -> str:
 def name_cell(setting: Setting, point: MeasuredPoint) -> str:
     """A row's heading; a star marks codecs that are not causal."""
     name = escape(setting_prefix(setting) + point.label)
-    mark = "" if point.record["causal"] else " *"
+    mark = "" if point.record.causal else " *"
     return f'<th scope="row" data-value="{name}"><span class="name" title="{name}">{name}{mark}</span></th>'
 
 

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.options import OptionParser, path_option
-from pipeline.records.store import check_writable, model_label, write_figure, write_json
+from pipeline.records.files import check_writable, write_figure, write_json
+from pipeline.records.labels import model_label
+from pipeline.records.run_record import CodecConfig, RunRecord
 from pipeline.report.quality import compare
 from pipeline.report.results import is_uncompressed, load_files, read_own_per_token, setting_key
 
@@ -29,7 +31,7 @@ __all__ = ["collect", "plot_curves"]
 SCHEMA_VERSION = 1
 
 
-def collect(files: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
+def collect(files: Sequence[tuple[Path, RunRecord]]) -> dict[str, Any]:
     """The JSON that `importance.json` holds, from records of one model, text and protocol and their paths.
 
     `points` has one entry per run with `token_mixed`; `uniform` the runs of plain codecs of the same families. The 95%
@@ -51,12 +53,12 @@ def collect(files: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
     if not mixed:
         none_fits = "no record has the codec token_mixed on its links, and a finite perplexity"
         raise ValueError("; ".join([none_fits, *problems]))
-    families = {_family(_codec(r)["high"]) for _, r in mixed}
+    families = {_family(_codec(r).others["high"]) for _, r in mixed}
     uniform = [
-        {"family": _family(_codec(r)), "bits_per_value": _bits(r), "ppl": _ppl(r)}
+        {"family": _family(_codec(r).model_dump()), "bits_per_value": _bits(r), "ppl": _ppl(r)}
         for r in records
-        if not _is_mixed(r) and r["codecs"] and _ppl(r) is not None and _bits(r)
-        and _family_or_none(_codec(r)) in families
+        if not _is_mixed(r) and r.codecs and _ppl(r) is not None and _bits(r)
+        and _family_or_none(_codec(r).model_dump()) in families
     ]  # fmt: skip
     none = next((_ppl(r) for r in records if is_uncompressed(r)), None)
     points = [_point(r, uniform) for _, r in mixed]
@@ -82,9 +84,9 @@ def collect(files: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "thinwire importance curves",
-        "model": model_label(first["args"]["model_name"]),
-        "dataset": first["dataset"],
-        "protocol": first["protocol"],
+        "model": model_label(first.args.model_name),
+        "dataset": first.dataset.model_dump(),
+        "protocol": first.protocol.model_dump(),
         "ppl_uncompressed": none,
         "points": sorted(points, key=lambda p: (_pair(p), p["bits_per_value"], p["ppl"])),
         "uniform": sorted(uniform, key=lambda u: (u["family"], u["bits_per_value"])),
@@ -131,24 +133,24 @@ def plot_curves(curves: Mapping[str, Any], path: Path) -> None:
     write_figure(path, figure, dpi=110)
 
 
-def _codec(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    return next(iter(record["codecs"].values()))
+def _codec(record: RunRecord) -> CodecConfig:
+    return next(iter(record.codecs.values()))
 
 
-def _is_mixed(record: Mapping[str, Any]) -> bool:
-    codecs = record["codecs"].values()
-    return bool(codecs) and all(codec["name"] == "token_mixed" for codec in codecs)
+def _is_mixed(record: RunRecord) -> bool:
+    codecs = record.codecs.values()
+    return bool(codecs) and all(codec.name == "token_mixed" for codec in codecs)
 
 
-def _ppl(record: Mapping[str, Any]) -> float | None:
-    return record["results"]["avg_ppl"]
+def _ppl(record: RunRecord) -> float | None:
+    return record.results.avg_ppl
 
 
-def _bits(record: Mapping[str, Any]) -> float:
-    return record["traffic_totals"]["bits_per_value"]
+def _bits(record: RunRecord) -> float | None:
+    return record.traffic_totals.bits_per_value
 
 
-def _problem(record: Mapping[str, Any]) -> str | None:
+def _problem(record: RunRecord) -> str | None:
     """Why a record with `token_mixed` cannot stand in the table, which reads keys that other reports do not."""
     try:
         point = _point(record, [])
@@ -178,23 +180,23 @@ def _family_or_none(codec: Mapping[str, Any]) -> str | None:
         return None
 
 
-def _point(record: Mapping[str, Any], uniform: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    codec = _codec(record)
+def _point(record: RunRecord, uniform: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    codec: Mapping[str, Any] = _codec(record).others
     family = _family(codec["high"])
     line = sorted((u["bits_per_value"], np.log(u["ppl"])) for u in uniform if u["family"] == family)
     bits, ppl = _bits(record), _ppl(record)
     inside = len(line) > 1 and line[0][0] <= bits <= line[-1][0] + 0.05
     return {
-        "run_id": record["run_id"],
+        "run_id": record.run_id,
         "metric": codec["metric"],
-        "seed": record["args"]["config"]["importance"]["seed"] if codec["metric"] == "random" else None,
+        "seed": record.args.config.importance.seed if codec["metric"] == "random" else None,
         "high": _label(codec["high"]),
         "low": _label(codec["low"]),
         "family": family,
         "fraction": codec["fraction"],
         "bits_per_value": bits,
         "ppl": ppl,
-        "causal": record["causal"],
+        "causal": record.causal,
         "ppl_over_uniform_bits": float(ppl / np.exp(np.interp(bits, *zip(*line, strict=True)))) if inside else None,
     }
 

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from pipeline.records.store import codec_labels, model_label, write_figure
+from pipeline.records.files import write_figure
+from pipeline.records.labels import codec_labels, model_label
+from pipeline.records.run_record import RunRecord
 
 __all__ = ["plot_rate_quality"]
 
 
-def plot_rate_quality(records: Sequence[dict[str, Any]], path: Path) -> None:
+def plot_rate_quality(records: Sequence[RunRecord], path: Path) -> None:
     """Perplexity against payload bytes per token and link, one labelled point per record; written as PNG.
 
     Both axes are logarithmic. Records without a finite perplexity or without links have no point. Raises
     ValueError when none is left.
     """
     points = [
-        (r["traffic_totals"]["bytes_per_token"], r["results"]["avg_ppl"], label, r["causal"])
+        (r.traffic_totals.bytes_per_token, r.results.avg_ppl, label, r.causal)
         for r, label in zip(records, codec_labels(records), strict=True)
-        if r["results"]["avg_ppl"] is not None and r["traffic_totals"]["bytes_per_token"]
+        if r.results.avg_ppl is not None and r.traffic_totals.bytes_per_token
     ]
     if not points:
         raise ValueError("no record has both a finite perplexity and traffic: nothing to draw")
@@ -48,10 +49,9 @@ def plot_rate_quality(records: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("payload bytes per token and link")
     axes.set_ylabel("perplexity")
     first = records[0]
-    protocol = first["protocol"]
     axes.set_title(
-        f"{model_label(first['args']['model_name'])}, {first['dataset']['num_tokens']} tokens, "
-        f"windows {protocol['max_length']}/{protocol['stride']}",
+        f"{model_label(first.args.model_name)}, {first.dataset.num_tokens} tokens, "
+        f"windows {first.protocol.max_length}/{first.protocol.stride}",
         fontsize=10,
         parse_math=False,
     )

@@ -96,22 +96,22 @@ def _ppl_change(point: MeasuredPoint) -> Value:
 
 def _us_per_token(*phases: str) -> Callable[[MeasuredPoint], Value]:
     def value(point: MeasuredPoint) -> Value:
-        crossings = point.record["timed_tokens"] * len(point.record["traffic_per_link"])
-        seconds = sum(stage.get(phase, 0.0) for stage in point.record["stages"].values() for phase in phases)
+        crossings = (point.record.timed_tokens or 0) * len(point.record.traffic_per_link)
+        seconds = sum(getattr(stage, phase) for stage in point.record.stages.values() for phase in phases)
         return 1e6 * seconds / crossings if crossings else None
 
     return value
 
 
 def _worst_error(point: MeasuredPoint) -> Value:
-    errors = [link["relative_squared_error"] for link in point.record.get("reconstruction", {}).values()]
+    errors = [link.relative_squared_error for link in (point.record.reconstruction or {}).values()]
     known = [error for error in errors if error is not None]
     return max(known) if known else None
 
 
 def _note(point: MeasuredPoint) -> Value:
     notes = [
-        "" if point.record["causal"] else "not causal",
+        "" if point.record.causal else "not causal",
         "per-token data cannot be used" if point.unread else "",
         "ran on something else" if point.elsewhere else "",
     ]
@@ -202,7 +202,7 @@ COLUMNS = (
         key="tokens_per_s",
         heading="tokens/s",
         meaning="tokens processed per second in this run, on its machines, measuring of errors included",
-        value=lambda p: p.record["tokens_per_s"],
+        value=lambda p: p.record.tokens_per_s,
         form=significant,
     ),
     Column(key="note", heading="note", meaning="what a reader must know", value=_note),

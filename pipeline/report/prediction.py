@@ -25,13 +25,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Decode", "Network", "OneToken", "PipelineCosts", "Prefill", "predict_decode", "predict_prefill"]
+from pipeline.records.run_record import OneTokenStage, RunRecord, StageSeconds
 
-STAGE_PHASES = ("compute_s", "compress_s", "decompress_s", "importance_s")
+__all__ = ["Decode", "Network", "OneToken", "PipelineCosts", "Prefill", "predict_decode", "predict_prefill"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,29 +61,28 @@ class PipelineCosts:
     one_token: OneToken | None
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> PipelineCosts:
-        """Of a record with links and timed tokens. Raises KeyError where it lacks a figure; `one_token` may
-        be missing.
-        """
-        plan, tokens, results = record["plan"], record["timed_tokens"], record["results"]
+    def of(cls, record: RunRecord) -> PipelineCosts | None:
+        """Of a record with links and timed tokens; None where it lacks either."""
+        plan, tokens, results = record.plan, record.timed_tokens, record.results
+        traffic, measured = record.traffic_per_link, record.one_token
+        if not traffic or not tokens:
+            return None
         node_s: defaultdict[str, float] = defaultdict(float)
         for stage in plan:
-            node_s[f"node {stage['node']}"] += _stage_seconds(record["stages"][str(stage["stage"])]) / tokens
-        traffic = record["traffic_per_link"]
-        measured = record.get("one_token")
+            node_s[f"node {stage.node}"] += _stage_seconds(record.stages[str(stage.stage)]) / tokens
         return cls(
             node_s=dict(node_s),
             link_bytes={
-                name: (link["bytes"] + link["header_bytes"] + link["padding_bytes"]) / link["tokens"]
+                name: (link.bytes + link.header_bytes + link.padding_bytes) / link.tokens
                 for name, link in traffic.items()
             },
-            microbatch_tokens=results["total_processed_tokens"] / results["num_microbatches"],
-            in_flight=record["schedule"]["in_flight"],
-            num_hops=len(traffic) + (plan[-1]["node"] != plan[0]["node"]),
+            microbatch_tokens=results.total_processed_tokens / results.num_microbatches,
+            in_flight=record.schedule.in_flight,
+            num_hops=len(traffic) + (plan[-1].node != plan[0].node),
             one_token=measured
             and OneToken(
-                seconds=sum(map(_stage_seconds, measured["stages"].values())),
-                nbytes=sum(link["payload_bytes"] + link["header_bytes"] for link in measured["links"].values()),
+                seconds=sum(map(_stage_seconds, measured.stages.values())),
+                nbytes=sum(link.payload_bytes + link.header_bytes for link in measured.links.values()),
             ),
         )
 
@@ -139,5 +137,6 @@ def predict_decode(costs: PipelineCosts, network: Network) -> Decode | None:
     )
 
 
-def _stage_seconds(times: Mapping[str, Any]) -> float:
-    return sum(times.get(phase, 0.0) for phase in STAGE_PHASES)
+def _stage_seconds(times: StageSeconds | OneTokenStage) -> float:
+    importance_s = times.importance_s if isinstance(times, StageSeconds) else 0.0
+    return times.compute_s + times.compress_s + times.decompress_s + importance_s

@@ -39,7 +39,7 @@ def within_budget(point: MeasuredPoint, outlook: Outlook) -> bool:
     cannot).
     """
     quality = point.quality
-    return bool(quality and point.record["causal"] and quality.ppl_ratio <= 1 + outlook.max_ppl_increase)
+    return bool(quality and point.record.causal and quality.ppl_ratio <= 1 + outlook.max_ppl_increase)
 
 
 def fastest(
@@ -65,7 +65,7 @@ def recommendation_text(setting: Setting, outlook: Outlook) -> str:
     if setting.baseline.unread:
         why = setting.baseline.quality_note
         return f"No recommendation within +{budget} perplexity: per-token data cannot be used, {why}."
-    compressed = [p for p in setting.points if p.record["causal"] and not p.uncompressed]
+    compressed = [p for p in setting.points if p.record.causal and not p.uncompressed]
     unread = [p.label for p in compressed if p.unread or p.bytes_per_token is None]
     if unread and len(unread) == len(compressed):
         return f"No recommendation within +{budget} perplexity: {_unread_in_words(unread)}."

@@ -1,36 +1,29 @@
 """A folder of results as a report sees it: comparable points in groups, failed points, other files.
 
-Read from records and their per-token files alone. A file that is neither a record nor a failed point of a
-sweep is named and skipped, whatever is wrong with it; so is a record whose figures are missing. Nothing is formatted
-here.
+Read from records and their per-token files alone. A file that is no record, or a damaged one, is named and skipped,
+whatever is wrong with it. Nothing is formatted here.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pipeline.config.schema import ModelConfig
 from pipeline.records.environment import environment_changes
-from pipeline.records.schema import schema_problem
-from pipeline.records.store import (
-    RecordError,
-    codec_label,
-    digest_of,
-    disk_problem,
-    model_label,
-    read_failure,
-    read_kind,
-    read_per_token,
-    read_record,
-)
-from pipeline.report.generation import KIND, GeneratedRun, read_generation
+from pipeline.records.failed_point import FailedPoint
+from pipeline.records.files import RecordError, disk_problem
+from pipeline.records.generation_record import GenerationRecord
+from pipeline.records.identity import digest_of
+from pipeline.records.labels import codec_label, model_label
+from pipeline.records.run_record import RunRecord
+from pipeline.records.store import read_any, read_per_token
+from pipeline.report.generation import GeneratedRun
 from pipeline.report.prediction import PipelineCosts
 from pipeline.report.quality import Quality, compare
 
@@ -46,7 +39,6 @@ __all__ = [
     "load_records",
     "read_own_per_token",
     "read_results",
-    "read_whole_record",
     "recommend",
     "setting_key",
 ]
@@ -63,7 +55,7 @@ class MeasuredPoint:
     began).
     """
 
-    record: dict[str, Any]
+    record: RunRecord
     label: str
     quality: Quality | None
     quality_note: str
@@ -73,15 +65,15 @@ class MeasuredPoint:
 
     @property
     def ppl(self) -> float | None:
-        return self.record["results"]["avg_ppl"]
+        return self.record.results.avg_ppl
 
     @property
     def bytes_per_token(self) -> float | None:
-        return self.record["traffic_totals"]["bytes_per_token"]
+        return self.record.traffic_totals.bytes_per_token
 
     @property
     def bits_per_value(self) -> float | None:
-        return self.record["traffic_totals"]["bits_per_value"]
+        return self.record.traffic_totals.bits_per_value
 
     @property
     def uncompressed(self) -> bool:
@@ -100,20 +92,12 @@ class Setting:
 
     @property
     def hidden_size(self) -> int:
-        return self.points[0].record["model"]["hidden_size"]
+        return self.points[0].record.model.hidden_size
 
     @property
     def baseline(self) -> MeasuredPoint | None:
         """The oldest uncompressed point."""
         return next((point for point in self.points if point.uncompressed), None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FailedPoint:
-    """A point of a sweep that ended in an error."""
-
-    label: str
-    error: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +124,13 @@ class Recommendation:
 
 @dataclass
 class _Files:
-    records: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
+    records: list[tuple[Path, RunRecord]] = field(default_factory=list)
     failed: list[FailedPoint] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     generated: list[GeneratedRun] = field(default_factory=list)
 
 
-def load_records(paths: Sequence[Path]) -> list[dict[str, Any]]:
+def load_records(paths: Sequence[Path]) -> list[RunRecord]:
     """Records in `paths` (files, or folders of them), oldest first. What is no record is named on standard
     error.
     """
@@ -158,7 +142,7 @@ def load_generated(paths: Sequence[Path]) -> list[GeneratedRun]:
     return _read_files(paths).generated
 
 
-def load_files(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
+def load_files(paths: Sequence[Path]) -> list[tuple[Path, RunRecord]]:
     """`load_records` with the records' paths."""
     files = _read_files(paths)
     for failed in files.failed:
@@ -171,10 +155,10 @@ def load_files(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
 def read_results(paths: Sequence[Path]) -> Results:
     """Everything in `paths` (files, or folders of them)."""
     files = _read_files(paths)
-    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    groups: dict[str, list[tuple[Path, RunRecord]]] = {}
     for path, record in files.records:
         groups.setdefault(setting_key(record), []).append((path, record))
-    settings = []
+    settings: list[Setting] = []
     for members in groups.values():
         baseline = next((member for member in members if is_uncompressed(member[1])), None)
         points = tuple(_points(members, baseline))
@@ -188,16 +172,16 @@ def read_results(paths: Sequence[Path]) -> Results:
     )
 
 
-def setting_key(record: Mapping[str, Any]) -> str:
+def setting_key(record: RunRecord) -> str:
     """Equal for records whose perplexities may be compared: same model and precision, text and protocol."""
-    weights = {key: record["args"][key] for key in ("dtype", "load_in_8bit", "load_in_4bit")}
-    weights["threshold"] = _threshold(record)
-    return digest_of([record["model"], weights, record["dataset"], record["protocol"]])
+    args = record.args
+    weights = [args.dtype, args.load_in_8bit, args.load_in_4bit, args.config.model.load_in_8bit_threshold]
+    return digest_of([weights, *(part.model_dump() for part in (record.model, record.dataset, record.protocol))])
 
 
-def is_uncompressed(record: Mapping[str, Any]) -> bool:
+def is_uncompressed(record: RunRecord) -> bool:
     """Whether no link compresses, or there is none."""
-    return all(codec["name"] == "none" for codec in record["codecs"].values())
+    return all(codec.name == "none" for codec in record.codecs.values())
 
 
 def recommend(setting: Setting, max_ppl_increase: float) -> Recommendation:
@@ -205,13 +189,17 @@ def recommend(setting: Setting, max_ppl_increase: float) -> Recommendation:
     baseline's. Codecs that are not causal are left out: their perplexity is flattered.
     """
     limit = 1 + max_ppl_increase
-    fit = [
-        p for p in setting.points
-        if p.quality and p.quality.ppl_ratio <= limit and p.record["causal"] and p.bytes_per_token is not None
-    ]  # fmt: skip
-    certain = [p for p in fit if p.uncompressed or (p.quality.ppl_interval and p.quality.ppl_interval[1] <= limit)]
-    cheapest = [min(points, key=lambda p: p.bytes_per_token, default=None) for points in (fit, certain)]
-    return Recommendation(cheapest=cheapest[0], certain=cheapest[1])
+    fit, certain = [], []  # (bytes per token, place, point)
+    for place, point in enumerate(setting.points):
+        nbytes, quality = point.bytes_per_token, point.quality
+        if quality and quality.ppl_ratio <= limit and point.record.causal and nbytes is not None:
+            fit.append((nbytes, place, point))
+            if point.uncompressed or (quality.ppl_interval and quality.ppl_interval[1] <= limit):
+                certain.append((nbytes, place, point))
+    return Recommendation(
+        cheapest=min(fit)[2] if fit else None,
+        certain=min(certain)[2] if certain else None,
+    )
 
 
 def _read_files(paths: Sequence[Path]) -> _Files:
@@ -224,43 +212,28 @@ def _read_files(paths: Sequence[Path]) -> _Files:
             continue
         for file in inside:
             try:
-                failure = read_failure(file)
-                generated = None if failure else read_kind(file, KIND)
-                if generated is not None:
-                    files.generated.append(read_generation(file, generated))
-                elif failure:
-                    label, error = (str(failure.get(key, "")) for key in ("label", "error"))
-                    files.failed.append(FailedPoint(label=label or file.stem, error=error))
-                else:
-                    files.records.append((file, read_whole_record(file)))
+                record = read_any(file)
             except RecordError as e:
                 files.skipped.append(str(e))
-            except Exception as e:  # nothing that stands in one file may keep the others from the report
-                files.skipped.append(f"{file} cannot be read: {type(e).__name__}: {e}")
-    files.records.sort(key=lambda item: item[1]["finished_at"])
+                continue
+            match record:
+                case RunRecord():
+                    files.records.append((file, record))
+                case GenerationRecord():
+                    files.generated.append(GeneratedRun.of(record))
+                case FailedPoint():
+                    files.failed.append(record)
+    files.records.sort(key=lambda item: item[1].finished_at or "")  # before they said so, they were older
     return files
 
 
-def read_whole_record(path: Path) -> dict[str, Any]:
-    """A record of which everything can be shown. Raises RecordError."""
-    record = read_record(path)
-    try:
-        problem = schema_problem(record)
-        if problem is None:
-            codec_label(record), setting_key(record), _title(record), _costs(record)
-    except Exception as e:  # parts that users name: codec specs, links
-        problem = f"{type(e).__name__}: {e}"
-    if problem is not None:
-        raise RecordError(f"{path} is not a complete run record: {problem}")
-    return record
-
-
 def _points(
-    members: Sequence[tuple[Path, dict[str, Any]]], baseline: tuple[Path, dict[str, Any]] | None
+    members: Sequence[tuple[Path, RunRecord]], baseline: tuple[Path, RunRecord] | None
 ) -> Iterator[MeasuredPoint]:
     """The points of one setting, compared with its baseline token by token."""
-    uncompressed, problem = None, "no uncompressed point of the same model, text and protocol"
+    baseline_path, uncompressed, problem = None, None, "no uncompressed point of the same model, text and protocol"
     if baseline is not None:
+        baseline_path = baseline[0]
         try:
             uncompressed = read_own_per_token(*baseline)
         except RecordError as e:
@@ -269,7 +242,7 @@ def _points(
         quality, note = None, problem
         if uncompressed is not None:
             try:
-                own = uncompressed if path == baseline[0] else read_own_per_token(path, record)
+                own = uncompressed if path == baseline_path else read_own_per_token(path, record)
                 quality, note = compare(uncompressed, own), ""
             except ValueError as e:  # RecordError too
                 note = str(e)
@@ -280,45 +253,36 @@ def _points(
             quality_note=note,
             elsewhere=_elsewhere(record, baseline),
             unread=quality is None and baseline is not None,
-            costs=_costs(record),
+            costs=PipelineCosts.of(record),
         )
 
 
-def _elsewhere(record: Mapping[str, Any], baseline: tuple[Path, Mapping[str, Any]] | None) -> str:
-    own, other = record.get("environment"), baseline and baseline[1].get("environment")
+def _elsewhere(record: RunRecord, baseline: tuple[Path, RunRecord] | None) -> str:
+    own, other = record.environment, baseline and baseline[1].environment
     return environment_changes(other, own) if own and other else ""
 
 
-def _costs(record: Mapping[str, Any]) -> PipelineCosts | None:
-    return PipelineCosts.of(record) if record["traffic_per_link"] and record["timed_tokens"] else None
-
-
-def read_own_per_token(path: Path, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def read_own_per_token(path: Path, record: RunRecord) -> dict[str, np.ndarray]:
     """The per-token file beside a record, if it is the record's. Raises RecordError."""
     per_token = read_per_token(path)
-    file, results = path.with_suffix(".safetensors"), record["results"]
-    if len(per_token["loss"]) != results["total_loss_tokens"]:
-        raise RecordError(f"{file} has {len(per_token['loss'])} tokens, its record {results['total_loss_tokens']}")
+    file, results = path.with_suffix(".safetensors"), record.results
+    if len(per_token["loss"]) != results.total_loss_tokens:
+        raise RecordError(f"{file} has {len(per_token['loss'])} tokens, its record {results.total_loss_tokens}")
     mean = float(per_token["loss"].mean(dtype=np.float64)) if len(per_token["loss"]) else math.nan
-    if results["avg_ppl"] is not None and not abs(mean - math.log(results["avg_ppl"])) < 1e-6 * max(1.0, abs(mean)):
+    if results.avg_ppl is not None and not abs(mean - math.log(results.avg_ppl)) < 1e-6 * max(1.0, abs(mean)):
         raise RecordError(
-            f"{file} is another run's: its mean loss is {mean:.6g}, its record's perplexity {results['avg_ppl']:.6g}"
+            f"{file} is another run's: its mean loss is {mean:.6g}, its record's perplexity {results.avg_ppl:.6g}"
         )
     return per_token
 
 
-def _threshold(record: Mapping[str, Any]) -> float:
-    """Of 8-bit weights' outliers."""
-    model = record["args"]["config"].get("model", {})
-    return model.get("load_in_8bit_threshold", ModelConfig.load_in_8bit_threshold)
-
-
-def _title(record: Mapping[str, Any]) -> str:
-    dataset, protocol, args = record["dataset"], record["protocol"], record["args"]
-    weights = " 8-bit weights" if args["load_in_8bit"] else " 4-bit weights" if args["load_in_4bit"] else ""
-    if _threshold(record) != ModelConfig.load_in_8bit_threshold:
-        weights += f" (threshold {_threshold(record):g})"
+def _title(record: RunRecord) -> str:
+    dataset, protocol, args = record.dataset, record.protocol, record.args
+    weights = " 8-bit weights" if args.load_in_8bit else " 4-bit weights" if args.load_in_4bit else ""
+    threshold = args.config.model.load_in_8bit_threshold
+    if threshold != ModelConfig.load_in_8bit_threshold:
+        weights += f" (threshold {threshold:g})"
     return (
-        f"{model_label(args['model_name'])} {args['dtype']}{weights}, {dataset['num_tokens']:,} tokens of "
-        f"{dataset['description']}, windows {protocol['max_length']}/{protocol['stride']}"
+        f"{model_label(args.model_name)} {args.dtype}{weights}, {dataset.num_tokens:,} tokens of "
+        f"{dataset.description}, windows {protocol.max_length}/{protocol.stride}"
     )

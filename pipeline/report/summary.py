@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pipeline.records.store import RecordError, codec_labels, disk_problem, write_whole
+from pipeline.records.files import RecordError, disk_problem, write_whole
+from pipeline.records.labels import codec_labels
+from pipeline.records.run_record import RunRecord
 from pipeline.report.generation import HEADINGS
 from pipeline.report.html_page import html_page
 from pipeline.report.recommendation import Outlook, recommendation_text
@@ -28,7 +29,7 @@ _COLUMNS = (
 )
 
 
-def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+def summary_rows(records: Sequence[RunRecord]) -> list[dict[str, str]]:
     """One row of text per record.
 
     `change` is against the first uncompressed record of the same model, text and protocol. Encode (importance
@@ -38,36 +39,34 @@ def summary_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     baselines: dict[str, float | None] = {}
     for record in records:
         if is_uncompressed(record):
-            baselines.setdefault(setting_key(record), record["results"]["avg_ppl"])
+            baselines.setdefault(setting_key(record), record.results.avg_ppl)
     one_setting = len({setting_key(record) for record in records}) == 1
     rows = []
     for record, label in zip(records, codec_labels(records), strict=True):
-        totals, stages = record["traffic_totals"], record["stages"].values()
-        ppl, baseline = record["results"]["avg_ppl"], baselines.get(setting_key(record))
-        crossings = record["timed_tokens"] * len(record["traffic_per_link"])
+        totals, stages = record.traffic_totals, record.stages.values()
+        ppl, baseline = record.results.avg_ppl, baselines.get(setting_key(record))
+        crossings = (record.timed_tokens or 0) * len(record.traffic_per_link)
         rows.append(
             {
                 "codec": _printable(label),
                 "perplexity": "not finite" if ppl is None else f"{ppl:.4f}" if ppl < 1e5 else f"{ppl:.3g}",
                 "change": "" if baseline is None or ppl is None else _change(ppl / baseline),
-                "bytes/token/link": _number(totals["bytes_per_token"], ".1f"),
-                "bits/value": _number(totals["bits_per_value"], ".3f"),
-                "encode us/token": _per_token(
-                    sum(s["compress_s"] + s.get("importance_s", 0.0) for s in stages), crossings
-                ),
-                "decode us/token": _per_token(sum(s["decompress_s"] for s in stages), crossings),
-                "tokens/s": _number(record["tokens_per_s"], ".0f"),
+                "bytes/token/link": _number(totals.bytes_per_token, ".1f"),
+                "bits/value": _number(totals.bits_per_value, ".3f"),
+                "encode us/token": _per_token(sum(s.compress_s + s.importance_s for s in stages), crossings),
+                "decode us/token": _per_token(sum(s.decompress_s for s in stages), crossings),
+                "tokens/s": _number(record.tokens_per_s, ".0f"),
                 "note": ", ".join(filter(None, _notes(record, one_setting))),
             }
         )
     return rows
 
 
-def _notes(record: dict[str, Any], one_setting: bool) -> list[str]:
+def _notes(record: RunRecord, one_setting: bool) -> list[str]:
     """What the other columns do not tell: what the row was run on where rows differ in that, and non-causality."""
-    protocol = record["protocol"]
-    setting = f"{record['dataset']['num_tokens']} tokens, windows {protocol['max_length']}/{protocol['stride']}"
-    return ["" if one_setting else setting, "" if record["causal"] else "not causal"]
+    protocol = record.protocol
+    setting = f"{record.dataset.num_tokens} tokens, windows {protocol.max_length}/{protocol.stride}"
+    return ["" if one_setting else setting, "" if record.causal else "not causal"]
 
 
 def print_summary(paths: Sequence[Path]) -> None:

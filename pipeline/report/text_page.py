@@ -61,7 +61,7 @@ def csv_table(results: Results) -> str:
     for setting in results.settings:
         for point in setting.points:
             values = [column.value(point) for column in COLUMNS]
-            writer.writerow([setting.title, *values, point.record["run_id"], point.record["digest"]])
+            writer.writerow([setting.title, *values, point.record.run_id, point.record.digest])
     return out.getvalue()
 
 

@@ -23,7 +23,7 @@ from pipeline.importance.selection import make_metrics
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.partition.passes import Pass, PassKind
 from pipeline.partition.plan import Plan
-from pipeline.records.store import digest_of
+from pipeline.records.identity import digest_of
 from pipeline.runtime.head import max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import Workload, link_specs
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.comm.control import Control
-from pipeline.records.environment import Environment
-from pipeline.records.store import software_versions
+from pipeline.records.environment import Environment, software_versions
 
 __all__ = ["gather_environment"]
 

@@ -78,7 +78,7 @@ def _work(
         interface=runtime.interface,
         watchdog=watchdog,
     )
-    from pipeline.records.store import check_writable
+    from pipeline.records.files import check_writable
     from pipeline.runtime.deployment import deploy
     from pipeline.runtime.memory import keep_freed_memory, return_freed_memory
 

@@ -53,9 +53,8 @@ class StageTimes:
             end.synchronize()
             self._add(phase, within, start.elapsed_time(end) / 1e3)
         self._events.clear()
-        names = ("compute_s", "importance_s", "compress_s", "decompress_s", "wait_s", "measure_s")
-        times = {name: getattr(self, name) for name in names}
-        return {**times, "head_s": self.head_s} if self.head_s else times
+        names = ("compute_s", "importance_s", "compress_s", "decompress_s", "wait_s", "measure_s", "head_s")
+        return {name: getattr(self, name) for name in names}
 
     def _add(self, phase: str, within: str | None, seconds: float) -> None:
         setattr(self, f"{phase}_s", getattr(self, f"{phase}_s") + seconds)

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.comm.control import Control
 from pipeline.comm.watchdog import PipelineError, tell
-from pipeline.records.store import RecordError
+from pipeline.records.files import RecordError
 from pipeline.runtime.codecs import LinkCodecs, cause_in_words, naming
 from pipeline.runtime.engine import StageError
 from pipeline.runtime.timing import blank_side_inputs, decoder_side_inputs, payload_from_json, payload_to_json

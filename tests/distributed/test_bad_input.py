@@ -252,7 +252,7 @@ def test_a_rank_that_never_comes(tmp_path):
 
 def total_nll(folder):
     (path,) = folder.glob("*.json")
-    return read_record(path)["results"]["total_nll"]
+    return read_record(path).results.total_nll
 
 
 def test_two_runs_of_one_config_at_once(tmp_path):

@@ -69,8 +69,8 @@ def test_runs(calibrations, codec, num_ranks, tmp_path):
         finished.check()
     (path,) = tmp_path.glob("*.json")
     record = read_record(path)
-    assert record["causal"]
-    assert 0.2 < record["traffic_totals"]["bits_per_value"] < 5
+    assert record.causal
+    assert 0.2 < record.traffic_totals.bits_per_value < 5
 
 
 def test_ranks_and_one_process_score_alike(calibrations, tmp_path):
@@ -82,7 +82,7 @@ def test_ranks_and_one_process_score_alike(calibrations, tmp_path):
         for finished in run_ranks([arguments] * num_ranks, distributed=num_ranks > 1):
             finished.check()
         (path,) = out.glob("*.json")
-        losses.append(read_record(path)["results"]["total_nll"])
+        losses.append(read_record(path).results.total_nll)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from pipeline.records.run_record import CodecConfig
 from pipeline.records.store import read_record
 from tests.helpers.launch import run_ranks
 from tests.helpers.tiny_models import tiny_arguments
@@ -46,8 +47,8 @@ def test_one_object_an_end(num_ranks, measure_error, tmp_path):
     assert len(used["compress"]) + len(used["decompress"]) == made.total()
     (path,) = (tmp_path / "exp").glob("*.json")
     record = read_record(path)
-    assert record["codecs"] == {link: {"name": "watched"} for link in LINKS} and record["causal"]
-    assert record["one_token"]["links"].keys() == set(LINKS)
+    assert record.codecs == {link: CodecConfig(name="watched") for link in LINKS} and record.causal
+    assert record.one_token.links.keys() == set(LINKS)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -47,11 +47,11 @@ def test_it_is_the_windowed_perplexity_in_fp64(model_type, codec, tmp_path):
         more = ("--set", f"evaluation.decode_chunk={chunk}", "--batch_size", str(batch))
         decoded, decoded_loss = score(tmp_path / name, *shared, *DECODE, *more, model_type=model_type)
         assert decoded_loss == loss, name
-        for link, traffic in record["traffic_per_link"].items():
-            other = decoded["traffic_per_link"][link]
-            assert (other["bytes"], other["tokens"]) == (traffic["bytes"], traffic["tokens"])
-            assert other["tx"] > traffic["tx"] and other["header_bytes"] > traffic["header_bytes"]
-        assert decoded["protocol"]["mode"] == "decode" and "mode" not in record["protocol"]
+        for link, traffic in record.traffic_per_link.items():
+            other = decoded.traffic_per_link[link]
+            assert (other.bytes, other.tokens) == (traffic.bytes, traffic.tokens)
+            assert other.tx > traffic.tx and other.header_bytes > traffic.header_bytes
+        assert (decoded.protocol.mode, record.protocol.mode) == ("decode", "window")
 
 
 @pytest.mark.parametrize("wrap", ["true", "false"])
@@ -60,11 +60,11 @@ def test_four_ranks_with_klt(wrap, calibration, tmp_path):
     codec = f"klt(calibration={calibration}, step=0.5, temporal=false)" if wrap == "true" else "nf4"
     shared = ("--dtype", "fp64", "--compressor", codec, "--set", f"partition.wrap={wrap}")
     record, loss = score(tmp_path / "windows", *shared, "--set", "measure_error=true", num_ranks=4)
-    assert len(record["reconstruction"]) == len(record["traffic_per_link"])
+    assert len(record.reconstruction) == len(record.traffic_per_link)
     decoded, decoded_loss = score(tmp_path / "decode", *shared, *DECODE, num_ranks=4)
     assert decoded_loss == loss
-    for link, traffic in decoded["traffic_per_link"].items():
-        assert traffic["bytes"] >= record["traffic_per_link"][link]["bytes"] + 2 * traffic["tokens"]
+    for link, traffic in decoded.traffic_per_link.items():
+        assert traffic.bytes >= record.traffic_per_link[link].bytes + 2 * traffic.tokens
 
 
 def test_klt_generates_alike_alone_and_beside_others(calibration, tmp_path):
@@ -102,8 +102,8 @@ def test_interrupted_and_resumed(tmp_path):
     run_ranks([[*words, "--resume"]] * 4)[0].check()
     resumed, loss = outcome(tmp_path / "out")
     whole, whole_loss = score(tmp_path / "whole", *DECODE, "--compressor", slow, num_ranks=4, num_tokens=400)
-    assert loss == whole_loss and resumed["resumed"]["num_sessions"] == 2
-    assert resumed["traffic_per_link"] == whole["traffic_per_link"]
+    assert loss == whole_loss and resumed.resumed.num_sessions == 2
+    assert resumed.traffic_per_link == whole.traffic_per_link
 
 
 def test_codecs_that_need_importance_are_refused(tmp_path):

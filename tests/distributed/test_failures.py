@@ -60,14 +60,14 @@ def outcome(exp_dir):
     (path,) = exp_dir.glob("*.json")
     record = read_record(path)
     keys = ("results", "traffic_totals", "traffic_per_link")
-    return {key: record[key] for key in keys}, read_per_token(path)["loss"].tobytes()
+    return {key: getattr(record, key) for key in keys}, read_per_token(path)["loss"].tobytes()
 
 
 def num_resent(exp_dir):
     (path,) = exp_dir.glob("*.json")
-    resumed = read_record(path)["resumed"]
-    assert resumed["num_sessions"] == 2
-    return resumed["resent_microbatches"]
+    resumed = read_record(path).resumed
+    assert resumed.num_sessions == 2
+    return resumed.resent_microbatches
 
 
 @pytest.fixture(scope="module")
@@ -379,10 +379,10 @@ def test_a_resumed_run_says_what_else_it_ran_on(tmp_path):
     resumed = run_alone(*command, *two_threads, "--resume", env={**repaired, "RANK": "0"}).check()
     (path,) = (tmp_path / "runs").glob("*.json")
     record = read_record(path)
-    ((first, before), (second, now)) = ((s["from_microbatch"], s["threads"]) for s in record["resumed"]["environments"])
-    assert (first, before, now, record["environment"]["threads"]) == (0, "1", "2", "2") and second > 0
+    ((first, before), (second, now)) = ((s.from_microbatch, s.others["threads"]) for s in record.resumed.environments)
+    assert (first, before, now, record.environment["threads"]) == (0, "1", "2", "2") and second > 0
     told = f"micro-batches from {second} on ran on something else than those before, which may change losses: threads 2"
-    assert any(note.startswith(told) for note in record["notes"]) and told in resumed.stderr
+    assert any(note.startswith(told) for note in record.notes) and told in resumed.stderr
 
 
 @pytest.mark.parametrize("damage", ["held", "damaged"])

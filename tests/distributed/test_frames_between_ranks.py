@@ -288,8 +288,8 @@ def test_a_whole_run_with_bodies_apart(tmp_path):
         (path,) = folder.glob("*.json")
         records.append((read_record(path), read_per_token(path)["loss"]))
     (whole, losses), (apart, others) = records
-    assert (whole["backend"], apart["backend"]) == ("gloo", "nccl")
-    assert (losses == others).all() and whole["traffic_per_link"] == apart["traffic_per_link"]
+    assert (whole.backend, apart.backend) == ("gloo", "nccl")
+    assert (losses == others).all() and whole.traffic_per_link == apart.traffic_per_link
 
 
 def test_a_failure_with_bodies_apart_reaches_every_rank(tmp_path):

@@ -55,11 +55,11 @@ def test_hidden_states_are_bit_equal_with_every_metric_that_reads_the_stage(mode
     run_cases(2, cases)
     for name, case in cases.items():
         record = check(case)
-        (link,) = record["traffic_per_link"].values()
-        assert link["bytes"] == 3 * (LENGTH * 64 * 4 + LENGTH // 8), name
-        assert record["stages"]["0"]["importance_s"] > 0 == record["stages"]["1"]["importance_s"]
-        assert record["stages"]["0"]["compute_s"] > 0
-        assert record["causal"] is (name.split()[0] in ("random", "uniform"))
+        (link,) = record.traffic_per_link.values()
+        assert link.bytes == 3 * (LENGTH * 64 * 4 + LENGTH // 8), name
+        assert record.stages["0"].importance_s > 0 == record.stages["1"].importance_s
+        assert record.stages["0"].compute_s > 0
+        assert record.causal is (name.split()[0] in ("random", "uniform"))
 
 
 def test_ranks_and_one_process_choose_the_same_tokens_and_the_choice_matters(tmp_path):
@@ -75,10 +75,10 @@ def test_ranks_and_one_process_choose_the_same_tokens_and_the_choice_matters(tmp
     record, _ = record_of(first)
     write_token_importance(
         oracle,
-        {link.name: torch.rand(record["results"]["total_processed_tokens"]) for link in default_plan(8, 4).links},
+        {link.name: torch.rand(record.results.total_processed_tokens) for link in default_plan(8, 4).links},
         **owner,
-        ids_sha256=record["dataset"]["ids_sha256"],
-        **{key: record["protocol"][key] for key in ("max_length", "stride", "bos")},
+        ids_sha256=record.dataset.ids_sha256,
+        **{key: getattr(record.protocol, key) for key in ("max_length", "stride", "bos")},
     )
     cases = {
         (name, place): {
@@ -99,9 +99,9 @@ def test_ranks_and_one_process_choose_the_same_tokens_and_the_choice_matters(tmp
         (alone, alone_tokens), (ranks, tokens) = record_of(cases[name, "alone"]), record_of(cases[name, "ranks"])
         assert all(np.array_equal(tokens[key], alone_tokens[key]) for key in tokens), name
         for key in ("results", "traffic_totals", "digest", "codecs", "importance"):
-            assert alone[key] == ranks[key], (name, key)
+            assert getattr(alone, key) == getattr(ranks, key), (name, key)
         losses[name] = tokens["loss"].tobytes()
-        for link in ranks["importance"].values():
+        for link in ranks.importance.values():
             assert ("head_weights" in link or "oracle" in link) is (name in FILES)
     assert len(set(losses.values())) == len(METRICS)
 

@@ -76,9 +76,9 @@ def test_the_losses_are_those_of_the_unsplit_model(num_ranks, reference, tmp_pat
     for one in run_ranks([arguments] * num_ranks, timeout_s=290):
         one.check()
     (path,) = tmp_path.glob("*.json")
-    losses, results = read_per_token(path)["loss"], read_record(path)["results"]
-    assert results["total_loss_tokens"] == losses.size == reference.size == NUM_TOKENS - 5
+    losses, results = read_per_token(path)["loss"], read_record(path).results
+    assert results.total_loss_tokens == losses.size == reference.size == NUM_TOKENS - 5
     # The head's product over the scored rows alone may be summed in another order than over all rows.
     np.testing.assert_allclose(losses, reference, rtol=0, atol=1e-4)
     ppl = math.exp(reference.astype(np.float64).mean())
-    assert results["avg_ppl"] == pytest.approx(ppl, rel=1e-6)
+    assert results.avg_ppl == pytest.approx(ppl, rel=1e-6)

@@ -70,7 +70,7 @@ def last_message(text):
 
 def losses(folder):
     (path,) = folder.glob("*.json")
-    return read_per_token(path)["loss"].tobytes(), read_record(path)["traffic_totals"]
+    return read_per_token(path)["loss"].tobytes(), read_record(path).traffic_totals
 
 
 @pytest.mark.parametrize("version", [4, 6])

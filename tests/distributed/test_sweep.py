@@ -43,11 +43,11 @@ def records(exp_dir):
     for path in exp_dir.glob("*.json"):
         if read_failure(path) is None:
             record = read_record(path)
-            config = record["args"]["config"]
-            label = json.dumps([config["compressor"], config["compressor_per_link"], config["dataset"]["max_length"]])
+            config = record.args.config
+            label = json.dumps([config.compressor, config.compressor_per_link, record.protocol.max_length])
             assert label not in found, "a point was computed twice"
             keys = ("digest", "results", "traffic_totals", "traffic_per_link", "reconstruction")
-            found[label] = ({key: record.get(key) for key in keys}, read_per_token(path)["loss"].tobytes())
+            found[label] = ({key: getattr(record, key) for key in keys}, read_per_token(path)["loss"].tobytes())
     return found
 
 
@@ -129,8 +129,8 @@ def test_points_that_fail_leave_the_links_as_new(num_ranks, method, tmp_path):
     assert [one.returncode for one in ended] == [3, 0, 0, 0][:num_ranks], ended[0].stderr
     assert len(failures(runs)) == len(links) * len(calls)
     for failure in failures(runs):
-        assert f"ArithmeticError: no more {method}" in failure["error"] and failure["kind"] == "failed point"
-    places = {re.match(r"(?:rank \d, )?(.*?):", failure["error"])[1] for failure in failures(runs)}
+        assert f"ArithmeticError: no more {method}" in failure.error and failure.kind == "failed point"
+    places = {re.match(r"(?:rank \d, )?(.*?):", failure.error)[1] for failure in failures(runs)}
     stages = range(len(links)) if method == "compress" else range(1, len(links) + 1)
     expected = {f"stage {stage}, micro-batch {m}" for stage in stages for m in (0, 3, num_microbatches - 1)}
     assert places == expected | {"warming up codecs", "timing a token"}
@@ -175,7 +175,7 @@ def test_bad_configs_are_failed_points(tmp_path):
     )
     ended = run(tmp_path / "runs", sweep)
     assert [one.returncode for one in ended] == [3, 0, 0, 0]
-    told = sorted(failure["error"] for failure in failures(tmp_path / "runs"))
+    told = sorted(failure.error for failure in failures(tmp_path / "runs"))
     for words in (
         *("absmax", "layer:77", "positions for 512 tokens", "dataset.stride must be at most 64"),
         *("compressor_per_link must be a mapping", "{'nbits': 4}"),
@@ -199,7 +199,7 @@ def test_a_record_that_lacks_the_error_is_made_anew(tmp_path):
     sweep = write_sweep(tmp_path, {"compressor": "nf4"})
     without = run_alone(*command(tmp_path / "runs", sweep, "--set", "measure_error=false")).check()
     (path,) = (tmp_path / "runs").glob("*.json")
-    assert "reconstruction" not in read_record(path)
+    assert read_record(path).reconstruction is None
     run_alone(*command(tmp_path / "runs", sweep)).check()
     assert len(list((tmp_path / "runs").glob("*.json"))) == 2
     with_error = run_alone(*command(tmp_path / "runs", sweep)).check()
@@ -222,13 +222,13 @@ def test_killed_in_mid_sweep_and_started_again(tmp_path):
         os.kill(torchrun.rank_pids()[2], signal.SIGKILL)
         assert torchrun.wait(60).returncode != 0
         assert "the same command goes on from them" in torchrun.rank_stderr(0)
-    finished = {read_record(path)["run_id"] for path in runs.glob("*.json")}
+    finished = {read_record(path).run_id for path in runs.glob("*.json")}
     assert 2 <= len(finished) < len(points)
     with start_torchrun(4, *command(runs, sweep, num_tokens=num_tokens)) as torchrun:
         assert torchrun.wait(100).returncode == 0
         stdout, stderr = torchrun.rank_stdout(0), torchrun.rank_stderr(0)
     assert stderr.count("done before") == len(finished)
-    assert finished <= {read_record(path)["run_id"] for path in runs.glob("*.json")}
+    assert finished <= {read_record(path).run_id for path in runs.glob("*.json")}
     assert records(runs) == records(tmp_path / "reference")
     assert table(stdout) == table(reference[0].stdout)
     assert list(runs.glob("*.journal*")) == []

@@ -26,14 +26,14 @@ def losses(exp_dir, num_ranks, *more):
 def test_cuda_stages_over_gloo(tmp_path):
     _, expected = losses(tmp_path / "one", 1, "--set", "runtime.device=cuda")
     record, got = losses(tmp_path / "two", 2, "--set", "runtime.device=cuda", "--set", "runtime.backend=gloo")
-    assert record["backend"] == "gloo"
+    assert record.backend == "gloo"
     np.testing.assert_array_equal(got, expected)
-    assert all(stage["compute_s"] > 0 for stage in record["stages"].values())
+    assert all(stage.compute_s > 0 for stage in record.stages.values())
 
 
 @pytest.mark.skipif(NUM_GPUS < 2, reason="NCCL needs a GPU per rank, two at least")
 def test_links_over_nccl(tmp_path):
     _, expected = losses(tmp_path / "one", 1, "--set", "runtime.device=cuda:0")
     record, got = losses(tmp_path / "two", 2, "--set", "runtime.backend=nccl")
-    assert record["backend"] == "nccl"
+    assert record.backend == "nccl"
     np.testing.assert_array_equal(got, expected)

@@ -2,9 +2,14 @@
 
 import numpy as np
 
+from pipeline.config.schema import RunConfig
 from pipeline.partition.plan import default_plan
+from pipeline.records.base import now
+from pipeline.records.failed_point import FailedPoint
+from pipeline.records.generation_record import GenerationRecord
 from pipeline.records.perplexity import perplexity
-from pipeline.records.store import write_json, write_record
+from pipeline.records.run_record import RunRecord
+from pipeline.records.store import write_failure, write_generation, write_record
 
 PLAN = default_plan(8, 4)
 HIDDEN_SIZE = 64
@@ -17,36 +22,28 @@ def losses(change=0.0, spread=0.0, seed=0):
     return (base + change + spread * np.random.default_rng(seed).standard_normal(len(base))).astype(np.float32)
 
 
-def write_point(folder, compressor="none", *, loss=None, nbytes=256, num_tokens=400, codec=None, **changes):
-    """Write record and per-token file; returns the record's path. `nbytes` are payload bytes per token and
-    link.
+def make_record(compressor="none", *, loss=None, nbytes=256, num_tokens=400, codec=None, plan=PLAN, **changes):
+    """A record; `nbytes` are payload bytes per token and link. Mappings in `changes` change the keys given and leave
+    the others, empty ones and all else stand for the whole.
     """
     loss = losses() if loss is None else loss
     total_nll = float(np.sum(loss, dtype=np.float64))
     processed = 2 * len(loss)
-    links = {
-        link.name: {
-            "bytes": nbytes * processed,
-            "tokens": processed,
-            "tx": NUM_WINDOWS,
-            "bytes_per_token": float(nbytes),
-            "bits_per_value": 8 * nbytes / HIDDEN_SIZE,
-            "header_bytes": 60 * NUM_WINDOWS,
-            "padding_bytes": 0,
-        }
-        for link in PLAN.links
-    }
+    names = [link.name for link in plan.links]
+    amounts = {"bytes_per_token": float(nbytes), "bits_per_value": 8 * nbytes / HIDDEN_SIZE}
+    amounts |= {"header_bytes": 60 * NUM_WINDOWS, "padding_bytes": 0}
+    link = {"bytes": nbytes * processed, "tokens": processed, "tx": NUM_WINDOWS, **amounts}
+    totals = {"total_bytes": 4 * nbytes * processed, "total_tokens": 4 * processed, "total_tx": 4 * NUM_WINDOWS}
     times = {"device": "cpu", "compute_s": 0.8, "compress_s": 0.02, "decompress_s": 0.01, "wait_s": 0.3}
+    times |= dict.fromkeys(("importance_s", "measure_s", "head_s"), 0.0)
+    one_token = {"compute_s": 2e-3, "compress_s": 1e-4, "decompress_s": 1e-4}
     record = {
         "run_id": "run",
         "digest": "0123456789abcdef" * 4,
-        "args": {
-            "model_name": "some/model",
-            "dtype": "fp32",
-            "load_in_8bit": False,
-            "load_in_4bit": False,
-            "config": {"compressor": compressor, "compressor_per_link": {}},
-        },
+        "finished_at": now(),
+        "per_token_file": "run.safetensors",
+        "finite": True,
+        "args": _args(compressor),
         "results": {
             "avg_ppl": perplexity(total_nll, len(loss)),
             "total_nll": total_nll,
@@ -55,31 +52,34 @@ def write_point(folder, compressor="none", *, loss=None, nbytes=256, num_tokens=
             "num_windows": NUM_WINDOWS,
             "num_microbatches": NUM_WINDOWS,
         },
-        "traffic_totals": {
-            "total_bytes": 4 * nbytes * processed,
-            "bytes_per_token": float(nbytes),
-            "bits_per_value": 8 * nbytes / HIDDEN_SIZE,
-        },
-        "traffic_per_link": links,
+        "traffic_totals": totals | amounts | {"payload_bytes_per_scored_token": 8.0 * nbytes},
+        "traffic_other": {"result_bytes": 0, "end_bytes": 96, "setup_bytes": 12 * num_tokens},
+        "traffic_per_link": dict.fromkeys(names, link),
         "time_run_s": 2.0,
         "timed_tokens": processed,
         "tokens_per_s": processed / 2.0,
         "causal": True,
         "notes": [],
-        "codecs": {name: {"name": codec or compressor} for name in links},
-        "plan": [{"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in PLAN.stages],
-        "stages": {str(s.stage_index): dict(times) for s in PLAN.stages},
-        "one_token": {
-            "stages": {
-                str(s.stage_index): {"compute_s": 2e-3, "compress_s": 1e-4, "decompress_s": 1e-4} for s in PLAN.stages
-            },
-            "links": {name: {"payload_bytes": nbytes, "header_bytes": 60} for name in links},
+        "codecs": {name: {"name": codec or compressor} for name in names},
+        "codecs_decode": None,
+        "importance": {},
+        **_stages(plan, times),
+        "resumed": {
+            "num_sessions": 1,
+            "environments": None,
+            "resent_microbatches": 0,
+            "resent_payload_bytes_at_most": 0,
         },
-        "reconstruction": {name: {"relative_squared_error": 0.015} for name in links},
-        "ranks": [{"rank": rank, "host": "box", "threads": 1} for rank in range(4)],
+        "one_token": {
+            "cached_tokens": 16,
+            "stages": {str(s.stage_index): one_token for s in plan.stages},
+            "links": dict.fromkeys(names, {"payload_bytes": nbytes, "header_bytes": 60}),
+        },
+        "reconstruction": dict.fromkeys(names, {"relative_squared_error": 0.015}),
+        "ranks": [_rank(rank) | {"warm_up_s": 0.1} for rank in range(4)],
         "schedule": {"in_flight": 6, "receives_ahead": 2},
         "backend": "gloo",
-        "model": {"model_type": "llama", "hidden_size": HIDDEN_SIZE, "checkpoint_fingerprint": "ab" * 32},
+        "model": _MODEL,
         "dataset": {
             "description": "a text",
             "num_tokens": num_tokens,
@@ -88,32 +88,49 @@ def write_point(folder, compressor="none", *, loss=None, nbytes=256, num_tokens=
         },
         "protocol": {
             "name": "token perplexity, sliding window",
+            "mode": "window",
+            "decode_chunk": None,
             "max_length": 100,
             "stride": 50,
             "bos": "text",
         },
         "versions": {"python": "3.11", "torch": "2.13"},
+        "environment": None,
     }
+    record |= {key: _merged(record.get(key), change) for key, change in changes.items()}
+    ppl = record["results"]["avg_ppl"]
+    return RunRecord.from_plain(record | {"finite": ppl is not None and bool(np.isfinite(ppl))})
+
+
+def write_point(folder, compressor="none", *, loss=None, **changes):
+    """Write a record (`make_record`) and its per-token file; returns the record's path."""
+    loss = losses() if loss is None else loss
     per_token = {
         "loss": loss,
         "top1": np.argsort(np.argsort(loss)).astype(np.int32),
         "window": np.repeat(np.arange(NUM_WINDOWS, dtype=np.int32), len(loss) // NUM_WINDOWS),
     }
-    return write_record(folder, record | changes, per_token)
+    return write_record(folder, make_record(compressor, loss=loss, **changes), per_token)
 
 
-def write_generation(folder, run_id, **changes):
+def write_failed_point(folder, label, error):
+    """Write the file of a failed point; returns its path."""
+    failure = FailedPoint(failure_id="1", label=label, error=error, args={}, finished_at=now())
+    return write_failure(folder, failure)
+
+
+def write_generation_point(folder, run_id, **changes):
     """Write the record of a run that generated; returns its path."""
     spread = {"median": 0.02, "p95": 0.04}
+    names = [link.name for link in PLAN.links]
+    times = {"device": "cpu", "compute_s": 0.1, "compress_s": 0.01, "decompress_s": 0.01, "wait_s": 0.3}
+    times |= {"importance_s": 0.0, "measure_s": 0.0, "head_s": 0.02}
+    link = {"payload_bytes": 2368, "header_bytes": 144, "control_bytes": 12, "frames": 8, "tokens": 37}
+    request = {"line": 1, "finish_reason": "length", "num_prompt_tokens": 14, "num_tokens": 6, "queued_s": 0.0}
     record = {
-        "kind": "thinwire generation",
-        "schema_version": 1,
         "run_id": run_id,
         "digest": "d" * 64,
-        "args": {
-            "model_name": "a/model",
-            "config": {"compressor": "nf4", "compressor_per_link": {}, "compressor_decode": "int8"},
-        },
+        "args": _merged(_args("nf4"), {"model_name": "a/model", "config": {"compressor_decode": "int8"}}),
         "results": {
             "num_requests": 3,
             "num_failed": 1,
@@ -124,16 +141,55 @@ def write_generation(folder, run_id, **changes):
             "ttft_s": spread,
             "tpot_s": spread,
         },
-        "traffic_per_link": {
-            link.name: {"payload_bytes": 2368, "header_bytes": 144, "control_bytes": 12, "frames": 8, "tokens": 37}
-            for link in PLAN.links
+        "traffic_per_link": dict.fromkeys(names, link | {"bytes_per_token": 64.0, "header_bytes_per_token": 3.9}),
+        "requests": [
+            request | {"ttft_s": 0.02, "tpot_s": spread, "bytes_per_link": dict.fromkeys(names, 999.5), "error": None}
+        ],
+        "time_run_s": 0.2,
+        "codecs": dict.fromkeys(names, {"name": "nf4"}),
+        "codecs_decode": dict.fromkeys(names, {"name": "int8"}),
+        **_stages(PLAN, times),
+        "ranks": [_rank(rank) | {"cache_bytes": 2**20} for rank in range(PLAN.num_nodes)],
+        "schedule": {
+            "max_slots": 8,
+            "slot_length": 2048,
+            "prefill_chunk": 256,
+            "passes": 4,
+            "in_flight": 6,
+            "receives_ahead": 2,
         },
-        "codecs": {link.name: {"name": "nf4"} for link in PLAN.links},
-        "ranks": [{"rank": rank, "cache_bytes": 2**20} for rank in range(PLAN.num_nodes)],
-        "schedule": {"max_slots": 8, "passes": 4},
+        "backend": "gloo",
+        "model": _MODEL,
         "notes": ["something of note"],
-        **changes,
+        "versions": {"python": "3.11", "torch": "2.13"},
+        "environment": {"threads": "1"},
     }
-    path = folder / f"{run_id}.json"
-    write_json(path, record)
-    return path
+    return write_generation(folder, GenerationRecord.from_plain(record | changes))
+
+
+_MODEL = {"model_type": "llama", "hidden_size": HIDDEN_SIZE, "num_hidden_layers": 8}
+_MODEL["checkpoint_fingerprint"] = "ab" * 32
+
+
+def _args(compressor):
+    config = RunConfig()
+    args = config.original_args() | {"model_name": "some/model", "compressor": compressor}
+    return args | {"config": config.as_dict() | {"compressor": compressor}}
+
+
+def _stages(plan, times):
+    return {
+        "plan": [{"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in plan.stages],
+        "stages": {str(s.stage_index): times for s in plan.stages},
+    }
+
+
+def _rank(rank):
+    unknown = dict.fromkeys(("gpu", "pss_bytes", "peak_cuda_bytes", "cuda_in_use_bytes"))
+    return {"rank": rank, "host": "box", "threads": 1, "peak_rss_bytes": 2**28, **unknown}
+
+
+def _merged(value, changes):
+    if not (isinstance(value, dict) and isinstance(changes, dict) and changes):
+        return changes
+    return value | {key: _merged(value.get(key), change) for key, change in changes.items()}

@@ -5,7 +5,7 @@ import resource
 import pytest
 
 from pipeline.generation.answers_file import AnswersFile
-from pipeline.records.store import RecordError
+from pipeline.records.files import RecordError
 
 
 def line(number, text):

@@ -1,6 +1,5 @@
 import csv
 import io
-import json
 import re
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.records.store import write_failure
 from pipeline.report.charts import ChartPoint, pareto_front, trade_off_svg
 from pipeline.report.html_page import html_page
 from pipeline.report.point_columns import percent, significant
@@ -17,7 +15,7 @@ from pipeline.report.published import read_published
 from pipeline.report.recommendation import Outlook
 from pipeline.report.results import read_results
 from pipeline.report.text_page import csv_table, markdown_page
-from tests.helpers.records import losses, write_point
+from tests.helpers.records import losses, write_failed_point, write_point
 
 ROOT = Path(__file__).parents[2]
 NASTY = "my.codecs:Odd(note=</script><img src=x onerror='alert(1)'>|\"&)"
@@ -60,7 +58,7 @@ def folder(tmp_path):
     write_point(tmp_path, NASTY, loss=losses(0.3), nbytes=36, causal=False, codec="odd")
     write_point(tmp_path, "int2", loss=losses(9.0), nbytes=20)
     (tmp_path / "cut<b>.json").write_text('{"run_id": ')
-    write_failure(tmp_path, {"failure_id": "1", "label": "nf5", "error": "no codec <nf5>", "args": {}})
+    write_failed_point(tmp_path, "nf5", "no codec <nf5>")
     return tmp_path
 
 
@@ -102,10 +100,7 @@ def test_a_page_without_points_or_links(tmp_path):
 
 
 def test_measures_that_a_record_lacks_are_absent(tmp_path):
-    path = write_point(tmp_path)
-    record = json.loads(path.read_text())
-    del record["one_token"], record["reconstruction"]
-    path.write_text(json.dumps(record))
+    write_point(tmp_path, one_token=None, reconstruction=None)
     page = html_page(read_results([tmp_path]), Outlook())
     assert (
         "Not measured: these runs timed no one-token forward." in page

@@ -5,34 +5,29 @@ import pytest
 from safetensors.numpy import save_file
 
 from pipeline.report.importance_curves import collect, plot_curves
+from tests.helpers.records import PLAN, make_record
 
 
-def record(codec, bits, ppl, *, metric=None, fraction=None, seed=0, model="tiny"):
-    """As much of a record as the curves read."""
+def record(codec, bits, ppl, *, metric=None, fraction=None, seed=0, model="tiny", options=None):
+    """A record of nine windows; `options` change those of `token_mixed`, or are all of them where they are empty."""
+    config = {"name": codec}
     if metric:
-        inner = {"high": {"name": "int8"}, "low": {"name": "int4"}}
-        config = {"name": "token_mixed", "metric": metric, "fraction": fraction, **inner}
-    else:
-        config = {"name": codec}
-    return {
-        "run_id": f"{codec}-{metric}-{fraction}-{seed}",
-        "digest": "ab" * 32,
-        "args": {
-            **{"model_name": model, "dtype": "fp32", "load_in_8bit": False, "load_in_4bit": False},
-            "config": {"importance": {"seed": seed}},
-        },
-        "model": model,
-        "dataset": {"num_tokens": 10},
-        "protocol": {"max_length": 8, "stride": 8},
-        "codecs": {"link": config},
-        "causal": metric in (None, "random"),
-        "traffic_totals": {"bits_per_value": bits},
-        "results": {"avg_ppl": ppl, "total_loss_tokens": 90},
-    }
+        own = {"metric": metric, "fraction": fraction, "high": {"name": "int8"}, "low": {"name": "int4"}}
+        config = {"name": "token_mixed"} | (own | options if options else own if options is None else {})
+    return make_record(
+        codec,
+        run_id=f"{codec}-{metric}-{fraction}-{seed}",
+        args={"model_name": model, "config": {"importance": {"seed": seed}}},
+        model={"checkpoint_fingerprint": model},
+        codecs={link.name: config for link in PLAN.links},
+        causal=metric in (None, "random"),
+        traffic_totals={"bits_per_value": bits},
+        results={"avg_ppl": ppl, "total_loss_tokens": 90},
+    )
 
 
 def files(folder, records):
-    return [(folder / f"{r['run_id']}.json", r) for r in records]
+    return [(folder / f"{r.run_id}.json", r) for r in records]
 
 
 RECORDS = [
@@ -82,12 +77,12 @@ def test_intervals_are_paired_with_the_first_random_choice(tmp_path):
     base = np.random.default_rng(0).random(90, np.float32)
     records = []
     for one in RECORDS:
-        if one["codecs"]["link"]["name"] == "token_mixed":
-            change = {"norm": -0.1}.get(one["codecs"]["link"]["metric"], 0.5 * one["run_id"].endswith("-1"))
+        if one.run_id.startswith("token_mixed"):
+            change = -0.1 if "norm" in one.run_id else 0.5 * one.run_id.endswith("-1")
             loss = base + np.float32(change)
-            write_per_token(tmp_path / f"{one['run_id']}.safetensors", loss)
+            write_per_token(tmp_path / f"{one.run_id}.safetensors", loss)
             ppl = float(np.exp(loss.mean(dtype=np.float64)))
-            one = one | {"results": {"avg_ppl": ppl, "total_loss_tokens": 90}}
+            one = one.model_copy(update={"results": one.results.model_copy(update={"avg_ppl": ppl})})
         records.append(one)
     curves = collect(files(tmp_path, records))
     points = {(p["metric"], p["seed"]): p for p in curves["points"]}
@@ -109,10 +104,9 @@ def test_intervals_are_paired_with_the_first_random_choice(tmp_path):
     ids=str,
 )
 def test_a_choice_that_cannot_be_read_is_named_and_skipped(codec, tmp_path):
-    odd = record("token_mixed", 5.0, 70.0, metric="last_row", fraction=0.25)
-    odd["codecs"]["link"] = {"name": "token_mixed"} if not codec else odd["codecs"]["link"] | codec
+    odd = record("token_mixed", 5.0, 70.0, metric="last_row", fraction=0.25, options=codec)
     whole, curves = (collect(files(tmp_path, r)) for r in (RECORDS, [*RECORDS, odd]))
     assert curves["points"] == whole["points"]
     assert [p.partition(":")[0] for p in curves["problems"] if "skipped" in p] == [
-        f"{tmp_path / odd['run_id']}.json is skipped"
+        f"{tmp_path / odd.run_id}.json is skipped"
     ]

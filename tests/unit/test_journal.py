@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.records.files import RecordError
 from pipeline.records.journal import FinishedMicroBatch, Journal
-from pipeline.records.store import RecordError
 
 DIGEST = "ab" * 32
 OTHER_DIGEST = DIGEST[:16] + "cd" * 24  # names the same file

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.records.perplexity import perplexity, sum_nll
-from pipeline.records.traffic import LinkTraffic, per_link_record, traffic_totals
+from pipeline.records.traffic import LinkTraffic, link_record, link_totals
 from pipeline.runtime.memory import peak_rss_bytes
 
 
@@ -21,8 +21,8 @@ def test_the_published_record_of_none():
     for traffic in links.values():
         for num_tokens in [4096] * 8 + [1808]:
             traffic.add(num_tokens=num_tokens, payload_bytes=10_240 * num_tokens, header_bytes=60)
-    totals = traffic_totals(links, hidden_size=5120, num_scored=9_999)
-    assert totals == {
+    totals = link_totals(links.values(), hidden_size=5120, num_scored=9_999)
+    assert totals.model_dump() == {
         "total_bytes": 10_240 * 138_304,
         "total_tokens": 138_304,
         "total_tx": 36,
@@ -32,12 +32,12 @@ def test_the_published_record_of_none():
         "header_bytes": 36 * 60,
         "padding_bytes": 0,
     }
-    assert per_link_record(links["0"], 5120)["bytes_per_token"] == 10_240.0
+    assert link_record(links["0"], 5120).bytes_per_token == 10_240.0
 
 
 def test_no_traffic_has_no_ratio():
-    assert traffic_totals({}, hidden_size=64, num_scored=5)["bytes_per_token"] is None
-    assert per_link_record(LinkTraffic(), 64)["bits_per_value"] is None
+    totals = link_totals([], hidden_size=64, num_scored=0)
+    assert totals.bytes_per_token is totals.bits_per_value is totals.payload_bytes_per_scored_token is None
 
 
 def test_sum_does_not_depend_on_grouping():

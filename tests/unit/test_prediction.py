@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.partition.plan import default_plan
 from pipeline.report.prediction import Network, PipelineCosts, predict_decode, predict_prefill
+from tests.helpers.records import make_record
 
 
 def simulate(plan, stage_s, frame_bytes, network, num_microbatches, in_flight):
@@ -78,12 +79,13 @@ def record_of(plan, stage_s, frame_bytes, microbatch_tokens, in_flight):
         }
         for s in stage_s[: len(plan.stages)]
     ]
-    return {
-        "plan": [{"stage": s.stage_index, "node": s.node, "layers": [s.start, s.end]} for s in plan.stages],
-        "timed_tokens": tokens,
-        "results": {"total_processed_tokens": tokens, "num_microbatches": num_microbatches},
-        "stages": {str(i): {k: num_microbatches * v for k, v in t.items()} for i, t in enumerate(times)},
-        "traffic_per_link": {
+    one_token = [{"compute_s": 0.6 * s, "compress_s": 0.2 * s, "decompress_s": 0.2 * s} for s in stage_s]
+    return make_record(
+        plan=plan,
+        timed_tokens=tokens,
+        results={"total_processed_tokens": tokens, "num_microbatches": num_microbatches},
+        stages={str(i): {k: num_microbatches * v for k, v in t.items()} for i, t in enumerate(times)},
+        traffic_per_link={
             link.name: {
                 "bytes": num_microbatches * (frame_bytes[link.index] - 60),
                 "header_bytes": num_microbatches * 50,
@@ -92,12 +94,12 @@ def record_of(plan, stage_s, frame_bytes, microbatch_tokens, in_flight):
             }
             for link in plan.links
         },
-        "schedule": {"in_flight": in_flight},
-        "one_token": {
-            "stages": {str(i): t for i, t in enumerate(times)},
+        schedule={"in_flight": in_flight},
+        one_token={
+            "stages": {str(s.stage_index): one_token[s.stage_index] for s in plan.stages},
             "links": {n.name: {"payload_bytes": frame_bytes[n.index] - 60, "header_bytes": 60} for n in plan.links},
         },
-    }
+    )
 
 
 seconds = st.floats(0.001, 0.1)
@@ -172,6 +174,5 @@ def test_stages_of_a_node_add_up():
 
 def test_without_a_one_token_forward_there_is_no_latency():
     assert predict_decode(COSTS, Network(bits_per_s=1e9, rtt_s=0.0)) is None
-    record = record_of(default_plan(8, 4), [0.1] * 5, [1000] * 5, 10, 6)
-    del record["one_token"]
+    record = record_of(default_plan(8, 4), [0.1] * 5, [1000] * 5, 10, 6).model_copy(update={"one_token": None})
     assert PipelineCosts.of(record).one_token is None

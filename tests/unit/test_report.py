@@ -1,30 +1,19 @@
-from pipeline.records.store import codec_labels
+from pipeline.partition.plan import default_plan
+from pipeline.records.labels import codec_labels
 from pipeline.report.summary import load_records, print_summary, summary_rows
+from tests.helpers.records import make_record
 
 
 def record(compressor, ppl, **changes):
-    base = {
-        "run_id": compressor,
-        "finished_at": compressor,
-        "args": {
-            "dtype": "fp32",
-            "load_in_8bit": False,
-            "load_in_4bit": False,
-            "config": {"compressor": compressor, "compressor_per_link": {}},
-        },
-        "codecs": {"layer:0:node0->node1": {"name": compressor}},
-        "results": {"avg_ppl": ppl},
-        "traffic_totals": {"bytes_per_token": 36.0, "bits_per_value": 4.5, "total_tokens": 4000},
-        "traffic_per_link": {"layer:0:node0->node1": {}},
-        "timed_tokens": 2000,  # of 4,000: the others were timed by an interrupted session
-        "stages": {"0": {"compress_s": 0.5, "decompress_s": 0.0}, "1": {"compress_s": 0.0, "decompress_s": 0.25}},
-        "tokens_per_s": 100.0,
-        "causal": True,
-        "model": {},
-        "dataset": {"num_tokens": 5},
-        "protocol": {"max_length": 8, "stride": 4},
+    """Of one link and two stages; 2,000 of 4,000 tokens were timed by an interrupted session."""
+    results = {"avg_ppl": ppl, "total_processed_tokens": 4000}
+    stages = {
+        "0": {"compress_s": 0.5, "decompress_s": 0.0},
+        "1": {"compress_s": 0.0, "decompress_s": 0.25},
     }
-    return base | changes
+    changes = {"dataset": {"num_tokens": 5}, "protocol": {"max_length": 8, "stride": 4}} | changes
+    plan = default_plan(2, 2, wrap=False)
+    return make_record(compressor, plan=plan, results=results, stages=stages, timed_tokens=2000, **changes)
 
 
 def test_rows_compare_with_none_on_the_same_text():
@@ -35,7 +24,7 @@ def test_rows_compare_with_none_on_the_same_text():
             record("int2", 2e6, causal=False),
             record("int3", None),
             record("int4", 20.0, dataset={"num_tokens": 6}),
-            record("int5", 20.0, args={**record("int5", 1)["args"], "load_in_8bit": True}),
+            record("int5", 20.0, args={"load_in_8bit": True}),
         ]
     )
     assert [row["change"] for row in rows] == ["+0.00%", "+15.00%", "x 2e+05", "", "", ""]
@@ -51,7 +40,7 @@ def test_what_is_no_record_is_named_and_skipped(tmp_path, capsys):
     (tmp_path / "cut.json").write_text('{"run_id": ')
     assert load_records([tmp_path]) == []
     told = capsys.readouterr().err
-    assert "foreign.json is not a run record" in told and "cut.json is not a complete JSON file" in told
+    assert "foreign.json is not a record: it lacks" in told and "cut.json is not a complete JSON file" in told
     print_summary([tmp_path])
     assert "records in" in capsys.readouterr().out
 

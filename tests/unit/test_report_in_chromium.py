@@ -88,7 +88,7 @@ def test_a_click_sorts_by_numbers_a_second_one_turns_around(results, tmp_path):
     """
     )
     before, up, sorted_, down, by_name, num_sorted = ask(results, tmp_path, script)
-    points = {p.label + ("" if p.record["causal"] else " *"): p for p in results.points}
+    points = {p.label + ("" if p.record.causal else " *"): p for p in results.points}
     assert before == list(points)
     finite = sorted((name for name in points if points[name].ppl is not None), key=lambda name: points[name].ppl)
     assert up == [*finite, "int1"] and down == [*finite[::-1], "int1"]  # what is missing stays last

@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pipeline.records.store import write_failure
 from pipeline.report.html_page import html_page
 from pipeline.report.prediction import Network
 from pipeline.report.recommendation import Outlook, fastest, recommendation_text, within_budget
 from pipeline.report.results import load_records, read_results, recommend
 from pipeline.report.summary import summary_rows
 from pipeline.report.text_page import csv_table, markdown_page
-from tests.helpers.records import PLAN, losses, write_point
+from tests.helpers.records import PLAN, losses, write_failed_point, write_point
 
 
 def test_points_of_equal_model_text_and_protocol_share_a_setting_and_its_baseline(tmp_path):
@@ -48,14 +47,14 @@ def test_what_is_no_record_is_named_and_skipped_and_failed_points_are_listed(tmp
     (tmp_path / "hollow.json").write_text(json.dumps(hollow | {"per_token_file": "x"}))
     odd = json.loads(whole.read_text()) | {"codecs": ["none"]}
     (tmp_path / "odd.json").write_text(json.dumps(odd))
-    write_failure(tmp_path, {"failure_id": "1", "label": "nf5", "error": "no such codec", "args": {}})
+    write_failed_point(tmp_path, "nf5", "no such codec")
     results = read_results([tmp_path])
     assert [p.label for p in results.points] == ["none"]
     assert [(f.label, f.error) for f in results.failed] == [("nf5", "no such codec")]
     told = "\n".join(results.skipped)
     for name in ("cut", "foreign", "list", "binary", "hollow", "odd"):
         assert told.count(f"{name}.json") == 1, name
-    assert "hollow.json is not a complete run record: it lacks plan" in told
+    assert "hollow.json is not a complete record: it lacks plan" in told
 
 
 def paths(value, prefix=()):

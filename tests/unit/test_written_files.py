@@ -17,14 +17,15 @@ from compressors.klt.calibration_file import write_calibration, write_token_tabl
 from pipeline.analysis.plots import plot_heads
 from pipeline.importance.files import write_head_relevance, write_token_importance
 from pipeline.models.staging import stage_directory
+from pipeline.records.files import RecordError, check_writable, write_json, write_whole
 from pipeline.records.journal import FinishedMicroBatch, Journal
-from pipeline.records.store import RecordError, check_writable, write_failure, write_json, write_record, write_whole
+from pipeline.records.store import write_record
 from pipeline.report.plots import plot_rate_quality
 from pipeline.report.recommendation import Outlook
 from pipeline.report.results import load_records
 from pipeline.report.summary import write_report
 from tests.compressors.klt_cases import calibrate
-from tests.helpers.records import write_point
+from tests.helpers.records import make_record, write_failed_point, write_point
 
 ROOT = Path(__file__).parents[2]
 DIGEST = "ab" * 32
@@ -78,9 +79,7 @@ def points(folder):
 
 WRITERS = {
     "record": write_point,
-    "failed point": lambda folder: write_failure(
-        folder, {"failure_id": "1", "label": "x" * 9000, "error": "", "args": {}}
-    ),
+    "failed point": lambda folder: write_failed_point(folder, "x" * 9000, ""),
     "journal": journal,
     "JSON": lambda folder: write_json(folder / "a.json", {"a": "x" * 9000}),
     "report": report,
@@ -161,9 +160,9 @@ def test_what_was_there_before_a_full_disk_is_there_still(tmp_path):
 
 
 def test_a_record_whose_json_does_not_fit_leaves_no_tokens_behind(tmp_path):
-    args = {"x": "y" * 50_000}
+    record = make_record(run_id="r", notes=["y" * 50_000])
     with small_files(20_000), pytest.raises(RecordError, match="r.json cannot be written"):
-        write_record(tmp_path, {"run_id": "r", "args": args}, {"loss": np.zeros(3, np.float32)})
+        write_record(tmp_path, record, {"loss": np.zeros(3, np.float32)})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,134 @@
+"""The record of a run that answered prompts: totals, a line of figures per request, what crossed the links.
+
+Made by `generation.record`, written and read by `store`, shown by `report.generation`. The answers themselves are in
+`answers-*.jsonl` (`generation.answers_file`). A key more or less is a new `schema_version` and a step in `migrations`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal, Self
+
+from pydantic import model_validator
+
+from pipeline.records.base import Amount, Count, Part, Positive, Words
+from pipeline.records.run_record import (
+    SCHEMA_VERSION,
+    Args,
+    CodecConfig,
+    MeasuredRank,
+    Model,
+    PlannedStage,
+    StageSeconds,
+    check_plan,
+)
+
+__all__ = [
+    "GENERATION_KIND",
+    "GenerationLink",
+    "GenerationRank",
+    "GenerationRecord",
+    "GenerationResults",
+    "GenerationSchedule",
+    "RequestFigures",
+    "Spread",
+]
+
+GENERATION_KIND: Final = "thinwire generation"
+
+
+class Spread(Part):
+    """Of seconds: the median, and what 95% do not exceed."""
+
+    median: Amount
+    p95: Amount
+
+
+class GenerationResults(Part):
+    """`ttft_s`: from having a slot to the first token; `tpot_s`: between tokens; null where there was none."""
+
+    num_requests: Count
+    num_failed: Count
+    num_taken_over: Count
+    prompt_tokens: Count
+    generated_tokens: Count
+    tokens_per_s: Amount
+    ttft_s: Spread | None
+    tpot_s: Spread | None
+
+
+class GenerationLink(Part):
+    """What one link carried, by its sender's count; null where no token crossed it."""
+
+    payload_bytes: Count
+    header_bytes: Count
+    control_bytes: Count
+    frames: Count
+    tokens: Count
+    bytes_per_token: Amount | None
+    header_bytes_per_token: Amount | None
+
+
+class RequestFigures(Part):
+    """One request. Null seconds: it did not come that far. `bytes_per_link` are payload bytes, of passes that it
+    shared its share.
+    """
+
+    line: Count
+    finish_reason: str
+    num_prompt_tokens: Count
+    num_tokens: Count
+    queued_s: Amount | None
+    ttft_s: Amount | None
+    tpot_s: Spread | None
+    bytes_per_link: Mapping[str, Amount]
+    error: Words | None
+
+
+class GenerationRank(MeasuredRank):
+    cache_bytes: Count
+
+
+class GenerationSchedule(Part):
+    max_slots: Positive
+    slot_length: Count
+    prefill_chunk: Count
+    passes: Count
+    in_flight: Positive
+    receives_ahead: Count
+
+
+class GenerationRecord(Part):
+    """One session of requests. Links and stages are named as in the plan; `codecs_decode` are of sampled tokens."""
+
+    schema_version: Literal[2] = SCHEMA_VERSION
+    kind: Literal["thinwire generation"] = GENERATION_KIND
+    run_id: str
+    digest: str
+    args: Args
+    results: GenerationResults
+    traffic_per_link: Mapping[str, GenerationLink]
+    requests: tuple[RequestFigures, ...]
+    time_run_s: Amount
+    codecs: Mapping[str, CodecConfig]
+    codecs_decode: Mapping[str, CodecConfig]
+    plan: tuple[PlannedStage, ...]
+    stages: Mapping[str, StageSeconds]
+    ranks: tuple[GenerationRank, ...]
+    schedule: GenerationSchedule
+    backend: str
+    model: Model
+    notes: tuple[Words, ...]
+    versions: Mapping[str, str]
+    environment: Mapping[str, str]
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        check_plan(self.plan, self.stages)
+        if not self.traffic_per_link.keys() == self.codecs.keys() == self.codecs_decode.keys():
+            raise ValueError("traffic_per_link, codecs and codecs_decode name other links")
+        if not self.ranks:
+            raise ValueError("ranks is empty")
+        if self.results.num_failed > self.results.num_requests:
+            raise ValueError(f"results.num_failed is {self.results.num_failed} of {self.results.num_requests} requests")
+        return self

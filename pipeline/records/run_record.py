@@ -1,0 +1,330 @@
+"""The record of an evaluation: what it was, what it scored, what crossed the links, where the time went.
+
+Made by `evaluation.recorder`, written and read by `store`, shown by `report`. Losses and top-1 ids by token are in a
+file of their own beside it. A key more or less is a new `schema_version` and a step in `migrations`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import Field, JsonValue, model_validator
+
+from pipeline.records.base import Amount, CodecSpec, Count, OpenPart, Part, Positive, Timestamp, Words
+
+__all__ = [
+    "RUN_KIND",
+    "SCHEMA_VERSION",
+    "Args",
+    "CodecConfig",
+    "Dataset",
+    "LinkTotals",
+    "MeasuredRank",
+    "Model",
+    "OneToken",
+    "OneTokenLink",
+    "OneTokenStage",
+    "OtherTraffic",
+    "PlannedStage",
+    "Protocol",
+    "RecordedConfig",
+    "Reconstruction",
+    "Resumed",
+    "RunLink",
+    "RunRank",
+    "RunRecord",
+    "RunResults",
+    "RunSchedule",
+    "SessionEnvironment",
+    "StageSeconds",
+    "check_plan",
+]
+
+SCHEMA_VERSION: Final = 2
+RUN_KIND: Final = "thinwire run"
+
+Perplexity = Annotated[float, Field(ge=0.5)]  # 1 at best, but for rounding
+Layers = Annotated[tuple[Count, Count], Field(description="[start, end)")]
+
+
+class RecordedModel(OpenPart):
+    """The config's section `model`, as far as it tells settings apart."""
+
+    load_in_8bit_threshold: Amount
+
+
+class RecordedImportance(OpenPart):
+    """The config's section `importance`; no seed where it had none yet."""
+
+    seed: int | None = None
+
+
+class RecordedConfig(OpenPart):
+    """The whole config (`config.schema.RunConfig.as_dict`), with the keys that readers know."""
+
+    compressor: CodecSpec
+    compressor_per_link: Mapping[str, CodecSpec]
+    compressor_decode: CodecSpec | None
+    model: RecordedModel
+    importance: RecordedImportance
+
+
+class Args(Part):
+    """The original benchmark's flags (`config.schema.FLAG_KEYS`), and the config that they and others have made."""
+
+    model_name: str
+    model_dir: str | None
+    dtype: str
+    load_in_8bit: bool
+    load_in_4bit: bool
+    compressor: CodecSpec
+    batch_size: Positive
+    first_k_tokens: Count
+    max_length: Count
+    stride: Count
+    exp_dir: str
+    wandb: bool
+    wandb_project: str
+    wandb_run_name: str | None
+    config: RecordedConfig
+
+
+class RunResults(Part):
+    """`total_nll` in nats, over the scored tokens. Both figures are null where they are not finite."""
+
+    avg_ppl: Perplexity | None
+    total_nll: float | None
+    total_loss_tokens: Count
+    total_processed_tokens: Count
+    num_windows: Count
+    num_microbatches: Positive
+
+
+class LinkTotals(Part):
+    """Sums over links. `bytes_per_token` is per link crossing, `payload_bytes_per_scored_token` is not. Null where
+    nothing crossed, or nothing was scored.
+    """
+
+    total_bytes: Count
+    total_tokens: Count
+    total_tx: Count
+    bytes_per_token: Amount | None
+    bits_per_value: Amount | None
+    payload_bytes_per_scored_token: Amount | None
+    header_bytes: Count
+    padding_bytes: Count
+
+
+class RunLink(Part):
+    """What one link carried; `bytes` are a codec's bytes, `tx` frames."""
+
+    bytes: Count
+    tokens: Positive
+    tx: Count
+    bytes_per_token: Amount
+    bits_per_value: Amount
+    header_bytes: Count
+    padding_bytes: Count
+
+
+class OtherTraffic(Part):
+    """Bytes beside the hidden states, of the last session."""
+
+    result_bytes: Count
+    end_bytes: Count
+    setup_bytes: Count
+
+
+class CodecConfig(OpenPart):
+    """A codec with its options, which are its own."""
+
+    name: str
+
+
+class PlannedStage(Part):
+    stage: Count
+    node: Count
+    layers: Layers
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        start, end = self.layers
+        if start > end:
+            raise ValueError(f"layers of stage {self.stage} are [{start}, {end}], not a start and an end")
+        return self
+
+
+class SessionEnvironment(OpenPart):
+    """What the micro-batches from this one on ran on: words by key."""
+
+    from_microbatch: Count
+
+
+class Resumed(Part):
+    """`environments` of the sessions, where they differ."""
+
+    num_sessions: Positive
+    environments: tuple[SessionEnvironment, ...] | None
+    resent_microbatches: Count
+    resent_payload_bytes_at_most: Count
+
+
+class StageSeconds(Part):
+    """Seconds of the last session by phase (`runtime.stage_times.StageTimes`)."""
+
+    device: str
+    compute_s: Amount
+    importance_s: Amount
+    compress_s: Amount
+    decompress_s: Amount
+    wait_s: Amount
+    measure_s: Amount
+    head_s: Amount
+
+
+class OneTokenStage(Part):
+    """Median seconds for one token."""
+
+    compute_s: Amount
+    compress_s: Amount
+    decompress_s: Amount
+
+
+class OneTokenLink(Part):
+    """A frame of one token."""
+
+    payload_bytes: Count
+    header_bytes: Count
+
+
+class OneToken(Part):
+    """Null `cached_tokens`: timed without a cache."""
+
+    cached_tokens: Count | None
+    stages: Mapping[str, OneTokenStage]
+    links: Mapping[str, OneTokenLink]
+
+
+class Reconstruction(Part):
+    """Sum of (x - x')^2 over sum of x^2, all frames; null where it is not finite."""
+
+    relative_squared_error: Annotated[float, Field(ge=0)] | None
+
+
+class MeasuredRank(Part):
+    """A process at its end. Null: it has no GPU, the system does not tell, or the run is older than the figure."""
+
+    rank: Count
+    host: str
+    threads: Count
+    gpu: str | None
+    peak_rss_bytes: Count
+    pss_bytes: Count | None
+    peak_cuda_bytes: Count | None
+    cuda_in_use_bytes: Count | None
+
+
+class RunRank(MeasuredRank):
+    warm_up_s: Amount | None
+
+
+class RunSchedule(Part):
+    in_flight: Positive
+    receives_ahead: Count
+
+
+class Model(Part):
+    model_type: str
+    hidden_size: Positive
+    num_hidden_layers: Count
+    checkpoint_fingerprint: str
+
+
+class Dataset(Part):
+    description: Words
+    num_tokens: Count
+    text_sha256: str
+    ids_sha256: str
+
+
+class Protocol(Part):
+    """How the text was scored; `decode_chunk` in mode `decode` only."""
+
+    name: str
+    mode: Literal["window", "decode"]
+    decode_chunk: Positive | None
+    max_length: Count
+    stride: Count
+    bos: str
+
+
+class RunRecord(Part):
+    """One evaluation.
+
+    Links and stages are named as in the plan. `timed_tokens` are those of the last session, to which the stages' times
+    belong. `finite`: whether perplexity, losses and reconstruction errors were. Null: `codecs_decode` in mode `window`,
+    `reconstruction` where it was not measured; `finished_at`, `traffic_other`, `timed_tokens`, `one_token` and
+    `environment` in records that are older than these.
+    """
+
+    schema_version: Literal[2] = SCHEMA_VERSION
+    kind: Literal["thinwire run"] = RUN_KIND
+    run_id: str
+    digest: str
+    finished_at: Timestamp | None
+    per_token_file: str
+    finite: bool
+    args: Args
+    results: RunResults
+    traffic_totals: LinkTotals
+    traffic_other: OtherTraffic | None
+    traffic_per_link: Mapping[str, RunLink]
+    time_run_s: Amount
+    timed_tokens: Count | None
+    tokens_per_s: Amount
+    causal: bool
+    notes: tuple[Words, ...]
+    codecs: Mapping[str, CodecConfig]
+    codecs_decode: Mapping[str, CodecConfig] | None
+    importance: Mapping[str, Mapping[str, JsonValue]]
+    plan: tuple[PlannedStage, ...]
+    resumed: Resumed
+    stages: Mapping[str, StageSeconds]
+    one_token: OneToken | None
+    reconstruction: Mapping[str, Reconstruction] | None
+    ranks: tuple[RunRank, ...]
+    schedule: RunSchedule
+    backend: str
+    model: Model
+    dataset: Dataset
+    protocol: Protocol
+    versions: Mapping[str, str]
+    environment: Mapping[str, str] | None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        check_plan(self.plan, self.stages)
+        if self.traffic_per_link.keys() != self.codecs.keys():
+            raise ValueError(f"links are {_names(self.traffic_per_link)}, those with codecs {_names(self.codecs)}")
+        if not self.ranks:
+            raise ValueError("ranks is empty")
+        if (self.timed_tokens or 0) > self.results.total_processed_tokens:
+            raise ValueError(
+                f"timed_tokens is {self.timed_tokens}, more than results.total_processed_tokens, "
+                f"{self.results.total_processed_tokens}"
+            )
+        if self.finite and self.results.avg_ppl is None:
+            raise ValueError("finite is true, but results.avg_ppl is null")
+        return self
+
+
+def check_plan(plan: tuple[PlannedStage, ...], stages: Mapping[str, StageSeconds]) -> None:
+    """Raises ValueError where the times are of other stages than the plan's, or there is none."""
+    planned = {str(stage.stage): None for stage in plan}
+    if not planned or planned.keys() != stages.keys():
+        raise ValueError(f"stages are {_names(stages)}, those of the plan {_names(planned)}")
+
+
+def _names(parts: Mapping[str, object]) -> str:
+    return repr(", ".join(parts)[:80])

@@ -1,0 +1,39 @@
+"""Parts that the records of evaluations and of generation have in common, from a deployment and its ranks' reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.partition.plan import Plan
+from pipeline.records.run_record import CodecConfig, Model, PlannedStage, StageSeconds
+from pipeline.runtime.codecs import LinkCodecs
+from pipeline.runtime.deployment import Deployment
+
+__all__ = ["codec_configs", "planned_stages", "recorded_model", "stage_seconds"]
+
+
+def codec_configs(plan: Plan, codecs: LinkCodecs) -> dict[str, CodecConfig]:
+    """By link."""
+    facts = zip(plan.links, codecs.facts, strict=True)
+    return {link.name: CodecConfig.from_plain(codec.config) for link, codec in facts}
+
+
+def planned_stages(plan: Plan) -> tuple[PlannedStage, ...]:
+    return tuple(PlannedStage(stage=s.stage_index, node=s.node, layers=(s.start, s.end)) for s in plan.stages)
+
+
+def recorded_model(deployment: Deployment) -> Model:
+    return Model(
+        model_type=deployment.model_config.model_type,
+        hidden_size=deployment.model_config.hidden_size,
+        num_hidden_layers=deployment.plan.num_layers,
+        checkpoint_fingerprint=deployment.checkpoint_digest,
+    )
+
+
+def stage_seconds(reports: Sequence[Mapping[str, Any]]) -> dict[str, StageSeconds]:
+    """By stage, from all ranks (`rank_report`)."""
+    return {
+        index: StageSeconds(**times) for report in reports for index, times in sorted(report["stages"].items())
+    }
