@@ -35,6 +35,11 @@ class ChartPoint:
     causal: bool
     detail: str
 
+    @property
+    def finite_ppl(self) -> float:
+        """Infinity where it is not finite."""
+        return self.ppl if self.ppl is not None and math.isfinite(self.ppl) else math.inf
+
 
 @dataclass(frozen=True)
 class _Scale:
@@ -60,9 +65,9 @@ class _Scale:
 def pareto_front(points: Sequence[ChartPoint]) -> list[ChartPoint]:
     """Causal points that no other one beats in both bits and perplexity, fewest bits first."""
     front: list[ChartPoint] = []
-    finite = [p for p in points if p.causal and _is_finite(p)]
-    for point in sorted(finite, key=lambda p: (p.bits_per_value, p.ppl)):
-        if not front or point.ppl < front[-1].ppl:
+    finite = [p for p in points if p.causal and math.isfinite(p.finite_ppl)]
+    for point in sorted(finite, key=lambda p: (p.bits_per_value, p.finite_ppl)):
+        if not front or point.finite_ppl < front[-1].finite_ppl:
             front.append(point)
     return front
 
@@ -76,14 +81,17 @@ def trade_off_svg(
     height: int,
     title: str,
 ) -> str:
-    """An inline `<svg>` of `width` x `height` pixels. `base_ppl` None: the best perplexity shown."""
+    """An inline `<svg>` of `width` x `height` pixels, empty where no point has both a finite perplexity and traffic.
+
+    `base_ppl` None: the best perplexity shown.
+    """
     shown = [p for p in points if p.bits_per_value > 0]
-    finite = [p.ppl for p in shown if _is_finite(p)]
+    finite = [p.finite_ppl for p in shown if math.isfinite(p.finite_ppl)]
     if not finite:
-        return '<p class="muted">No point has both a finite perplexity and traffic: nothing to draw.</p>'
+        return ""
     scale = _scale(shown, base_ppl or min(finite), width, height)
     spots = {p: _spot(p, scale) for p in shown}
-    front = [p for p in pareto_front(shown) if p.ppl / scale.base_ppl <= _CUT]
+    front = [p for p in pareto_front(shown) if not _is_off_scale(p, scale)]
     steps = [spots[p] for p in front]
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="group" '
@@ -96,7 +104,7 @@ def trade_off_svg(
         for (x, y), (u, v) in zip(steps, steps[1:], strict=False)
         for box in ((x, y - 1, u, y + 1), (u - 1, y, u + 1, v))
     ]
-    labels = _place_labels(sorted(shown, key=lambda p: (p not in front, p.ppl is None, p.ppl)), spots, lines, scale)
+    labels = _place_labels(sorted(shown, key=lambda p: (p not in front, p.finite_ppl)), spots, lines, scale)
     for point in shown:
         parts.append(_marker(point, spots[point], labels.get(point), off_scale=_is_off_scale(point, scale)))
     return "\n".join(parts) + "\n</svg>"
@@ -104,8 +112,9 @@ def trade_off_svg(
 
 def _scale(points: Sequence[ChartPoint], base_ppl: float, width: int, height: int) -> _Scale:
     bits = [p.bits_per_value for p in points]
-    changes = [p.ppl / base_ppl - 1 for p in points if _is_finite(p) and p.ppl / base_ppl <= _CUT]
-    banded = any(not _is_finite(p) or p.ppl / base_ppl > _CUT for p in points)
+    ratios = [p.finite_ppl / base_ppl for p in points]
+    changes = [ratio - 1 for ratio in ratios if ratio <= _CUT]
+    banded = any(ratio > _CUT for ratio in ratios)
     low, high = min([0.0, *changes]), max([0.0, *changes])
     room = 0.08 * max(_bend(high) - _bend(low), 1.0)
     return _Scale(
@@ -190,8 +199,7 @@ def _marker(point: ChartPoint, spot: tuple[float, float], label: tuple[float, fl
     if label is not None:
         name = _leader(spot, label, point) + _text(*label, _short(point.label), "label")
     return (
-        f'<g class="{kind}" tabindex="0" role="img" aria-label="{escape(point.detail)}" '
-        f'data-tip="{escape(point.detail)}">'
+        f'<g class="{kind}" tabindex="0" role="img" aria-label="{escape(point.detail)}">'
         f'<circle class="hit" cx="{x:.1f}" cy="{y:.1f}" r="11"/>{shape}{name}</g>'
     )
 
@@ -264,16 +272,12 @@ def _overlap(a: _Box, b: _Box) -> bool:
 
 
 def _spot(point: ChartPoint, scale: _Scale) -> tuple[float, float]:
-    y = _TOP + _BAND - 12 if _is_off_scale(point, scale) else scale.y(point.ppl / scale.base_ppl - 1)
+    y = _TOP + _BAND - 12 if _is_off_scale(point, scale) else scale.y(point.finite_ppl / scale.base_ppl - 1)
     return scale.x(point.bits_per_value), y
 
 
 def _is_off_scale(point: ChartPoint, scale: _Scale) -> bool:
-    return not _is_finite(point) or point.ppl / scale.base_ppl > _CUT
-
-
-def _is_finite(point: ChartPoint) -> bool:
-    return point.ppl is not None and math.isfinite(point.ppl)
+    return point.finite_ppl / scale.base_ppl > _CUT
 
 
 def _bend(change: float) -> float:

@@ -1,4 +1,7 @@
-"""Runs that generated, as rows of a table: what was asked for, how fast it came, what crossed the links."""
+"""Runs that generated, read from their records: what was asked for, how fast it came, what crossed the links.
+
+`generation_columns` says how they are shown.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,32 @@ from typing import Any
 
 from pipeline.records.store import RecordError, codec_label, model_label
 
-__all__ = ["HEADINGS", "KIND", "SCHEMA_VERSION", "GeneratedRun", "read_generation"]
+__all__ = ["KIND", "SCHEMA_VERSION", "GeneratedRun", "read_generation"]
 
 KIND = "thinwire generation"
 SCHEMA_VERSION = 1
-HEADINGS = (
-    *("codec", "model", "requests", "failed", "tokens", "tokens/s", "TTFT ms", "ms/token", "ms/token p95"),
-    *("bytes/token/link", "header bytes/token", "cache MiB", "rows, passes"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedRun:
-    """One record, already in words: a cell per heading, and where its other figures are."""
+    """One record. `ttft_s`, `tpot_s` and `tpot_p95_s` (seconds to the first token, between tokens) are None where no
+    request came that far, bytes per token of a link where nothing crossed one.
+    """
 
-    cells: tuple[str, ...]
+    label: str
+    model: str
+    num_requests: int
+    num_failed: int
+    num_tokens: int
+    tokens_per_s: float
+    ttft_s: float | None
+    tpot_s: float | None
+    tpot_p95_s: float | None
+    payload_bytes_per_token: float | None
+    header_bytes_per_token: float | None
+    cache_bytes: int
+    max_rows: int
+    passes: int
     run_id: str
     notes: tuple[str, ...]
 
@@ -44,29 +58,28 @@ def _read(record: Mapping[str, Any]) -> GeneratedRun:
     crossings = sum(_count(link["tokens"]) for link in links)
     payload = sum(_count(link["payload_bytes"]) for link in links)
     headers = sum(_count(link["header_bytes"]) for link in links)
-    slots, passes = _count(schedule["max_slots"]), _count(schedule["passes"])
-    cells = (
-        codec_label(record),
-        model_label(_text(record["args"]["model_name"])),
-        str(_count(results["num_requests"])),
-        str(_count(results["num_failed"])),
-        str(_count(results["generated_tokens"])),
-        f"{_number(results['tokens_per_s']):.2f}",
-        _milliseconds(results["ttft_s"], "median"),
-        _milliseconds(results["tpot_s"], "median"),
-        _milliseconds(results["tpot_s"], "p95"),
-        f"{payload / crossings:.1f}" if crossings else "-",
-        f"{headers / crossings:.1f}" if crossings else "-",
-        f"{sum(_count(rank['cache_bytes']) for rank in record['ranks']) / 2**20:.1f}",
-        f"up to {slots}, {passes}",
-    )
     return GeneratedRun(
-        cells=cells, run_id=_text(record["run_id"]), notes=tuple(_text(note) for note in record["notes"])
+        label=codec_label(record),
+        model=model_label(_text(record["args"]["model_name"])),
+        num_requests=_count(results["num_requests"]),
+        num_failed=_count(results["num_failed"]),
+        num_tokens=_count(results["generated_tokens"]),
+        tokens_per_s=_number(results["tokens_per_s"]),
+        ttft_s=_part(results["ttft_s"], "median"),
+        tpot_s=_part(results["tpot_s"], "median"),
+        tpot_p95_s=_part(results["tpot_s"], "p95"),
+        payload_bytes_per_token=payload / crossings if crossings else None,
+        header_bytes_per_token=headers / crossings if crossings else None,
+        cache_bytes=sum(_count(rank["cache_bytes"]) for rank in record["ranks"]),
+        max_rows=_count(schedule["max_slots"]),
+        passes=_count(schedule["passes"]),
+        run_id=_text(record["run_id"]),
+        notes=tuple(_text(note) for note in record["notes"]),
     )
 
 
-def _milliseconds(spread: Mapping[str, Any] | None, name: str) -> str:
-    return "-" if spread is None else f"{1e3 * _number(spread[name]):.1f}"
+def _part(spread: Mapping[str, Any] | None, name: str) -> float | None:
+    return None if spread is None else _number(spread[name])
 
 
 def _number(value: Any) -> float:

@@ -22,6 +22,7 @@ from pipeline.records.schema import schema_problem
 from pipeline.records.store import (
     RecordError,
     codec_label,
+    codec_labels,
     digest_of,
     disk_problem,
     model_label,
@@ -35,7 +36,9 @@ from pipeline.report.prediction import PipelineCosts
 from pipeline.report.quality import Quality, compare
 
 __all__ = [
+    "PHASES",
     "FailedPoint",
+    "LinkFigures",
     "MeasuredPoint",
     "Recommendation",
     "Results",
@@ -49,7 +52,29 @@ __all__ = [
     "read_whole_record",
     "recommend",
     "setting_key",
+    "summary_points",
 ]
+
+# What a stage does, in the reader's words, and the record's key of its seconds.
+PHASES = {
+    "compute": "compute_s",
+    "importance": "importance_s",
+    "encode": "compress_s",
+    "decode": "decompress_s",
+    "wait": "wait_s",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkFigures:
+    """What one link carried: payload bytes per token, and all bytes sent (headers and padding too) in how many frames.
+    `error` is the relative squared error of the reconstruction, None where it was not measured.
+    """
+
+    bytes_per_token: float
+    sent_bytes: int
+    num_frames: int
+    error: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +82,13 @@ class MeasuredPoint:
     """One record, its quality against the setting's baseline, and what a prediction needs.
 
     `quality` is None where there is no baseline or a per-token file cannot be used; `quality_note` says why, and
-    `unread` tells the second case. `elsewhere` says what this point ran on where the baseline ran on something else,
-    which may change losses.
+    `unread` tells the second case. `ppl_change` (0.01: 1%) is against the baseline, NaN or infinity where losses are
+    not finite, None without a baseline and where `unread`. `elsewhere` says what this point ran on where the baseline
+    ran on something else, which may change losses.
     `costs` is None where there is no link, or no time was taken (all was finished before a resumed run
     began).
+
+    The properties are what tables and page show of the record; they alone know its keys.
     """
 
     record: dict[str, Any]
@@ -70,6 +98,7 @@ class MeasuredPoint:
     unread: bool
     elsewhere: str
     costs: PipelineCosts | None
+    ppl_change: float | None
 
     @property
     def ppl(self) -> float | None:
@@ -87,6 +116,111 @@ class MeasuredPoint:
     def uncompressed(self) -> bool:
         return is_uncompressed(self.record)
 
+    @property
+    def causal(self) -> bool:
+        return self.record["causal"]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.record["tokens_per_s"]
+
+    @property
+    def encode_us_per_token(self) -> float | None:
+        """Importance included; None where nothing crossed a link while time was taken."""
+        return self._us_per_crossing("encode", "importance")
+
+    @property
+    def decode_us_per_token(self) -> float | None:
+        return self._us_per_crossing("decode")
+
+    @property
+    def worst_error(self) -> float | None:
+        """The largest of the links' relative squared errors."""
+        return max((link.error for link in self.links.values() if link.error is not None), default=None)
+
+    @property
+    def links(self) -> dict[str, LinkFigures]:
+        errors = self.record.get("reconstruction", {})
+        return {
+            name: LinkFigures(
+                bytes_per_token=link["bytes_per_token"],
+                sent_bytes=link["bytes"] + link["header_bytes"] + link["padding_bytes"],
+                num_frames=link["tx"],
+                error=errors.get(name, {}).get("relative_squared_error"),
+            )
+            for name, link in self.record["traffic_per_link"].items()
+        }
+
+    @property
+    def stage_seconds(self) -> dict[int, dict[str, float]]:
+        """Seconds by stage and phase (the keys of `PHASES`); 0 for a phase that the record lacks."""
+        return {
+            int(index): {phase: times.get(key, 0.0) for phase, key in PHASES.items()}
+            for index, times in self.record["stages"].items()
+        }
+
+    @property
+    def hidden_size(self) -> int:
+        return self.record["model"]["hidden_size"]
+
+    @property
+    def model_name(self) -> str:
+        return self.record["args"]["model_name"]
+
+    @property
+    def checkpoint(self) -> str:
+        return self.record["model"]["checkpoint_fingerprint"]
+
+    @property
+    def dataset(self) -> Mapping[str, Any]:
+        """`description`, `num_tokens`, `text_sha256` and `ids_sha256`."""
+        return self.record["dataset"]
+
+    @property
+    def protocol(self) -> Mapping[str, Any]:
+        return self.record["protocol"]
+
+    @property
+    def layers(self) -> list[tuple[int, int, int]]:
+        """By stage: node, and the half-open range [start, end) of its layers."""
+        return [(stage["node"], *stage["layers"]) for stage in self.record["plan"]]
+
+    @property
+    def backend(self) -> str:
+        return self.record["backend"]
+
+    @property
+    def hosts(self) -> list[tuple[str, int]]:
+        """By rank: host name and threads."""
+        return [(rank["host"], rank["threads"]) for rank in self.record["ranks"]]
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        return self.record["versions"]
+
+    @property
+    def run_id(self) -> str:
+        return self.record["run_id"]
+
+    @property
+    def digest(self) -> str:
+        return self.record["digest"]
+
+    @property
+    def finished_at(self) -> str:
+        """UTC, to the second."""
+        return self.record["finished_at"][:19]
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return self.record["notes"]
+
+    def _us_per_crossing(self, *phases: str) -> float | None:
+        """Microseconds of all stages, per token and link that it crossed."""
+        crossings = self.record["timed_tokens"] * len(self.record["traffic_per_link"])
+        seconds = sum(times[phase] for times in self.stage_seconds.values() for phase in phases)
+        return 1e6 * seconds / crossings if crossings else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -100,7 +234,12 @@ class Setting:
 
     @property
     def hidden_size(self) -> int:
-        return self.points[0].record["model"]["hidden_size"]
+        return self.points[0].hidden_size
+
+    @property
+    def prefix(self) -> str:
+        """In front of a point's label, what tells points of several settings apart."""
+        return f"[{self.name}] " if self.name else ""
 
     @property
     def baseline(self) -> MeasuredPoint | None:
@@ -125,7 +264,12 @@ class Results:
 
     @property
     def points(self) -> list[MeasuredPoint]:
-        return [point for setting in self.settings for point in setting.points]
+        return [point for _, point in self.members]
+
+    @property
+    def members(self) -> list[tuple[Setting, MeasuredPoint]]:
+        """All points, each with its setting."""
+        return [(setting, point) for setting in self.settings for point in setting.points]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +332,35 @@ def read_results(paths: Sequence[Path]) -> Results:
     )
 
 
+def summary_points(records: Sequence[dict[str, Any]]) -> list[tuple[MeasuredPoint, str]]:
+    """For a console: points in the order of `records`, compared with the first uncompressed one of their setting by
+    perplexity alone, since no per-token file is opened; so they have no quality, and no costs either.
+
+    The text beside a point says tokens and windows where the points are of several settings, else nothing.
+    """
+    keys = [setting_key(record) for record in records]
+    baselines: dict[str, dict[str, Any]] = {}
+    for key, record in zip(keys, records, strict=True):
+        if is_uncompressed(record):
+            baselines.setdefault(key, record)
+    points = []
+    for key, record, label in zip(keys, records, codec_labels(records), strict=True):
+        baseline = baselines.get(key)
+        point = MeasuredPoint(
+            record=record,
+            label=label,
+            quality=None,
+            quality_note="",
+            unread=False,
+            elsewhere=_elsewhere(record, baseline),
+            costs=None,
+            ppl_change=_change(record, baseline) if baseline else None,
+        )
+        setting = f"{record['dataset']['num_tokens']} tokens, {_protocol_text(record)}" if len(set(keys)) > 1 else ""
+        points.append((point, setting))
+    return points
+
+
 def setting_key(record: Mapping[str, Any]) -> str:
     """Equal for records whose perplexities may be compared: same model and precision, text and protocol."""
     weights = {key: record["args"][key] for key in ("dtype", "load_in_8bit", "load_in_4bit")}
@@ -207,7 +380,7 @@ def recommend(setting: Setting, max_ppl_increase: float) -> Recommendation:
     limit = 1 + max_ppl_increase
     fit = [
         p for p in setting.points
-        if p.quality and p.quality.ppl_ratio <= limit and p.record["causal"] and p.bytes_per_token is not None
+        if p.quality and p.quality.ppl_ratio <= limit and p.causal and p.bytes_per_token is not None
     ]  # fmt: skip
     certain = [p for p in fit if p.uncompressed or (p.quality.ppl_interval and p.quality.ppl_interval[1] <= limit)]
     cheapest = [min(points, key=lambda p: p.bytes_per_token, default=None) for points in (fit, certain)]
@@ -278,14 +451,21 @@ def _points(
             label=codec_label(record),
             quality=quality,
             quality_note=note,
-            elsewhere=_elsewhere(record, baseline),
+            elsewhere=_elsewhere(record, baseline[1] if baseline else None),
             unread=quality is None and baseline is not None,
             costs=_costs(record),
+            ppl_change=quality.ppl_ratio - 1 if quality else None,
         )
 
 
-def _elsewhere(record: Mapping[str, Any], baseline: tuple[Path, Mapping[str, Any]] | None) -> str:
-    own, other = record.get("environment"), baseline and baseline[1].get("environment")
+def _change(record: Mapping[str, Any], baseline: Mapping[str, Any]) -> float:
+    """Of the perplexity; NaN where one is not finite."""
+    ppl, baseline_ppl = record["results"]["avg_ppl"], baseline["results"]["avg_ppl"]
+    return math.nan if ppl is None or baseline_ppl is None else ppl / baseline_ppl - 1
+
+
+def _elsewhere(record: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> str:
+    own, other = record.get("environment"), baseline and baseline.get("environment")
     return environment_changes(other, own) if own and other else ""
 
 
@@ -307,6 +487,11 @@ def read_own_per_token(path: Path, record: Mapping[str, Any]) -> dict[str, np.nd
     return per_token
 
 
+def _protocol_text(record: Mapping[str, Any]) -> str:
+    protocol = record["protocol"]
+    return f"windows {protocol['max_length']}/{protocol['stride']}"
+
+
 def _threshold(record: Mapping[str, Any]) -> float:
     """Of 8-bit weights' outliers."""
     model = record["args"]["config"].get("model", {})
@@ -314,11 +499,11 @@ def _threshold(record: Mapping[str, Any]) -> float:
 
 
 def _title(record: Mapping[str, Any]) -> str:
-    dataset, protocol, args = record["dataset"], record["protocol"], record["args"]
+    dataset, args = record["dataset"], record["args"]
     weights = " 8-bit weights" if args["load_in_8bit"] else " 4-bit weights" if args["load_in_4bit"] else ""
     if _threshold(record) != ModelConfig.load_in_8bit_threshold:
         weights += f" (threshold {_threshold(record):g})"
     return (
         f"{model_label(args['model_name'])} {args['dtype']}{weights}, {dataset['num_tokens']:,} tokens of "
-        f"{dataset['description']}, windows {protocol['max_length']}/{protocol['stride']}"
+        f"{dataset['description']}, {_protocol_text(record)}"
     )
