@@ -19,6 +19,8 @@ _LINEAR = 0.01  # the change of perplexity up to which the scale is linear
 _CUT = 10.0  # perplexity over baseline beyond which points stand in the band
 _TICKS = (-0.5, -0.2, -0.1, -0.03, -0.01, 0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 9.0)
 _LABEL_CHARS = 26
+_GAPS = (0.0, 12.0, 24.0, 36.0)  # how far from its mark a label may stand, in pixels
+_FEW_POINTS = 40  # with more, lines to labels further off would cross the marks
 _CHAR_WIDTH, _LINE_HEIGHT, _RADIUS = 6.6, 12.0, 4.5
 _LEFT, _RIGHT, _TOP, _BOTTOM, _BAND = 52.0, 44.0, 34.0, 40.0, 54.0
 
@@ -220,15 +222,16 @@ def _place_labels(
     scale: _Scale,
 ) -> dict[ChartPoint, tuple[float, float]]:
     """Where each label starts, first come first served; `lines` are avoided where that is easy. A label that
-    finds no free place is left to the tooltip.
+    finds no free place is left to the tooltip; among many points, so is one whose place is not right beside its mark.
     """
     r = _RADIUS + 1
+    gaps = _GAPS if len(points) <= _FEW_POINTS else _GAPS[:1]
     taken: list[_Box] = [(x - r, y - r, x + r, y + r) for x, y in spots.values()]
     if scale.top > _TOP:
         taken.append((scale.left, _TOP, scale.left + 200, _TOP + 14))  # the band's own words
     placed = {}
     for point in points:
-        boxes = {candidate: _label_box(candidate, point) for candidate in _candidates(spots[point], point)}
+        boxes = {candidate: _label_box(candidate, point) for candidate in _candidates(spots[point], point, gaps)}
         free = [
             candidate
             for candidate, box in boxes.items()
@@ -246,11 +249,13 @@ def _place_labels(
     return placed
 
 
-def _candidates(spot: tuple[float, float], point: ChartPoint) -> Iterator[tuple[float, float]]:
+def _candidates(
+    spot: tuple[float, float], point: ChartPoint, gaps: Sequence[float]
+) -> Iterator[tuple[float, float]]:
     """Places for a label's left end of the base line: beside the point, then further off."""
     x, y = spot
     width = _label_width(point)
-    for gap in (0.0, 12.0, 24.0, 36.0):
+    for gap in gaps:
         for dy in (4.0, -7.0 - gap, 15.0 + gap, -18.0 - gap, 26.0 + gap):
             yield x + 8 + gap / 2, y + dy
             yield x - 8 - gap / 2 - width, y + dy

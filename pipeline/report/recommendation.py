@@ -93,7 +93,7 @@ def _verdict(setting: Setting, outlook: Outlook, budget: str) -> str:
         compared = " that could be compared" if any(p.unread for p in setting.points) else ""
         return f"No compressed causal point{compared} stays within +{budget} perplexity."
     text = f"Within +{budget} perplexity the cheapest is {_describe(best.cheapest, setting)}."
-    if best.cheapest.quality.ppl_interval is None:
+    if best.cheapest.quality is None or best.cheapest.quality.ppl_interval is None:
         return text + f" How sure that is cannot be told from fewer than {MIN_WINDOWS} windows."
     if best.certain is best.cheapest:
         return text + " Its whole 95% interval is within."
@@ -104,15 +104,18 @@ def _verdict(setting: Setting, outlook: Outlook, budget: str) -> str:
 
 
 def _describe(point: MeasuredPoint, setting: Setting) -> str:
+    """Of a recommended point, which has been compared with the baseline."""
     quality, baseline = point.quality, setting.baseline
+    assert quality is not None and baseline is not None
     interval = ""
     if quality.ppl_interval:
         low, high = (percent(end - 1) for end in quality.ppl_interval)
         interval = f", 95% interval {low} to {high}"
     saving = ""
-    if baseline.bytes_per_token and point.bytes_per_token:
-        saving = f", {baseline.bytes_per_token / point.bytes_per_token:.2g} times fewer than uncompressed"
+    nbytes = point.bytes_per_token
+    if baseline.bytes_per_token and nbytes:
+        saving = f", {baseline.bytes_per_token / nbytes:.2g} times fewer than uncompressed"
     return (
-        f"{point.label}: {point.bytes_per_token:,.1f} bytes per token and link{saving}; "
+        f"{point.label}: {nbytes:,.1f} bytes per token and link{saving}; "
         f"perplexity {percent(quality.ppl_ratio - 1)}{interval}"
     )
