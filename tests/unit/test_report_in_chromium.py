@@ -88,12 +88,12 @@ def test_a_click_sorts_by_numbers_a_second_one_turns_around(results, tmp_path):
     """
     )
     before, up, sorted_, down, by_name, num_sorted = ask(results, tmp_path, script)
-    points = {p.label + ("" if p.causal else " *"): p for p in results.points}
+    points = {p.label + ("" if p.causal else "\N{NO-BREAK SPACE}*"): p for p in results.points}
     assert before == list(points)
     finite = sorted((name for name in points if points[name].ppl is not None), key=lambda name: points[name].ppl)
     assert up == [*finite, "int1"] and down == [*finite[::-1], "int1"]  # what is missing stays last
     assert sorted_ == "ascending" and num_sorted == 1
-    assert by_name == ["int1", "int2", "int8", "nf4", "none", "outlier(channels=8, inner=int4) *"]
+    assert by_name == ["int1", "int2", "int8", "nf4", "none", "outlier(channels=8, inner=int4)\N{NO-BREAK SPACE}*"]
 
 
 def test_headings_can_be_reached_and_pressed_by_keyboard(results, tmp_path):
