@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -307,3 +308,16 @@ def test_changes(value, text):
 )
 def test_perplexities(value, text):
     assert perplexity(value) == text
+
+
+@pytest.mark.parametrize("width", [350, 556])
+def test_labels_among_many_points_stand_beside_their_marks(width):
+    bits = [1.2 * 1.012**i for i in range(200)]
+    points = [chart_point(f"klt(step={b:.3f})", b, 10 + 10 / b + 0.3 * (i % 5)) for i, b in enumerate(bits)]
+    svg = trade_off_svg(points, hidden_size=64, base_ppl=10.0, width=width, height=400, title="t")
+    boxes = list(label_boxes(svg))
+    assert 3 <= len(boxes) < 50 and svg.count('class="hit"') == 200
+    for i, a in enumerate(boxes):
+        assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in boxes[:i])
+    leaders = re.findall(r'class="leader" x1="(.*?)" y1="(.*?)" x2="(.*?)" y2="(.*?)"', svg)
+    assert all(math.dist((float(x), float(y)), (float(u), float(v))) < 20 for x, y, u, v in leaders)

@@ -200,3 +200,17 @@ def test_screenshot_of_the_sorted_page_in_light_and_dark(results, tmp_path, sche
     background = pixels[5, 5].mean()
     assert background < 0.2 if dark else background > 0.9
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # text and marks, not an empty page
+
+
+def test_a_long_table_scrolls_under_its_heading(tmp_path):
+    for number in range(60):
+        write_point(tmp_path, f"klt(step={number})" if number else "none", nbytes=256 - number)
+    script = """
+    const box = document.querySelector("#points .scroller"), heading = box.querySelector("thead th");
+    const offset = () => heading.getBoundingClientRect().top - box.getBoundingClientRect().top;
+    const before = offset();
+    box.scrollTop = 300;
+    answer = [box.clientHeight < window.innerHeight, box.scrollTop, before, offset()];
+    """
+    fits, scrolled, before, after = ask(read_results([tmp_path]), tmp_path, script)
+    assert fits and scrolled == 300 and after == pytest.approx(before, abs=1)
