@@ -25,14 +25,14 @@ COLUMNS: tuple[Column[GeneratedRun], ...] = (
     Column(key="codec", heading="codec", meaning="what was on the links", value=lambda r: r.label, is_text=True),
     Column(key="model", heading="model", meaning="its name without the folder", value=lambda r: r.model, is_text=True),
     Column(
-        key="num_requests", heading="requests", meaning="prompts of this session", value=lambda r: r.num_requests
+        key="num_requests", heading="requests", meaning="lines of the answers' file", value=lambda r: r.num_requests
     ),
     Column(key="num_failed", heading="failed", meaning="requests that ended in an error", value=lambda r: r.num_failed),
     Column(key="generated_tokens", heading="tokens", meaning="generated, all requests", value=lambda r: r.num_tokens),
     Column(
         key="tokens_per_s",
         heading="tokens/s",
-        meaning="generated tokens per second of the run, prompts included",
+        meaning="generated tokens per second of the whole run, the time of prompts included",
         value=lambda r: r.tokens_per_s,
         form=number(".2f"),
     ),
