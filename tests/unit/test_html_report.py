@@ -128,7 +128,7 @@ def test_markdown_keeps_its_cells(folder):
 
 
 def test_runs_that_generated_read_alike_everywhere(folder, capsys):
-    write_generation(folder, "generation", notes=["<of note>"])
+    write_generation(folder, "generation")
     write_report([folder], folder / "out.html", Outlook())
     rows = list(csv.DictReader(io.StringIO((folder / "out.generation.csv").read_text(encoding="utf-8"))))
     (run,) = read_results([folder]).generated
@@ -139,7 +139,7 @@ def test_runs_that_generated_read_alike_everywhere(folder, capsys):
     section = page[page.index('<section id="generation">') :].partition("</section>")[0]
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", section)
     assert cells == [column.text(run) for column in SHOWN_COLUMNS[1:]]
-    assert cells[4:9] == ["67.40", "20.0", "20.0", "40.0", "64.0"] and "&lt;of note&gt;" in section
+    assert cells[4:9] == ["67.40", "20.0", "20.0", "40.0", "64.0"] and "<li>something of note</li>" in section
     assert "| nf4, decoding int8 | " + " | ".join(cells) + " |" in (folder / "out.md").read_text(encoding="utf-8")
     capsys.readouterr()
     print_summary([folder])
