@@ -19,6 +19,8 @@ _LINEAR = 0.01  # the change of perplexity up to which the scale is linear
 _CUT = 10.0  # perplexity over baseline beyond which points stand in the band
 _TICKS = (-0.5, -0.2, -0.1, -0.03, -0.01, 0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 9.0)
 _LABEL_CHARS = 26
+_GAPS = (0.0, 12.0, 24.0, 36.0)  # how far from its mark a label may stand, in pixels
+_FEW_POINTS = 40  # with more, lines to labels further off would cross the marks
 _CHAR_WIDTH, _LINE_HEIGHT, _RADIUS = 6.6, 12.0, 4.5
 _LEFT, _RIGHT, _TOP, _BOTTOM, _BAND = 52.0, 44.0, 34.0, 40.0, 54.0
 
@@ -34,6 +36,11 @@ class ChartPoint:
     ppl: float | None
     causal: bool
     detail: str
+
+    @property
+    def finite_ppl(self) -> float:
+        """Infinity where it is not finite."""
+        return self.ppl if self.ppl is not None and math.isfinite(self.ppl) else math.inf
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,9 @@ class _Scale:
 def pareto_front(points: Sequence[ChartPoint]) -> list[ChartPoint]:
     """Causal points that no other one beats in both bits and perplexity, fewest bits first."""
     front: list[ChartPoint] = []
-    finite = [p for p in points if p.causal and _is_finite(p)]
-    for point in sorted(finite, key=lambda p: (p.bits_per_value, p.ppl)):
-        if not front or point.ppl < front[-1].ppl:
+    finite = [p for p in points if p.causal and math.isfinite(p.finite_ppl)]
+    for point in sorted(finite, key=lambda p: (p.bits_per_value, p.finite_ppl)):
+        if not front or point.finite_ppl < front[-1].finite_ppl:
             front.append(point)
     return front
 
@@ -76,14 +83,17 @@ def trade_off_svg(
     height: int,
     title: str,
 ) -> str:
-    """An inline `<svg>` of `width` x `height` pixels. `base_ppl` None: the best perplexity shown."""
+    """An inline `<svg>` of `width` x `height` pixels, empty where no point has both a finite perplexity and traffic.
+
+    `base_ppl` None: the best perplexity shown.
+    """
     shown = [p for p in points if p.bits_per_value > 0]
-    finite = [p.ppl for p in shown if _is_finite(p)]
+    finite = [p.finite_ppl for p in shown if math.isfinite(p.finite_ppl)]
     if not finite:
-        return '<p class="muted">No point has both a finite perplexity and traffic: nothing to draw.</p>'
+        return ""
     scale = _scale(shown, base_ppl or min(finite), width, height)
     spots = {p: _spot(p, scale) for p in shown}
-    front = [p for p in pareto_front(shown) if p.ppl / scale.base_ppl <= _CUT]
+    front = [p for p in pareto_front(shown) if not _is_off_scale(p, scale)]
     steps = [spots[p] for p in front]
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="group" '
@@ -96,7 +106,7 @@ def trade_off_svg(
         for (x, y), (u, v) in zip(steps, steps[1:], strict=False)
         for box in ((x, y - 1, u, y + 1), (u - 1, y, u + 1, v))
     ]
-    labels = _place_labels(sorted(shown, key=lambda p: (p not in front, p.ppl is None, p.ppl)), spots, lines, scale)
+    labels = _place_labels(sorted(shown, key=lambda p: (p not in front, p.finite_ppl)), spots, lines, scale)
     for point in shown:
         parts.append(_marker(point, spots[point], labels.get(point), off_scale=_is_off_scale(point, scale)))
     return "\n".join(parts) + "\n</svg>"
@@ -104,8 +114,9 @@ def trade_off_svg(
 
 def _scale(points: Sequence[ChartPoint], base_ppl: float, width: int, height: int) -> _Scale:
     bits = [p.bits_per_value for p in points]
-    changes = [p.ppl / base_ppl - 1 for p in points if _is_finite(p) and p.ppl / base_ppl <= _CUT]
-    banded = any(not _is_finite(p) or p.ppl / base_ppl > _CUT for p in points)
+    ratios = [p.finite_ppl / base_ppl for p in points]
+    changes = [ratio - 1 for ratio in ratios if ratio <= _CUT]
+    banded = any(ratio > _CUT for ratio in ratios)
     low, high = min([0.0, *changes]), max([0.0, *changes])
     room = 0.08 * max(_bend(high) - _bend(low), 1.0)
     return _Scale(
@@ -190,8 +201,7 @@ def _marker(point: ChartPoint, spot: tuple[float, float], label: tuple[float, fl
     if label is not None:
         name = _leader(spot, label, point) + _text(*label, _short(point.label), "label")
     return (
-        f'<g class="{kind}" tabindex="0" role="img" aria-label="{escape(point.detail)}" '
-        f'data-tip="{escape(point.detail)}">'
+        f'<g class="{kind}" tabindex="0" role="img" aria-label="{escape(point.detail)}">'
         f'<circle class="hit" cx="{x:.1f}" cy="{y:.1f}" r="11"/>{shape}{name}</g>'
     )
 
@@ -212,15 +222,16 @@ def _place_labels(
     scale: _Scale,
 ) -> dict[ChartPoint, tuple[float, float]]:
     """Where each label starts, first come first served; `lines` are avoided where that is easy. A label that
-    finds no free place is left to the tooltip.
+    finds no free place is left to the tooltip; among many points, so is one whose place is not right beside its mark.
     """
     r = _RADIUS + 1
+    gaps = _GAPS if len(points) <= _FEW_POINTS else _GAPS[:1]
     taken: list[_Box] = [(x - r, y - r, x + r, y + r) for x, y in spots.values()]
     if scale.top > _TOP:
         taken.append((scale.left, _TOP, scale.left + 200, _TOP + 14))  # the band's own words
     placed = {}
     for point in points:
-        boxes = {candidate: _label_box(candidate, point) for candidate in _candidates(spots[point], point)}
+        boxes = {candidate: _label_box(candidate, point) for candidate in _candidates(spots[point], point, gaps)}
         free = [
             candidate
             for candidate, box in boxes.items()
@@ -238,11 +249,13 @@ def _place_labels(
     return placed
 
 
-def _candidates(spot: tuple[float, float], point: ChartPoint) -> Iterator[tuple[float, float]]:
+def _candidates(
+    spot: tuple[float, float], point: ChartPoint, gaps: Sequence[float]
+) -> Iterator[tuple[float, float]]:
     """Places for a label's left end of the base line: beside the point, then further off."""
     x, y = spot
     width = _label_width(point)
-    for gap in (0.0, 12.0, 24.0, 36.0):
+    for gap in gaps:
         for dy in (4.0, -7.0 - gap, 15.0 + gap, -18.0 - gap, 26.0 + gap):
             yield x + 8 + gap / 2, y + dy
             yield x - 8 - gap / 2 - width, y + dy
@@ -264,16 +277,12 @@ def _overlap(a: _Box, b: _Box) -> bool:
 
 
 def _spot(point: ChartPoint, scale: _Scale) -> tuple[float, float]:
-    y = _TOP + _BAND - 12 if _is_off_scale(point, scale) else scale.y(point.ppl / scale.base_ppl - 1)
+    y = _TOP + _BAND - 12 if _is_off_scale(point, scale) else scale.y(point.finite_ppl / scale.base_ppl - 1)
     return scale.x(point.bits_per_value), y
 
 
 def _is_off_scale(point: ChartPoint, scale: _Scale) -> bool:
-    return not _is_finite(point) or point.ppl / scale.base_ppl > _CUT
-
-
-def _is_finite(point: ChartPoint) -> bool:
-    return point.ppl is not None and math.isfinite(point.ppl)
+    return point.finite_ppl / scale.base_ppl > _CUT
 
 
 def _bend(change: float) -> float:

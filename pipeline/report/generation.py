@@ -1,4 +1,7 @@
-"""Runs that generated, as rows of a table: what was asked for, how fast it came, what crossed the links."""
+"""Runs that generated, read from their records: what was asked for, how fast it came, what crossed the links.
+
+`generation_columns` says how they are shown.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,29 @@ from dataclasses import dataclass
 from pipeline.records.generation_record import GenerationRecord
 from pipeline.records.labels import codec_label, model_label
 
-__all__ = ["HEADINGS", "GeneratedRun"]
-
-HEADINGS = (
-    *("codec", "model", "requests", "failed", "tokens", "tokens/s", "TTFT ms", "ms/token", "ms/token p95"),
-    *("bytes/token/link", "header bytes/token", "cache MiB", "rows, passes"),
-)
+__all__ = ["GeneratedRun"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedRun:
-    """One record, already in words: a cell per heading, and where its other figures are."""
+    """One record. `ttft_s`, `tpot_s` and `tpot_p95_s` (seconds to the first token, between tokens) are None where no
+    request came that far, bytes per token of a link where nothing crossed one.
+    """
 
-    cells: tuple[str, ...]
+    label: str
+    model: str
+    num_requests: int
+    num_failed: int
+    num_tokens: int
+    tokens_per_s: float
+    ttft_s: float | None
+    tpot_s: float | None
+    tpot_p95_s: float | None
+    payload_bytes_per_token: float | None
+    header_bytes_per_token: float | None
+    cache_bytes: int
+    max_rows: int
+    passes: int
     run_id: str
     notes: tuple[str, ...]
 
@@ -27,25 +40,21 @@ class GeneratedRun:
     def of(cls, record: GenerationRecord) -> GeneratedRun:
         results, links, schedule = record.results, record.traffic_per_link.values(), record.schedule
         crossings = sum(link.tokens for link in links)
-        payload = sum(link.payload_bytes for link in links)
-        headers = sum(link.header_bytes for link in links)
-        cells = (
-            codec_label(record),
-            model_label(record.args.model_name),
-            str(results.num_requests),
-            str(results.num_failed),
-            str(results.generated_tokens),
-            f"{results.tokens_per_s:.2f}",
-            _milliseconds(results.ttft_s and results.ttft_s.median),
-            _milliseconds(results.tpot_s and results.tpot_s.median),
-            _milliseconds(results.tpot_s and results.tpot_s.p95),
-            f"{payload / crossings:.1f}" if crossings else "-",
-            f"{headers / crossings:.1f}" if crossings else "-",
-            f"{sum(rank.cache_bytes for rank in record.ranks) / 2**20:.1f}",
-            f"up to {schedule.max_slots}, {schedule.passes}",
+        return cls(
+            label=codec_label(record),
+            model=model_label(record.args.model_name),
+            num_requests=results.num_requests,
+            num_failed=results.num_failed,
+            num_tokens=results.generated_tokens,
+            tokens_per_s=results.tokens_per_s,
+            ttft_s=results.ttft_s.median if results.ttft_s else None,
+            tpot_s=results.tpot_s.median if results.tpot_s else None,
+            tpot_p95_s=results.tpot_s.p95 if results.tpot_s else None,
+            payload_bytes_per_token=sum(link.payload_bytes for link in links) / crossings if crossings else None,
+            header_bytes_per_token=sum(link.header_bytes for link in links) / crossings if crossings else None,
+            cache_bytes=sum(rank.cache_bytes for rank in record.ranks),
+            max_rows=schedule.max_slots,
+            passes=schedule.passes,
+            run_id=record.run_id,
+            notes=record.notes,
         )
-        return cls(cells=cells, run_id=record.run_id, notes=record.notes)
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * seconds:.1f}"

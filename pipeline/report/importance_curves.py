@@ -24,7 +24,8 @@ from pipeline.records.files import check_writable, write_figure, write_json
 from pipeline.records.labels import model_label
 from pipeline.records.run_record import CodecConfig, RunRecord
 from pipeline.report.quality import compare
-from pipeline.report.results import is_uncompressed, load_files, read_own_per_token, setting_key
+from pipeline.report.measured_point import is_uncompressed
+from pipeline.report.results import load_files, read_own_per_token, setting_key
 
 __all__ = ["collect", "plot_curves"]
 
@@ -53,7 +54,7 @@ def collect(files: Sequence[tuple[Path, RunRecord]]) -> dict[str, Any]:
     if not mixed:
         none_fits = "no record has the codec token_mixed on its links, and a finite perplexity"
         raise ValueError("; ".join([none_fits, *problems]))
-    families = {_family(_codec(r).others["high"]) for _, r in mixed}
+    families = {_family(_options(r)["high"]) for _, r in mixed}
     uniform = [
         {"family": _family(_codec(r).model_dump()), "bits_per_value": _bits(r), "ppl": _ppl(r)}
         for r in records
@@ -146,6 +147,10 @@ def _ppl(record: RunRecord) -> float | None:
     return record.results.avg_ppl
 
 
+def _options(record: RunRecord) -> Mapping[str, Any]:
+    return _codec(record).others
+
+
 def _bits(record: RunRecord) -> float | None:
     return record.traffic_totals.bits_per_value
 
@@ -157,7 +162,7 @@ def _problem(record: RunRecord) -> str | None:
         _print_row(point | {"ppl_over_none": None, "ppl_over_random": None, "ppl_over_first_random_interval": None})
     except Exception as e:
         return f"{type(e).__name__}: {e}"
-    wanted = {"metric": str, "high": str, "low": str, "fraction": float, "bits_per_value": (int, float)}
+    wanted: dict[str, Any] = {"metric": str, "high": str, "low": str, "fraction": float, "bits_per_value": (int, float)}
     wanted |= {"seed": int} if point["metric"] == "random" else {}
     odd = [key for key, kind in wanted.items() if not isinstance(point[key], kind)]
     return f"{odd[0]} is {str(point[odd[0]])[:40]!r}" if odd else None
@@ -181,10 +186,12 @@ def _family_or_none(codec: Mapping[str, Any]) -> str | None:
 
 
 def _point(record: RunRecord, uniform: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    codec: Mapping[str, Any] = _codec(record).others
+    codec = _options(record)
     family = _family(codec["high"])
     line = sorted((u["bits_per_value"], np.log(u["ppl"])) for u in uniform if u["family"] == family)
     bits, ppl = _bits(record), _ppl(record)
+    assert bits is not None and ppl is not None, "points without are left out before"
+    x, log_y = zip(*line, strict=True) if line else ((), ())
     inside = len(line) > 1 and line[0][0] <= bits <= line[-1][0] + 0.05
     return {
         "run_id": record.run_id,
@@ -197,7 +204,7 @@ def _point(record: RunRecord, uniform: Sequence[Mapping[str, Any]]) -> dict[str,
         "bits_per_value": bits,
         "ppl": ppl,
         "causal": record.causal,
-        "ppl_over_uniform_bits": float(ppl / np.exp(np.interp(bits, *zip(*line, strict=True)))) if inside else None,
+        "ppl_over_uniform_bits": float(ppl / np.exp(np.interp(bits, x, log_y))) if inside else None,
     }
 
 
@@ -211,7 +218,7 @@ def _rate(point: Mapping[str, Any]) -> tuple[str, str, float]:
 
 def _means(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
     """By metric, the mean over rates of the logarithm of both ratios."""
-    means = {}
+    means: dict[str, dict[str, float | None]] = {}
     for metric in sorted({p["metric"] for p in points}):
         own = [p for p in points if p["metric"] == metric]
         means[metric] = {}
@@ -230,7 +237,7 @@ def _xy(points: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
 
 
 def _print(curves: Mapping[str, Any]) -> None:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("high / low", "fraction", "bits/value", "metric", "perplexity", "over none")
         + ("over random", "95% interval, first seed", "over uniform bits")
     ]

@@ -15,6 +15,9 @@ links, and one hop back to node 0 where the last stage is on another node. p_l a
 token. The largest term of the prefill formula is the resource that binds; it is the exact long-run rate of a
 pipeline in which nodes and links work in the order of the schedule and never fail.
 
+Every term is seconds + bits / B + round trips x R. `PipelineCosts` has the terms; prefill is the largest, decoding
+their sum. The page embeds the same terms for its script, which evaluates them for the reader's network.
+
 Left out: filling and draining, TCP/IP's own headers and slow start, links that share one uplink, receives
 posted too late (runtime.receives_ahead), and machines faster or slower than the measured ones. Decoding is predicted
 from forwards of one token over a short cache (in records of older versions without one): attention to a long text
@@ -25,12 +28,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from pipeline.records.run_record import OneTokenStage, RunRecord, StageSeconds
 
-__all__ = ["Decode", "Network", "OneToken", "PipelineCosts", "Prefill", "predict_decode", "predict_prefill"]
+__all__ = ["Network", "OneToken", "PipelineCosts", "Prediction", "Term", "predict_decode", "predict_prefill"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,20 @@ class Network:
 
     bits_per_s: float
     rtt_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """Seconds per token that one resource takes: `seconds` + `bits` / bandwidth + `round_trips` x round-trip time."""
+
+    name: str
+    seconds: float = 0.0
+    bits: float = 0.0
+    round_trips: float = 0.0
+
+    def on(self, network: Network) -> float:
+        """Seconds."""
+        return self.seconds + self.bits / network.bits_per_s + self.round_trips * network.rtt_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,62 +95,66 @@ class PipelineCosts:
             microbatch_tokens=results.total_processed_tokens / results.num_microbatches,
             in_flight=record.schedule.in_flight,
             num_hops=len(traffic) + (plan[-1].node != plan[0].node),
-            one_token=measured
-            and OneToken(
+            one_token=None
+            if measured is None
+            else OneToken(
                 seconds=sum(map(_stage_seconds, measured.stages.values())),
                 nbytes=sum(link.payload_bytes + link.header_bytes for link in measured.links.values()),
             ),
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def prefill_terms(self) -> list[Term]:
+        """Of a long text; the largest one binds: a node, a link, or "in flight" where too few micro-batches are."""
+        resources = [
+            *(Term(name=name, seconds=seconds) for name, seconds in self.node_s.items()),
+            *(Term(name=name, bits=8 * nbytes) for name, nbytes in self.link_bytes.items()),
+        ]
+        lap = Term(
+            name="in flight",
+            seconds=sum(term.seconds for term in resources) / self.in_flight,
+            bits=sum(term.bits for term in resources) / self.in_flight,
+            round_trips=self.num_hops / 2 / self.microbatch_tokens / self.in_flight,
+        )
+        return [*resources, lap]
+
+    @property
+    def decode_terms(self) -> list[Term]:
+        """Of one token after another, which add up; none where the run timed no one-token forward."""
+        if self.one_token is None:
+            return []
+        return [
+            Term(name="compute", seconds=self.one_token.seconds),
+            Term(name="bandwidth", bits=8 * self.one_token.nbytes),
+            Term(name="round trips", round_trips=self.num_hops / 2),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prefill:
-    """`binds` is a node's name, a link's, or "in flight" where too few micro-batches are."""
+class Prediction:
+    """Seconds per token on a network, and the name of the largest term."""
 
-    tokens_per_s: float
+    s_per_token: float
     binds: str
 
-
-@dataclass(frozen=True, kw_only=True)
-class Decode:
-    """Seconds per generated token, and what they consist of."""
-
-    compute_s: float
-    transfer_s: float
-    round_trip_s: float
-
     @property
-    def total_s(self) -> float:
-        return self.compute_s + self.transfer_s + self.round_trip_s
-
-    @property
-    def binds(self) -> str:
-        parts = {"compute": self.compute_s, "bandwidth": self.transfer_s, "round trips": self.round_trip_s}
-        return max(parts, key=parts.__getitem__)
+    def tokens_per_s(self) -> float:
+        return 1 / self.s_per_token if self.s_per_token else math.inf
 
 
-def predict_prefill(costs: PipelineCosts, network: Network) -> Prefill:
+def predict_prefill(costs: PipelineCosts, network: Network) -> Prediction:
     """Long-run rate over a long text, and what limits it."""
-    transfer_s = {name: 8 * nbytes / network.bits_per_s for name, nbytes in costs.link_bytes.items()}
-    terms = costs.node_s | transfer_s
-    wait_s = costs.num_hops * network.rtt_s / 2 / costs.microbatch_tokens
-    terms["in flight"] = (sum(terms.values()) + wait_s) / costs.in_flight
-    binds = max(terms, key=terms.__getitem__)
-    return Prefill(tokens_per_s=1 / terms[binds] if terms[binds] else math.inf, binds=binds)
+    largest = max(costs.prefill_terms, key=lambda term: term.on(network))
+    return Prediction(s_per_token=largest.on(network), binds=largest.name)
 
 
-def predict_decode(costs: PipelineCosts, network: Network) -> Decode | None:
-    """Latency of one generated token; None where the run timed no one-token forward."""
-    if costs.one_token is None:
+def predict_decode(costs: PipelineCosts, network: Network) -> Prediction | None:
+    """Latency of one generated token, and what most of it is; None where the run timed no one-token forward."""
+    terms = costs.decode_terms
+    if not terms:
         return None
-    return Decode(
-        compute_s=costs.one_token.seconds,
-        transfer_s=8 * costs.one_token.nbytes / network.bits_per_s,
-        round_trip_s=costs.num_hops * network.rtt_s / 2,
-    )
+    largest = max(terms, key=lambda term: term.on(network))
+    return Prediction(s_per_token=sum(term.on(network) for term in terms), binds=largest.name)
 
 
 def _stage_seconds(times: StageSeconds | OneTokenStage) -> float:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.report.point_columns import percent
-from pipeline.report.prediction import Network, predict_decode, predict_prefill
+from pipeline.report.columns import percent
+from pipeline.report.measured_point import MeasuredPoint
+from pipeline.report.prediction import Network, Prediction, predict_decode, predict_prefill
 from pipeline.report.quality import MIN_WINDOWS
-from pipeline.report.results import MeasuredPoint, Setting, recommend
+from pipeline.report.results import Setting, recommend
 
-__all__ = ["Outlook", "fastest", "recommendation_text", "within_budget"]
+__all__ = ["Outlook", "fastest", "predict", "predicted_figure", "recommendation_text", "within_budget"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +40,31 @@ def within_budget(point: MeasuredPoint, outlook: Outlook) -> bool:
     cannot).
     """
     quality = point.quality
-    return bool(quality and point.record.causal and quality.ppl_ratio <= 1 + outlook.max_ppl_increase)
+    return bool(quality and point.causal and quality.ppl_ratio <= 1 + outlook.max_ppl_increase)
 
 
 def fastest(
     points: Sequence[MeasuredPoint], network: Network, outlook: Outlook, *, decode: bool
 ) -> MeasuredPoint | None:
-    """Of the points within the budget, the one with the highest prefill rate or the lowest decode latency."""
-    speeds = {}
-    for index, point in enumerate(points):
-        if point.costs and within_budget(point, outlook):
-            latency = predict_decode(point.costs, network) if decode else None
-            if not decode:
-                speeds[index] = predict_prefill(point.costs, network).tokens_per_s
-            elif latency:
-                speeds[index] = -latency.total_s
-    return points[max(speeds, key=speeds.__getitem__)] if speeds else None
+    """Of the points within the budget, the one whose prefill or decoding takes least, the first of equals."""
+    fit = [point for point in points if within_budget(point, outlook)]
+    predicted = [(point, predict(point, network, decode=decode)) for point in fit]
+    known = [(prediction.s_per_token, point) for point, prediction in predicted if prediction]
+    return min(known, key=lambda item: item[0])[1] if known else None
+
+
+def predict(point: MeasuredPoint, network: Network, *, decode: bool) -> Prediction | None:
+    """Of decoding, or of prefill; None where the run did not measure what it takes."""
+    if point.costs is None:
+        return None
+    return predict_decode(point.costs, network) if decode else predict_prefill(point.costs, network)
+
+
+def predicted_figure(prediction: Prediction | None, *, decode: bool) -> float | None:
+    """As all tables show it: milliseconds per token of decoding, tokens per second of prefill."""
+    if prediction is None:
+        return None
+    return 1e3 * prediction.s_per_token if decode else prediction.tokens_per_s
 
 
 def recommendation_text(setting: Setting, outlook: Outlook) -> str:
@@ -65,7 +75,7 @@ def recommendation_text(setting: Setting, outlook: Outlook) -> str:
     if setting.baseline.unread:
         why = setting.baseline.quality_note
         return f"No recommendation within +{budget} perplexity: per-token data cannot be used, {why}."
-    compressed = [p for p in setting.points if p.record.causal and not p.uncompressed]
+    compressed = [p for p in setting.points if p.causal and not p.uncompressed]
     unread = [p.label for p in compressed if p.unread or p.bytes_per_token is None]
     if unread and len(unread) == len(compressed):
         return f"No recommendation within +{budget} perplexity: {_unread_in_words(unread)}."
@@ -84,7 +94,7 @@ def _verdict(setting: Setting, outlook: Outlook, budget: str) -> str:
         compared = " that could be compared" if any(p.unread for p in setting.points) else ""
         return f"No compressed causal point{compared} stays within +{budget} perplexity."
     text = f"Within +{budget} perplexity the cheapest is {_describe(best.cheapest, setting)}."
-    if best.cheapest.quality.ppl_interval is None:
+    if best.cheapest.quality is None or best.cheapest.quality.ppl_interval is None:
         return text + f" How sure that is cannot be told from fewer than {MIN_WINDOWS} windows."
     if best.certain is best.cheapest:
         return text + " Its whole 95% interval is within."
@@ -95,15 +105,18 @@ def _verdict(setting: Setting, outlook: Outlook, budget: str) -> str:
 
 
 def _describe(point: MeasuredPoint, setting: Setting) -> str:
+    """Of a recommended point, which has been compared with the baseline."""
     quality, baseline = point.quality, setting.baseline
+    assert quality is not None and baseline is not None
     interval = ""
     if quality.ppl_interval:
         low, high = (percent(end - 1) for end in quality.ppl_interval)
         interval = f", 95% interval {low} to {high}"
     saving = ""
-    if baseline.bytes_per_token and point.bytes_per_token:
-        saving = f", {baseline.bytes_per_token / point.bytes_per_token:.2g} times fewer than uncompressed"
+    nbytes = point.bytes_per_token
+    if baseline.bytes_per_token and nbytes:
+        saving = f", {baseline.bytes_per_token / nbytes:.2g} times fewer than uncompressed"
     return (
-        f"{point.label}: {point.bytes_per_token:,.1f} bytes per token and link{saving}; "
+        f"{point.label}: {nbytes:,.1f} bytes per token and link{saving}; "
         f"perplexity {percent(quality.ppl_ratio - 1)}{interval}"
     )

@@ -1,7 +1,7 @@
 """A folder of results as a report sees it: comparable points in groups, failed points, other files.
 
-Read from records and their per-token files alone. A file that is no record, or a damaged one, is named and skipped,
-whatever is wrong with it. Nothing is formatted here.
+Read from records and their per-token files alone. What is no record of any kind is named and skipped, whatever is wrong
+with it. Nothing is formatted here.
 """
 
 from __future__ import annotations
@@ -20,20 +20,18 @@ from pipeline.records.failed_point import FailedPoint
 from pipeline.records.files import RecordError, disk_problem
 from pipeline.records.generation_record import GenerationRecord
 from pipeline.records.identity import digest_of
-from pipeline.records.labels import codec_label, model_label
+from pipeline.records.labels import codec_label, codec_labels, model_label
 from pipeline.records.run_record import RunRecord
 from pipeline.records.store import read_any, read_per_token
 from pipeline.report.generation import GeneratedRun
+from pipeline.report.measured_point import MeasuredPoint, is_uncompressed
 from pipeline.report.prediction import PipelineCosts
-from pipeline.report.quality import Quality, compare
+from pipeline.report.quality import compare
 
 __all__ = [
-    "FailedPoint",
-    "MeasuredPoint",
     "Recommendation",
     "Results",
     "Setting",
-    "is_uncompressed",
     "load_files",
     "load_generated",
     "load_records",
@@ -41,43 +39,8 @@ __all__ = [
     "read_results",
     "recommend",
     "setting_key",
+    "summary_points",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasuredPoint:
-    """One record, its quality against the setting's baseline, and what a prediction needs.
-
-    `quality` is None where there is no baseline or a per-token file cannot be used; `quality_note` says why, and
-    `unread` tells the second case. `elsewhere` says what this point ran on where the baseline ran on something else,
-    which may change losses.
-    `costs` is None where there is no link, or no time was taken (all was finished before a resumed run
-    began).
-    """
-
-    record: RunRecord
-    label: str
-    quality: Quality | None
-    quality_note: str
-    unread: bool
-    elsewhere: str
-    costs: PipelineCosts | None
-
-    @property
-    def ppl(self) -> float | None:
-        return self.record.results.avg_ppl
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        return self.record.traffic_totals.bytes_per_token
-
-    @property
-    def bits_per_value(self) -> float | None:
-        return self.record.traffic_totals.bits_per_value
-
-    @property
-    def uncompressed(self) -> bool:
-        return is_uncompressed(self.record)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +58,11 @@ class Setting:
         return self.points[0].record.model.hidden_size
 
     @property
+    def prefix(self) -> str:
+        """In front of a point's label, what tells points of several settings apart."""
+        return f"[{self.name}] " if self.name else ""
+
+    @property
     def baseline(self) -> MeasuredPoint | None:
         """The oldest uncompressed point."""
         return next((point for point in self.points if point.uncompressed), None)
@@ -109,7 +77,12 @@ class Results:
 
     @property
     def points(self) -> list[MeasuredPoint]:
-        return [point for setting in self.settings for point in setting.points]
+        return [point for _, point in self.members]
+
+    @property
+    def members(self) -> list[tuple[Setting, MeasuredPoint]]:
+        """All points, each with its setting."""
+        return [(setting, point) for setting in self.settings for point in setting.points]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,16 +145,40 @@ def read_results(paths: Sequence[Path]) -> Results:
     )
 
 
+def summary_points(records: Sequence[RunRecord]) -> list[tuple[MeasuredPoint, str]]:
+    """For a console: points in the order of `records`, compared with the first uncompressed one of their setting by
+    perplexity alone, since no per-token file is opened; so they have no quality, and no costs either.
+
+    The text beside a point says tokens and windows where the points are of several settings, else nothing.
+    """
+    keys = [setting_key(record) for record in records]
+    baselines: dict[str, RunRecord] = {}
+    for key, record in zip(keys, records, strict=True):
+        if is_uncompressed(record):
+            baselines.setdefault(key, record)
+    points = []
+    for key, record, label in zip(keys, records, codec_labels(records), strict=True):
+        baseline = baselines.get(key)
+        point = MeasuredPoint(
+            record=record,
+            label=label,
+            quality=None,
+            quality_note="",
+            unread=False,
+            elsewhere=_elsewhere(record, baseline),
+            costs=None,
+            ppl_change=_change(record, baseline) if baseline else None,
+        )
+        setting = f"{record.dataset.num_tokens} tokens, {_windows(record)}" if len(set(keys)) > 1 else ""
+        points.append((point, setting))
+    return points
+
+
 def setting_key(record: RunRecord) -> str:
     """Equal for records whose perplexities may be compared: same model and precision, text and protocol."""
     args = record.args
     weights = [args.dtype, args.load_in_8bit, args.load_in_4bit, args.config.model.load_in_8bit_threshold]
     return digest_of([weights, *(part.model_dump() for part in (record.model, record.dataset, record.protocol))])
-
-
-def is_uncompressed(record: RunRecord) -> bool:
-    """Whether no link compresses, or there is none."""
-    return all(codec.name == "none" for codec in record.codecs.values())
 
 
 def recommend(setting: Setting, max_ppl_increase: float) -> Recommendation:
@@ -192,7 +189,7 @@ def recommend(setting: Setting, max_ppl_increase: float) -> Recommendation:
     fit, certain = [], []  # (bytes per token, place, point)
     for place, point in enumerate(setting.points):
         nbytes, quality = point.bytes_per_token, point.quality
-        if quality and quality.ppl_ratio <= limit and point.record.causal and nbytes is not None:
+        if quality and quality.ppl_ratio <= limit and point.causal and nbytes is not None:
             fit.append((nbytes, place, point))
             if point.uncompressed or (quality.ppl_interval and quality.ppl_interval[1] <= limit):
                 certain.append((nbytes, place, point))
@@ -251,14 +248,21 @@ def _points(
             label=codec_label(record),
             quality=quality,
             quality_note=note,
-            elsewhere=_elsewhere(record, baseline),
+            elsewhere=_elsewhere(record, baseline[1] if baseline else None),
             unread=quality is None and baseline is not None,
             costs=PipelineCosts.of(record),
+            ppl_change=quality.ppl_ratio - 1 if quality else None,
         )
 
 
-def _elsewhere(record: RunRecord, baseline: tuple[Path, RunRecord] | None) -> str:
-    own, other = record.environment, baseline and baseline[1].environment
+def _change(record: RunRecord, baseline: RunRecord) -> float:
+    """Of the perplexity; NaN where one is not finite."""
+    ppl, baseline_ppl = record.results.avg_ppl, baseline.results.avg_ppl
+    return math.nan if ppl is None or baseline_ppl is None else ppl / baseline_ppl - 1
+
+
+def _elsewhere(record: RunRecord, baseline: RunRecord | None) -> str:
+    own, other = record.environment, baseline and baseline.environment
     return environment_changes(other, own) if own and other else ""
 
 
@@ -276,13 +280,17 @@ def read_own_per_token(path: Path, record: RunRecord) -> dict[str, np.ndarray]:
     return per_token
 
 
+def _windows(record: RunRecord) -> str:
+    return f"windows {record.protocol.max_length}/{record.protocol.stride}"
+
+
 def _title(record: RunRecord) -> str:
-    dataset, protocol, args = record.dataset, record.protocol, record.args
+    dataset, args = record.dataset, record.args
     weights = " 8-bit weights" if args.load_in_8bit else " 4-bit weights" if args.load_in_4bit else ""
     threshold = args.config.model.load_in_8bit_threshold
     if threshold != ModelConfig.load_in_8bit_threshold:
         weights += f" (threshold {threshold:g})"
     return (
         f"{model_label(args.model_name)} {args.dtype}{weights}, {dataset.num_tokens:,} tokens of "
-        f"{dataset.description}, windows {protocol.max_length}/{protocol.stride}"
+        f"{dataset.description}, {_windows(record)}"
     )

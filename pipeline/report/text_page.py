@@ -4,90 +4,101 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from pipeline.report.generation import HEADINGS
-from pipeline.report.point_columns import COLUMNS, SHOWN_COLUMNS, significant
-from pipeline.report.prediction import predict_decode, predict_prefill
-from pipeline.report.recommendation import Outlook, recommendation_text
+from pipeline.report import generation_columns, point_columns
+from pipeline.report.columns import Column, Row, Value, significant
+from pipeline.report.recommendation import Outlook, predict, predicted_figure, recommendation_text
 from pipeline.report.results import Results, Setting
 
-__all__ = ["csv_table", "markdown_page"]
+__all__ = ["csv_table", "generation_csv", "markdown_page"]
 
 
 def markdown_page(results: Results, outlook: Outlook) -> str:
-    """Per setting: recommendation, points, predictions; then what failed or was skipped."""
+    """Per setting: recommendation, points, predictions; then what generated, and what failed or was skipped."""
     parts = ["# Thinwire report"]
     for setting in results.settings:
-        parts += [
-            f"## {_escape(setting.title)}",
-            _escape(recommendation_text(setting, outlook)),
-            _points(setting),
-        ]
-        if unread := sorted({f"- {_escape(p.label)}: {_escape(p.quality_note)}" for p in setting.points if p.unread}):
-            parts += ["Without quality figures:", "\n".join(unread)]
-        if any(point.costs for point in setting.points):
-            parts += [
-                "Predicted prefill, tokens/s (what binds):",
-                _predictions(setting, outlook, decode=False),
-            ]
-        if any(point.costs and point.costs.one_token for point in setting.points):
-            parts += [
-                "Predicted decode of one sequence, ms/token (mostly), from one-token forwards over a short cache:",
-                _predictions(setting, outlook, decode=True),
-            ]
+        parts += _setting(setting, outlook)
     if results.generated:
-        parts += ["## Generation, measured", _table(HEADINGS, [run.cells for run in results.generated])]
-        if notes := sorted({f"- {_escape(note)}" for run in results.generated for note in run.notes}):
-            parts.append("\n".join(notes))
+        parts += ["## Generation, measured", _column_table(generation_columns.SHOWN_COLUMNS, results.generated)]
+        parts += _list({note for run in results.generated for note in run.notes})
     problems = [
-        f"{_escape(p.label)} ran on something else than the uncompressed point, which may change its losses: "
-        f"{_escape(p.elsewhere)}"
+        f"{p.label} ran on something else than the uncompressed point, which may change its losses: {p.elsewhere}"
         for p in results.points
         if p.elsewhere
     ]
-    problems += [f"failed: {_escape(f.label)}: {_escape(f.error)}" for f in results.failed]
-    problems += [f"skipped: {_escape(text)}" for text in results.skipped]
+    problems += [f"failed: {failed.label}: {failed.error}" for failed in results.failed]
+    problems += [f"skipped: {text}" for text in results.skipped]
     if problems:
-        parts.append("\n".join(f"- {problem}" for problem in problems))
+        parts.append("\n".join(f"- {_escape(problem)}" for problem in problems))
     return "\n\n".join(parts) + "\n"
 
 
 def csv_table(results: Results) -> str:
     """One line per point, raw values; empty where a figure is missing."""
+    columns = point_columns.COLUMNS
+    lines = [[setting.title, *(column.value(point) for column in columns)] for setting, point in results.members]
+    return _csv(["setting", *(column.key for column in columns)], lines)
+
+
+def generation_csv(results: Results) -> str:
+    """One line per run that generated, likewise."""
+    columns = generation_columns.COLUMNS
+    lines = [[column.value(run) for column in columns] for run in results.generated]
+    return _csv([column.key for column in columns], lines)
+
+
+def _csv(keys: Sequence[str], lines: Iterable[Sequence[Value]]) -> str:
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["setting", *(column.key for column in COLUMNS), "run_id", "digest"])
-    for setting in results.settings:
-        for point in setting.points:
-            values = [column.value(point) for column in COLUMNS]
-            writer.writerow([setting.title, *values, point.record.run_id, point.record.digest])
+    csv.writer(out, lineterminator="\n").writerows([keys, *lines])
     return out.getvalue()
 
 
-def _points(setting: Setting) -> str:
-    rows = [[column.text(point) for column in SHOWN_COLUMNS] for point in setting.points]
-    return _table([column.heading for column in SHOWN_COLUMNS], rows)
+def _setting(setting: Setting, outlook: Outlook) -> list[str]:
+    parts = [
+        f"## {_escape(setting.title)}",
+        _escape(recommendation_text(setting, outlook)),
+        _column_table(point_columns.SHOWN_COLUMNS, setting.points),
+    ]
+    if unread := {f"{point.label}: {point.quality_note}" for point in setting.points if point.unread}:
+        parts += ["Without quality figures:", *_list(unread)]
+    costs = [point.costs for point in setting.points if point.costs]
+    if costs:
+        parts += ["Predicted prefill, tokens/s (what binds):", _predictions(setting, outlook, decode=False)]
+    if any(cost.one_token for cost in costs):
+        parts += [
+            "Predicted decode of one sequence, ms/token (mostly), from one-token forwards over a short cache:",
+            _predictions(setting, outlook, decode=True),
+        ]
+    return parts
 
 
 def _predictions(setting: Setting, outlook: Outlook, *, decode: bool) -> str:
     rows = []
-    for point in filter(lambda p: p.costs, setting.points):
+    for point in setting.points:
+        if point.costs is None:
+            continue
         cells = [point.label]
         for _, network in outlook.networks:
-            if decode:
-                latency = predict_decode(point.costs, network)
-                cells.append(f"{significant(1e3 * latency.total_s)} ({latency.binds})" if latency else "–")
-            else:
-                rate = predict_prefill(point.costs, network)
-                cells.append(f"{significant(rate.tokens_per_s)} ({rate.binds})")
+            prediction = predict(point, network, decode=decode)
+            binds = f" ({prediction.binds})" if prediction else ""
+            cells.append(significant(predicted_figure(prediction, decode=decode)) + binds)
         rows.append(cells)
     return _table(["codec", *(name for name, _ in outlook.networks)], rows)
+
+
+def _column_table(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> str:
+    return _table([column.heading for column in columns], [[column.text(row) for column in columns] for row in rows])
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *rows]
     return "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines)
+
+
+def _list(texts: set[str]) -> list[str]:
+    """As one part of the page, or none."""
+    return ["\n".join(f"- {_escape(text)}" for text in sorted(texts))] if texts else []
 
 
 def _escape(text: str) -> str:

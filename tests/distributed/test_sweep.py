@@ -81,7 +81,7 @@ def test_two_sweeps_of_the_same_points_are_bit_equal_and_the_second_start_runs_n
 def table(stdout):
     """The final table without the columns of times."""
     lines = stdout.partition("\nrecord")[0].splitlines()
-    return [line[: lines[0].index("encode us/token")] for line in lines]
+    return [line[: lines[0].index("encode, µs/token")] for line in lines]
 
 
 def test_a_point_equals_a_run_of_its_own(tmp_path, healthy):

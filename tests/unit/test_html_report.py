@@ -1,5 +1,7 @@
 import csv
 import io
+import json
+import math
 import re
 import subprocess
 import sys
@@ -7,15 +9,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 
 from pipeline.report.charts import ChartPoint, pareto_front, trade_off_svg
-from pipeline.report.html_page import html_page
-from pipeline.report.point_columns import percent, significant
+from pipeline.report.columns import percent, perplexity, significant
+from pipeline.report.generation_columns import SHOWN_COLUMNS
+from pipeline.report.html_page import html_page, templates
 from pipeline.report.published import read_published
 from pipeline.report.recommendation import Outlook
 from pipeline.report.results import read_results
+from pipeline.report.summary import print_summary, write_report
 from pipeline.report.text_page import csv_table, markdown_page
-from tests.helpers.records import losses, write_failed_point, write_point
+from tests.helpers.records import losses, write_failed_point, write_generation_point, write_point
 
 ROOT = Path(__file__).parents[2]
 NASTY = "my.codecs:Odd(note=</script><img src=x onerror='alert(1)'>|\"&)"
@@ -116,6 +121,43 @@ def test_markdown_keeps_its_cells(folder):
         if table.startswith("|"):
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
     assert "- failed: nf5" in text and "Within +1% perplexity the cheapest is int8" in text
+
+
+def test_runs_that_generated_read_alike_everywhere(folder, capsys):
+    write_generation_point(folder, "generation")
+    write_report([folder], folder / "out.html", Outlook())
+    rows = list(csv.DictReader(io.StringIO((folder / "out.generation.csv").read_text(encoding="utf-8"))))
+    (run,) = read_results([folder]).generated
+    assert len(rows) == 1 and rows[0]["codec"] == run.label == "nf4, decoding int8"
+    assert float(rows[0]["bytes_per_token_per_link"]) == run.payload_bytes_per_token == 64.0
+    assert float(rows[0]["ms_per_token_p95"]) == 40.0 and rows[0]["run_id"] == "generation"
+    page = (folder / "out.html").read_text(encoding="utf-8")
+    section = page[page.index('<section id="generation">') :].partition("</section>")[0]
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", section)
+    assert cells == [column.text(run) for column in SHOWN_COLUMNS[1:]]
+    assert cells[4:9] == ["67.40", "20.0", "20.0", "40.0", "64.0"] and "<li>something of note</li>" in section
+    assert "| nf4, decoding int8 | " + " | ".join(cells) + " |" in (folder / "out.md").read_text(encoding="utf-8")
+    capsys.readouterr()
+    print_summary([folder])
+    assert re.split(" {2,}", capsys.readouterr().out.splitlines()[-2]) == [run.label, *cells]
+
+
+def test_without_a_run_that_generated_there_is_no_table_of_them(folder):
+    write_report([folder], folder / "out.html", Outlook())
+    assert not (folder / "out.generation.csv").exists()
+    assert 'id="generation"' not in (folder / "out.html").read_text(encoding="utf-8")
+
+
+def test_a_name_that_a_template_misspells_is_an_error():
+    with pytest.raises(UndefinedError, match="'resutls' is undefined"):
+        templates().from_string("{{ resutls.points }}").render(results=None)
+
+
+def test_json_cannot_end_its_script_element():
+    shown = templates().from_string("{{ value | tojson }}").render(value=["</script><b>&'"])
+    assert "<" not in shown and json.loads(shown) == ["</script><b>&'"]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        templates().from_string("{{ value | tojson }}").render(value=float("nan"))
 
 
 def test_csv_has_raw_values(folder):
@@ -238,6 +280,11 @@ def test_published_figures():
         (12.34, "12.3"),
         (0.012345, "0.0123"),
         (0.0, "0"),
+        (0.0001, "0.0001"),
+        (0.0000999, "9.99e-05"),
+        (1e-14, "1.00e-14"),
+        (9.99e14, "999,000,000,000,000"),
+        (-1e300, "-1.00e+300"),
         (None, "–"),
         (float("inf"), "not finite"),
     ],
@@ -249,3 +296,24 @@ def test_three_digits(value, text):
 @pytest.mark.parametrize("value, text", [(0.0127, "+1.27%"), (-0.001, "-0.10%"), (7.67, "× 8.67"), (None, "–")])
 def test_changes(value, text):
     assert percent(value) == text
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(None, "not finite"), (12.34567, "12.3457"), (999.9, "999.9000"), (123456.7, "123,457"), (1e300, "1.00e+300")],
+)
+def test_perplexities(value, text):
+    assert perplexity(value) == text
+
+
+@pytest.mark.parametrize("width", [350, 556])
+def test_labels_among_many_points_stand_beside_their_marks(width):
+    bits = [1.2 * 1.012**i for i in range(200)]
+    points = [chart_point(f"klt(step={b:.3f})", b, 10 + 10 / b + 0.3 * (i % 5)) for i, b in enumerate(bits)]
+    svg = trade_off_svg(points, hidden_size=64, base_ppl=10.0, width=width, height=400, title="t")
+    boxes = list(label_boxes(svg))
+    assert 3 <= len(boxes) < 50 and svg.count('class="hit"') == 200
+    for i, a in enumerate(boxes):
+        assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in boxes[:i])
+    leaders = re.findall(r'class="leader" x1="(.*?)" y1="(.*?)" x2="(.*?)" y2="(.*?)"', svg)
+    assert all(math.dist((float(x), float(y)), (float(u), float(v))) < 20 for x, y, u, v in leaders)

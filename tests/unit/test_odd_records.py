@@ -219,7 +219,7 @@ def test_what_is_odd_in_a_record_of_generation_is_told(place, value, told, folde
 
 
 def test_the_codec_of_sampled_tokens_is_named_once(tables):
-    assert tables[2].cells[0] == "nf4, decoding int8"
+    assert tables[2].label == "nf4, decoding int8"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The prediction against a simulated pipeline, event by event, whose ranks take what comes as the engine's do."""
 
+import dataclasses
 import heapq
+import json
 from collections import deque
 
 import pytest
@@ -8,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.partition.plan import default_plan
-from pipeline.report.prediction import Network, PipelineCosts, predict_decode, predict_prefill
-from tests.helpers.records import make_record
+from pipeline.report.prediction import Network, OneToken, PipelineCosts, Term, predict_decode, predict_prefill
+from pipeline.report.results import read_results
+from tests.helpers.records import make_record, write_point
 
 
 def simulate(plan, stage_s, frame_bytes, network, num_microbatches, in_flight):
@@ -144,7 +147,7 @@ def test_decode_is_the_simulated_latency_of_one_token_after_another(
     network = Network(bits_per_s=mbits * 1e6, rtt_s=rtt_s)
     costs = PipelineCosts.of(record_of(plan, stage_s, frame_bytes, 1, 1))
     finished = simulate(plan, stage_s, frame_bytes, network, 6, in_flight=1)
-    assert predict_decode(costs, network).total_s == pytest.approx(finished[-1] - finished[-2])
+    assert predict_decode(costs, network).s_per_token == pytest.approx(finished[-1] - finished[-2])
 
 
 COSTS = PipelineCosts(
@@ -176,3 +179,36 @@ def test_without_a_one_token_forward_there_is_no_latency():
     assert predict_decode(COSTS, Network(bits_per_s=1e9, rtt_s=0.0)) is None
     record = record_of(default_plan(8, 4), [0.1] * 5, [1000] * 5, 10, 6).model_copy(update={"one_token": None})
     assert PipelineCosts.of(record).one_token is None
+
+
+def test_a_term_is_linear_in_what_the_network_costs():
+    term = Term(name="x", seconds=0.5, bits=3e6, round_trips=1.5)
+    assert term.on(Network(bits_per_s=1e6, rtt_s=0.2)) == pytest.approx(0.5 + 3.0 + 0.3)
+    assert term.on(Network(bits_per_s=2e6, rtt_s=0.0)) == pytest.approx(0.5 + 1.5)
+
+
+def test_the_terms_of_both_predictions():
+    costs = dataclasses.replace(COSTS, one_token=OneToken(seconds=0.25, nbytes=700.0))
+    *resources, lap = costs.prefill_terms
+    assert resources == [
+        Term(name="node 0", seconds=2e-3),
+        Term(name="node 1", seconds=1e-3),
+        Term(name="a", bits=8000.0),
+        Term(name="b", bits=4000.0),
+    ]
+    assert (lap.name, lap.seconds, lap.bits) == ("in flight", pytest.approx(3e-3 / 4), 3000.0)
+    assert lap.round_trips == pytest.approx(2 / 2 / 100 / 4)
+    parts = [Term(name="compute", seconds=0.25), Term(name="bandwidth", bits=5600.0)]
+    assert costs.decode_terms == [*parts, Term(name="round trips", round_trips=1.0)]
+    network = Network(bits_per_s=5600.0, rtt_s=0.5)
+    latency = predict_decode(costs, network)
+    assert (latency.s_per_token, latency.binds) == (pytest.approx(1.75), "bandwidth")
+
+
+def test_a_record_of_micro_batches_without_a_token_is_skipped(tmp_path):
+    path = write_point(tmp_path)
+    record = json.loads(path.read_text())
+    record["results"]["total_processed_tokens"] = 0
+    path.write_text(json.dumps(record))
+    results = read_results([tmp_path])
+    assert results.points == [] and "more than results.total_processed_tokens, 0" in results.skipped[0]

@@ -1,7 +1,12 @@
+import io
+import re
+
 from pipeline.partition.plan import default_plan
 from pipeline.records.labels import codec_labels
+from pipeline.report.point_columns import CONSOLE_COLUMNS
+from pipeline.report.results import read_results
 from pipeline.report.summary import load_records, print_summary, summary_rows
-from tests.helpers.records import make_record
+from tests.helpers.records import losses, make_record, write_point
 
 
 def record(compressor, ppl, **changes):
@@ -27,12 +32,38 @@ def test_rows_compare_with_none_on_the_same_text():
             record("int5", 20.0, args={"load_in_8bit": True}),
         ]
     )
-    assert [row["change"] for row in rows] == ["+0.00%", "+15.00%", "x 2e+05", "", "", ""]
-    assert [row["perplexity"] for row in rows] == ["10.0000", "11.5000", "2e+06", "not finite", "20.0000", "20.0000"]
+    changes = ["+0.00%", "+15.00%", "× 200,000", "not finite", "–", "–"]
+    assert [row["ppl_change"] for row in rows] == changes
+    perplexities = ["10.0000", "11.5000", "2,000,000", "not finite", "20.0000", "20.0000"]
+    assert [row["perplexity"] for row in rows] == perplexities
     assert rows[2]["note"] == "5 tokens, windows 8/4, not causal"
     assert rows[4]["note"] == "6 tokens, windows 8/4"
     assert [row["note"] for row in summary_rows([record("none", 10.0), record("nf4", 11.5)])] == ["", ""]
-    assert (rows[0]["encode us/token"], rows[0]["decode us/token"]) == ("250.00", "125.00")
+    assert (rows[0]["encode_us_per_token"], rows[0]["decode_us_per_token"]) == ("250", "125")
+
+
+def test_the_console_says_what_the_page_says(tmp_path, capsys):
+    write_point(tmp_path, environment={"threads": "1"})
+    write_point(tmp_path, "int8", loss=losses(0.004), nbytes=66, environment={"threads": "2"})
+    write_point(tmp_path, "int2", loss=losses(2.0), nbytes=20, causal=False)
+    print_summary([tmp_path])
+    lines = [re.split(" {2,}", line) for line in capsys.readouterr().out.splitlines()[:4]]
+    points = read_results([tmp_path]).points
+    assert lines[0] == [column.heading for column in CONSOLE_COLUMNS]
+    for line, point in zip(lines[1:], points, strict=True):
+        texts = [column.text(point) for column in CONSOLE_COLUMNS]
+        assert line == texts[: len(line)] and not any(texts[len(line) :])
+    assert [line[2] for line in lines[1:]] == ["+0.00%", "+0.40%", "× 7.39"]
+    assert [line[-1] for line in lines[2:]] == ["ran on something else", "not causal"]
+
+
+def test_a_console_without_the_signs_of_the_table(tmp_path, monkeypatch):
+    write_point(tmp_path, "int2", loss=losses(2.0), nbytes=20)
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    print_summary([tmp_path])
+    out.flush()
+    assert "encode, \\xb5s/token" in out.buffer.getvalue().decode("ascii")
 
 
 def test_what_is_no_record_is_named_and_skipped(tmp_path, capsys):

@@ -14,8 +14,8 @@ from html import unescape
 import numpy as np
 import pytest
 
+from pipeline.report.columns import significant
 from pipeline.report.html_page import html_page
-from pipeline.report.point_columns import significant
 from pipeline.report.prediction import Network, predict_decode, predict_prefill
 from pipeline.report.recommendation import Outlook
 from pipeline.report.results import read_results
@@ -88,12 +88,12 @@ def test_a_click_sorts_by_numbers_a_second_one_turns_around(results, tmp_path):
     """
     )
     before, up, sorted_, down, by_name, num_sorted = ask(results, tmp_path, script)
-    points = {p.label + ("" if p.record.causal else " *"): p for p in results.points}
+    points = {p.label + ("" if p.causal else "\N{NO-BREAK SPACE}*"): p for p in results.points}
     assert before == list(points)
     finite = sorted((name for name in points if points[name].ppl is not None), key=lambda name: points[name].ppl)
     assert up == [*finite, "int1"] and down == [*finite[::-1], "int1"]  # what is missing stays last
     assert sorted_ == "ascending" and num_sorted == 1
-    assert by_name == ["int1", "int2", "int8", "nf4", "none", "outlier(channels=8, inner=int4) *"]
+    assert by_name == ["int1", "int2", "int8", "nf4", "none", "outlier(channels=8, inner=int4)\N{NO-BREAK SPACE}*"]
 
 
 def test_headings_can_be_reached_and_pressed_by_keyboard(results, tmp_path):
@@ -109,7 +109,7 @@ def test_headings_can_be_reached_and_pressed_by_keyboard(results, tmp_path):
     assert len(reachable) > 15 and all(reachable)
 
 
-@pytest.mark.parametrize("mbits, rtt_ms", [(100, 1), (0.5, 1), (1000, 300), (37.5, 12)])
+@pytest.mark.parametrize("mbits, rtt_ms", [(100, 1), (0.5, 1), (1000, 300), (37.5, 12), (1e-12, 0), (1e12, 0)])
 def test_the_script_predicts_what_python_predicts(results, tmp_path, mbits, rtt_ms):
     script = f"""
     const form = document.getElementById("network");
@@ -126,7 +126,7 @@ def test_the_script_predicts_what_python_predicts(results, tmp_path, mbits, rtt_
             [
                 significant(prefill.tokens_per_s),
                 prefill.binds,
-                significant(1e3 * decode.total_s),
+                significant(1e3 * decode.s_per_token),
                 decode.binds,
             ]
         )
@@ -200,3 +200,17 @@ def test_screenshot_of_the_sorted_page_in_light_and_dark(results, tmp_path, sche
     background = pixels[5, 5].mean()
     assert background < 0.2 if dark else background > 0.9
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # text and marks, not an empty page
+
+
+def test_a_long_table_scrolls_under_its_heading(tmp_path):
+    for number in range(60):
+        write_point(tmp_path, f"klt(step={number})" if number else "none", nbytes=256 - number)
+    script = """
+    const box = document.querySelector("#points .scroller"), heading = box.querySelector("thead th");
+    const offset = () => heading.getBoundingClientRect().top - box.getBoundingClientRect().top;
+    const before = offset();
+    box.scrollTop = 300;
+    answer = [box.clientHeight < window.innerHeight, box.scrollTop, before, offset()];
+    """
+    fits, scrolled, before, after = ask(read_results([tmp_path]), tmp_path, script)
+    assert fits and scrolled == 300 and after == pytest.approx(before, abs=1)

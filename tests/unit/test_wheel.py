@@ -34,7 +34,8 @@ def wheel(tmp_path_factory):
 def test_a_wheel_has_every_file(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()]
-    expected = {str(p.relative_to(ROOT)) for p in files if p.suffix in (".py", ".json", ".css", ".js", ".html", ".svg")}
+    suffixes = (".py", ".json", ".css", ".js", ".jinja", ".html", ".svg")
+    expected = {str(p.relative_to(ROOT)) for p in files if p.suffix in suffixes}
     expected |= {f"pipeline/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.yaml")} | {"run_pipeline.py"}
     assert {name for name in names if ".dist-info/" not in name} == expected
 

@@ -24,7 +24,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 // Charts: the pointer, a tap or the keyboard on a point shows its figures.
 const tip = document.getElementById("tip");
 const show = (point) => {
-  tip.textContent = point.dataset.tip;
+  tip.textContent = point.getAttribute("aria-label");
   tip.hidden = false;
   const at = point.querySelector(".mark").getBoundingClientRect();
   const left = Math.min(at.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
@@ -36,50 +36,46 @@ for (const point of document.querySelectorAll(".point")) {
   for (const event of ["pointerleave", "blur"]) point.addEventListener(event, () => { tip.hidden = true; });
 }
 
-// Prediction: the formulas of pipeline/report/prediction.py, for a bandwidth and a round-trip time of the reader's.
-const sum = (values) => values.reduce((total, value) => total + value, 0);
-
-function predictPrefill(costs, bitsPerS, rttS) {
-  const terms = { ...costs.node_s };
-  for (const [name, nbytes] of Object.entries(costs.link_bytes)) terms[name] = (8 * nbytes) / bitsPerS;
-  const waitS = (costs.num_hops * rttS) / 2 / costs.microbatch_tokens;
-  terms["in flight"] = (sum(Object.values(terms)) + waitS) / costs.in_flight;
-  const binds = Object.keys(terms).reduce((a, b) => (terms[b] > terms[a] ? b : a));
-  return { value: 1 / terms[binds], binds };
+// Prediction: the terms of pipeline/report/prediction.py, embedded in the page, for a network of the reader's. A term is
+// linear in what the network costs; prefill takes as long as the largest one, decoding as all together.
+function evaluate(terms, bitsPerS, rttS) {
+  const seconds = terms.map((term) => term.seconds + term.bits / bitsPerS + term.round_trips * rttS);
+  const longest = Math.max(...seconds);
+  const total = seconds.reduce((sum, value) => sum + value, 0);
+  return { longest, total, binds: terms[seconds.indexOf(longest)].name };
 }
 
-function predictDecode(costs, bitsPerS, rttS) {
-  if (!costs.one_token) return null;
-  const parts = {
-    compute: costs.one_token.seconds,
-    bandwidth: (8 * costs.one_token.nbytes) / bitsPerS,
-    "round trips": (costs.num_hops * rttS) / 2,
-  };
-  const binds = Object.keys(parts).reduce((a, b) => (parts[b] > parts[a] ? b : a));
-  return { value: 1e3 * sum(Object.values(parts)), binds };
+// As `significant` in pipeline/report/columns.py writes it.
+function significant(value) {
+  if (!Number.isFinite(value)) return "not finite";
+  const rounded = Number(value.toPrecision(3)), size = Math.abs(rounded);
+  if (rounded === 0 || (size >= 1e-4 && size < 1e15))
+    return rounded.toLocaleString("en-US", { maximumFractionDigits: 10 });
+  const [digits, exponent] = rounded.toExponential(2).split("e");
+  return `${digits}e${exponent[0]}${exponent.slice(1).padStart(2, "0")}`;
 }
-
-const significant = (value) =>
-  Number(value.toPrecision(3)).toLocaleString("en-US", { maximumFractionDigits: 10 });
 
 const form = document.getElementById("network");
 if (form) {
   const points = JSON.parse(document.getElementById("costs").textContent);
   const rows = new Map([...document.querySelectorAll("#own-link tbody tr")].map((row) => [row.dataset.point, row]));
-  const fill = (cell, predicted) => {
-    cell.dataset.value = predicted ? predicted.value : "";
-    cell.textContent = predicted ? significant(predicted.value) : "–";
-    cell.nextElementSibling.textContent = cell.nextElementSibling.dataset.value = predicted ? predicted.binds : "";
+  const fill = (cell, value, binds) => {
+    cell.dataset.value = value;
+    cell.textContent = significant(value);
+    cell.nextElementSibling.textContent = cell.nextElementSibling.dataset.value = binds;
   };
   const update = () => {
     const mbits = Number(form.elements.bandwidth.value), rttMs = Number(form.elements.rtt.value);
     const valid = mbits > 0 && rttMs >= 0 && Number.isFinite(mbits) && Number.isFinite(rttMs);
     form.elements.problem.value = valid ? "" : "bandwidth must be above 0, the round trip 0 or more";
     if (!valid) return;
-    points.forEach((costs, index) => {
-      const [, , prefill, , decode] = rows.get(String(index)).cells;
-      fill(prefill, predictPrefill(costs, mbits * 1e6, rttMs / 1e3));
-      fill(decode, predictDecode(costs, mbits * 1e6, rttMs / 1e3));
+    points.forEach((terms, index) => {
+      const [, , prefillCell, , decodeCell] = rows.get(String(index)).cells;
+      const prefill = evaluate(terms.prefill, mbits * 1e6, rttMs / 1e3);
+      fill(prefillCell, 1 / prefill.longest, prefill.binds);
+      if (terms.decode.length === 0) return; // not measured
+      const decode = evaluate(terms.decode, mbits * 1e6, rttMs / 1e3);
+      fill(decodeCell, 1e3 * decode.total, decode.binds);
     });
   };
   form.addEventListener("input", update);

@@ -1,0 +1,90 @@
+"""The columns of a table of runs that generated; all of them are shown everywhere, but for the run's id.
+
+The counterpart of `point_columns`; `generation` reads what stands in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline.report.columns import Column, Value, number
+from pipeline.report.generation import GeneratedRun
+
+__all__ = ["COLUMNS", "SHOWN_COLUMNS"]
+
+
+def _ms(name: str) -> Callable[[GeneratedRun], Value]:
+    def value(run: GeneratedRun) -> Value:
+        seconds = getattr(run, name)
+        return None if seconds is None else 1e3 * seconds
+
+    return value
+
+
+COLUMNS: tuple[Column[GeneratedRun], ...] = (
+    Column(key="codec", heading="codec", meaning="what was on the links", value=lambda r: r.label, is_text=True),
+    Column(key="model", heading="model", meaning="its name without the folder", value=lambda r: r.model, is_text=True),
+    Column(
+        key="num_requests", heading="requests", meaning="lines of the answers' file", value=lambda r: r.num_requests
+    ),
+    Column(key="num_failed", heading="failed", meaning="requests that ended in an error", value=lambda r: r.num_failed),
+    Column(key="generated_tokens", heading="tokens", meaning="generated, all requests", value=lambda r: r.num_tokens),
+    Column(
+        key="tokens_per_s",
+        heading="tokens/s",
+        meaning="generated tokens per second of the whole run, the time of prompts included",
+        value=lambda r: r.tokens_per_s,
+        form=number(".2f"),
+    ),
+    Column(
+        key="ttft_ms_median",
+        heading="TTFT, ms",
+        meaning="from having a slot to the first token, median over requests",
+        value=_ms("ttft_s"),
+        form=number(".1f"),
+    ),
+    Column(
+        key="ms_per_token_median",
+        heading="ms/token",
+        meaning="between tokens of one answer, median",
+        value=_ms("tpot_s"),
+        form=number(".1f"),
+    ),
+    Column(
+        key="ms_per_token_p95",
+        heading="ms/token, 95%",
+        meaning="between tokens of one answer, 95th percentile",
+        value=_ms("tpot_p95_s"),
+        form=number(".1f"),
+    ),
+    Column(
+        key="bytes_per_token_per_link",
+        heading="bytes/token per link",
+        meaning="payload bytes per token that crosses a link, prompts included, mean over links",
+        value=lambda r: r.payload_bytes_per_token,
+        form=number(",.1f"),
+    ),
+    Column(
+        key="header_bytes_per_token_per_link",
+        heading="header bytes/token",
+        meaning="the frames' headers per token that crosses a link",
+        value=lambda r: r.header_bytes_per_token,
+        form=number(",.1f"),
+    ),
+    Column(
+        key="cache_mib",
+        heading="cache, MiB",
+        meaning="keys and values on all ranks together",
+        value=lambda r: r.cache_bytes / 2**20,
+        form=number(",.1f"),
+    ),
+    Column(
+        key="max_rows", heading="rows, at most", meaning="sequences that may share a pass", value=lambda r: r.max_rows
+    ),
+    Column(
+        key="passes", heading="passes, at most", meaning="of sampled tokens under way at once", value=lambda r: r.passes
+    ),
+    Column(key="run_id", heading="", meaning="", value=lambda r: r.run_id, is_text=True),
+)
+
+SHOWN_COLUMNS = tuple(column for column in COLUMNS if column.heading)
