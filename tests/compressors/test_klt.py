@@ -248,12 +248,16 @@ def test_the_trellis_finds_the_nearest_levels():
 
     def chosen(rates):
         found, decoded = np.zeros((num_tokens, width), np.int32), np.zeros((num_tokens, width), np.float32)
-        no_shift = np.zeros(num_tokens, np.int32)
-        trellis.quantize(
-            target, np.zeros_like(target), np.full(num_tokens, 2, np.float32), np.zeros(num_tokens, np.bool_),
-            num_tokens, np.zeros((width, 0), np.float32), np.zeros((0, width), np.float32),
-            np.zeros(width, np.int32), no_shift, rates, found, decoded,
-        )  # fmt: skip
+        nothing = trellis.Prediction(
+            from_ids=np.zeros_like(target),
+            temporal_in=np.zeros((width, 0), np.float32),
+            temporal_out=np.zeros((0, width), np.float32),
+            tokens_per_row=num_tokens,
+        )
+        steps, finer = np.full(num_tokens, 2, np.float32), np.zeros(num_tokens, np.int32)
+        in_one_class, is_raw = trellis.Prices(np.zeros(width, np.int32), rates), np.zeros(num_tokens, np.bool_)
+        trellis.quantize(target, steps, finer, nothing, in_one_class, found, is_raw, decoded)
+        assert not is_raw.any()
         assert np.array_equal(decoded, found)
         at = np.array([np.flatnonzero((levels == row).all(1))[0] for row in found])
         return errors[range(num_tokens), at], prices[at]
@@ -275,35 +279,35 @@ def test_the_entropy_coder_is_an_integer_format():
     indices = (values - 500) // np.array([[1], [5], [20], [90], [300], [1], [10**6], [100], [7]], np.int32)
     indices[4, 3], indices[4, 4] = trellis.MAX_LEVEL // 2 - 1, 1 - trellis.MAX_LEVEL // 2
     levels = np.array([walk(row)[0] for row in indices.tolist()], np.int32)
-    models = {name: tensor.numpy() for name, tensor in prior_models().items()}
-    component_class = np.linspace(60, -30, width).astype(np.int32)
-    side_classes, id_starts = np.array([12, 5], np.int32), np.array([0, 20000, 30000, 32768], np.int32)
-    rms, finer = np.arange(-4, 5, dtype=np.int32), np.arange(-8, 10, 2, dtype=np.int32)
-    ranks = np.array([3, 0, 2, 1, 4], np.int32)
-    ids = np.arange(num_tokens, dtype=np.int32) % 5
+    prior = {name: tensor.numpy() for name, tensor in prior_models().items()}
+    models = kernels.make_models(
+        side_classes=np.array([12, 5], np.int32),
+        component_class=np.linspace(60, -30, width).astype(np.int32),
+        num_ids=5,
+        id_starts=np.array([0, 20000, 30000, 32768], np.int32),
+        **prior,
+    )
     is_raw = np.zeros(num_tokens, np.bool_)
     is_raw[6] = True
+    sent = kernels.Symbols(
+        levels=levels,
+        is_raw=is_raw,
+        rms=np.arange(-4, 5, dtype=np.int32),
+        finer=np.arange(-8, 10, 2, dtype=np.int32),
+        id_ranks=np.array([3, 0, 2, 1, 4, 3, 0, 2, 1], np.int32),
+    )
     ops, words = np.zeros((20_000, 3), np.uint16), np.zeros(20_000, np.uint32)
-    frequency_bits = np.full((1 << 15) + 1, 0, np.int64)
-    num_words = kernels.encode(
-        levels, is_raw, rms, finer, ids, side_classes, component_class, models["magnitude"], models["starts"],
-        frequency_bits, ranks, id_starts, 1 << 40, ops, words,
-    )  # fmt: skip
+    num_words = kernels.encode(sent, models, 1 << 40, ops, words)
     assert is_raw.sum() == 1
     digest = hashlib.sha256(words[:num_words].astype("<u4").tobytes()).hexdigest()[:16]
     assert (num_words, digest) == GOLDEN_WORDS
-    got = np.ones_like(levels)
-    got_raw, got_rms, got_finer, got_ranks = np.zeros(num_tokens, np.bool_), *np.zeros((3, num_tokens), np.int32)
-    used = kernels.decode(
-        words[:num_words], side_classes, component_class, models["magnitude"], models["starts"],
-        kernels.first_guesses(models["starts"]), 5, id_starts[None], kernels.first_guesses(id_starts[None]),
-        got, got_raw, got_rms, got_finer, got_ranks,
-    )  # fmt: skip
-    coded = ~is_raw
-    assert used == num_words and np.array_equal(got_raw, is_raw)
-    assert np.array_equal(got[coded], levels[coded])
-    assert np.array_equal(got_rms[coded], rms[coded]) and np.array_equal(got_finer[coded], finer[coded])
-    assert np.array_equal(got_ranks[coded], ranks[ids[coded]])
+    got = kernels.Symbols(
+        np.ones_like(levels), np.zeros(num_tokens, np.bool_), *np.zeros((3, num_tokens), np.int32)
+    )
+    assert kernels.decode(words[:num_words], models, got) == num_words
+    assert np.array_equal(got.is_raw, is_raw)
+    for name in ("levels", "rms", "finer", "id_ranks"):
+        assert np.array_equal(getattr(got, name)[~is_raw], getattr(sent, name)[~is_raw]), name
 
 
 GOLDEN_WORDS = (147, "c14f427befe2bb46")
