@@ -101,16 +101,15 @@ class Klt(Compressor):
 
     @torch.no_grad()
     def compress(self, x: torch.Tensor, **side: Any) -> Payload:
-        data = self._coder.compress(x, side.get("token_ids"))
-        self._known.check_unchanged()
+        with self._known.in_use():
+            data = self._coder.compress(x, side.get("token_ids"))
         return Payload(data.to(x.device), tuple(x.shape))
 
     @torch.no_grad()
     def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         data = self._data_without_meta(payload).cpu()
-        x = self._coder.decompress(data, payload.shape, device, dtype, side.get("token_ids"))
-        self._known.check_unchanged()
-        return x
+        with self._known.in_use():
+            return self._coder.decompress(data, payload.shape, device, dtype, side.get("token_ids"))
 
 
 class Quantized(NamedTuple):

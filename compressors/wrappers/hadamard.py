@@ -75,7 +75,10 @@ class Hadamard(Wrapper):
 
 
 def rotate_by_torch(rows: torch.Tensor, block: int, factors: torch.Tensor, limit: float) -> torch.Tensor:
-    """H_b (factors * rows) for float32 rows [N, H] by torch operations, for any device: what the compiled loops are held to."""
+    """H_b (factors * rows) for float32 rows [N, H] by torch operations, for any device.
+
+    The compiled loops are held to it.
+    """
     # the second term is 0, or NaN where clamping would hide an infinity
     return _walsh_hadamard((rows.clamp(-limit, limit) + (rows - rows)) * factors, block)
 

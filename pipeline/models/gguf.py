@@ -1,6 +1,6 @@
 """Convert a GGUF file once to a cached directory that loads like any other checkpoint.
 
-Called by `model_source.resolve_model`. transformers reads and dequantises the file, weights and tokenizer;
+Called by `source.resolve_model`. transformers reads and dequantises the file, weights and tokenizer;
 what it gives is stored as float32 safetensors, value for value. transformers passes over keys and tensors that it does
 not know, scaled positions among them. So each key of the architecture must reappear in the config, where it is put if
 transformers left it out, and each tensor in the model; what does not is an error that names it. The conversion holds
@@ -162,7 +162,11 @@ def _convert(gguf: Path, out: Path) -> None:
                 f"{sorted(map(str, report[problem]))[:4]}"
             )
     _check_tensors(gguf, reader, model)
-    # In a process group transformers writes weights on its rank 0 alone; here any rank may be the one that converts.
+    # In a process group transformers writes weights on its rank 0 alone, whatever `is_main_process` says; here any rank
+    # may be the one that converts. The parts of save_pretrained that undo what loading did to names and experts have no
+    # public names. A process of its own would have to be ended whenever this one is, and a rank ends by os._exit. So
+    # the group is hidden meanwhile. Nobody else asks for it: links are opened later, and the watch's threads only talk
+    # to their store.
     with mock.patch("torch.distributed.is_initialized", return_value=False):
         model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -1,6 +1,6 @@
 """Copy named files from a slow directory to a fast one: resumable, verified, and quick when nothing changed.
 
-Called by `model_source.resolve_model` when `model.stage_to` is set: weights on a network mount or a slow disk
+Called by `source.resolve_model` when `model.stage_to` is set: weights on a network mount or a slow disk
 are moved once to local disk, and every later start finds them there. Knows nothing of models.
 
 The copy of `/slow/model` lives in `<stage_to>/model-<digest of the absolute path>/`:

@@ -118,18 +118,27 @@ def test_a_file_that_was_just_written_is_read_again(place, hashed):
     assert hashed.count(file_name(LINK)) == 3
 
 
+def overwrite(file):
+    file.seek(-8, os.SEEK_END)
+    file.write(b"\0" * 8)
+
+
+def cut_short(file):
+    file.truncate(4096)
+
+
 @pytest.mark.parametrize("name", ["klt", "klt_fixed"])
 @pytest.mark.parametrize("use", ["compress", "decompress"])
-def test_a_file_that_is_overwritten_while_in_use_is_an_error(name, use, place):
-    """Both ends of a link on one machine would otherwise go on with what is there now."""
+@pytest.mark.parametrize("change", [overwrite, cut_short])
+def test_a_file_that_is_changed_while_in_use_is_an_error(name, use, change, place):
+    """Both ends of a link on one machine would otherwise go on with what is there now, or read behind its end."""
     codec, decoder = make(place, name), make(place, name)
     x = torch.zeros(1, 4, HIDDEN_SIZE)
     side = {"token_ids": torch.zeros(1, 4, dtype=torch.int64)} if codec.needs else {}
     payload = codec.compress(x, **side)
     path = place / file_name(LINK)
     with path.open("r+b") as file:
-        file.seek(-8, os.SEEK_END)
-        file.write(b"\0" * 8)
+        change(file)
     with pytest.raises(ValueError, match=rf"{path.name} was overwritten while in use"):
         codec.compress(x, **side) if use == "compress" else decoder.decompress(payload, "cpu", torch.float32)
 

@@ -306,8 +306,8 @@ def test_memory_is_what_the_formula_says(model_type, window):
         stage.open_slots(3, 17)
         per_token = cache_bytes_per_token(config, stage.plan.num_layers, torch.float64)
         assert stage.slots.nbytes == 3 * 17 * per_token
-        storages = {part.untyped_storage().data_ptr(): part.untyped_storage() for kv in stage.slots.layers for part in kv}
-        assert sum(storage.nbytes() for storage in storages.values()) == stage.slots.nbytes
+        storages = [part.untyped_storage() for layer in stage.slots.layers for part in layer]
+        assert sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) == stage.slots.nbytes
         stage.close_slots()
         assert stage.slots is None
 
