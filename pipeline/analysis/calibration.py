@@ -87,11 +87,13 @@ def _write(
     written = []
     if table is not None and control.world.rank == 0:
         written.append(write_token_table(out, table, **origin))
-    for index, of_link in statistics.items():
-        name = deployment.plan.links[index].name
-        control.report(f"fitting {name}")
-        calibration = fit(of_link, samples[index], table or TokenTable.empty())
-        written.append(write_calibration(out, calibration, link_name=name, num_tokens=of_link.num_tokens, **origin))
+    for link in deployment.plan.links:
+        if link.index in statistics:
+            control.report(f"fitting {link.name}")
+            of_link = statistics[link.index]
+            calibration = fit(of_link, samples[link.index], TokenTable.empty() if table is None else table)
+            facts = {"link_name": link.name, "num_tokens": of_link.num_tokens, **origin}
+            written.append(write_calibration(out, calibration, **facts))
     for path in written:
         print(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)", flush=True)
     return written

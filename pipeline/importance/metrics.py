@@ -136,6 +136,7 @@ class HeadWeighted(Column):
     setting_keys = ("layers", "head_weights")
 
     def head_weights(self, layer: int, heads: int) -> torch.Tensor:
+        assert self._setting.head_relevance is not None
         relevance = self._setting.head_relevance[layer]
         return relevance / relevance.sum()
 
@@ -232,6 +233,7 @@ class Oracle(Metric):
 
     def __init__(self, setting: MetricSetting) -> None:
         super().__init__(setting)
+        assert setting.token_importance is not None
         lengths = [m.num_tokens for m in setting.microbatches]
         if setting.token_importance.numel() != sum(lengths):
             raise ValueError(

@@ -56,7 +56,7 @@ class StageModel:
     first stage's.
     """
 
-    decoder: nn.Module
+    decoder: PreTrainedModel
     head: Head | None
     embedding: nn.Module | None
 
@@ -262,7 +262,7 @@ def load_stage(
     head: Head | None = None
     if shares_head:
         assert embedding is not None
-        head = functools.partial(nn.functional.linear, weight=embedding.weight)
+        head = functools.partial(nn.functional.linear, weight=embedding.get_parameter("weight"))
     elif with_head:
         head = model.get_output_embeddings()
     return StageModel(

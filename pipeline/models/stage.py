@@ -101,7 +101,7 @@ class Stage:
         self._chunk = max(1, MAX_LOGITS_NBYTES[device.type] // (4 * vocab_size))
         self._rows_at_once = max(1, MAX_COPY_NBYTES // (4 * vocab_size))
         self.device = device
-        self.decoder: nn.Module = model.decoder
+        self.decoder = model.decoder
         self._head = model.head
         self.slots: SlotCache | None = None
 
