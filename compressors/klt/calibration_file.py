@@ -9,7 +9,7 @@ got. `compressors.klt.fit` makes the content.
 have them in memory once, and pages that nobody uses not at all. What kernels use as indices or bounds is copied, since
 they do not look. A mapping shows what is done to its file. A new file in its place, which is how files are written
 here, does nothing to it. A file that is shorter than its header says is refused before it is mapped. One that is
-overwritten or cut short later is noticed before and after each frame (`Calibration.in_use`). What remains is a file
+overwritten or cut short later is noticed before and after each frame (`Calibration.check_unchanged`). What remains is a file
 that is cut short while a frame is being computed from it: a read beyond its new end ends the process with SIGBUS, and
 with it the run. No number comes of it.
 """
@@ -24,7 +24,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -202,17 +202,12 @@ class Calibration:
     digest: str
     files: Sequence[_File]
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Around what is computed of a frame. Raises ValueError where a file was overwritten or cut short.
+    def check_unchanged(self) -> None:
+        """Raise ValueError where a file was overwritten or cut short.
 
-        Before, since reading behind a new end would end the process; after, since what was computed may be anything.
+        To be called before a frame, since reading behind a new end would end the process, and after it, since what was
+        computed may be anything.
         """
-        self._check_unchanged()
-        yield
-        self._check_unchanged()
-
-    def _check_unchanged(self) -> None:
         for file in self.files:
             if not file.is_unchanged:
                 raise ValueError(

@@ -101,15 +101,18 @@ class Klt(Compressor):
 
     @torch.no_grad()
     def compress(self, x: torch.Tensor, **side: Any) -> Payload:
-        with self._known.in_use():
-            data = self._coder.compress(x, side.get("token_ids"))
+        self._known.check_unchanged()
+        data = self._coder.compress(x, side.get("token_ids"))
+        self._known.check_unchanged()
         return Payload(data.to(x.device), tuple(x.shape))
 
     @torch.no_grad()
     def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         data = self._data_without_meta(payload).cpu()
-        with self._known.in_use():
-            return self._coder.decompress(data, payload.shape, device, dtype, side.get("token_ids"))
+        self._known.check_unchanged()
+        x = self._coder.decompress(data, payload.shape, device, dtype, side.get("token_ids"))
+        self._known.check_unchanged()
+        return x
 
 
 class Quantized(NamedTuple):

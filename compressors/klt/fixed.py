@@ -62,14 +62,7 @@ class KltFixed(RowCodec):
         return [(torch.bfloat16, (num_rows,)), (torch.uint8, (num_rows, self._row_nbytes))]
 
     def encode(self, rows, scales, packed):
-        with self._known.in_use():
-            self._encode(rows, scales, packed)
-
-    def decode(self, rows, limit, scales, packed):
-        with self._known.in_use():
-            self._decode(rows, limit, scales, packed)
-
-    def _encode(self, rows: torch.Tensor, scales: torch.Tensor, packed: torch.Tensor) -> None:
+        self._known.check_unchanged()
         u = rows.square().mean(1).sqrt().to(torch.bfloat16)
         u = torch.where(rows.isfinite().all(1), u, torch.nan)
         is_sparse = ~((8 * divide(u.float(), self._median).log2()).abs() < RAW_EIGHTHS)
@@ -82,8 +75,10 @@ class KltFixed(RowCodec):
         for begin, end, first, last, nbits in self._parts():
             packed[:, begin:end] = pack(codes[:, first:last].contiguous(), nbits)
         packed.copy_(torch.where(is_sparse.unsqueeze(1), self._pack_largest(rows), packed))
+        self._known.check_unchanged()
 
-    def _decode(self, rows: torch.Tensor, limit: float, scales: torch.Tensor, packed: torch.Tensor) -> None:
+    def decode(self, rows, limit, scales, packed):
+        self._known.check_unchanged()
         codes = packed.new_empty(packed.shape[0], len(self._order))
         for begin, end, first, last, nbits in self._parts():
             codes[:, first:last] = unpack(packed[:, begin:end].contiguous(), nbits, last - first)
@@ -94,6 +89,7 @@ class KltFixed(RowCodec):
         u = scales.float().unsqueeze(1)
         is_sparse = torch.signbit(u) & ~u.isnan()
         rows.copy_(torch.where(is_sparse, self._unpack_largest(packed, rows), dense * u)).clamp_(-limit, limit)
+        self._known.check_unchanged()
 
     def _parts(self):
         """(first byte, last byte, first component, last component, nbits) of each width; ends are exclusive."""

@@ -155,7 +155,7 @@ def test_both_ways_to_compute_agree():
 
 def test_temporal_leaves_the_ids_of_codecs_as_they_were():
     codec, by_token = make(KLT), make(TOKENWISE)
-    digest = read_calibration("klt", folder(96), LinkInfo(name=LINK, hidden_size=96, max_tokens=64)).digest
+    digest = read_calibration("klt", folder(96, True), LinkInfo(name=LINK, hidden_size=96, max_tokens=64)).digest
     known = {"name": "klt", "calibration": digest, "step": 0.4, "target_bits": None, "format_version": 1}
     assert codec.format_config() == known and make(KLT | {"temporal": True}).codec_id() == codec.codec_id()
     assert by_token.format_config() == known | {"temporal": False} and by_token.codec_id() != codec.codec_id()
