@@ -9,9 +9,9 @@ got. `compressors.klt.fit` makes the content.
 have them in memory once, and pages that nobody uses not at all. What kernels use as indices or bounds is copied, since
 they do not look. A mapping shows what is done to its file. A new file in its place, which is how files are written
 here, does nothing to it. A file that is shorter than its header says is refused before it is mapped. One that is
-overwritten or cut short later is noticed before and after each frame (`Calibration.check_unchanged`). What remains is a file
-that is cut short while a frame is being computed from it: a read beyond its new end ends the process with SIGBUS, and
-with it the run. No number comes of it.
+overwritten or cut short later is noticed before and after each frame (`Calibration.check_unchanged`). What remains is a
+file that is cut short while a frame is being computed from it: a read beyond its new end ends the process with SIGBUS,
+and with it the run. No number comes of it.
 """
 
 from __future__ import annotations

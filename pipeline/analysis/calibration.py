@@ -92,8 +92,10 @@ def _write(
             control.report(f"fitting {link.name}")
             of_link = statistics[link.index]
             calibration = fit(of_link, samples[link.index], TokenTable.empty() if table is None else table)
-            facts = {"link_name": link.name, "num_tokens": of_link.num_tokens, **origin}
-            written.append(write_calibration(out, calibration, **facts))
+            path = write_calibration(
+                out, calibration, link_name=link.name, num_tokens=of_link.num_tokens, **origin
+            )
+            written.append(path)
     for path in written:
         print(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)", flush=True)
     return written

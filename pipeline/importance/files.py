@@ -165,8 +165,7 @@ def _read(path: Path, kind: str, name: str, owner: Mapping[str, str]) -> torch.T
                 raise ImportanceFileError(f"{path} is {found}; {wanted} is needed")
             for key, value in owner.items():
                 if metadata.get(key) != value:
-                    found = metadata.get(key)
-                    raise ImportanceFileError(f"{path} was made for {key} {found}, this run has {value}")
+                    raise ImportanceFileError(f"{path} was made for {key} {metadata.get(key)}, this run has {value}")
             if name not in file.keys():
                 there = ", ".join(sorted(file.keys()))
                 raise ImportanceFileError(f"{path} has nothing for {name}, only for: {there}")

@@ -70,7 +70,7 @@ class Metric(ABC):
 class AttentionMetric(Metric):
     """A metric of the attention of some layers: `read` comes first, while the stage computes them."""
 
-    setting_keys = ("layers",)
+    setting_keys: ClassVar[tuple[str, ...]] = ("layers",)
 
     def __init__(self, setting: MetricSetting) -> None:
         super().__init__(setting)

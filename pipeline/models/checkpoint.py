@@ -234,7 +234,9 @@ def _rotary_notes(config: Any, stored: list[StoredTensor]) -> list[str]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(cut_config(config, 0, 1))
     expected = getattr(type(model.base_model.rotary_emb)(config), "inv_freq", None)
-    for tensor in stored if expected is not None else ():
+    if expected is None:
+        return []
+    for tensor in stored:
         values = tensor[...].float()
         if values.shape != expected.shape or not torch.allclose(values, expected, rtol=0.01, atol=0):
             return [

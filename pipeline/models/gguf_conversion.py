@@ -127,7 +127,7 @@ def complete_config(gguf: Path, reader: Any, config: Any) -> None:
         if key == "attention.value_length":
             continue  # the keys' length, or else refused
         # Where layers differ in kind, a window that transformers left out would have to know which they are.
-        if hasattr(config, field or "") and not (field == "sliding_window" and by_layer):
+        if field is not None and hasattr(config, field) and not (field == "sliding_window" and by_layer):
             setattr(config, field, value)
     unused = {
         key: value

@@ -384,7 +384,7 @@ def _stage_class(
     memory. The class keeps its name, by which transformers finds its conversion rules.
     """
     whole = _first_layer(config, trust_remote_code)
-    base = type(whole)
+    base: Any = type(whole)
     head_name = next(name for name, module in whole.named_children() if module is whole.get_output_embeddings())
 
     class Stage(base):

@@ -27,7 +27,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -142,13 +142,13 @@ class FileCopy:
         for offset in range(0, size, CHUNK_BYTES):
             yield offset, min(CHUNK_BYTES, size - offset)
 
-    def _is_intact(self, writer: BinaryIO, index: int, offset: int, length: int) -> bool:
+    def _is_intact(self, writer: IO[bytes], index: int, offset: int, length: int) -> bool:
         if index >= len(self.chunk_sha256):
             return False
         writer.seek(offset)
         return hashlib.sha256(writer.read(length)).hexdigest() == self.chunk_sha256[index]
 
-    def copy_chunk(self, reader: BinaryIO, writer: BinaryIO, index: int, offset: int, length: int) -> None:
+    def copy_chunk(self, reader: IO[bytes], writer: IO[bytes], index: int, offset: int, length: int) -> None:
         """Write `length` bytes from `offset` on, then take down their hash. Where a disk or a source fails, in life and
         in the tests, it fails here."""
         reader.seek(offset)
