@@ -352,6 +352,9 @@ def test_a_foreign_or_damaged_calibration_is_refused(tmp_path):
         (tmp_path / good.name).write_bytes(damaged)
         with pytest.raises(ValueError, match="a safetensors file made by python -m pipeline.calibrate"):
             make({"calibration": str(tmp_path), **KLT})
+    (tmp_path / good.name).write_bytes(blob[:-1])
+    with pytest.raises(ValueError, match=rf"of {len(blob)} bytes \(this one has {len(blob) - 1}\)"):
+        make({"calibration": str(tmp_path), **KLT})
 
 
 @pytest.mark.parametrize(
