@@ -42,46 +42,39 @@ def main() -> None:
 def measure(width: int, rounds: int) -> tuple[float, ...]:
     """Bits per value, and ns per value to quantise, to encode, to decode and of both transforms."""
     generator = np.random.default_rng(0)
-    models = {name: tensor.numpy() for name, tensor in prior_models().items()}
-    magnitude, starts = models["magnitude"], models["starts"]
+    prior = {name: tensor.numpy() for name, tensor in prior_models().items()}
     classes = np.linspace(20, -16, width).astype(np.int32)
     values = (generator.laplace(size=(NUM_TOKENS, width)) * 2 ** (classes / 8)).astype(np.float32)
-    levels, rates = np.zeros(values.shape, np.int32), trellis_rates(starts)
-    nothing = np.zeros(NUM_TOKENS, np.int32)
-    not_raw = np.zeros(NUM_TOKENS, np.bool_)
-    steps, unpredicted, components = np.ones(NUM_TOKENS, np.float32), np.zeros_like(values), np.zeros_like(values)
-    no_temporal = np.zeros((width, 0), np.float32), np.zeros((0, width), np.float32)
-    sides = np.array([0, 0], np.int32)
-    frequency_bits = np.concatenate([[0], np.ceil(256 * (15 - np.log2(np.arange(1, 32769))))]).astype(np.int64)
-    no_ids, id_starts = np.zeros(0, np.int32), np.array([0, 32768], np.int32)
-    operations = np.zeros((2 * levels.size + 20000, 3), np.uint16)
-    words = np.zeros(levels.size, np.uint32)
-    decoded, flags = np.zeros_like(levels), np.zeros_like(not_raw)
-    received = np.zeros((3, NUM_TOKENS), np.int32)
+    no_id = np.array([0, 1 << kernels.PRECISION], np.int32)
+    models = kernels.make_models(
+        side_classes=np.zeros(2, np.int32), component_class=classes, num_ids=0, id_starts=no_id, **prior
+    )
+    prices = trellis.Prices(classes - kernels.FIRST_CLASS, trellis_rates(models.starts))
+    unpredicted = trellis.Prediction(
+        from_ids=np.zeros_like(values),
+        temporal_in=np.zeros((width, 0), np.float32),
+        temporal_out=np.zeros((0, width), np.float32),
+        tokens_per_row=NUM_TOKENS,
+    )
+    sent, received = _no_symbols(width), _no_symbols(width)
+    steps, components = np.ones(NUM_TOKENS, np.float32), np.zeros_like(values)
+    operations = np.zeros((2 * values.size + 20000, 3), np.uint16)
+    words = np.zeros(values.size, np.uint32)
 
     def quantize() -> None:
-        trellis.quantize(
-            values, unpredicted, steps, not_raw, NUM_TOKENS, *no_temporal, classes - kernels.FIRST_CLASS, nothing,
-            rates, levels, components,
-        )  # fmt: skip
+        trellis.quantize(values, steps, sent.finer, unpredicted, prices, sent.levels, sent.is_raw, components)
 
     def encode() -> int:
-        return kernels.encode(
-            levels, not_raw, nothing, nothing, nothing, sides, classes, magnitude, starts, frequency_bits, no_ids,
-            id_starts, NO_RAW_COST, operations, words,
-        )  # fmt: skip
+        return kernels.encode(sent, models, NO_RAW_COST, operations, words)
 
     quantize()
     num_words = encode()
-    guesses, id_guesses = kernels.first_guesses(starts), kernels.first_guesses(id_starts[None])
-    sent = words[:num_words].copy()
+    frame = words[:num_words].copy()
 
     def decode() -> int:
-        return kernels.decode(
-            sent, sides, classes, magnitude, starts, guesses, 0, id_starts[None], id_guesses, decoded, flags, *received
-        )
+        return kernels.decode(frame, models, received)
 
-    if decode() != num_words or not np.array_equal(decoded, levels):
+    if decode() != num_words or not np.array_equal(received.levels, sent.levels):
         raise SystemExit("the levels do not come back")
     x, matrix = torch.randn(NUM_TOKENS, width), torch.randn(width, width)
 
@@ -92,8 +85,14 @@ def measure(width: int, rounds: int) -> tuple[float, ...]:
     for _ in range(rounds):
         for call in (quantize, encode, decode, transform):
             seconds[call.__name__].append(cpu_seconds(call))
-    times = [1e9 * statistics.median(s) / levels.size for s in seconds.values()]
-    return 32 * num_words / levels.size, *times
+    times = [1e9 * statistics.median(s) / values.size for s in seconds.values()]
+    return 32 * num_words / values.size, *times
+
+
+def _no_symbols(width: int) -> kernels.Symbols:
+    """Room for a frame."""
+    levels, is_raw = np.zeros((NUM_TOKENS, width), np.int32), np.zeros(NUM_TOKENS, np.bool_)
+    return kernels.Symbols(levels, is_raw, *np.zeros((3, NUM_TOKENS), np.int32))
 
 
 if __name__ == "__main__":

@@ -28,11 +28,13 @@ from compressors.base import CorruptPayload
 __all__ = [
     "concat_bytes",
     "pack",
+    "pack_by_torch",
     "pack_pairs",
     "packed_nbytes",
     "sections_nbytes",
     "split_bytes",
     "unpack",
+    "unpack_by_torch",
     "unpack_pairs",
 ]
 
@@ -61,7 +63,7 @@ def pack(codes: torch.Tensor, nbits: int) -> torch.Tensor:
 
         bits.pack_rows(_as_rows(codes), nbits, _as_rows(packed))
     else:
-        _pack(codes, nbits, packed)
+        pack_by_torch(codes, nbits, packed)
     return packed
 
 
@@ -79,18 +81,18 @@ def unpack(packed: torch.Tensor, nbits: int, length: int) -> torch.Tensor:
 
         bits.unpack_rows(_as_rows(packed), nbits, _as_rows(codes))
     else:
-        _unpack(packed, nbits, codes)
+        unpack_by_torch(packed, nbits, codes)
     return codes
 
 
-def _pack(codes: torch.Tensor, nbits: int, packed: torch.Tensor) -> None:
-    """`pack` into zeros by torch operations, for any device."""
+def pack_by_torch(codes: torch.Tensor, nbits: int, packed: torch.Tensor) -> None:
+    """`pack` into zeros by torch operations, for any device: what the compiled loops are held to."""
     for plane, width, shift in _planes(packed, codes.shape[-1], nbits):
         for lane, part in enumerate(codes.split(plane.shape[-1], dim=-1)):
             plane[..., : part.shape[-1]] |= ((part >> shift) & (2**width - 1)) << (lane * width)
 
 
-def _unpack(packed: torch.Tensor, nbits: int, codes: torch.Tensor) -> None:
+def unpack_by_torch(packed: torch.Tensor, nbits: int, codes: torch.Tensor) -> None:
     """`unpack` into zeros by torch operations, for any device."""
     for plane, width, shift in _planes(packed, codes.shape[-1], nbits):
         for lane, part in enumerate(codes.split(plane.shape[-1], dim=-1)):

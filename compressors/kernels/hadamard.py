@@ -56,7 +56,7 @@ def _walsh_hadamard(row, block):
 
 @jit
 def rotate(rows, block, factors, limit):
-    """`compressors.wrappers.hadamard._rotate` of float32 rows [N, H], in place."""
+    """`compressors.wrappers.hadamard.rotate_by_torch` of float32 rows [N, H], in place."""
     limit = np.float32(limit)
     for i in range(rows.shape[0]):
         row = rows[i]
@@ -68,7 +68,7 @@ def rotate(rows, block, factors, limit):
 
 @jit
 def rotate_back(rows, block, factors):
-    """`compressors.wrappers.hadamard._rotate_back` of float32 rows [N, H], in place."""
+    """`compressors.wrappers.hadamard.rotate_back_by_torch` of float32 rows [N, H], in place."""
     for i in range(rows.shape[0]):
         row = rows[i]
         _walsh_hadamard(row, block)

@@ -16,6 +16,8 @@ component, the sum of the levels' sizes so far is compared with what the calibra
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from compressors.kernels.bits import inlined, jit
@@ -30,11 +32,14 @@ __all__ = [
     "NUM_SYMBOLS",
     "OPS_FULL",
     "PRECISION",
+    "Models",
+    "Symbols",
     "classify",
     "count_symbols",
     "decode",
     "encode",
-    "first_guesses",
+    "make_models",
+    "static_classes",
 ]
 
 PRECISION = 15  # bits of a model's frequencies
@@ -46,9 +51,13 @@ LAST_WIDE_CLASS = LAST_CLASS + 8 * 19  # whose low bits are sent as they are
 NUM_CLASSES = LAST_CLASS - FIRST_CLASS + 1  # models of the second quantiser stand behind those of the first
 ACTIVITY_PRIOR = 6 << 8  # in the units of `magnitude`, steps / 256
 ACTIVITY_EVERY = 4  # components
-RAW_FREQUENCY = 1  # of 2**KIND_PRECISION
-KIND_PRECISION = 8
+KIND_PRECISION = 8  # bits of what says whether a token is raw
+RAW_FREQUENCY = 1
+CODED_FREQUENCY = (1 << KIND_PRECISION) - RAW_FREQUENCY
+LARGEST_RMS, LARGEST_FINER = 1024, 64  # magnitudes that a frame can have
 ENCODE_AGAIN, OPS_FULL = -1, -2
+_TOO_DEAR = -1
+_DAMAGED = -1
 
 LOWER_BOUND = np.uint64(1 << 31)  # of the coder's state
 WORD = np.uint64(32)
@@ -60,6 +69,66 @@ _LOG2_FRACTION = np.array(
     + [5, 5, 5, 5, 5, 5, 5, 5, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 8, 8, 8],
     dtype=np.int64,
 )
+
+
+class Models(NamedTuple):
+    """What both ends of a link know before a frame comes, made by `make_models`."""
+
+    side_classes: np.ndarray  # int32 [2], of a token's rms and of its finer
+    component_class: np.ndarray  # int32 [H], at this step
+    magnitude: np.ndarray  # int64, expected size of a level of each static class in steps / 256
+    starts: np.ndarray  # int32 [2 NUM_CLASSES, NUM_SYMBOLS + 1], cumulative frequencies
+    guesses: np.ndarray  # uint8 [2 NUM_CLASSES, 256], see `_first_guesses`
+    num_ids: int  # 0 where ids are not coded
+    id_starts: np.ndarray  # int32 [1, B + 1], cumulative frequencies of the bit length of an id's rank + 1
+    id_guesses: np.ndarray  # uint8 [1, 256]
+    frequency_bits: np.ndarray  # int64, what a symbol of each frequency at PRECISION costs in 1/256 bits, rounded up
+
+
+class Symbols(NamedTuple):
+    """What is coded of a frame of N tokens; where a token is raw, nothing but that."""
+
+    levels: np.ndarray  # int32 [N, H], half steps
+    is_raw: np.ndarray  # bool [N]
+    rms: np.ndarray  # int32 [N]
+    finer: np.ndarray  # int32 [N], quarter octaves by which the step is finer
+    id_ranks: np.ndarray  # int32 [N], of ids by frequency
+
+
+def make_models(
+    *,
+    side_classes: np.ndarray,
+    component_class: np.ndarray,
+    magnitude: np.ndarray,
+    starts: np.ndarray,
+    num_ids: int,
+    id_starts: np.ndarray,
+) -> Models:
+    """`Models` with their tables; `id_starts` int32 [B + 1], the rest as there."""
+    frequencies = np.arange(1, (1 << PRECISION) + 1)
+    bits = np.concatenate([[0], np.ceil(256 * (PRECISION - np.log2(frequencies)))])
+    return Models(
+        side_classes=side_classes,
+        component_class=component_class,
+        magnitude=magnitude,
+        starts=starts,
+        guesses=_first_guesses(starts),
+        num_ids=num_ids,
+        id_starts=id_starts[None],
+        id_guesses=_first_guesses(id_starts[None]),
+        frequency_bits=bits.astype(np.int64),
+    )
+
+
+def _first_guesses(starts: np.ndarray) -> np.ndarray:
+    """For the decoder's search: uint8 [C, 256], the first symbol that a slot with these upper bits can be."""
+    slots = np.arange(256) << (PRECISION - 8)
+    return np.stack([np.searchsorted(row[1:], slots, side="right") for row in starts]).astype(np.uint8)
+
+
+def static_classes(component_class: np.ndarray, finer: np.ndarray) -> np.ndarray:
+    """Classes int32 [N, H] of tokens' components before anything is known of their levels."""
+    return np.clip(component_class + 2 * finer[:, None], FIRST_CLASS, LAST_WIDE_CLASS)
 
 
 @jit
@@ -86,24 +155,30 @@ def _clamp_class(index):
     return min(max(index, FIRST_CLASS), LAST_WIDE_CLASS)
 
 
-@jit
-def classify(levels, component_class, token_shift, magnitude, adapt, classes):
-    """Classes int16 [N, H] of `levels` int32 [N, H].
+@inlined
+def _class_of(k, component_class, finer, seen, expected, activity):
+    """(static class, class, activity) of component k, from sums over the token's components before it."""
+    if k % ACTIVITY_EVERY == 0:
+        activity = _activity(seen, expected)
+    static = _clamp_class(component_class[k] + 2 * finer)
+    return static, _clamp_class(static + activity), activity
 
-    `component_class` int32 [H] is each component's class at this step, `token_shift` int32 [N] what a token's finer
-    step adds, `magnitude` int64 the expected size of a level of each static class in steps / 256. Without `adapt` the
-    static classes.
-    """
+
+@inlined
+def _add_sizes(seen, expected, level, static, magnitude):
+    """The sums that `_class_of` takes, with a component more."""
+    return seen + (abs(level) << 7), expected + magnitude[static - FIRST_CLASS]
+
+
+@jit
+def classify(levels, component_class, finer, magnitude, classes):
+    """Fill `classes` int16 [N, H] with those that `levels` int32 [N, H] are coded in; the rest as in `Models`."""
     for t in range(levels.shape[0]):
-        seen = expected = np.int64(0)
-        activity = np.int64(0)
+        seen = expected = activity = np.int64(0)
         for k in range(levels.shape[1]):
-            if adapt and k % ACTIVITY_EVERY == 0:
-                activity = _activity(seen, expected)
-            static = _clamp_class(component_class[k] + token_shift[t])
-            classes[t, k] = _clamp_class(static + activity)
-            expected += magnitude[static - FIRST_CLASS]
-            seen += abs(np.int64(levels[t, k])) << 7
+            static, index, activity = _class_of(k, component_class, finer[t], seen, expected, activity)
+            classes[t, k] = index
+            seen, expected = _add_sizes(seen, expected, np.int64(levels[t, k]), static, magnitude)
 
 
 @jit
@@ -200,53 +275,43 @@ def _cost(ops, begin, end, frequency_bits):
 
 
 @jit
-def encode(
-    levels, is_raw, rms, finer, ids, side_classes, component_class, magnitude, starts, frequency_bits,
-    id_ranks, id_starts, raw_cost, ops, words,
-):  # fmt: skip
-    """All symbols of a frame to uint32 `words`; returns their number, or why there are none yet.
+def _put_rank(ops, count, rank, id_starts):
+    """Append an id's rank: the bit length of rank + 1, then its bits but the first."""
+    length = _bit_length(rank + 1)
+    start = id_starts[length - 1]
+    count = _put(ops, count, start, id_starts[length] - start, PRECISION)
+    return _put_bits(ops, count, rank + 1 - (1 << (length - 1)), length - 1)
 
-    A token whose values cost more than `raw_cost` (1/256 bits) is marked in `is_raw`. What follows was predicted from
-    it, so ENCODE_AGAIN says that the caller must quantise anew. OPS_FULL asks for more room in `ops` uint16 [., 3].
-    """
-    count, num_marked = 0, 0
-    for t in range(levels.shape[0]):
-        begin = count
-        if count + 17 * levels.shape[1] + 64 > ops.shape[0]:
-            return OPS_FULL
-        if not is_raw[t]:
-            count = _put(ops, count, 0, (1 << KIND_PRECISION) - RAW_FREQUENCY, KIND_PRECISION)
-            count = _put_value(ops, count, np.int64(rms[t]), side_classes[0], 0, starts)
-            count = _put_value(ops, count, np.int64(finer[t]), side_classes[1], 0, starts)
-            if id_ranks.size:
-                rank = np.int64(id_ranks[ids[t]])
-                length = _bit_length(rank + 1)
-                count = _put(ops, count, id_starts[length - 1], id_starts[length] - id_starts[length - 1], PRECISION)
-                count = _put_bits(ops, count, rank + 1 - (1 << (length - 1)), length - 1)
-            seen = expected = activity = cost = np.int64(0)
-            trellis = 0
-            for k in range(levels.shape[1]):
-                if k % ACTIVITY_EVERY == 0:
-                    activity = _activity(seen, expected)
-                static = _clamp_class(component_class[k] + 2 * finer[t])
-                before = count
-                level = np.int64(levels[t, k])
-                quantizer = trellis >> 1
-                value = index_of_level(level, quantizer)
-                count = _put_value(ops, count, value, _clamp_class(static + activity), quantizer, starts)
-                trellis = NEXT_STATE[trellis, value & 1]
-                cost += _cost(ops, before, count, frequency_bits)
-                if cost > raw_cost:
-                    is_raw[t] = True
-                    num_marked += 1
-                    break
-                expected += magnitude[static - FIRST_CLASS]
-                seen += abs(level) << 7
-        if is_raw[t]:
-            count = begin
-            count = _put(ops, count, (1 << KIND_PRECISION) - RAW_FREQUENCY, RAW_FREQUENCY, KIND_PRECISION)
-    if num_marked:
-        return ENCODE_AGAIN
+
+@jit
+def _put_token(ops, count, symbols, t, models, raw_cost):
+    """Append a token; returns the end of its symbols, or _TOO_DEAR where its values cost more than `raw_cost`."""
+    levels, starts, finer = symbols.levels[t], models.starts, symbols.finer[t]
+    component_class, magnitude, frequency_bits = models.component_class, models.magnitude, models.frequency_bits
+    count = _put(ops, count, 0, CODED_FREQUENCY, KIND_PRECISION)
+    count = _put_value(ops, count, np.int64(symbols.rms[t]), models.side_classes[0], 0, starts)
+    count = _put_value(ops, count, np.int64(finer), models.side_classes[1], 0, starts)
+    if models.num_ids:
+        count = _put_rank(ops, count, np.int64(symbols.id_ranks[t]), models.id_starts[0])
+    seen = expected = activity = cost = np.int64(0)
+    trellis = 0
+    for k in range(levels.size):
+        static, index, activity = _class_of(k, component_class, finer, seen, expected, activity)
+        level, quantizer = np.int64(levels[k]), trellis >> 1
+        value, before = index_of_level(level, quantizer), count
+        count = _put_value(ops, count, value, index, quantizer, starts)
+        cost += _cost(ops, before, count, frequency_bits)
+        if cost > raw_cost:
+            return _TOO_DEAR
+        trellis = NEXT_STATE[trellis, value & 1]
+        seen, expected = _add_sizes(seen, expected, level, static, magnitude)
+    return count
+
+
+@jit
+def _to_words(ops, count, words):
+    """The coder: the first `count` of `ops` to uint32 `words`, in the order in which they are read. Returns their
+    number."""
     state, num_words = LOWER_BOUND, 0
     for i in range(count - 1, -1, -1):
         start, frequency = np.uint64(ops[i, 0]), np.uint64(ops[i, 1])
@@ -264,6 +329,31 @@ def encode(
         other = num_words - 1 - i
         words[i], words[other] = words[other], words[i]
     return num_words
+
+
+@jit
+def encode(symbols, models, raw_cost, ops, words):
+    """`Symbols` to uint32 `words`; returns their number, or why there are none yet.
+
+    A token whose values cost more than `raw_cost` (1/256 bits) is marked in `is_raw`. What follows was predicted from
+    it, so ENCODE_AGAIN says that the caller must quantise anew. OPS_FULL asks for more room in `ops` uint16 [., 3].
+    """
+    count, num_marked = 0, 0
+    for t in range(symbols.levels.shape[0]):
+        if count + 17 * symbols.levels.shape[1] + 64 > ops.shape[0]:
+            return OPS_FULL
+        if not symbols.is_raw[t]:
+            end = _put_token(ops, count, symbols, t, models, raw_cost)
+            if end == _TOO_DEAR:
+                symbols.is_raw[t] = True
+                num_marked += 1
+            else:
+                count = end
+        if symbols.is_raw[t]:
+            count = _put(ops, count, CODED_FREQUENCY, RAW_FREQUENCY, KIND_PRECISION)
+    if num_marked:
+        return ENCODE_AGAIN
+    return _to_words(ops, count, words)
 
 
 @inlined
@@ -289,12 +379,6 @@ def _take_bits(state, position, words, nbits):
         value = (value << part) | slot
         nbits -= part
     return value, state, position
-
-
-def first_guesses(starts):
-    """For the decoder's search: uint8 [C, 256], the first symbol that a slot with these upper bits can be."""
-    slots = np.arange(256) << (PRECISION - 8)
-    return np.stack([np.searchsorted(row[1:], slots, side="right") for row in starts]).astype(np.uint8)
 
 
 @inlined
@@ -330,58 +414,67 @@ def _take_value(state, position, words, index, quantizer, starts, guesses):
     return high, state, position
 
 
-@jit
-def decode(
-    words, side_classes, component_class, magnitude, starts, guesses, num_ids, id_starts, id_guesses,
-    levels, is_raw, rms, finer, id_ranks,
-):  # fmt: skip
-    """Inverse of `encode`; returns the number of words that were used, or -1 where the words cannot be a frame's.
+@inlined
+def _take_rank(state, position, words, models):
+    """Inverse of `_put_rank`."""
+    length, state, position = _take_symbol(state, position, words, models.id_starts, models.id_guesses, 0)
+    rank, state, position = _take_bits(state, position, words, length)
+    return rank + (np.int64(1) << length) - 1, state, position
 
-    `id_starts` is int32 [1, B], guesses are from `first_guesses`. Every value that is written is in the range that
-    `encode` can have been given.
+
+@jit
+def _take_token(state, position, words, symbols, t, models):
+    """Inverse of `_put_token`, behind what says that the token is not raw; the position is _DAMAGED where no encoder
+    can have written it."""
+    levels, starts, guesses = symbols.levels[t], models.starts, models.guesses
+    component_class, magnitude = models.component_class, models.magnitude
+    rms, state, position = _take_value(state, position, words, models.side_classes[0], 0, starts, guesses)
+    finer, state, position = _take_value(state, position, words, models.side_classes[1], 0, starts, guesses)
+    if abs(rms) > LARGEST_RMS or abs(finer) > LARGEST_FINER or position > words.size:
+        return state, _DAMAGED
+    symbols.rms[t], symbols.finer[t] = rms, finer
+    if models.num_ids:
+        rank, state, position = _take_rank(state, position, words, models)
+        if rank >= models.num_ids:
+            return state, _DAMAGED
+        symbols.id_ranks[t] = rank
+    seen = expected = activity = np.int64(0)
+    trellis = 0
+    for k in range(levels.size):
+        static, index, activity = _class_of(k, component_class, finer, seen, expected, activity)
+        quantizer = trellis >> 1
+        value, state, position = _take_value(state, position, words, index, quantizer, starts, guesses)
+        level = level_of_index(value, quantizer)
+        if abs(level) >= MAX_LEVEL:
+            return state, _DAMAGED
+        levels[k] = level
+        trellis = NEXT_STATE[trellis, value & 1]
+        seen, expected = _add_sizes(seen, expected, level, static, magnitude)
+    return state, position
+
+
+@jit
+def decode(words, models, symbols):
+    """Inverse of `encode`, into `symbols`; returns the number of words that were used, or -1 where they cannot be a
+    frame's.
+
+    Every value that is written is in the range that `encode` can have been given.
     """
     if words.size < 2:
-        return -1
+        return _DAMAGED
     state, position = (np.uint64(words[0]) << WORD) | np.uint64(words[1]), np.int64(2)
     if state < LOWER_BOUND:
-        return -1
-    coded = (1 << KIND_PRECISION) - RAW_FREQUENCY
-    for t in range(levels.shape[0]):
-        kind = np.int64(state & np.uint64((1 << KIND_PRECISION) - 1))
-        is_raw[t] = kind >= coded
-        if is_raw[t]:
-            state, position = _advance(state, position, words, coded, RAW_FREQUENCY, KIND_PRECISION)
-            levels[t] = 0
+        return _DAMAGED
+    for t in range(symbols.levels.shape[0]):
+        symbols.is_raw[t] = np.int64(state & np.uint64((1 << KIND_PRECISION) - 1)) >= CODED_FREQUENCY
+        if symbols.is_raw[t]:
+            state, position = _advance(state, position, words, CODED_FREQUENCY, RAW_FREQUENCY, KIND_PRECISION)
+            symbols.levels[t] = 0
             continue
-        state, position = _advance(state, position, words, 0, coded, KIND_PRECISION)
-        side_rms, state, position = _take_value(state, position, words, side_classes[0], 0, starts, guesses)
-        side_finer, state, position = _take_value(state, position, words, side_classes[1], 0, starts, guesses)
-        if abs(side_rms) > 1024 or abs(side_finer) > 64 or position > words.size:
-            return -1
-        rms[t], finer[t] = side_rms, side_finer
-        if num_ids:
-            length, state, position = _take_symbol(state, position, words, id_starts, id_guesses, 0)
-            rank, state, position = _take_bits(state, position, words, length)
-            rank += (np.int64(1) << length) - 1
-            if rank >= num_ids:
-                return -1
-            id_ranks[t] = rank
-        seen = expected = activity = np.int64(0)
-        trellis = 0
-        for k in range(levels.shape[1]):
-            if k % ACTIVITY_EVERY == 0:
-                activity = _activity(seen, expected)
-            static = _clamp_class(component_class[k] + 2 * finer[t])
-            index = _clamp_class(static + activity)
-            quantizer = trellis >> 1
-            value, state, position = _take_value(state, position, words, index, quantizer, starts, guesses)
-            level = level_of_index(value, quantizer)
-            if abs(level) >= MAX_LEVEL:
-                return -1
-            trellis = NEXT_STATE[trellis, value & 1]
-            levels[t, k] = level
-            expected += magnitude[static - FIRST_CLASS]
-            seen += abs(level) << 7
+        state, position = _advance(state, position, words, 0, CODED_FREQUENCY, KIND_PRECISION)
+        state, position = _take_token(state, position, words, symbols, t, models)
+        if position < 0:
+            return _DAMAGED
     if state != LOWER_BOUND or position > words.size:
-        return -1
+        return _DAMAGED
     return position

@@ -8,16 +8,32 @@ Powers of two come from a table, since a library's vectors and scalars may diffe
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from compressors.kernels.bits import inlined, jit
 
-__all__ = ["analyse", "multiply_rows", "steps", "synthesise"]
+__all__ = ["TransformTables", "analyse", "multiply_rows", "steps", "synthesise"]
 
 # A tile of the product stays in the second-level cache, 8 rows of the matrix in the first.
 TILE_ROWS, TILE_COLUMNS = 64, 1024
 _OCTAVE = np.array([2.0 ** (n / 8) for n in range(8)])
+
+
+class TransformTables(NamedTuple):
+    """What both ends of a link know."""
+
+    mean: np.ndarray  # float32 [H]
+    encode: np.ndarray  # float32 [H, H]
+    decode: np.ndarray  # float32 [H, H]
+    median_eighths: int  # 8 log2 of the median of u, the tokens' root mean square
+    raw_eighths: int  # a token whose u lies so far from the median, or further, is raw
+    # Quarter octaves by which a step is finer: components @ weights + constant + per_octave log2 u, in a range.
+    finer_weights: np.ndarray  # float32 [H]
+    finer_constant: float
+    finer_per_octave: float
+    finer_range: tuple[int, int]
 
 
 @inlined
@@ -63,32 +79,32 @@ def multiply_rows(rows, matrix, product):
 
 
 @jit
-def analyse(
-    rows, mean, encode, finer_weights, constant, per_octave, median, reach, finer_range, centred, y, rms, finer, is_raw
-):  # fmt: skip
-    """Tokens float32 [N, H] to components y [N, H], eighths of u less `median` and quarter octaves of the step's
-    refinement int32 [N].
+def analyse(rows, tables, centred, y, rms, finer, is_raw):
+    """Tokens float32 [N, H] to components y [N, H], eighths of u less their median and quarter octaves by which the
+    step is finer int32 [N].
 
-    Marks in `is_raw` bool [N] the tokens whose u is `reach` eighths from `median` or more, or not finite; they are
-    treated as zeros. `centred` [N, H] is scratch.
+    Marks in `is_raw` bool [N] the tokens whose u is too far from the median, or not finite; they are treated as zeros.
+    `centred` [N, H] is scratch.
     """
     num_rows, width = rows.shape
+    mean, median, weights = tables.mean, tables.median_eighths, tables.finer_weights
+    least, most = tables.finer_range
     for i in range(num_rows):
         squares = 0.0
         for k in range(width):
             squares += np.float64(rows[i, k]) * np.float64(rows[i, k])
         distance = np.rint(4 * np.log2(squares / width)) - median
-        is_raw[i] = not abs(distance) < reach
+        is_raw[i] = not abs(distance) < tables.raw_eighths
         rms[i] = 0 if is_raw[i] else np.int32(distance)
         u = _power(rms[i] + median)
         for k in range(width):
             centred[i, k] = (np.float32(0) if is_raw[i] else rows[i, k] / u) - mean[k]
-    multiply_rows(centred, encode, y)
+    multiply_rows(centred, tables.encode, y)
     for i in range(num_rows):
-        total = constant + per_octave * (rms[i] + median) / 8
+        total = tables.finer_constant + tables.finer_per_octave * (rms[i] + median) / 8
         for k in range(width):
-            total += np.float64(y[i, k]) * np.float64(finer_weights[k])
-        finer[i] = np.int32(min(max(np.rint(total), finer_range[0]), finer_range[1]))
+            total += np.float64(y[i, k]) * np.float64(weights[k])
+        finer[i] = np.int32(min(max(np.rint(total), least), most))
 
 
 @jit
@@ -99,10 +115,11 @@ def steps(step, finer, token_steps):
 
 
 @jit
-def synthesise(components, decode, mean, rms, median, rows):
+def synthesise(components, rms, tables, rows):
     """Inverse of `analyse`: components float32 [N, H] to tokens."""
-    multiply_rows(components, decode, rows)
+    multiply_rows(components, tables.decode, rows)
+    mean = tables.mean
     for i in range(rows.shape[0]):
-        u = _power(rms[i] + median)
+        u = _power(rms[i] + tables.median_eighths)
         for k in range(rows.shape[1]):
             rows[i, k] = (rows[i, k] + mean[k]) * u

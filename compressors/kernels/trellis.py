@@ -11,17 +11,45 @@ al. 2021, "Quantization and entropy coding in the Versatile Video Coding (VVC) s
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from compressors.kernels.bits import inlined, jit
 
-__all__ = ["MAX_LEVEL", "NEXT_STATE", "index_of_level", "level_of_index", "quantize", "reconstruct"]
+__all__ = [
+    "MAX_LEVEL",
+    "NEXT_STATE",
+    "Prediction",
+    "Prices",
+    "index_of_level",
+    "level_of_index",
+    "quantize",
+    "reconstruct",
+]
 
 MAX_LEVEL = 1 << 20  # half steps
 NEXT_STATE = np.array([[0, 2], [2, 0], [1, 3], [3, 1]])  # by state and parity of the index; state >> 1: the quantiser
 TEMPORAL_LIMIT = np.float32(1e4)  # of predicted and reconstructed components
 UNREACHED = np.float32(1e30)
 QUARTER, HALF, ONE, TWO, THREE, FOUR = (np.float32(c) for c in (0.25, 0.5, 1, 2, 3, 4))
+
+
+class Prediction(NamedTuple):
+    """What both ends of a link know of a frame's components [N, H] before their levels."""
+
+    from_ids: np.ndarray  # float32 [N, H]
+    # What the token before adds, its components @ in @ out; R = 0 where it adds nothing.
+    temporal_in: np.ndarray  # float32 [H, R]
+    temporal_out: np.ndarray  # float32 [R, H]
+    tokens_per_row: int  # a row's first token has none before it
+
+
+class Prices(NamedTuple):
+    """What the search gives for bits."""
+
+    classes: np.ndarray  # int32 [H], of the components at this step, counted from 0
+    rates: np.ndarray  # float32 [C, 2, S], of index magnitudes in each class and quantiser, squared half steps
 
 
 @inlined
@@ -39,8 +67,13 @@ def level_of_index(index, quantizer):
 
 
 @jit
-def _predict(previous, temporal_in, temporal_out, hidden, row):
-    """Add the prediction from the previous token's components to `row`; `hidden` [R] is scratch."""
+def _predict(decoded, t, prediction, is_raw, hidden):
+    """Fill decoded[t] with what is expected of token t; `hidden` float32 [R] is scratch. Raw tokens predict nothing."""
+    row = decoded[t]
+    row[:] = prediction.from_ids[t]
+    if hidden.size == 0 or t % prediction.tokens_per_row == 0 or is_raw[t - 1]:
+        return
+    previous, temporal_in, temporal_out = decoded[t - 1], prediction.temporal_in, prediction.temporal_out
     hidden[:] = 0
     for k in range(previous.size):
         value = previous[k]
@@ -99,31 +132,27 @@ def _best_levels(target, classes, rates, decisions, candidates, levels):
 
 
 @jit
-def quantize(
-    y, predicted, steps, is_raw, tokens_per_row, temporal_in, temporal_out, classes, token_shift, rates, levels, decoded
-):  # fmt: skip
-    """Closed-loop quantisation: levels int32 [N, H] of what prediction from tokens before leaves of y [N, H].
+def quantize(y, steps, finer, prediction, prices, levels, is_raw, decoded):
+    """Closed-loop quantisation: levels int32 [N, H] of what prediction leaves of components y float32 [N, H].
 
-    `predicted` float32 [N, H] is the prediction from the token's id; `decoded` [N, H] becomes what `reconstruct`
-    will give. `classes` int32 [H] are the components' and `token_shift` int32 [N] what a token adds to them, indices
-    into `rates`. A token with a level out of range is marked in `is_raw`; raw tokens predict nothing.
+    `steps` float32 [N] are the tokens' steps, `finer` int32 [N] the quarter octaves by which they are finer; `decoded`
+    [N, H] becomes what `reconstruct` will give. A token with a level out of range is marked in `is_raw`.
     """
     num_tokens, width = y.shape
-    hidden = np.empty(temporal_in.shape[1], np.float32)
+    hidden = np.empty(prediction.temporal_in.shape[1], np.float32)
     target = np.empty(width, np.float32)
+    classes, rates = prices.classes, prices.rates
     token_classes = np.empty(width, np.int32)
     decisions = np.empty((width, 4), np.int8)
     candidates = np.empty((width, 4), np.float32)
     for t in range(num_tokens):
         row = decoded[t]
-        row[:] = predicted[t]
-        if hidden.size and t % tokens_per_row and not is_raw[t - 1]:
-            _predict(decoded[t - 1], temporal_in, temporal_out, hidden, row)
+        _predict(decoded, t, prediction, is_raw, hidden)
         half = HALF * steps[t]
         inverse = ONE / half
         for k in range(width):
             target[k] = (y[t, k] - row[k]) * inverse
-            token_classes[k] = min(max(classes[k] + token_shift[t], 0), rates.shape[0] - 1)
+            token_classes[k] = min(max(classes[k] + 2 * finer[t], 0), rates.shape[0] - 1)
             if not (abs(target[k]) < np.float32(MAX_LEVEL - 4)):
                 is_raw[t] = True
         if is_raw[t]:
@@ -134,12 +163,9 @@ def quantize(
 
 
 @jit
-def reconstruct(levels, predicted, steps, is_raw, tokens_per_row, temporal_in, temporal_out, decoded):
-    """Components float32 [N, H] from levels."""
-    hidden = np.empty(temporal_in.shape[1], np.float32)
+def reconstruct(levels, steps, prediction, is_raw, decoded):
+    """Components float32 [N, H] from levels; the rest as in `quantize`."""
+    hidden = np.empty(prediction.temporal_in.shape[1], np.float32)
     for t in range(levels.shape[0]):
-        row = decoded[t]
-        row[:] = predicted[t]
-        if hidden.size and t % tokens_per_row and not is_raw[t - 1]:
-            _predict(decoded[t - 1], temporal_in, temporal_out, hidden, row)
-        _add_levels(row, levels[t], HALF * steps[t])
+        _predict(decoded, t, prediction, is_raw, hidden)
+        _add_levels(decoded[t], levels[t], HALF * steps[t])

@@ -8,8 +8,10 @@ got. `compressors.klt.fit` makes the content.
 (the matrices of a link, the features of the token ids) stay mappings of the file, so that the processes of one machine
 have them in memory once, and pages that nobody uses not at all. What kernels use as indices or bounds is copied, since
 they do not look. A mapping shows what is done to its file. A new file in its place, which is how files are written
-here, does nothing to it. One that is overwritten is noticed by `Calibration.check_unchanged` after each frame. A read
-beyond the end of one that is cut short ends the process with SIGBUS, and with it the run: no number comes of it.
+here, does nothing to it. A file that is shorter than its header says is refused before it is mapped. One that is
+overwritten or cut short later is noticed before and after each frame (`Calibration.check_unchanged`). What remains is a
+file that is cut short while a frame is being computed from it: a read beyond its new end ends the process with SIGBUS,
+and with it the run. No number comes of it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import re
 import time
@@ -200,7 +203,11 @@ class Calibration:
     files: Sequence[_File]
 
     def check_unchanged(self) -> None:
-        """Raise ValueError where a file was overwritten: what has been computed from it since may be anything."""
+        """Raise ValueError where a file was overwritten or cut short.
+
+        To be called before a frame, since reading behind a new end would end the process, and after it, since what was
+        computed may be anything.
+        """
         for file in self.files:
             if not file.is_unchanged:
                 raise ValueError(
@@ -264,6 +271,7 @@ def _open(codec: str, path: Path, cls: type, expected: Mapping[str, str | None])
         with contextlib.ExitStack() as stack:
             opened = stack.enter_context(path.open("rb"))
             stamp, read_ns = _stamp(os.fstat(opened.fileno())), time.time_ns()
+            _check_size(codec, path, opened)
             tensors, facts = _mapped(path)
             # Before names and shapes, which are others in a file of another format.
             _check_facts(codec, path, facts, {"format": FORMAT, **expected})
@@ -288,6 +296,21 @@ def _open(codec: str, path: Path, cls: type, expected: Mapping[str, str | None])
     if not (file.is_unchanged and file.is_in_place):
         raise option_error(codec, "calibration", str(path), "a file that nobody writes to while it is read")
     return file
+
+
+def _check_size(codec: str, path: Path, file: BinaryIO) -> None:
+    """Raise ValueError where a file is not as long as its header says: 8 bytes n, n of JSON, then the tensors' data."""
+    size, made_by = os.fstat(file.fileno()).st_size, "a safetensors file made by python -m pipeline.calibrate"
+    try:
+        header_nbytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(header_nbytes, size)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, LookupError, AttributeError) as e:
+        raise option_error(codec, "calibration", str(path), f"{made_by} (its header cannot be read)") from e
+    expected = 8 + header_nbytes + max(ends, default=0)
+    if size != expected:
+        raise option_error(codec, "calibration", str(path), f"{made_by}, of {expected} bytes (this one has {size})")
+    file.seek(0)
 
 
 def _digest(file: BinaryIO) -> bytes:

@@ -31,19 +31,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from compressors.base import Compressor, CorruptPayload, LinkInfo, Payload
 from compressors.klt.calibration_file import LinkCalibration, TokenTable, read_calibration
-from compressors.klt.transform import FrameTransform, TokenTransform
+from compressors.klt.transform import Analysis, FrameTransform, TokenTransform
 from compressors.options import check_choice, option_error
 from compressors.rows import Scratch
 from compressors.saturation import saturating_cast
 
-__all__ = ["Klt", "KltCoder", "trellis_rates"]
+if TYPE_CHECKING:
+    from compressors.kernels.klt import Symbols
+
+__all__ = ["Klt", "KltCoder", "Quantized", "trellis_rates"]
 
 STEP_RANGE = (2.0**-10, 2.0**4)
 SIDE_NBYTES = 16  # of a token at most, beside what a raw one takes
@@ -98,6 +101,7 @@ class Klt(Compressor):
 
     @torch.no_grad()
     def compress(self, x: torch.Tensor, **side: Any) -> Payload:
+        self._known.check_unchanged()
         data = self._coder.compress(x, side.get("token_ids"))
         self._known.check_unchanged()
         return Payload(data.to(x.device), tuple(x.shape))
@@ -105,9 +109,18 @@ class Klt(Compressor):
     @torch.no_grad()
     def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         data = self._data_without_meta(payload).cpu()
+        self._known.check_unchanged()
         x = self._coder.decompress(data, payload.shape, device, dtype, side.get("token_ids"))
         self._known.check_unchanged()
         return x
+
+
+class Quantized(NamedTuple):
+    """A frame of N tokens after the trellis. The arrays are the coder's and hold until it quantises again."""
+
+    levels: np.ndarray  # int32 [N, H], half steps
+    is_raw: np.ndarray  # bool [N], with the tokens that could not be quantised
+    decoded: np.ndarray  # float32 [N, H], components as the decoder will have them
 
 
 class KltCoder:
@@ -117,79 +130,82 @@ class KltCoder:
         self, calibration: LinkCalibration, tokens: TokenTable, step: float, *, temporal: bool = True
     ) -> None:
         from compressors.kernels import klt as kernels
+        from compressors.kernels import trellis
 
         self.step, self.temporal = step, temporal
         self.transform = (FrameTransform if temporal else TokenTransform)(calibration, tokens, step)
+        self.component_class = (calibration.component_eighths - round(8 * math.log2(step))).numpy()
         self._content, self._tokens = calibration, tokens
         self._scratch = Scratch()
-        self._side_classes = calibration.side_classes.numpy()
-        self.component_class = (calibration.component_eighths - round(8 * math.log2(step))).numpy()
-        self._trellis_class = self.component_class - kernels.FIRST_CLASS
-        self._magnitude, self._starts = calibration.magnitude.numpy(), calibration.starts.numpy()
-        self._rates = trellis_rates(self._starts)
-        frequency = np.arange(1, (1 << 15) + 1)
-        self._frequency_bits = np.concatenate([[0], np.ceil(256 * (15 - np.log2(frequency)))]).astype(np.int64)
-        temporal_rank = calibration.temporal_in.shape[1] if temporal else 0
-        self._temporal_factors = (
-            calibration.temporal_in[:, :temporal_rank].contiguous().numpy(),
-            calibration.temporal_out[:temporal_rank].numpy(),
+        self._coded_ids = tokens if temporal else TokenTable.empty()
+        self._models = kernels.make_models(
+            side_classes=calibration.side_classes.numpy(),
+            component_class=self.component_class,
+            magnitude=calibration.magnitude.numpy(),
+            starts=calibration.starts.numpy(),
+            num_ids=self._coded_ids.num_ids,
+            id_starts=self._coded_ids.rank_starts.numpy(),
         )
-        coded = tokens if temporal else TokenTable.empty()
-        self._id_ranks, self._id_starts = coded.ranks.numpy(), coded.rank_starts.numpy()
-        self._guesses = kernels.first_guesses(self._starts)
-        self._id_guesses = kernels.first_guesses(self._id_starts[None])
-        self._ids = coded.by_rank.numpy()
+        self._prices = trellis.Prices(self.component_class - kernels.FIRST_CLASS, trellis_rates(self._models.starts))
+        rank = calibration.temporal_in.shape[1] if temporal else 0
+        self._temporal_in = calibration.temporal_in[:, :rank].contiguous().numpy()
+        self._temporal_out = calibration.temporal_out[:rank].numpy()
 
     def compress(self, x: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """Bytes of x [B, T, H], uint8 on the CPU."""
-        from compressors.kernels import klt as kernels
-
         num_tokens, width = math.prod(x.shape[:-1]), x.shape[-1]
         if num_tokens == 0:
             return torch.empty(0, dtype=torch.uint8)
         rows = x.reshape(num_tokens, width)
-        y, rms, finer, is_raw = self.transform.analyse(rows)
-        y, ids = y.cpu(), self.check_ids(token_ids, num_tokens)
-        levels, flags, _ = self.quantize(y, finer, is_raw, ids, x.shape[1])
-        raw_cost = 256 * 16 * (width + 1)
-        num_ops = num_tokens * (width + width // 2 + 20) + 17 * width + 64
-        room = self._scratch.get("words", (num_tokens * (width + SIDE_NBYTES) // 2 + 8,), torch.int32, CPU)
-        words = room.numpy().view(np.uint32)
-        while True:
-            ops = self._scratch.get("ops", (num_ops, 3), torch.int16, CPU).numpy().view(np.uint16)
-            num_words = kernels.encode(
-                levels, flags, rms.numpy(), finer.numpy(), ids, self._side_classes, self.component_class,
-                self._magnitude, self._starts, self._frequency_bits, self._id_ranks, self._id_starts, raw_cost, ops,
-                words,
-            )  # fmt: skip
-            if num_words == kernels.OPS_FULL:
-                num_ops *= 2
-            elif num_words == kernels.ENCODE_AGAIN:
-                levels, flags, _ = self.quantize(y, finer, torch.from_numpy(flags), ids, x.shape[1])
-            else:
-                break
-        parts = [torch.from_numpy(words[:num_words].view(np.int32))]
-        if flags.any():
-            parts += _to_raw(rows[torch.from_numpy(flags).to(rows.device)].float().cpu())
+        words, is_raw = self._encode(self.transform.analyse(rows), self.check_ids(token_ids, num_tokens), x.shape[1])
+        parts = [torch.from_numpy(words.view(np.int32))]
+        if is_raw.any():
+            parts += _to_raw(rows[torch.from_numpy(is_raw).to(rows.device)].float().cpu())
         parts = [part.reshape(-1).view(torch.uint8) for part in parts]
         data = self._scratch.get("data", (sum(p.numel() for p in parts),), torch.uint8, CPU)
         return torch.cat(parts, out=data)
 
-    def quantize(
-        self, y: torch.Tensor, finer: torch.Tensor, is_raw: torch.Tensor, ids: np.ndarray, tokens_per_row: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(levels int32 [N, H] in half steps, is_raw bool [N] with what was added, components as decoded float32
-        [N, H])."""
+    def _encode(self, analysis: Analysis, ids: np.ndarray, tokens_per_row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Words uint32 [W] of a frame, and which of its tokens are raw, bool [N].
+
+        What follows a token was predicted from it, so a token that turns out to be raw has all quantised anew.
+        """
+        from compressors.kernels import klt as kernels
+
+        num_tokens, width = analysis.y.shape
+        raw_cost = 256 * 16 * (width + 1)
+        num_ops = num_tokens * (width + width // 2 + 20) + 17 * width + 64
+        room = self._scratch.get("words", (num_tokens * (width + SIDE_NBYTES) // 2 + 8,), torch.int32, CPU)
+        words = room.numpy().view(np.uint32)
+        rms, finer = analysis.rms.numpy(), analysis.finer.numpy()
+        ranks = self._coded_ids.ranks.numpy()[ids] if self._models.num_ids else ids
+        quantized = self.quantize(analysis, ids, tokens_per_row)
+        while True:
+            ops = self._scratch.get("ops", (num_ops, 3), torch.int16, CPU).numpy().view(np.uint16)
+            symbols = kernels.Symbols(quantized.levels, quantized.is_raw, rms, finer, ranks)
+            num_words = kernels.encode(symbols, self._models, raw_cost, ops, words)
+            if num_words == kernels.OPS_FULL:
+                num_ops *= 2
+            elif num_words == kernels.ENCODE_AGAIN:
+                analysis = analysis._replace(is_raw=torch.from_numpy(quantized.is_raw))
+                quantized = self.quantize(analysis, ids, tokens_per_row)
+            else:
+                return words[:num_words], quantized.is_raw
+
+    def quantize(self, analysis: Analysis, ids: np.ndarray, tokens_per_row: int) -> Quantized:
+        """`ids` as from `check_ids`."""
         from compressors.kernels import trellis
 
+        y = analysis.y
         levels = self._scratch.get("levels", y.shape, torch.int32, CPU).numpy()
         decoded = self._scratch.get("decoded", y.shape, torch.float32, CPU).numpy()
-        flags = is_raw.numpy().copy()
-        trellis.quantize(
-            y.cpu().numpy(), self.transform.predict(ids), self.transform.steps(finer), flags, tokens_per_row,
-            *self._temporal_factors, self._trellis_class, 2 * finer.numpy(), self._rates, levels, decoded,
-        )  # fmt: skip
-        return levels, flags, decoded
+        is_raw = analysis.is_raw.numpy().copy()
+        prediction = trellis.Prediction(
+            self.transform.predict(ids), self._temporal_in, self._temporal_out, tokens_per_row
+        )
+        steps, finer = self.transform.steps(analysis.finer), analysis.finer.numpy()
+        trellis.quantize(y.numpy(), steps, finer, prediction, self._prices, levels, is_raw, decoded)
+        return Quantized(levels, is_raw, decoded)
 
     def decompress(
         self,
@@ -203,7 +219,6 @@ class KltCoder:
 
         Raises CorruptPayload for bytes that it cannot have written.
         """
-        from compressors.kernels import klt as kernels
         from compressors.kernels import trellis
 
         num_tokens, width = math.prod(shape[:-1]), shape[-1]
@@ -212,32 +227,35 @@ class KltCoder:
                 raise CorruptPayload(f"klt payload of {data.numel()} bytes for no token")
             return torch.empty(tuple(shape), dtype=dtype, device=device)
         blob = data.numpy()
-        words = np.frombuffer(blob[: blob.size // 4 * 4].tobytes(), "<u4")
-        levels = self._scratch.get("levels", (num_tokens, width), torch.int32, CPU).numpy()
-        flags = np.zeros(num_tokens, np.bool_)
-        rms, finer, id_ranks = np.zeros((3, num_tokens), np.int32)
-        num_ids = self._id_ranks.size
-        num_words = kernels.decode(
-            words, self._side_classes, self.component_class, self._magnitude, self._starts, self._guesses, num_ids,
-            self._id_starts[None], self._id_guesses, levels, flags, rms, finer, id_ranks,
-        )  # fmt: skip
-        num_raw = int(flags.sum())
+        symbols, num_words = self._decode(blob, num_tokens, width)
+        num_raw = int(symbols.is_raw.sum())
         if num_words < 0 or 4 * num_words + num_raw * (2 * width + 2) != blob.size:
             raise CorruptPayload(f"{blob.size} bytes are no klt frame of shape {tuple(shape)}")
         if not self.temporal:
             ids = self.check_ids(token_ids, num_tokens)
+        elif self._models.num_ids:
+            ids = self._coded_ids.by_rank.numpy()[symbols.id_ranks]
         else:
-            ids = self._ids[id_ranks] if num_ids else id_ranks
+            ids = symbols.id_ranks
         decoded = self._scratch.get("decoded", (num_tokens, width), torch.float32, CPU)
-        trellis.reconstruct(
-            levels, self.transform.predict(ids), self.transform.steps(torch.from_numpy(finer)), flags, shape[1],
-            *self._temporal_factors, decoded.numpy(),
-        )  # fmt: skip
-        x = self.transform.synthesise(decoded, rms, device, dtype)
+        prediction = trellis.Prediction(self.transform.predict(ids), self._temporal_in, self._temporal_out, shape[1])
+        steps = self.transform.steps(torch.from_numpy(symbols.finer))
+        trellis.reconstruct(symbols.levels, steps, prediction, symbols.is_raw, decoded.numpy())
+        x = self.transform.synthesise(decoded, symbols.rms, device, dtype)
         if num_raw:
             raw = _from_raw(torch.from_numpy(blob[4 * num_words :].copy()), num_raw, width)
-            x[torch.from_numpy(flags).to(device)] = saturating_cast(raw, dtype).to(device)
+            x[torch.from_numpy(symbols.is_raw).to(device)] = saturating_cast(raw, dtype).to(device)
         return x.view(tuple(shape))
+
+    def _decode(self, blob: np.ndarray, num_tokens: int, width: int) -> tuple[Symbols, int]:
+        """What a frame's bytes begin with, and of how many words that is; -1 where they are no frame's."""
+        from compressors.kernels import klt as kernels
+
+        words = np.frombuffer(blob[: blob.size // 4 * 4].tobytes(), "<u4")
+        levels = self._scratch.get("levels", (num_tokens, width), torch.int32, CPU).numpy()
+        rms, finer, id_ranks = np.zeros((3, num_tokens), np.int32)
+        symbols = kernels.Symbols(levels, np.zeros(num_tokens, np.bool_), rms, finer, id_ranks)
+        return symbols, kernels.decode(words, self._models, symbols)
 
     def check_ids(self, token_ids: torch.Tensor | None, num_tokens: int) -> np.ndarray:
         """int32 [N] on the CPU; zeros where they are not used."""

@@ -62,6 +62,7 @@ class KltFixed(RowCodec):
         return [(torch.bfloat16, (num_rows,)), (torch.uint8, (num_rows, self._row_nbytes))]
 
     def encode(self, rows, scales, packed):
+        self._known.check_unchanged()
         u = rows.square().mean(1).sqrt().to(torch.bfloat16)
         u = torch.where(rows.isfinite().all(1), u, torch.nan)
         is_sparse = ~((8 * divide(u.float(), self._median).log2()).abs() < RAW_EIGHTHS)
@@ -77,6 +78,7 @@ class KltFixed(RowCodec):
         self._known.check_unchanged()
 
     def decode(self, rows, limit, scales, packed):
+        self._known.check_unchanged()
         codes = packed.new_empty(packed.shape[0], len(self._order))
         for begin, end, first, last, nbits in self._parts():
             codes[:, first:last] = unpack(packed[:, begin:end].contiguous(), nbits, last - first)

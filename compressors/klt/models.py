@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,14 @@ class SampleRow:
 
     hidden_states: torch.Tensor
     token_ids: torch.Tensor
+
+
+class _CodedLevels(NamedTuple):
+    """What trellis and side information made of the N tokens of a row that are not raw."""
+
+    levels: np.ndarray  # int32 [N, H], half steps
+    finer: np.ndarray  # int32 [N], quarter octaves
+    component_class: np.ndarray  # int32 [H], at the step
 
 
 def prior_models() -> dict[str, torch.Tensor]:
@@ -81,25 +90,20 @@ def _count_levels(
     """Expected magnitudes from a pass with static classes, then the models from one with activity."""
     from compressors.kernels import klt as kernels
 
+    coded = [row for step in MODEL_STEPS for row in _quantized(calibration, tokens, sample, step)]
     magnitude_sums = np.zeros((2, calibration.magnitude.numel()))
-    quantized = []
-    for step in MODEL_STEPS:
-        for levels, is_raw, finer, component_class in _quantized(calibration, tokens, sample, step):
-            levels, finer = levels[~is_raw], finer[~is_raw]
-            quantized.append((levels, finer, component_class))
-            classes = np.empty(levels.shape, np.int16)
-            kernels.classify(levels, component_class, 2 * finer, calibration.magnitude.numpy(), False, classes)
-            index = classes.reshape(-1).astype(np.int64) - kernels.FIRST_CLASS
-            magnitude_sums[0] += np.bincount(index, np.abs(levels).reshape(-1) / 2, magnitude_sums.shape[1])
-            magnitude_sums[1] += np.bincount(index, minlength=magnitude_sums.shape[1])
+    for row in coded:
+        index = kernels.static_classes(row.component_class, row.finer).reshape(-1) - kernels.FIRST_CLASS
+        magnitude_sums[0] += np.bincount(index, np.abs(row.levels).reshape(-1) / 2, magnitude_sums.shape[1])
+        magnitude_sums[1] += np.bincount(index, minlength=magnitude_sums.shape[1])
     prior = 1000.0
     magnitude = (256 * magnitude_sums[0] + prior * calibration.magnitude.numpy()) / (magnitude_sums[1] + prior)
     magnitude = magnitude.round().astype(np.int64)
     counts = np.zeros((calibration.starts.shape[0], kernels.NUM_SYMBOLS), np.int64)
-    for levels, finer, component_class in quantized:
-        classes = np.empty(levels.shape, np.int16)
-        kernels.classify(levels, component_class, 2 * finer, magnitude, True, classes)
-        kernels.count_symbols(levels, classes, counts)
+    for row in coded:
+        classes = np.empty(row.levels.shape, np.int16)
+        kernels.classify(row.levels, row.component_class, row.finer, magnitude, classes)
+        kernels.count_symbols(row.levels, classes, counts)
     before = calibration.starts.diff(dim=1).numpy() / (1 << 15)
     mirrored = counts.copy()
     mirrored[:, 1:-1:2] = mirrored[:, 2:-1:2] = (counts[:, 1:-1:2] + counts[:, 2:-1:2]) / 2
@@ -116,15 +120,15 @@ def _component_sizes(
     sums, weight = torch.zeros(calibration.hidden_size, dtype=torch.float64), 0.0
     sides: list[torch.Tensor] = []
     for row in sample:
-        y, rms, finer, is_raw = coder.transform.analyse(row.hidden_states)
-        ids = coder.check_ids(row.token_ids, len(y))
-        levels, flags, decoded = coder.quantize(y, finer, is_raw, ids, len(y))
-        coded = torch.from_numpy(~flags)
-        errors = y.cpu() - torch.from_numpy(decoded)
-        unpredicted = errors + torch.from_numpy(levels * (0.5 * coder.transform.steps(finer)[:, None]))
-        sums += unpredicted[coded].abs().sum(0)
-        weight += float(coded.sum())
-        sides += [torch.stack([rms, finer])[:, coded]]
+        analysis = coder.transform.analyse(row.hidden_states)
+        quantized = coder.quantize(analysis, coder.check_ids(row.token_ids, len(analysis.y)), len(analysis.y))
+        is_coded = torch.from_numpy(~quantized.is_raw)
+        errors = analysis.y - torch.from_numpy(quantized.decoded)
+        half_steps = 0.5 * coder.transform.steps(analysis.finer)[:, None]
+        unpredicted = errors + torch.from_numpy(quantized.levels * half_steps)
+        sums += unpredicted[is_coded].abs().sum(0)
+        weight += float(is_coded.sum())
+        sides += [torch.stack([analysis.rms, analysis.finer])[:, is_coded]]
     prior = calibration.component_eighths
     side = torch.cat(sides, 1).float().abs().mean(1).clamp_min(0.1)
     result = {"side_classes": eighths(side).clamp(-16, 20)}
@@ -137,13 +141,14 @@ def _component_sizes(
 
 def _quantized(
     calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow], step: float
-) -> Iterator[tuple[np.ndarray, ...]]:
-    """(levels, is_raw, finer, class of each component) of every row."""
+) -> Iterator[_CodedLevels]:
+    """Of every row."""
     coder = KltCoder(calibration, tokens, step)
     for row in sample:
-        y, _, finer, is_raw = coder.transform.analyse(row.hidden_states)
-        levels, flags, _ = coder.quantize(y, finer, is_raw, coder.check_ids(row.token_ids, len(y)), len(y))
-        yield levels.copy(), flags, finer.numpy(), coder.component_class
+        analysis = coder.transform.analyse(row.hidden_states)
+        quantized = coder.quantize(analysis, coder.check_ids(row.token_ids, len(analysis.y)), len(analysis.y))
+        is_coded = ~quantized.is_raw
+        yield _CodedLevels(quantized.levels[is_coded], analysis.finer.numpy()[is_coded], coder.component_class)
 
 
 def _rates(calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,8 @@ other token of its frame to the last bit, and one token alone costs one reading 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -14,12 +16,21 @@ from compressors.klt.calibration_file import LinkCalibration, TokenTable
 from compressors.rows import Scratch
 from compressors.saturation import saturating_cast
 
-__all__ = ["FINER_RANGE", "RAW_EIGHTHS", "FrameTransform", "TokenTransform", "matmul_rows"]
+__all__ = ["RAW_EIGHTHS", "Analysis", "FrameTransform", "TokenTransform", "matmul_rows"]
 
 RAW_EIGHTHS = 32  # u that lies 4 octaves from the calibration's median, or more, makes a token raw
 FINER_RANGE = (-8, 16)  # quarter octaves
 MATMUL_ROWS = 128
 CPU = torch.device("cpu")
+
+
+class Analysis(NamedTuple):
+    """A frame of N tokens as components and side information, all on the CPU."""
+
+    y: torch.Tensor  # float32 [N, H]
+    rms: torch.Tensor  # int32 [N], 8 log2 u less its median
+    finer: torch.Tensor  # int32 [N], quarter octaves by which the token's step is finer
+    is_raw: torch.Tensor  # bool [N], whether the token must be raw
 
 
 class FrameTransform:
@@ -30,9 +41,8 @@ class FrameTransform:
         self._scratch = Scratch()
         self._median = int(calibration.rms_eighths)
 
-    def analyse(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Components y float32 [N, H] on the device of `rows`; eighths of u less their median, quarter octaves of the
-        step's refinement int32 [N] and whether the token must be raw, on the CPU."""
+    def analyse(self, rows: torch.Tensor) -> Analysis:
+        """Of tokens [N, H]."""
         content, device = self._content, rows.device
         x = rows.float()
         octaves = x.square().mean(1).sqrt().log2()
@@ -44,7 +54,8 @@ class FrameTransform:
         constant, per_octave = content.finer_bias.tolist()
         finer = (y * self._on("finer", device)).sum(1) + (constant + per_octave * eighths / 8)
         finer = finer.round().clamp(*FINER_RANGE)
-        return y, eighths.to(CPU, torch.int32) - self._median, finer.to(CPU, torch.int32), is_raw.cpu()
+        rms = eighths.to(CPU, torch.int32) - self._median
+        return Analysis(y.cpu(), rms, finer.to(CPU, torch.int32), is_raw.cpu())
 
     def predict(self, ids: np.ndarray) -> np.ndarray:
         """Prediction of all tokens' components from their ids, float32 [N, H]."""
@@ -73,26 +84,33 @@ class TokenTransform:
     """By compiled loops in host memory, token by token. Methods as those of `FrameTransform`."""
 
     def __init__(self, calibration: LinkCalibration, tokens: TokenTable, step: float) -> None:
+        from compressors.kernels import transform as kernels
+
         self._content, self._tokens, self._step = calibration, tokens, step
         self._scratch = Scratch()
-        self._median = int(calibration.rms_eighths)
-        self._mean, self._finer = calibration.mean.numpy(), calibration.finer.numpy()
-        self._encode, self._decode = calibration.encode.numpy(), calibration.decode.numpy()
         self._token_out, self._token_bias = calibration.token_out.numpy(), calibration.token_bias.numpy()
-        self._finer_bias = tuple(calibration.finer_bias.tolist())
+        constant, per_octave = calibration.finer_bias.tolist()
+        self._tables = kernels.TransformTables(
+            mean=calibration.mean.numpy(),
+            encode=calibration.encode.numpy(),
+            decode=calibration.decode.numpy(),
+            median_eighths=int(calibration.rms_eighths),
+            raw_eighths=RAW_EIGHTHS,
+            finer_weights=calibration.finer.numpy(),
+            finer_constant=constant,
+            finer_per_octave=per_octave,
+            finer_range=FINER_RANGE,
+        )
 
-    def analyse(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def analyse(self, rows: torch.Tensor) -> Analysis:
         from compressors.kernels import transform as kernels
 
         x = rows.detach().to(CPU, torch.float32).contiguous()
         y, centred = self._floats("y", x.shape), self._floats("centred", x.shape)
         rms, finer = np.empty((2, len(x)), np.int32)
         is_raw = np.empty(len(x), np.bool_)
-        kernels.analyse(
-            x.numpy(), self._mean, self._encode, self._finer, *self._finer_bias, self._median, RAW_EIGHTHS, FINER_RANGE,
-            centred.numpy(), y.numpy(), rms, finer, is_raw,
-        )  # fmt: skip
-        return y, torch.from_numpy(rms), torch.from_numpy(finer), torch.from_numpy(is_raw)
+        kernels.analyse(x.numpy(), self._tables, centred.numpy(), y.numpy(), rms, finer, is_raw)
+        return Analysis(y, torch.from_numpy(rms), torch.from_numpy(finer), torch.from_numpy(is_raw))
 
     def predict(self, ids: np.ndarray) -> np.ndarray:
         from compressors.kernels import transform as kernels
@@ -119,7 +137,7 @@ class TokenTransform:
         from compressors.kernels import transform as kernels
 
         x = torch.empty(decoded.shape)
-        kernels.synthesise(decoded.numpy(), self._decode, self._mean, rms, self._median, x.numpy())
+        kernels.synthesise(decoded.numpy(), rms, self._tables, x.numpy())
         return saturating_cast(x, dtype).to(device)
 
     def _floats(self, name: str, shape: tuple[int, ...] | torch.Size) -> torch.Tensor:

@@ -31,7 +31,7 @@ from compressors.options import check_int
 from compressors.saturation import saturating_cast
 from compressors.wrapper import InnerSpec, Wrapper
 
-__all__ = ["Hadamard"]
+__all__ = ["Hadamard", "rotate_back_by_torch", "rotate_by_torch", "rotation"]
 
 
 class Hadamard(Wrapper):
@@ -50,38 +50,41 @@ class Hadamard(Wrapper):
     def compress(self, x: torch.Tensor, **side: Any) -> Payload:
         shape = (math.prod(x.shape[:-1]), x.shape[-1])
         rows = self._scratch.get("rotated", shape, torch.float32, x.device).copy_(x.reshape(shape))
-        block, factors = _rotation(self.seed, shape[1], x.device)
+        block, factors = rotation(self.seed, shape[1], x.device)
         limit = torch.finfo(torch.float32).max / (2 * block)
         if x.device.type == "cpu":
             from compressors.kernels import hadamard
 
             hadamard.rotate(rows.numpy(), block, factors.numpy(), limit)
         else:
-            rows = _rotate(rows, block, factors, limit)
+            rows = rotate_by_torch(rows, block, factors, limit)
         return self.inner.compress(rows.view(x.shape), **side)
 
     @torch.no_grad()
     def decompress(self, payload: Payload, device: torch.device, dtype: torch.dtype, **side: Any) -> torch.Tensor:
         shape = (math.prod(payload.shape[:-1]), payload.shape[-1])
         rows = self.inner.decompress(payload, device, torch.float32, **side).reshape(shape)
-        block, factors = _rotation(self.seed, shape[1], torch.device(device))
+        block, factors = rotation(self.seed, shape[1], torch.device(device))
         if rows.device.type == "cpu":
             from compressors.kernels import hadamard
 
             hadamard.rotate_back(rows.numpy(), block, factors.numpy())
         else:
-            rows = _rotate_back(rows, block, factors)
+            rows = rotate_back_by_torch(rows, block, factors)
         return saturating_cast(rows.view(payload.shape), dtype)
 
 
-def _rotate(rows: torch.Tensor, block: int, factors: torch.Tensor, limit: float) -> torch.Tensor:
-    """H_b (factors * rows) for float32 rows [N, H] by torch operations, for any device."""
+def rotate_by_torch(rows: torch.Tensor, block: int, factors: torch.Tensor, limit: float) -> torch.Tensor:
+    """H_b (factors * rows) for float32 rows [N, H] by torch operations, for any device.
+
+    The compiled loops are held to it.
+    """
     # the second term is 0, or NaN where clamping would hide an infinity
     return _walsh_hadamard((rows.clamp(-limit, limit) + (rows - rows)) * factors, block)
 
 
-def _rotate_back(rows: torch.Tensor, block: int, factors: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_rotate` where nothing was clamped."""
+def rotate_back_by_torch(rows: torch.Tensor, block: int, factors: torch.Tensor) -> torch.Tensor:
+    """The inverse of `rotate_by_torch` where nothing was clamped."""
     return _walsh_hadamard(rows, block) * factors
 
 
@@ -97,7 +100,7 @@ def _walsh_hadamard(rows: torch.Tensor, block: int) -> torch.Tensor:
 
 
 @functools.cache
-def _rotation(seed: int, width: int, device: torch.device) -> tuple[int, torch.Tensor]:
+def rotation(seed: int, width: int, device: torch.device) -> tuple[int, torch.Tensor]:
     """(b, signs / sqrt(b) float32 [width]); signs are the lowest bits of SplitMix64 (Steele et al. 2014)."""
     z = (np.arange(1, width + 1, dtype=np.uint64) + np.uint64(seed << 32)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

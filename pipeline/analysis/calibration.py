@@ -6,7 +6,7 @@ own links. Every sixth micro-batch, up to 8192 tokens, is held out to fit the en
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -69,24 +69,35 @@ def calibrate(config: RunConfig, deployment: Deployment, out: Path, *, use_token
             on_gradient=take,
             on_finished=lambda _: bar.update(),
         ).run()
-    origin = {"checkpoint": deployment.checkpoint_digest, "text_sha256": text.text_sha256}
+    written = _write(deployment, out, statistics, samples, table if use_token_ids else None)
+    control.barrier()
+    return written
+
+
+def _write(
+    deployment: Deployment,
+    out: Path,
+    statistics: Mapping[int, LinkStatistics],
+    samples: Mapping[int, Sequence[SampleRow]],
+    table: TokenTable | None,
+) -> list[Path]:
+    """Fit and write this rank's links, by link index, and on rank 0 the token table."""
+    control = deployment.control
+    origin = {"checkpoint": deployment.checkpoint_digest, "text_sha256": deployment.text.text_sha256}
     written = []
-    if use_token_ids and control.world.rank == 0:
+    if table is not None and control.world.rank == 0:
         written.append(write_token_table(out, table, **origin))
-    for link in own_links:
-        control.report(f"fitting {link.name}")
-        calibration = fit(statistics[link.index], samples[link.index], table)
-        path = write_calibration(
-            out,
-            calibration,
-            link_name=link.name,
-            num_tokens=statistics[link.index].num_tokens,
-            **origin,
-        )
-        written.append(path)
+    for link in deployment.plan.links:
+        if link.index in statistics:
+            control.report(f"fitting {link.name}")
+            of_link = statistics[link.index]
+            calibration = fit(of_link, samples[link.index], TokenTable.empty() if table is None else table)
+            path = write_calibration(
+                out, calibration, link_name=link.name, num_tokens=of_link.num_tokens, **origin
+            )
+            written.append(path)
     for path in written:
         print(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)", flush=True)
-    control.barrier()
     return written
 
 

@@ -21,7 +21,7 @@ from pipeline.comm.control import Control
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.windows import MicroBatch, make_microbatches
 from pipeline.importance.files import write_head_relevance, write_token_importance
-from pipeline.importance.metrics import METRICS, MetricSetting
+from pipeline.importance.metrics import METRICS, AttentionMetric, MetricSetting
 from pipeline.models.attention import Attention, AttentionReader
 from pipeline.models.loading import TORCH_DTYPES, check_attention_readable
 from pipeline.models.stage import Objective
@@ -68,7 +68,7 @@ def analyse_layers(config: RunConfig, deployment: Deployment, out: Path) -> None
     """Compare all pairs of layers by each of `LAYER_METRICS`."""
     plan, control = deployment.plan, deployment.control
     microbatches = _microbatches(config, deployment)
-    metrics = [METRICS[name](MetricSetting()) for name in LAYER_METRICS]
+    metrics = [_attention_metric(name) for name in LAYER_METRICS]
     taken: dict[int, list[list[torch.Tensor]]] = {}  # layer -> one entry per micro-batch: [B, T] of each metric
 
     def reader_of(stage: StagePlan) -> AttentionReader:
@@ -87,7 +87,7 @@ def analyse_layers(config: RunConfig, deployment: Deployment, out: Path) -> None
             on_finished=advance,
             attention_readers={i: reader_of(plan.stages[i]) for i in deployment.stages},
         ).run()
-    windows = []  # [metrics, layers, T] each
+    windows: list[np.ndarray] = []  # [metrics, layers, T] each
     for microbatch in microbatches:
         batch = torch.zeros(len(metrics), plan.num_layers, *microbatch.shape)
         for layer, by_microbatch in taken.items():
@@ -208,6 +208,12 @@ def analyse_oracle(config: RunConfig, deployment: Deployment, out: Path) -> None
             bos=dataset.bos,
         )
         print(f"written: {out}/token_importance.safetensors")
+
+
+def _attention_metric(name: str) -> AttentionMetric:
+    metric = METRICS[name](MetricSetting())
+    assert isinstance(metric, AttentionMetric)
+    return metric
 
 
 def _microbatches(config: RunConfig, deployment: Deployment) -> list[MicroBatch]:

@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from pipeline.models.families import FAMILIES
+from pipeline.models.families import FAMILIES, RelevanceParts
 
 __all__ = ["RELEVANCE_MODEL_TYPES", "StageRelevance", "attnlrp", "check_rules"]
 
@@ -68,17 +69,19 @@ class StageRelevance:
         return float(self.softmax.sum() / self.output)
 
 
-def check_rules(model_config: Any) -> None:
-    """Raise ValueError for a model type without rules."""
-    if model_config.model_type not in RELEVANCE_MODEL_TYPES:
+def check_rules(model_config: Any) -> RelevanceParts:
+    """What the rules go by for a model of this config. Raises ValueError for a model type without rules."""
+    family = FAMILIES.get(model_config.model_type)
+    if family is None or family.relevance is None:
         raise ValueError(
             f"there are no rules of relevance for model type {model_config.model_type!r}, only for "
             f"{', '.join(RELEVANCE_MODEL_TYPES)}; take such a model, or a metric that needs no relevance of heads"
         )
+    return family.relevance
 
 
 @contextmanager
-def attnlrp(decoder: nn.Module) -> Iterator[StageRelevance]:
+def attnlrp(decoder: PreTrainedModel) -> Iterator[StageRelevance]:
     """Give a stage's decoder the rules of AttnLRP, and sum up relevance, until the block is left.
 
     Forward passes that record gradients, and their backward passes, belong inside the block. `inputs_embeds`, on a
@@ -93,8 +96,7 @@ def attnlrp(decoder: nn.Module) -> Iterator[StageRelevance]:
             requires none.
     """
     config = decoder.config
-    check_rules(config)
-    parts = FAMILIES[config.model_type].relevance
+    parts = check_rules(config)
     num_layers, num_heads = len(decoder.layers), config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     device = decoder.rotary_emb.inv_freq.device  # a stage without layers may have no parameters
@@ -149,7 +151,7 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) or hasattr(module, "variance_epsilon")  # the latter is an RMS norm
 
 
-def _norm_rule(norm: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+def _norm_rule(norm: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
     """Centring, where the norm does it, keeps its gradient; weight over standard deviation is a constant."""
     (hidden_states,) = args
     if isinstance(norm, nn.LayerNorm):
@@ -215,7 +217,7 @@ def _count_bias(total: torch.Tensor) -> Callable:
         if output.requires_grad:
 
             def count(gradient: torch.Tensor) -> None:
-                total.add_(_total(gradient * module.bias.detach()))
+                total.add_(_total(gradient * module.get_parameter("bias").detach()))
 
             output.register_hook(count)
 

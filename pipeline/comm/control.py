@@ -73,21 +73,7 @@ class Control:
         # A client of its own: a blocking call of the main thread must not hold up the heartbeats.
         self.watchdog.join(dist.PrefixStore("watch", self._connect(is_host=False)))
         self._meet(interface)
-        self.report("connecting", waiting=True)
-        try:
-            dist.init_process_group(
-                "gloo",
-                store=dist.PrefixStore("group", self._store),
-                rank=world.rank,
-                world_size=world.world_size,
-                timeout=datetime.timedelta(seconds=timeout_s),
-            )
-        except RuntimeError as e:
-            used = os.environ.get("GLOO_SOCKET_IFNAME", "the default")
-            raise LinkError(
-                f"the ranks cannot connect to each other through interface {used} (runtime.interface): {_first_line(e)}"
-            ) from e
-        self.report("starting")
+        self._form_group()
 
     def report(self, where: str, *, waiting: bool = False, due: bool = False) -> str:
         """Take down what this rank does and whether it waits for another; returns it with the rank's name.
@@ -241,6 +227,24 @@ class Control:
         with listen(here, self.world.world_size) as endpoint:
             reach_all(here, [Endpoint(**other) for other in self.gather(endpoint)])
             self.barrier()
+
+    def _form_group(self) -> None:
+        """Connect all ranks by Gloo."""
+        self.report("connecting", waiting=True)
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore("group", self._store),
+                rank=self.world.rank,
+                world_size=self.world.world_size,
+                timeout=datetime.timedelta(seconds=self.timeout_s),
+            )
+        except RuntimeError as e:
+            used = os.environ.get("GLOO_SOCKET_IFNAME", "the default")
+            raise LinkError(
+                f"the ranks cannot connect to each other through interface {used} (runtime.interface): {_first_line(e)}"
+            ) from e
+        self.report("starting")
 
     def _connect(self, *, is_host: bool) -> dist.Store:
         """A client of the rendezvous store, and on its host, if that is a rank, the store itself."""

@@ -142,12 +142,17 @@ class Frame:
 
 
 class FrameSender:
-    """The sending end of a link; the other end keeps `receives_ahead` receives posted."""
+    """The sending end of a link; the other end keeps `receives_ahead` receives posted.
+
+    Attributes:
+        outbox: whose buffers frames are written into; all are free again after `flush`.
+        traffic: what has been sent.
+    """
 
     def __init__(self, spec: LinkSpec, outbox: Outbox, *, apart: bool = False, receives_ahead: int = 1) -> None:
         self.spec = spec
         self.traffic = LinkTraffic()
-        self._outbox = outbox
+        self.outbox = outbox
         self._apart = apart  # bodies travel on a channel of their own
         self._receives_ahead = receives_ahead
         self._sequence = 0
@@ -202,12 +207,12 @@ class FrameSender:
 
     def flush(self) -> None:
         """Wait until every frame has left."""
-        self._outbox.flush()
+        self.outbox.flush()
 
     def _post(self, header: Header, data: torch.Tensor, meta: bytes) -> int:
         """Returns the frame's bytes."""
         base, tail = self.spec.wire.encode(header)
-        buffer = self._outbox.acquire()
+        buffer = self.outbox.acquire()
         in_host = 0 if self._apart and not header.failed else header.body_nbytes
         body = buffer.host[BASE_NBYTES:] if in_host or buffer.device is None else buffer.device
         body[: data.numel()].copy_(data)
@@ -220,7 +225,7 @@ class FrameSender:
         crc = self.spec.wire.checksum(self._sequence, host[4:end].data)
         host[:4] = np.frombuffer(crc.to_bytes(4, "little"), np.uint8)
         self._sequence += 1
-        self._outbox.post(buffer, end, header.body_nbytes - in_host)
+        self.outbox.post(buffer, end, header.body_nbytes - in_host)
         return BASE_NBYTES + header.body_nbytes + len(tail)
 
 

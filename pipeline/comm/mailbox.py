@@ -278,6 +278,11 @@ class PeerInbox:
         self._thread = threading.Thread(target=self._receive, name=f"inbox {address.name}", daemon=True)
         self._thread.start()
 
+    @property
+    def num_posted(self) -> int:
+        """Receives whose frame the thread has not taken yet; 0 after `close`, or the next stream would lose frames."""
+        return self._posted.qsize()
+
     def complete(self, buffer: FrameBuffer, device_nbytes: int) -> None:
         channel = self._channel
         if channel is not None and device_nbytes:

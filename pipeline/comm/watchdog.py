@@ -15,6 +15,8 @@ micro-batch: only a stopped or dead process is silent, or one that holds the int
 that live, rank 0's watchdog knows whether passes move: while some are under way, its main thread must get on with them
 within the timeout, whether it computes, sends or waits.
 
+Whom the heartbeats make a rank blame is decided in `heartbeats.py`.
+
 No torch here, so that the watch begins before torch is imported; the store is handed in later.
 """
 
@@ -29,10 +31,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Container
 from typing import Any, NoReturn
 
+from pipeline.comm.heartbeats import Clock, Heartbeats, heartbeat
 from pipeline.comm.world import World
 
 __all__ = ["PipelineError", "Watchdog", "bounded", "tell"]
@@ -81,35 +83,6 @@ def tell(text: str) -> None:
     bounded(lambda: os.write(2, text.encode(errors="replace")))
 
 
-@dataclass
-class _Beat:
-    """The last heartbeat of a rank, and for how long it has been seen to stand still."""
-
-    value: bytes
-    silent_s: float = 0.0
-
-    @property
-    def where(self) -> str:
-        return self.value.decode(errors="replace").split("|", 2)[2]
-
-    @property
-    def waiting(self) -> bool:
-        return self.value.split(b"|", 2)[1] == b"1"
-
-
-class _Clock:
-    """Seconds between ticks, at most what this process can have watched: it may have been stopped itself."""
-
-    def __init__(self, interval_s: float) -> None:
-        self._longest_s = 4 * interval_s
-        self._last_s = time.monotonic()
-
-    def tick(self) -> float:
-        now_s = time.monotonic()
-        passed_s, self._last_s = now_s - self._last_s, now_s
-        return min(passed_s, self._longest_s)
-
-
 class Watchdog:
     """One rank's watch. It begins with the signals; `join` adds the other ranks, `stop` ends it all.
 
@@ -125,7 +98,7 @@ class Watchdog:
         self._world, self._timeout_s = world, timeout_s
         self._interval_s = min(0.25, timeout_s / 8)
         self._store: Any = None
-        self._beats: dict[int, _Beat] = {}
+        self._beats = Heartbeats(world)
         self._own_cause: str | None = None
         self._cause: str | None = None
         self._exit_code = EXIT_FAILED
@@ -195,18 +168,31 @@ class Watchdog:
         names_place = isinstance(error, PipelineError) and error.names_place
         if self._world.world_size == 1:
             has_place = isinstance(error, PipelineError) and not names_place
-            self._leave(f"{self.where}: {message}" if has_place else message)
+            self.leave(f"{self.where}: {message}" if has_place else message)
         if isinstance(error, PipelineError) and error.is_symptom:
-            self._leave(self._wait_for_cause() or self._publish(self._blame(error.peer, message)))
-        self._leave(self._publish(message if names_place else f"{self.place}: {message}"))
+            self.leave(self._wait_for_cause() or self._publish(self._beats.blame(error.peer, message, self.place)))
+        self.leave(self._publish(message if names_place else f"{self.place}: {message}"))
+
+    def leave(self, cause: str) -> NoReturn:
+        """Print the last message and end the process, from any thread; one that comes second waits here for the end.
+
+        The other ranks are not told: `abort` does that.
+        """
+        with self._leaving:
+            try:
+                name = f"rank {self._world.rank} stops" if self._world.world_size > 1 else "error"
+                tell(f"\n{name}: {cause}{self.advice}\n")
+                if self._world.hosts_store and self._heart.is_alive():
+                    self._all_told.wait(_GRACE_S)
+            finally:
+                os._exit(self._exit_code)
 
     def last_known(self, rank: int) -> str:
         """`rank 2 (last at stage 2, micro-batch 5)`, or that it has not started."""
-        beat = self._beats.get(rank)
-        return f"rank {rank} (last at {beat.where})" if beat else f"rank {rank} (not started)"
+        return self._beats.last_known(rank)
 
     def _watch(self) -> None:
-        clock = _Clock(self._interval_s)
+        clock = Clock(self._interval_s)
         while not self._stopping.is_set():
             ready, _, _ = select.select([self._reader], [], [], self._interval_s / 2)
             received = set(self._reader.recv(64)) if ready else set()
@@ -217,7 +203,7 @@ class Watchdog:
             self._still_s, self._num_moves_seen = self._still_s + passed_s if is_still else 0.0, num_moves
             cause = self._look(received)
             if cause is not None and not self._stopping.is_set():
-                self._leave(cause)
+                self.leave(cause)
 
     def _look(self, received: Container[int]) -> str | None:
         """A reason to end, if there is one; `received` are the signals since the last look."""
@@ -229,9 +215,10 @@ class Watchdog:
             return self._wait_for_cause(_SEARCH_S) or self._publish(self._guess_cause())
         if self._cause is not None:
             return self._cause
-        silent = self._silent_ranks(self._timeout_s)
+        silent = self._beats.silent(self._timeout_s)
         if silent:
-            return self._publish(f"no sign of life from {silent} for {self._timeout_s:g} s")
+            who = self._beats.last_known(*silent)
+            return self._publish(f"no sign of life from {who} for {self._timeout_s:g} s")
         if self._still_s > self._timeout_s:
             return self._publish(self._why_still())
         if self._unanswered_s > self._timeout_s:
@@ -241,15 +228,15 @@ class Watchdog:
     def _why_still(self) -> str:
         if not self.waiting:
             return f"{self.place}: at it for {self._timeout_s:g} s, or runtime.timeout_s is too short for it"
-        return self._blame(None, f"no pass has moved for {self._timeout_s:g} s")
+        return self._beats.blame(None, f"no pass has moved for {self._timeout_s:g} s", self.place)
 
     def _guess_cause(self) -> str:
         """Why torchrun sends SIGTERM although no rank has published a cause."""
-        silent = self._silent_ranks(0.8 * _SEARCH_S)
+        silent = self._beats.silent(0.8 * _SEARCH_S)
         if silent:
-            return f"{self.place}: ended by SIGTERM; no sign of life from {silent}"
-        missing = [str(rank) for rank in range(self._world.world_size) if rank not in {*self._beats, self._world.rank}]
-        before = f" before rank {', '.join(missing)} had joined" if missing else ""
+            return f"{self.place}: ended by SIGTERM; no sign of life from {self._beats.last_known(*silent)}"
+        missing = self._beats.not_started()
+        before = f" before rank {', '.join(map(str, missing))} had joined" if missing else ""
         return f"{self.place}: ended by SIGTERM{before}"
 
     def _wait_for_cause(self, wait_s: float = _GRACE_S) -> str | None:
@@ -258,26 +245,6 @@ class Watchdog:
         while self._cause is None and time.monotonic() < deadline:
             time.sleep(0.02)
         return self._cause
-
-    def _blame(self, peer: int | None, symptom: str) -> str:
-        """Who is at fault for a link's failure: a silent rank, the peer first, else who does not wait."""
-        gone = [rank for rank, beat in self._others() if beat.silent_s > 0.6 * _GRACE_S]
-        if gone:
-            return f"lost {self._last_known([peer] if peer in gone else gone)}: {symptom}"
-        busy = [rank for rank, beat in self._others() if not beat.waiting]
-        if busy:
-            who = self._last_known(busy)
-            return f"the others wait for {who}, or runtime.timeout_s is too short for it: {symptom}"
-        return f"{self.place}: {symptom}"
-
-    def _silent_ranks(self, limit_s: float) -> str:
-        return self._last_known([rank for rank, beat in self._others() if beat.silent_s > limit_s])
-
-    def _last_known(self, ranks: Iterable[int]) -> str:
-        return " and ".join(map(self.last_known, ranks))
-
-    def _others(self) -> list[tuple[int, _Beat]]:
-        return sorted(item for item in self._beats.copy().items() if item[0] != self._world.rank)
 
     def _publish(self, cause: str) -> str:
         """Offer `cause` as the run's; returns the one that was published first, if the store answers."""
@@ -288,24 +255,14 @@ class Watchdog:
             time.sleep(0.01)
         return self._cause or cause
 
-    def _leave(self, cause: str) -> NoReturn:
-        """Print the last message and end the process; the thread that comes second waits here for the end."""
-        with self._leaving:
-            try:
-                name = f"rank {self._world.rank} stops" if self._world.world_size > 1 else "error"
-                tell(f"\n{name}: {cause}{self.advice}\n")
-                if self._world.hosts_store and self._heart.is_alive():
-                    self._all_told.wait(_GRACE_S)
-            finally:
-                os._exit(self._exit_code)
-
     def _beat(self) -> None:
         """The heartbeat thread."""
-        count, clock = 0, _Clock(self._interval_s)
+        count, clock = 0, Clock(self._interval_s)
         try:
             while not self._stopping.is_set():
                 count += 1
-                self._store.set(f"beat/{self._world.rank}", f"{count}|{self.waiting:d}|{self.where}")
+                beat = heartbeat(count, is_waiting=self.waiting, where=self.where)
+                self._store.set(f"beat/{self._world.rank}", beat)
                 self._read_beats(clock.tick())
                 if self._cause is None:
                     self._exchange_cause()
@@ -322,13 +279,10 @@ class Watchdog:
         started = [rank for rank in range(self._world.world_size) if self._has_started(rank)]
         beats = self._store.multi_get([f"beat/{rank}" for rank in started])
         for rank, value in zip(started, beats, strict=True):
-            if rank not in self._beats or self._beats[rank].value != value:
-                self._beats[rank] = _Beat(value)
-            else:
-                self._beats[rank].silent_s += passed_s
+            self._beats.see(rank, value, passed_s)
 
     def _has_started(self, rank: int) -> bool:
-        return rank in self._beats or self._store.check([f"beat/{rank}"])
+        return self._beats.has_started(rank) or self._store.check([f"beat/{rank}"])
 
     def _exchange_cause(self) -> None:
         cause = None
@@ -342,7 +296,7 @@ class Watchdog:
 
     def _keys_of_told(self) -> list[str]:
         """Of the ranks that live and will therefore ask for the cause."""
-        return [f"told/{rank}" for rank, beat in self._others() if beat.silent_s < _GRACE_S / 2]
+        return [f"told/{rank}" for rank in self._beats.alive(_GRACE_S / 2)]
 
     def _store_in_words(self) -> str:
         if self._world.store_host is None:

@@ -90,7 +90,7 @@ def load_text(*, name: str, path: str | None, split: str) -> Text:
     if not content.strip():
         raise ValueError(f"dataset.path={path} is empty; expected a text to evaluate on")
     if name == "wikitext":
-        text, kind = "\n\n".join(_wikitext_rows(content)), "WikiText-2 raw, rows of"
+        text, kind = "\n\n".join(wikitext_rows(content)), "WikiText-2 raw, rows of"
     else:
         text, kind = content, "text file"
     return Text(text=text, description=f"{kind} {Path(path).name}")
@@ -195,7 +195,7 @@ def _tokenizer_errors(what: str) -> Iterator[None]:
         ) from e
 
 
-def _wikitext_rows(content: str) -> list[str]:
+def wikitext_rows(content: str) -> list[str]:
     """Rows as `datasets` makes them of the raw file: a line with its newline, a blank line as nothing."""
     lines = content.split("\n")
     rows = [line + "\n" if line.strip() else "" for line in lines[:-1]]

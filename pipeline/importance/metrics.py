@@ -3,7 +3,7 @@
 A codec that names a metric (`token_mixed(metric=column, ...)`) gets its result as side input: the stage in front of
 the link computes it, from its own layers and output, while the micro-batch passes. In the formulas A_hij is the
 attention of row (query) i to column (key) j in head h of a layer, T the number of rows; a metric over several layers
-is the mean of their results. What is made from gradients comes from a file; `importance_files` reads those.
+is the mean of their results. What is made from gradients comes from a file; `files` reads those.
 
 A metric is `causal` when a token's importance depends on nothing but its place: codecs that pick the top tokens of a
 frame by any other metric look at later tokens.

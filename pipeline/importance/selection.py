@@ -36,7 +36,7 @@ def make_metrics(
     for index, codec in encoders.items():
         if "importance" not in codec.needs:
             continue
-        assert codec.importance_metric is not None, "codecs that need importance were looked at when they were made"
+        assert codec.importance_metric is not None, f"codec {codec.name} needs importance and names no metric"
         cls, stage, section = METRICS[codec.importance_metric], plan.stages[index], config.importance
         options: dict[str, Any] = {"seed": section.seed, "microbatches": microbatches, "first_layer": stage.start}
         if "layers" in cls.setting_keys:
@@ -71,12 +71,12 @@ def make_metrics(
 def _layers_to_read(setting: str | Sequence[int], stage: StagePlan, num_layers: int, metric: str) -> list[int]:
     """Of the sending stage's layers, those that `importance.layers` asks for."""
     own = range(stage.start, stage.end)
-    beyond = [] if isinstance(setting, str) else [n for n in setting if n >= num_layers]
-    if beyond:
-        raise ConfigError(f"importance.layers has {beyond[0]}, the model's layers are 0 to {num_layers - 1}")
     if isinstance(setting, str):
         chosen = list(own[-1:] if setting == "last" else own)
     else:
+        beyond = [n for n in setting if n >= num_layers]
+        if beyond:
+            raise ConfigError(f"importance.layers has {beyond[0]}, the model's layers are 0 to {num_layers - 1}")
         chosen = sorted(set(setting) & set(own))
     if not chosen:
         holds = f"layers {stage.start} to {stage.end - 1}" if own else "no layers"

@@ -111,7 +111,7 @@ AttentionReader = Callable[[int, Attention], None]
 
 
 def _sdpa(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -134,7 +134,7 @@ def _sdpa(
 
 
 def _over_slots(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +112,7 @@ def read_checkpoint(model_dir: Path, config: Any) -> Checkpoint:
     """
     family = FAMILIES[config.model_type]
     num_layers = config.num_hidden_layers
-    layers: dict[int, dict[str, StoredTensor]] = {}
-    norm: dict[str, StoredTensor] = {}
-    ends: dict[str, StoredTensor] = {}
+    parts: defaultdict[int | str, dict[str, StoredTensor]] = defaultdict(dict)
     inverse_frequencies: list[StoredTensor] = []
     float8: list[str] = []
     for path, stored, dtype in _stored(model_dir):
@@ -121,27 +120,17 @@ def read_checkpoint(model_dir: Path, config: Any) -> Checkpoint:
             if stored.endswith("inv_freq"):
                 inverse_frequencies.append(StoredTensor(path, stored))
             continue
-        name = stored.removeprefix(f"{family.decoder}.")
-        number, _, rest = name.removeprefix("layers.").partition(".")
-        if name.startswith("layers.") and number.isdecimal():
-            if int(number) >= num_layers:
-                raise ModelError(
-                    f"{model_dir} stores {stored!r}, but its config.json has num_hidden_layers {num_layers}: the "
-                    "model would lack its last layers. Correct the one or the other"
-                )
-            place, name = layers.setdefault(int(number), {}), rest
-        elif name.startswith(f"{family.norm}."):
-            place = norm
-        elif name == f"{family.embedding}.weight":
-            place, name = ends, "embedding"
-        elif name in family.stored_heads:
-            place, name = ends, "head"
-        else:
+        place = _place(stored, family)
+        if place is None or _QUANTISED.search(stored):
             raise ModelError(unused_tensor(model_dir, stored, config.model_type))
-        if name in place:
-            raise ModelError(f"{model_dir} stores one tensor twice, as {place[name].name!r} and as {stored!r}")
-        if _QUANTISED.search(stored):
-            raise ModelError(unused_tensor(model_dir, stored, config.model_type))
+        part, name = place
+        if isinstance(part, int) and part >= num_layers:
+            raise ModelError(
+                f"{model_dir} stores {stored!r}, but its config.json has num_hidden_layers {num_layers}: the "
+                "model would lack its last layers. Correct the one or the other"
+            )
+        if name in parts[part]:
+            raise ModelError(f"{model_dir} stores one tensor twice, as {parts[part][name].name!r} and as {stored!r}")
         if dtype in _FLOAT8:
             float8.append(stored)
         elif dtype not in _FLOATS:
@@ -149,13 +138,13 @@ def read_checkpoint(model_dir: Path, config: Any) -> Checkpoint:
                 f"{model_dir} stores {stored!r} as {dtype}, and its config.json has no quantization_config that says "
                 f"what the numbers stand for; {_CURE}"
             )
-        place[name] = StoredTensor(path, stored)
-    if len(layers) < num_layers:
-        lacking = next(index for index in range(num_layers) if index not in layers)
+        parts[part][name] = StoredTensor(path, stored)
+    lacking = [index for index in range(num_layers) if index not in parts]
+    if lacking:
         raise ModelError(
-            f"{model_dir} stores nothing of layer {lacking}; its config.json has num_hidden_layers {num_layers}"
+            f"{model_dir} stores nothing of layer {lacking[0]}; its config.json has num_hidden_layers {num_layers}"
         )
-    embedding, head, notes = _ends(model_dir, config, family, ends)
+    embedding, head, notes = _ends(model_dir, config, family, parts["ends"])
     if float8:
         notes.append(
             f"{len(float8)} weights ({float8[0]} is the first) are stored in 8-bit floating point without scales, and "
@@ -163,8 +152,23 @@ def read_checkpoint(model_dir: Path, config: Any) -> Checkpoint:
         )
     notes += _rotary_notes(config, inverse_frequencies)
     notes += _config_notes(config, family)
-    in_order = tuple(layers[index] for index in range(num_layers))
-    return Checkpoint(embedding=embedding, layers=in_order, norm=norm, head=head, notes=tuple(notes))
+    layers = tuple(parts[index] for index in range(num_layers))
+    return Checkpoint(embedding=embedding, layers=layers, norm=parts["norm"], head=head, notes=tuple(notes))
+
+
+def _place(stored: str, family: Family) -> tuple[int | str, str] | None:
+    """A tensor's part of the model (a layer's number, "norm" or "ends") and its name there; None for no part."""
+    name = stored.removeprefix(f"{family.decoder}.")
+    number, _, rest = name.removeprefix("layers.").partition(".")
+    if name.startswith("layers.") and number.isdecimal():
+        return int(number), rest
+    if name.startswith(f"{family.norm}."):
+        return "norm", name
+    if name == f"{family.embedding}.weight":
+        return "ends", "embedding"
+    if name in family.stored_heads:
+        return "ends", "head"
+    return None
 
 
 def unused_tensor(model_dir: Path, stored: str, model_type: str) -> str:
@@ -230,7 +234,9 @@ def _rotary_notes(config: Any, stored: list[StoredTensor]) -> list[str]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(cut_config(config, 0, 1))
     expected = getattr(type(model.base_model.rotary_emb)(config), "inv_freq", None)
-    for tensor in stored if expected is not None else ():
+    if expected is None:
+        return []
+    for tensor in stored:
         values = tensor[...].float()
         if values.shape != expected.shape or not torch.allclose(values, expected, rtol=0.01, atol=0):
             return [

@@ -10,6 +10,7 @@ rank never holds more than its own share.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -55,7 +56,7 @@ class StageModel:
     first stage's.
     """
 
-    decoder: nn.Module
+    decoder: PreTrainedModel
     head: Head | None
     embedding: nn.Module | None
 
@@ -245,12 +246,9 @@ def load_stage(
     if dtype == torch.float64:
         stage_config._experts_implementation = "eager"  # the others' matrix products stop at float32
     _check_shapes(model_dir, model_class, stage_config, state_dict)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"dtype": dtype}
     if load_in_8bit or load_in_4bit:
-        # It warns at every 8-bit linear layer of every micro-batch that the inputs are not float16, and on some CPUs,
-        # when it is imported, that a kernel for 4 bits could be downloaded.
-        for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        _quiet_bitsandbytes()
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=load_in_8bit,
             llm_int8_threshold=load_in_8bit_threshold,
@@ -258,46 +256,68 @@ def load_stage(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
         )
-    if device.type == "cuda" or options:
+    if device.type == "cuda" or "quantization_config" in options:
         options["device_map"] = {"": device}
+    model = _load(model_dir, stage, model_class, stage_config, state_dict, options)
+    head: Head | None = None
+    if shares_head:
+        assert embedding is not None
+        head = functools.partial(nn.functional.linear, weight=embedding.get_parameter("weight"))
+    elif with_head:
+        head = model.get_output_embeddings()
+    return StageModel(
+        decoder=model.base_model,
+        head=None if head is None else _with_cap(head, family, config),
+        embedding=getattr(model.base_model, family.embedding) if stage.is_first else None,
+    )
+
+
+def _quiet_bitsandbytes() -> None:
+    """It warns at every 8-bit linear layer of every micro-batch that the inputs are not float16, and on some CPUs, when
+    it is imported, that a kernel for 4 bits could be downloaded."""
+    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _load(
+    model_dir: Path,
+    stage: StagePlan,
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    tensors: Mapping[str, StoredTensor],
+    options: Mapping[str, Any],
+) -> PreTrainedModel:
+    """A stage's model with its tensors; `options` are those of from_pretrained.
+
+    Raises ModelError for a tensor that is missing or of no use: transformers would make one up, or leave it out.
+    """
     transformers_logging.disable_progress_bar()  # every rank would draw one
+    layers = f"layers [{stage.start}, {stage.end})"
     try:
         model, info = model_class.from_pretrained(
-            None,
-            config=stage_config,
-            state_dict=state_dict,
-            dtype=dtype,
-            output_loading_info=True,
-            **options,
+            None, config=config, state_dict=dict(tensors), output_loading_info=True, **options
         )
     except RuntimeError as e:
-        raise ModelError(f"{model_dir}: layers [{stage.start}, {stage.end}) cannot be loaded: {e}") from e
+        raise ModelError(f"{model_dir}: {layers} cannot be loaded: {e}") from e
     if info["missing_keys"]:
         lacking = sorted(info["missing_keys"])
         raise ModelError(
-            f"{model_dir} lacks {len(lacking)} tensors of layers [{stage.start}, {stage.end}), "
-            f"counted from the stage's first layer: {', '.join(lacking[:3])}"
+            f"{model_dir} lacks {len(lacking)} tensors of {layers}, counted from the stage's first layer: "
+            f"{', '.join(lacking[:3])}"
         )
     if info["unexpected_keys"]:
         name = min(info["unexpected_keys"])
-        stored = state_dict[name].name if name in state_dict else name
+        stored = tensors[name].name if name in tensors else name
         raise ModelError(unused_tensor(model_dir, stored, config.model_type))
-    model.eval().requires_grad_(False)
-    head: Head | None = None
-    if shares_head:
-        weight = embedding.weight
-        head = lambda hidden: nn.functional.linear(hidden, weight)
-    elif with_head:
-        head = model.get_output_embeddings()
+    return model.eval().requires_grad_(False)
+
+
+def _with_cap(projection: Head, family: Family, config: PretrainedConfig) -> Head:
+    """The head with the cap on logits that Gemma's classes apply behind it."""
     softcap = config.final_logit_softcapping if family.caps_logits else None
-    if head is not None and softcap is not None:
-        projection = head
-        head = lambda hidden: _soft_capped(projection(hidden), softcap)
-    return StageModel(
-        decoder=model.base_model,
-        head=head,
-        embedding=getattr(model.base_model, family.embedding) if stage.is_first else None,
-    )
+    if softcap is None:
+        return projection
+    return lambda hidden: _soft_capped(projection(hidden), softcap)
 
 
 def _soft_capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
@@ -364,7 +384,7 @@ def _stage_class(
     memory. The class keeps its name, by which transformers finds its conversion rules.
     """
     whole = _first_layer(config, trust_remote_code)
-    base = type(whole)
+    base: Any = type(whole)
     head_name = next(name for name, module in whole.named_children() if module is whole.get_output_embeddings())
 
     class Stage(base):

@@ -101,7 +101,7 @@ class Stage:
         self._chunk = max(1, MAX_LOGITS_NBYTES[device.type] // (4 * vocab_size))
         self._rows_at_once = max(1, MAX_COPY_NBYTES // (4 * vocab_size))
         self.device = device
-        self.decoder: nn.Module = model.decoder
+        self.decoder = model.decoder
         self._head = model.head
         self.slots: SlotCache | None = None
 
@@ -140,7 +140,7 @@ class Stage:
         if rows is not None:
             if attention_reader is not None:
                 raise AttentionError("attention over slots cannot be read")
-            return self._extend_slots(arguments, rows, tuple(inputs.shape[:2]))
+            return self._extend_slots(arguments, rows, inputs.shape)
         if attention_reader is None:
             return self.decoder(**arguments, use_cache=False).last_hidden_state
         check_readable(self.decoder)
@@ -148,7 +148,7 @@ class Stage:
             return self.decoder(**arguments, attention_reader=attention_reader, use_cache=False).last_hidden_state
 
     def _extend_slots(
-        self, arguments: dict[str, torch.Tensor], rows: Sequence[Row], shape: tuple[int, int]
+        self, arguments: dict[str, torch.Tensor], rows: Sequence[Row], shape: torch.Size
     ) -> torch.Tensor:
         if self.slots is None:
             raise SlotError("the stage has no slots open, a pass with rows needs them")
@@ -166,6 +166,7 @@ class Stage:
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The last stage's output [n, H] to logits [n, V] on its device, both in the model's dtype."""
+        assert self._head is not None, "only the last stage has a head"
         return self._head(hidden_states)
 
     def score(
@@ -190,7 +191,7 @@ class Stage:
         self, selected: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, top1: torch.Tensor
     ) -> None:
         """Fill `losses` and `top1`. A function of its own: its logits are gone before the next chunk's come."""
-        logits = self._head(selected)
+        logits = self.logits(selected)
         for start in range(0, len(logits), self._rows_at_once):
             rows = slice(start, start + self._rows_at_once)
             exact = _exact(logits[rows])
@@ -223,7 +224,7 @@ class Stage:
     def _chunk_gradient(
         self, selected: torch.Tensor, targets: torch.Tensor, objective: Objective
     ) -> tuple[float, torch.Tensor]:
-        logits = _exact(self._head(selected))
+        logits = _exact(self.logits(selected))
         if objective is Objective.NLL:
             total = nn.functional.cross_entropy(logits, targets, reduction="sum")
         else:

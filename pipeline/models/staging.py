@@ -1,6 +1,6 @@
 """Copy named files from a slow directory to a fast one: resumable, verified, and quick when nothing changed.
 
-Called by `model_source.resolve_model` when `model.stage_to` is set: weights on a network mount or a slow disk
+Called by `source.resolve_model` when `model.stage_to` is set: weights on a network mount or a slow disk
 are moved once to local disk, and every later start finds them there. Knows nothing of models.
 
 The copy of `/slow/model` lives in `<stage_to>/model-<digest of the absolute path>/`:
@@ -27,14 +27,14 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from compressors.user_files import user_path
 
-__all__ = ["stage_directory", "take_lock"]
+__all__ = ["FileCopy", "stage_directory", "take_lock"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def stage_directory(src: Path, stage_to: str, *, files: Sequence[str], show_prog
             if not _is_staged(target / name, identity, manifest.get(name)):
                 # Goes first, to make room and so that no file of an older source stays beside new ones.
                 (target / name).unlink(missing_ok=True)
-                pending[name] = _FileCopy(src / name, target / name, identity)
+                pending[name] = FileCopy(src / name, target / name, identity)
         if pending:
             _check_free_space(src, root, list(pending.values()))
         total_bytes = sum(copy.identity["size"] for copy in pending.values())
@@ -95,7 +95,7 @@ def stage_directory(src: Path, stage_to: str, *, files: Sequence[str], show_prog
     return target
 
 
-class _FileCopy:
+class FileCopy:
     """One file on its way: the source, the `.part` file, and the hashes of the chunks written to it."""
 
     def __init__(self, source: Path, target: Path, identity: dict[str, int]):
@@ -123,7 +123,7 @@ class _FileCopy:
         with open(self.source, "rb") as reader, open(self.part, mode) as writer:
             for index, (offset, length) in enumerate(self._chunks()):
                 if not self._is_intact(writer, index, offset, length):
-                    self._copy_chunk(reader, writer, index, offset, length)
+                    self.copy_chunk(reader, writer, index, offset, length)
                 progress.update(length)
             writer.truncate(self.identity["size"])
             os.fsync(writer.fileno())
@@ -142,13 +142,15 @@ class _FileCopy:
         for offset in range(0, size, CHUNK_BYTES):
             yield offset, min(CHUNK_BYTES, size - offset)
 
-    def _is_intact(self, writer: BinaryIO, index: int, offset: int, length: int) -> bool:
+    def _is_intact(self, writer: IO[bytes], index: int, offset: int, length: int) -> bool:
         if index >= len(self.chunk_sha256):
             return False
         writer.seek(offset)
         return hashlib.sha256(writer.read(length)).hexdigest() == self.chunk_sha256[index]
 
-    def _copy_chunk(self, reader: BinaryIO, writer: BinaryIO, index: int, offset: int, length: int) -> None:
+    def copy_chunk(self, reader: IO[bytes], writer: IO[bytes], index: int, offset: int, length: int) -> None:
+        """Write `length` bytes from `offset` on, then take down their hash. Where a disk or a source fails, in life and
+        in the tests, it fails here."""
         reader.seek(offset)
         chunk = reader.read(length)
         if len(chunk) != length:
@@ -215,7 +217,7 @@ def _is_staged(target: Path, identity: dict[str, int], record: dict | None) -> b
     )
 
 
-def _check_free_space(src: Path, root: Path, copies: list[_FileCopy]) -> None:
+def _check_free_space(src: Path, root: Path, copies: list[FileCopy]) -> None:
     needed_bytes = sum(copy.missing_bytes() for copy in copies)
     free_bytes = shutil.disk_usage(root).free
     if needed_bytes > free_bytes:

@@ -3,14 +3,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressors import CorruptPayload, bitpack
+from compressors import CorruptPayload
 from compressors.bitpack import (
     concat_bytes,
     pack,
+    pack_by_torch,
     pack_pairs,
     packed_nbytes,
     split_bytes,
     unpack,
+    unpack_by_torch,
     unpack_pairs,
 )
 
@@ -24,8 +26,8 @@ def test_round_trip_and_both_paths_agree(nbits, length, num_rows, seed):
     assert packed.shape == (num_rows, packed_nbytes(length, nbits))
     assert torch.equal(unpack(packed, nbits, length), codes)
     by_torch, back = torch.zeros_like(packed), torch.zeros_like(codes)
-    bitpack._pack(codes, nbits, by_torch)
-    bitpack._unpack(packed, nbits, back)
+    pack_by_torch(codes, nbits, by_torch)
+    unpack_by_torch(packed, nbits, back)
     assert torch.equal(by_torch, packed) and torch.equal(back, codes)
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from compressors import LinkInfo, make_compressor
-from compressors.klt import calibration_file
 from compressors.klt.calibration_file import TOKENS_FILE, TokenTable, file_name, write_calibration, write_token_table
 from tests.compressors.klt_cases import LINK, calibrate, folder
 
@@ -60,15 +59,15 @@ def large_place(tmp_path):
 
 
 @pytest.fixture
-def hashed(monkeypatch):
-    """Names of the files that are hashed from here on."""
+def opened(monkeypatch):
+    """Names of the files that are opened by their path from here on."""
     names = []
 
-    def digest(file, original=calibration_file._digest):
-        names.append(Path(file.name).name)
-        return original(file)
+    def noting(path, *arguments, original=Path.open, **options):
+        names.append(path.name)
+        return original(path, *arguments, **options)
 
-    monkeypatch.setattr(calibration_file, "_digest", digest)
+    monkeypatch.setattr(Path, "open", noting)
     return names
 
 
@@ -77,9 +76,9 @@ def anonymous_nbytes():
     return 1024 * int(next(line for line in lines if line.startswith("Anonymous:")).split()[1])
 
 
-def test_codecs_of_a_process_read_each_file_once(place, hashed):
+def test_codecs_of_a_process_read_each_file_once(place, opened):
     codecs = [make(place), make(place, step=0.1), make(place, target_bits=2.0), make(place, "klt_fixed")]
-    assert sorted(hashed) == sorted([file_name(LINK), TOKENS_FILE])
+    assert sorted(opened) == sorted([file_name(LINK), TOKENS_FILE])
     assert len({codec.codec_id() for codec in codecs}) == 4
     assert torch.equal(round_trip(codecs[0]), round_trip(codecs[0], make(place)))
 
@@ -94,7 +93,7 @@ def test_a_token_table_is_not_copied_into_memory(large_place):
     assert anonymous_nbytes() - before < TABLE_NBYTES // 2
 
 
-def test_a_file_in_the_place_of_another_is_read_and_leaves_codecs_as_they_are(place, hashed, tmp_path):
+def test_a_file_in_the_place_of_another_is_read_and_leaves_codecs_as_they_are(place, opened, tmp_path):
     codec = make(place)
     decoded = round_trip(codec)
     other, tokens = calibrate(HIDDEN_SIZE, True)
@@ -106,30 +105,39 @@ def test_a_file_in_the_place_of_another_is_read_and_leaves_codecs_as_they_are(pl
         other.mean[0] -= 1
     assert torch.equal(round_trip(codec), decoded)
     assert make(place).codec_id() != codec.codec_id()
-    assert hashed.count(file_name(LINK)) == 2 and hashed.count(TOKENS_FILE) == 1
+    assert opened.count(file_name(LINK)) == 2 and opened.count(TOKENS_FILE) == 1
 
 
-def test_a_file_that_was_just_written_is_read_again(place, hashed):
+def test_a_file_that_was_just_written_is_read_again(place, opened):
     make(place)
     path = place / file_name(LINK)
     path.touch()
     first = make(place)
     assert make(place).codec_id() == first.codec_id()
-    assert hashed.count(file_name(LINK)) == 3
+    assert opened.count(file_name(LINK)) == 3
+
+
+def overwrite(file):
+    file.seek(-8, os.SEEK_END)
+    file.write(b"\0" * 8)
+
+
+def cut_short(file):
+    file.truncate(4096)
 
 
 @pytest.mark.parametrize("name", ["klt", "klt_fixed"])
 @pytest.mark.parametrize("use", ["compress", "decompress"])
-def test_a_file_that_is_overwritten_while_in_use_is_an_error(name, use, place):
-    """Both ends of a link on one machine would otherwise go on with what is there now."""
+@pytest.mark.parametrize("change", [overwrite, cut_short])
+def test_a_file_that_is_changed_while_in_use_is_an_error(name, use, change, place):
+    """Both ends of a link on one machine would otherwise go on with what is there now, or read behind its end."""
     codec, decoder = make(place, name), make(place, name)
     x = torch.zeros(1, 4, HIDDEN_SIZE)
     side = {"token_ids": torch.zeros(1, 4, dtype=torch.int64)} if codec.needs else {}
     payload = codec.compress(x, **side)
     path = place / file_name(LINK)
     with path.open("r+b") as file:
-        file.seek(-8, os.SEEK_END)
-        file.write(b"\0" * 8)
+        change(file)
     with pytest.raises(ValueError, match=rf"{path.name} was overwritten while in use"):
         codec.compress(x, **side) if use == "compress" else decoder.decompress(payload, "cpu", torch.float32)
 

@@ -247,10 +247,10 @@ def test_scratch_is_reused(spec):
 def test_compiled_rotation_makes_the_floats_of_the_torch_operations(width):
     x = hidden_states((6, width))
     x[1, 0], x[2, 0], x[3, 0] = math.nan, math.inf, 3e38
-    block, factors = hadamard._rotation(0, width, CPU)
+    block, factors = hadamard.rotation(0, width, CPU)
     rotated, back = x.clone(), x.clone()
     kernels.rotate(rotated.numpy(), block, factors.numpy(), 1e38)
     kernels.rotate_back(back.numpy(), block, factors.numpy())
-    expected = hadamard._rotate(x, block, factors, 1e38), hadamard._rotate_back(x, block, factors)
+    expected = hadamard.rotate_by_torch(x, block, factors, 1e38), hadamard.rotate_back_by_torch(x, block, factors)
     torch.testing.assert_close((rotated, back), expected, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(hadamard._rotate_back(rotated[:1], block, factors), x[:1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hadamard.rotate_back_by_torch(rotated[:1], block, factors), x[:1], rtol=1e-4, atol=1e-4)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from compressors import CorruptPayload, LinkInfo, Payload, make_compressor
 from compressors.check import CHECKS, dependence_on_frames, hidden_states, side_inputs, travelling
-from compressors.klt.calibration_file import file_name
+from compressors.klt.calibration_file import file_name, read_calibration
 
 CPU = torch.device("cpu")
 KLT = {"name": "klt", "step": 0.4}
@@ -57,11 +57,23 @@ def test_non_finite_values_stay_visible_and_change_no_earlier_token(subject):
         assert torch.equal(decoded[0, :2], clean[0, :2]) and torch.equal(decoded[1], clean[1])
 
 
-@SUBJECTS
-def test_error_falls_with_the_rate(subject):
+RATES = {
+    "klt": [{"step": step} for step in (1.0, 0.4, 0.2, 0.05, 0.002)],
+    "klt_fixed": [{"nbits": nbits} for nbits in (1, 3, 4, 6, 8)],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_error_falls_with_the_rate(name):
+    options, use_token_ids = CASES[name]
     x = hidden_states((2, 40, 96), seed=11)
-    error = (subject.round_trip(x) - x).norm() / x.norm()
-    assert error < 0.45
+    sizes, errors = [], []
+    for rate in RATES[options["name"]]:
+        subject = Calibrated(options | rate, use_token_ids)
+        sizes.append(subject.compress(subject.make(x), x).nbytes)
+        errors.append(float((subject.round_trip(x) - x).norm() / x.norm()))
+    assert sizes == sorted(set(sizes)) and errors == sorted(set(errors), reverse=True)
+    assert errors[1] < 0.45 and errors[-1] < 0.02
 
 
 @SUBJECTS
@@ -83,17 +95,6 @@ def test_outliers_are_exact():
     decoded = Calibrated(KLT).round_trip(x)
     torch.testing.assert_close(decoded[0, [0, 3]], x[0, [0, 3]], rtol=1e-3, atol=3e33)
     torch.testing.assert_close(decoded[0, 0], x[0, 0], rtol=1e-3, atol=1.0)
-
-
-def test_smaller_steps_cost_more_and_err_less():
-    x = hidden_states((1, 60, 96), seed=12)
-    sizes, errors = [], []
-    for step in (1.0, 0.5, 0.25, 0.05, 0.002):
-        subject = Calibrated({"name": "klt", "step": step})
-        sizes.append(subject.compress(subject.make(x), x).nbytes)
-        errors.append((subject.round_trip(x) - x).norm())
-    assert sizes == sorted(sizes) and errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.02 * x.norm()
 
 
 def test_target_bits_is_what_held_out_text_takes():
@@ -154,7 +155,8 @@ def test_both_ways_to_compute_agree():
 
 def test_temporal_leaves_the_ids_of_codecs_as_they_were():
     codec, by_token = make(KLT), make(TOKENWISE)
-    known = {"name": "klt", "calibration": codec._known.digest, "step": 0.4, "target_bits": None, "format_version": 1}
+    digest = read_calibration("klt", folder(96, True), LinkInfo(name=LINK, hidden_size=96, max_tokens=64)).digest
+    known = {"name": "klt", "calibration": digest, "step": 0.4, "target_bits": None, "format_version": 1}
     assert codec.format_config() == known and make(KLT | {"temporal": True}).codec_id() == codec.codec_id()
     assert by_token.format_config() == known | {"temporal": False} and by_token.codec_id() != codec.codec_id()
     with pytest.raises(ValueError, match="temporal is 1, allowed: True, False"):
@@ -248,12 +250,16 @@ def test_the_trellis_finds_the_nearest_levels():
 
     def chosen(rates):
         found, decoded = np.zeros((num_tokens, width), np.int32), np.zeros((num_tokens, width), np.float32)
-        no_shift = np.zeros(num_tokens, np.int32)
-        trellis.quantize(
-            target, np.zeros_like(target), np.full(num_tokens, 2, np.float32), np.zeros(num_tokens, np.bool_),
-            num_tokens, np.zeros((width, 0), np.float32), np.zeros((0, width), np.float32),
-            np.zeros(width, np.int32), no_shift, rates, found, decoded,
-        )  # fmt: skip
+        nothing = trellis.Prediction(
+            from_ids=np.zeros_like(target),
+            temporal_in=np.zeros((width, 0), np.float32),
+            temporal_out=np.zeros((0, width), np.float32),
+            tokens_per_row=num_tokens,
+        )
+        steps, finer = np.full(num_tokens, 2, np.float32), np.zeros(num_tokens, np.int32)
+        in_one_class, is_raw = trellis.Prices(np.zeros(width, np.int32), rates), np.zeros(num_tokens, np.bool_)
+        trellis.quantize(target, steps, finer, nothing, in_one_class, found, is_raw, decoded)
+        assert not is_raw.any()
         assert np.array_equal(decoded, found)
         at = np.array([np.flatnonzero((levels == row).all(1))[0] for row in found])
         return errors[range(num_tokens), at], prices[at]
@@ -275,35 +281,35 @@ def test_the_entropy_coder_is_an_integer_format():
     indices = (values - 500) // np.array([[1], [5], [20], [90], [300], [1], [10**6], [100], [7]], np.int32)
     indices[4, 3], indices[4, 4] = trellis.MAX_LEVEL // 2 - 1, 1 - trellis.MAX_LEVEL // 2
     levels = np.array([walk(row)[0] for row in indices.tolist()], np.int32)
-    models = {name: tensor.numpy() for name, tensor in prior_models().items()}
-    component_class = np.linspace(60, -30, width).astype(np.int32)
-    side_classes, id_starts = np.array([12, 5], np.int32), np.array([0, 20000, 30000, 32768], np.int32)
-    rms, finer = np.arange(-4, 5, dtype=np.int32), np.arange(-8, 10, 2, dtype=np.int32)
-    ranks = np.array([3, 0, 2, 1, 4], np.int32)
-    ids = np.arange(num_tokens, dtype=np.int32) % 5
+    prior = {name: tensor.numpy() for name, tensor in prior_models().items()}
+    models = kernels.make_models(
+        side_classes=np.array([12, 5], np.int32),
+        component_class=np.linspace(60, -30, width).astype(np.int32),
+        num_ids=5,
+        id_starts=np.array([0, 20000, 30000, 32768], np.int32),
+        **prior,
+    )
     is_raw = np.zeros(num_tokens, np.bool_)
     is_raw[6] = True
+    sent = kernels.Symbols(
+        levels=levels,
+        is_raw=is_raw,
+        rms=np.arange(-4, 5, dtype=np.int32),
+        finer=np.arange(-8, 10, 2, dtype=np.int32),
+        id_ranks=np.array([3, 0, 2, 1, 4, 3, 0, 2, 1], np.int32),
+    )
     ops, words = np.zeros((20_000, 3), np.uint16), np.zeros(20_000, np.uint32)
-    frequency_bits = np.full((1 << 15) + 1, 0, np.int64)
-    num_words = kernels.encode(
-        levels, is_raw, rms, finer, ids, side_classes, component_class, models["magnitude"], models["starts"],
-        frequency_bits, ranks, id_starts, 1 << 40, ops, words,
-    )  # fmt: skip
+    num_words = kernels.encode(sent, models, 1 << 40, ops, words)
     assert is_raw.sum() == 1
     digest = hashlib.sha256(words[:num_words].astype("<u4").tobytes()).hexdigest()[:16]
     assert (num_words, digest) == GOLDEN_WORDS
-    got = np.ones_like(levels)
-    got_raw, got_rms, got_finer, got_ranks = np.zeros(num_tokens, np.bool_), *np.zeros((3, num_tokens), np.int32)
-    used = kernels.decode(
-        words[:num_words], side_classes, component_class, models["magnitude"], models["starts"],
-        kernels.first_guesses(models["starts"]), 5, id_starts[None], kernels.first_guesses(id_starts[None]),
-        got, got_raw, got_rms, got_finer, got_ranks,
-    )  # fmt: skip
-    coded = ~is_raw
-    assert used == num_words and np.array_equal(got_raw, is_raw)
-    assert np.array_equal(got[coded], levels[coded])
-    assert np.array_equal(got_rms[coded], rms[coded]) and np.array_equal(got_finer[coded], finer[coded])
-    assert np.array_equal(got_ranks[coded], ranks[ids[coded]])
+    got = kernels.Symbols(
+        np.ones_like(levels), np.zeros(num_tokens, np.bool_), *np.zeros((3, num_tokens), np.int32)
+    )
+    assert kernels.decode(words[:num_words], models, got) == num_words
+    assert np.array_equal(got.is_raw, is_raw)
+    for name in ("levels", "rms", "finer", "id_ranks"):
+        assert np.array_equal(getattr(got, name)[~is_raw], getattr(sent, name)[~is_raw]), name
 
 
 GOLDEN_WORDS = (147, "c14f427befe2bb46")
@@ -346,6 +352,9 @@ def test_a_foreign_or_damaged_calibration_is_refused(tmp_path):
         (tmp_path / good.name).write_bytes(damaged)
         with pytest.raises(ValueError, match="a safetensors file made by python -m pipeline.calibrate"):
             make({"calibration": str(tmp_path), **KLT})
+    (tmp_path / good.name).write_bytes(blob[:-1])
+    with pytest.raises(ValueError, match=rf"of {len(blob)} bytes \(this one has {len(blob) - 1}\)"):
+        make({"calibration": str(tmp_path), **KLT})
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pipeline.partition.schedule import max_in_flight
 from pipeline.runtime.engine import Engine, Failure
 from tests.helpers.adding_stages import PLANS, Adding, Windows, expected, places_of_failure, some_sleep, specs
 from tests.helpers.launch import call_on_ranks
+from tests.helpers.mailboxes import num_free
 
 NUM_RANKS = 3
 
@@ -37,7 +38,7 @@ def run_job(plan, rank, worker, source, *, channels, depth, credits):
     )
     Engine(worker, ends, lambda where, **how: f"rank {rank}, {where}", source=source, credits=credits).run()
     for sender in ends.senders.values():
-        assert len(sender._outbox._free) == 2, "a buffer was lost"
+        assert num_free(sender.outbox) == 2, "a buffer was lost"
     return ends
 
 

@@ -22,6 +22,7 @@ from pipeline.comm.wire import BadFrame, WireFormat
 from pipeline.partition.passes import Pass, PassKind, Row
 from pipeline.records.store import read_per_token, read_record
 from tests.helpers.launch import call_on_ranks, run_ranks
+from tests.helpers.mailboxes import num_free
 from tests.helpers.tiny_models import tiny_arguments
 
 SHAPES = [(1, 64)] * 7 + [(1, 5)]
@@ -74,11 +75,11 @@ class Ends:
         if hasattr(self, "sender"):
             self.sender.end()
             self.sender.flush()
-            assert len(self.outbox._free) == 2 and not self.outbox._pending
+            assert num_free(self.outbox) == 2
         else:
             assert self.take()[0] is None
             self.receiver.close()
-            assert self.arrivals.is_empty() and self.inbox._posted.empty()
+            assert self.arrivals.is_empty() and self.inbox.num_posted == 0
             inboxes = [thread.name for thread in threading.enumerate() if thread.name.startswith("inbox")]
             assert len(inboxes) == self.num_inboxes == 0, inboxes
 
@@ -190,8 +191,9 @@ def peer_gone(rank, apart):
     with pytest.raises(LinkError, match="link layer:0:node0->node1: receiving from rank 0: .") as raised:
         ends.take()
     assert raised.value.peer == 0 and raised.value.is_symptom
-    ends.inbox._thread.join(30)
-    assert not ends.inbox._thread.is_alive()
+    with pytest.raises(LinkError):
+        ends.receiver.close()  # waits for the inbox's thread
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("inbox")]
 
 
 @APART

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from pipeline.data.text import Text, _wikitext_rows, ids_digest, load_text, tokenize
+from pipeline.data.text import Text, ids_digest, load_text, tokenize, wikitext_rows
 
 WIKITEXT_DIR = Path(
     os.environ.get("THINWIRE_WIKITEXT", Path(__file__).parents[3] / "shared" / "data" / "wikitext-2-raw")
@@ -326,6 +326,6 @@ def test_ids_digest_is_of_little_endian_int32():
 )
 def test_the_real_test_split():
     path = WIKITEXT_DIR / "wiki.test.raw"
-    assert len(_wikitext_rows(path.read_bytes().decode())) == 4358  # as the hub's dataset card says
+    assert len(wikitext_rows(path.read_bytes().decode())) == 4358  # as the hub's dataset card says
     text = load_text(name="wikitext", path=str(path), split="test")
     assert text.sha256 == "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.models import loading
 from pipeline.models.loading import VERIFIED_MODEL_TYPES, ModelError, load_model_config, load_stage
 from pipeline.partition.plan import default_plan
 from tests.helpers.tiny_models import MODEL_TYPES, VOCAB_SIZE, save_tiny_model
@@ -170,12 +169,12 @@ def test_a_kernel_that_drops_the_cap_of_attention_logits_is_refused(monkeypatch)
     architecture = fields | sizes | {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     load_model_config(None, architecture)
 
-    def on_sdpa(config, trust_remote_code, make=loading._first_layer):
-        model = make(config, trust_remote_code)
+    def on_sdpa(config, make=AutoModelForCausalLM.from_config, **options):
+        model = make(config, **options)
         model.config._attn_implementation = "sdpa"
         return model
 
-    monkeypatch.setattr(loading, "_first_layer", on_sdpa)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", on_sdpa)
     with pytest.raises(ModelError, match="leaves out attn_logit_softcapping.*5.21"):
         load_model_config(None, architecture)
     load_model_config(None, architecture | {"attn_logit_softcapping": None})

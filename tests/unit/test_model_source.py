@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from pipeline.data.text import load_text, tokenize
-from pipeline.models import gguf as gguf_conversion
+from pipeline.models import gguf_conversion
 from pipeline.models.gguf import convert_gguf_once
 from pipeline.models.source import checkpoint_fingerprint, resolve_model, weight_files
 from tests.helpers.launch import call_on_ranks
@@ -451,7 +451,7 @@ class TestGguf:
         assert [VOCABULARY[i] for i in ids] == ["ab", "\u0120", "a"]
 
     def test_is_converted_once(self, converted, gguf_file, monkeypatch, tmp_path):
-        monkeypatch.setattr(gguf_conversion, "_convert", pytest.fail)
+        monkeypatch.setattr(gguf_conversion, "convert", pytest.fail)
         assert convert_gguf_once(gguf_file, str(converted.parent)) == converted
         renamed = shutil.copy(gguf_file, tmp_path / gguf_file.name)
         assert convert_gguf_once(Path(renamed), str(converted.parent)) == converted
@@ -460,12 +460,12 @@ class TestGguf:
         changed = bytearray(gguf_file.read_bytes())
         changed[-1] ^= 1
         (tmp_path / gguf_file.name).write_bytes(changed)
-        monkeypatch.setattr(gguf_conversion, "_convert", lambda gguf, out: None)
+        monkeypatch.setattr(gguf_conversion, "convert", lambda gguf, out: None)
         assert convert_gguf_once(tmp_path / gguf_file.name, str(tmp_path)).name != converted.name
 
     @pytest.mark.parametrize("xdg", [True, False])
     def test_default_cache(self, gguf_file, tmp_path, monkeypatch, xdg):
-        monkeypatch.setattr(gguf_conversion, "_convert", lambda gguf, out: None)
+        monkeypatch.setattr(gguf_conversion, "convert", lambda gguf, out: None)
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg") if xdg else "")
         parent = tmp_path / "xdg" / "thinwire" if xdg else tmp_path / "home" / ".cache" / "thinwire"
@@ -477,7 +477,7 @@ class TestGguf:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(gguf_conversion, "_convert", interrupted)
+            patch.setattr(gguf_conversion, "convert", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 convert_gguf_once(gguf_file, str(tmp_path))
         assert not [p for p in tmp_path.iterdir() if p.is_dir()]
@@ -488,7 +488,7 @@ class TestGguf:
             os._exit(9)
 
         with monkeypatch.context() as patch:
-            patch.setattr(gguf_conversion, "_convert", killed)
+            patch.setattr(gguf_conversion, "convert", killed)
             process = multiprocessing.get_context("fork").Process(
                 target=convert_gguf_once, args=(gguf_file, str(tmp_path))
             )
@@ -496,7 +496,7 @@ class TestGguf:
             process.join()
         assert process.exitcode == 9
         (leftover,) = [p for p in tmp_path.iterdir() if p.is_dir()]
-        monkeypatch.setattr(gguf_conversion, "_convert", lambda gguf, out: (out / "done").write_text(""))
+        monkeypatch.setattr(gguf_conversion, "convert", lambda gguf, out: (out / "done").write_text(""))
         assert (convert_gguf_once(gguf_file, str(tmp_path)) / "done").is_file()
         assert not leftover.exists()
 
@@ -509,7 +509,7 @@ class TestGguf:
             time.sleep(0.2)
             (out / "done").write_text("")
 
-        monkeypatch.setattr(gguf_conversion, "_convert", slow)
+        monkeypatch.setattr(gguf_conversion, "convert", slow)
         context = multiprocessing.get_context("fork")
         arguments = (gguf_file, str(tmp_path / "cache"))
         workers = [context.Process(target=convert_gguf_once, args=arguments) for _ in range(4)]
@@ -692,9 +692,9 @@ class TestGguf:
         config = AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
         if refused:
             with pytest.raises(ValueError, match=refused):
-                gguf_conversion._complete_config(path, gguf.GGUFReader(path), config)
+                gguf_conversion.complete_config(path, gguf.GGUFReader(path), config)
             return
-        gguf_conversion._complete_config(path, gguf.GGUFReader(path), config)
+        gguf_conversion.complete_config(path, gguf.GGUFReader(path), config)
         full, local = config.rope_parameters["full_attention"], config.rope_parameters["sliding_attention"]
         assert config.sliding_window == 64 and full["rope_theta"] == 1e6
         assert full.get("factor") == keys.get("rope.scaling.factor")

@@ -58,7 +58,13 @@ def open_slots(stages):
     """Slots without a sequence, whose memory is not a number anywhere."""
     for stage in stages:
         stage.open_slots(NUM_SLOTS, MAX_LENGTH)
-        stage.slots._data.fill_(torch.nan)
+        fill_with_nan(stage.slots)
+
+
+def fill_with_nan(cache):
+    for keys, values in cache.layers:
+        keys.fill_(torch.nan)
+        values.fill_(torch.nan)
 
 
 def run(stages, ids, rows=None):
@@ -250,11 +256,12 @@ def fill(slots, num_heads=2, head_dim=8):
 )
 def test_passes_that_the_cache_cannot_take_change_nothing(rows, num_tokens, words):
     cache = make_cache(lengths=(10, 0, 0, 6))
-    before = cache._data.clone()
+    before = [part.clone() for layer in cache.layers for part in layer]
     with pytest.raises(SlotError, match=words):
         cache.begin(rows, num_tokens)
     assert [cache.length(slot) for slot in range(4)] == [10, 0, 0, 6]
-    assert torch.equal(cache._data.nan_to_num(), before.nan_to_num())
+    after = [part for layer in cache.layers for part in layer]
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(after, before, strict=True))
 
 
 def test_lengths():
@@ -299,7 +306,8 @@ def test_memory_is_what_the_formula_says(model_type, window):
         stage.open_slots(3, 17)
         per_token = cache_bytes_per_token(config, stage.plan.num_layers, torch.float64)
         assert stage.slots.nbytes == 3 * 17 * per_token
-        assert stage.slots._data.untyped_storage().nbytes() == stage.slots.nbytes
+        storages = [part.untyped_storage() for layer in stage.slots.layers for part in layer]
+        assert sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) == stage.slots.nbytes
         stage.close_slots()
         assert stage.slots is None
 
@@ -411,7 +419,7 @@ def test_what_shares_a_pass_changes_no_bit_of_attention(dtype, num_tokens, softc
 
     def attend(chosen):
         cache = make_cache(one_layer, dtype)
-        cache._data.fill_(torch.nan)
+        fill_with_nan(cache)
         for row in chosen:
             if starts[row]:
                 slots = cache.begin([Row(row, 0)], starts[row])

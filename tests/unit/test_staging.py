@@ -35,13 +35,13 @@ def src(tmp_path):
 def chunk_reads(monkeypatch):
     """(file name, chunk index) of every chunk that is copied from the source."""
     copied = []
-    copy_chunk = staging._FileCopy._copy_chunk
+    copy_chunk = staging.FileCopy.copy_chunk
 
     def spy(self, reader, writer, index, offset, length):
         copied.append((self.source.name, index))
         copy_chunk(self, reader, writer, index, offset, length)
 
-    monkeypatch.setattr(staging._FileCopy, "_copy_chunk", spy)
+    monkeypatch.setattr(staging.FileCopy, "copy_chunk", spy)
     return copied
 
 
@@ -56,7 +56,7 @@ def stage(src: Path, fast: Path, files=FILES) -> Path:
 
 def interrupt_after(monkeypatch, num_chunks: int, error: BaseException) -> None:
     """Make the copy of the weights fail in the middle of writing chunk number `num_chunks`."""
-    copy_chunk = staging._FileCopy._copy_chunk
+    copy_chunk = staging.FileCopy.copy_chunk
 
     def failing(self, reader, writer, index, offset, length):
         if self.source.name == "model.safetensors" and index == num_chunks:
@@ -65,7 +65,7 @@ def interrupt_after(monkeypatch, num_chunks: int, error: BaseException) -> None:
             raise error
         copy_chunk(self, reader, writer, index, offset, length)
 
-    monkeypatch.setattr(staging._FileCopy, "_copy_chunk", failing)
+    monkeypatch.setattr(staging.FileCopy, "copy_chunk", failing)
 
 
 def test_copies_exactly_the_named_files(src, tmp_path):
@@ -208,7 +208,7 @@ class TestRefused:
         TestResume().resumed(src, tmp_path)
 
     def test_copy_that_reads_back_wrong(self, src, tmp_path, monkeypatch):
-        copy_chunk = staging._FileCopy._copy_chunk
+        copy_chunk = staging.FileCopy.copy_chunk
 
         def bad_disk(self, reader, writer, index, offset, length):
             copy_chunk(self, reader, writer, index, offset, length)
@@ -216,32 +216,32 @@ class TestRefused:
                 writer.seek(offset)
                 writer.write(b"\0")
 
-        monkeypatch.setattr(staging._FileCopy, "_copy_chunk", bad_disk)
+        monkeypatch.setattr(staging.FileCopy, "copy_chunk", bad_disk)
         with pytest.raises(ValueError, match=r"\.part: bytes 2000 to 3000 differ"):
             stage(src, tmp_path / "fast")
         assert not list((tmp_path / "fast").glob("*/model.safetensors"))
 
     def test_source_that_changes_during_the_copy(self, src, tmp_path, monkeypatch):
-        copy_chunk = staging._FileCopy._copy_chunk
+        copy_chunk = staging.FileCopy.copy_chunk
 
         def downloading(self, reader, writer, index, offset, length):
             copy_chunk(self, reader, writer, index, offset, length)
             with open(src / "model.safetensors", "ab") as file:
                 file.write(b"more")
 
-        monkeypatch.setattr(staging._FileCopy, "_copy_chunk", downloading)
+        monkeypatch.setattr(staging.FileCopy, "copy_chunk", downloading)
         with pytest.raises(ValueError, match=r"model\.safetensors changed while it was copied"):
             stage(src, tmp_path / "fast")
 
     def test_source_that_shrinks_during_the_copy(self, src, tmp_path, monkeypatch):
-        copy_chunk = staging._FileCopy._copy_chunk
+        copy_chunk = staging.FileCopy.copy_chunk
 
         def shrinking(self, reader, writer, index, offset, length):
             if index == 2:
                 os.truncate(src / "model.safetensors", 2 * CHUNK + 1)
             copy_chunk(self, reader, writer, index, offset, length)
 
-        monkeypatch.setattr(staging._FileCopy, "_copy_chunk", shrinking)
+        monkeypatch.setattr(staging.FileCopy, "copy_chunk", shrinking)
         with pytest.raises(ValueError, match=r"model\.safetensors ended at byte \d+ of 4321"):
             stage(src, tmp_path / "fast")
 
@@ -274,14 +274,14 @@ def test_concurrent_processes_copy_once(src, tmp_path):
 
     def worker():
         num_copied = 0
-        copy_chunk = staging._FileCopy._copy_chunk
+        copy_chunk = staging.FileCopy.copy_chunk
 
         def count(self, *args):
             nonlocal num_copied
             num_copied += 1
             copy_chunk(self, *args)
 
-        staging._FileCopy._copy_chunk = count
+        staging.FileCopy.copy_chunk = count
         staged = stage(src, tmp_path / "fast")
         results.put((num_copied, (staged / "model.safetensors").read_bytes() == pattern(4 * CHUNK + 321)))
 

@@ -7,23 +7,28 @@ import signal
 import sys
 import threading
 import time
+from typing import ClassVar
 
 import pytest
 
-from pipeline.comm import watchdog
-from pipeline.comm.watchdog import PipelineError, Watchdog, _Beat, _Clock
+from pipeline.comm import heartbeats
+from pipeline.comm.heartbeats import Clock, Heartbeats, heartbeat
+from pipeline.comm.watchdog import PipelineError, Watchdog
 from pipeline.comm.world import World
 from tests.helpers.launch import call_on_ranks
 
 WORLD = World(rank=1, world_size=4)
 
 
-@pytest.fixture
-def idle():
-    """A watchdog whose threads do not run, so that nothing ends the test's process."""
-    dog = Watchdog(World(), timeout_s=2.0)
-    dog._world = WORLD
-    return dog
+
+def seen(**ranks):
+    """What rank 1 has seen: (is waiting, where, for how long it has stood still) of rank0, rank2, ..."""
+    beats = Heartbeats(WORLD)
+    for name, (is_waiting, where, silent_s) in ranks.items():
+        value = heartbeat(8, is_waiting=is_waiting, where=where).encode()
+        beats.see(int(name.removeprefix("rank")), value, 900.0)
+        beats.see(int(name.removeprefix("rank")), value, silent_s)
+    return beats
 
 
 class Gone(PipelineError):
@@ -47,52 +52,95 @@ def test_one_process_keeps_its_signals():
 
 def test_a_process_that_was_stopped_itself_counts_no_silence(monkeypatch):
     now_s = iter([0.0, 0.4, 900.4, 900.9])
-    monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(now_s))
-    clock = _Clock(interval_s=0.25)
+    monkeypatch.setattr(heartbeats.time, "monotonic", lambda: next(now_s))
+    clock = Clock(interval_s=0.25)
     assert [clock.tick(), clock.tick(), clock.tick()] == [pytest.approx(0.4), 1.0, pytest.approx(0.5)]
 
 
-def test_a_silent_peer_is_blamed_first(idle):
-    idle._beats = {
-        0: _Beat(b"8|0|stage 0, micro-batch 9"),
-        2: _Beat(b"4|0|stage 2, micro-batch 5", silent_s=1.9),
-    }
-    assert idle._blame(2, "closed") == "lost rank 2 (last at stage 2, micro-batch 5): closed"
+def test_silence_is_counted_from_the_last_heartbeat_that_differed():
+    beats = Heartbeats(WORLD)
+    for value, passed_s in ((b"1|0|here", 5.0), (b"1|0|here", 0.5), (b"1|0|here", 0.5), (b"2|0|here", 0.5)):
+        silent = beats.silent(0.9)
+        beats.see(3, value, passed_s)
+    assert silent == [3] and beats.silent(0.0) == [] and beats.alive(0.1) == [3]
+    assert beats.not_started() == [0, 2] and beats.has_started(3) and not beats.has_started(2)
+    assert beats.last_known(3, 2) == "rank 3 (last at here) and rank 2 (not started)"
 
 
-def test_a_silent_rank_is_blamed_before_a_peer_that_lives(idle):
-    idle._beats = {0: _Beat(b"8|0|stage 0, micro-batch 9"), 2: _Beat(b"4|0|loading weights", silent_s=1.9)}
-    assert idle._blame(0, "closed") == "lost rank 2 (last at loading weights): closed"
+def test_a_rank_does_not_count_itself():
+    beats = seen(rank1=(False, "stage 1", 60.0), rank2=(True, "stage 2", 0.0))
+    assert beats.silent(1.0) == [] and beats.alive(1.0) == [2]
+    assert beats.blame(2, "closed", "here") == "here: closed"
 
 
-def test_then_whoever_does_not_wait(idle):
-    idle._beats = {
-        0: _Beat(b"8|1|stage 4, micro-batch 5"),
-        1: _Beat(b"8|0|stage 1, micro-batch 7"),
-        2: _Beat(b"4|1|stage 2, micro-batch 6"),
-        3: _Beat(b"4|0|stage 3, micro-batch 5"),
-    }
-    assert idle._blame(2, "timed out") == (
+def test_a_silent_peer_is_blamed_first():
+    beats = seen(
+        rank0=(False, "stage 0, micro-batch 9", 1.9), rank2=(False, "stage 2, micro-batch 5", 1.9),
+        rank3=(False, "stage 3, micro-batch 5", 0.0),
+    )  # fmt: skip
+    assert beats.blame(2, "closed", "here") == "lost rank 2 (last at stage 2, micro-batch 5): closed"
+
+
+def test_a_silent_rank_is_blamed_before_a_peer_that_lives():
+    beats = seen(rank0=(False, "stage 0, micro-batch 9", 0.0), rank2=(False, "loading weights", 1.9))
+    assert beats.blame(0, "closed", "here") == "lost rank 2 (last at loading weights): closed"
+
+
+def test_then_whoever_does_not_wait():
+    beats = seen(
+        rank0=(True, "stage 4, micro-batch 5", 0.0), rank1=(False, "stage 1, micro-batch 7", 0.0),
+        rank2=(True, "stage 2, micro-batch 6", 0.0), rank3=(False, "stage 3, micro-batch 5", 0.0),
+    )  # fmt: skip
+    assert beats.blame(2, "timed out", "here") == (
         "the others wait for rank 3 (last at stage 3, micro-batch 5), "
         "or runtime.timeout_s is too short for it: timed out"
     )
 
 
-def test_else_the_symptom_is_told_where_it_was_seen(idle):
-    idle.where = "stage 1, micro-batch 7"
-    idle._beats = {2: _Beat(b"4|1|stage 2, micro-batch 6")}
-    assert idle._blame(2, "timed out") == "rank 1, stage 1, micro-batch 7: timed out"
+def test_else_the_symptom_is_told_where_it_was_seen():
+    beats = seen(rank2=(True, "stage 2, micro-batch 6", 0.0))
+    assert beats.blame(2, "timed out", "rank 1, micro-batch 7") == "rank 1, micro-batch 7: timed out"
 
 
-def test_of_a_standstill_the_rank_that_computes_is_named(idle):
+class OthersAlive(dict):
+    """A rendezvous store with the heartbeats of ranks that get on: each time they are read, they have changed."""
+
+    count = 0
+    others: ClassVar = {"beat/2": (False, "stage 2, micro-batch 8"), "beat/3": (True, "stage 3, micro-batch 7")}
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+    def compare_set(self, key, expected, wanted):
+        return self.setdefault(key, wanted.encode())
+
+    def check(self, keys):
+        return all(key in self or key in self.others for key in keys)
+
+    def multi_get(self, keys):
+        self.count += 1
+        return [self._read(key) for key in keys]
+
+    def _read(self, key):
+        if key not in self.others:
+            return self[key]
+        is_waiting, where = self.others[key]
+        return heartbeat(self.count, is_waiting=is_waiting, where=where).encode()
+
+
+def wait_still(rank):
+    """Rank 0 waits for a pass that never comes, while the others' heartbeats go on."""
+    dog = Watchdog(World(rank=0, world_size=4), timeout_s=0.6)
+    dog.join(OthersAlive())
+    dog.move("stage 4, micro-batch 6", waiting=True, due=True)
+    time.sleep(60)
+
+
+def test_of_a_standstill_while_all_live_the_rank_that_computes_is_named():
     """Rank 0's own watchdog sees it, as nobody else times passes."""
-    idle.move("stage 4, micro-batch 6", waiting=False, due=True)
-    cause = "rank 1, stage 4, micro-batch 6: at it for 2 s, or runtime.timeout_s is too short for it"
-    assert idle._why_still() == cause
-    idle.move("stage 4, micro-batch 6", waiting=True, due=True)
-    idle._beats = {2: _Beat(b"4|0|stage 2, micro-batch 8"), 3: _Beat(b"4|1|stage 3, micro-batch 7")}
+    (still,) = call_on_ranks(1, wait_still, timeout_s=20)
     told = "the others wait for rank 2 (last at stage 2, micro-batch 8), or runtime.timeout_s is too short for it"
-    assert idle._why_still() == f"{told}: no pass has moved for 2 s"
+    assert still.returncode == 1 and f"rank 0 stops: {told}: no pass has moved for 0.6 s\n" in still.stderr
 
 
 def stand_still(rank, ends):
@@ -129,8 +177,8 @@ def end_in(rank: int, how: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
     if how == "two threads":
-        threading.Thread(target=dog._leave, args=["first"]).start()
-        dog._leave("first")
+        threading.Thread(target=dog.leave, args=["first"]).start()
+        dog.leave("first")
     try:
         raise ERRORS.get(how, ValueError("bad"))
     except BaseException as e:
