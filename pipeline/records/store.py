@@ -35,6 +35,7 @@ __all__ = [
     "digest_of",
     "disk_problem",
     "failure_path",
+    "free_name",
     "make_run_id",
     "model_label",
     "read_failure",
@@ -119,6 +120,15 @@ def write_whole(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or the first of `<path>2`, `<path>3`, ... where something has that name."""
+    free, number = path, 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}{number}")
+    return free
 
 
 def write_figure(path: Path, figure: Any, *, dpi: int) -> None:
