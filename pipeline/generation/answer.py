@@ -109,6 +109,8 @@ class Answer:
     def finish(self, reason: str, error: str | None = None) -> None:
         if self._text is not None:
             self._show(self._text.finish())
+            if error is None and self._text.finish_reason is not None:  # in text that waited for its next token
+                reason = self._text.finish_reason
             self._text = None
         self.finish_reason, self.error = reason, error
         self._on_finish(self)
