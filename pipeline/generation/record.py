@@ -64,7 +64,7 @@ def generation_record(
             for link in plan.links
         },
         "requests": [
-            {key: line[key] for key in line if key not in ("prompt", "text", "token_ids")}
+            {key: line[key] for key in line if key not in ("prompt", "text", "token_ids", "logprobs")}
             | {"num_tokens": len(line["token_ids"])}
             for line in lines
         ],
