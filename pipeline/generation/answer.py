@@ -45,6 +45,8 @@ class Answer:
         self._submitted_s = time.monotonic()
         self._began_s: float | None = None
         self._token_times_s: list[float] = []
+        self._logprobs: list[float] = []
+        self._top_logprobs: list[tuple[tuple[int, float], ...]] = []
 
     @property
     def prompt_ids(self) -> Sequence[int]:
@@ -86,6 +88,13 @@ class Answer:
         """Payload bytes of its tokens; of passes that it shared, its share."""
         return dict(zip(self._link_names, self._bytes, strict=True))
 
+    @property
+    def logprobs(self) -> dict[str, Any] | None:
+        """Of each token its log-probability (nats), and the likeliest tokens as (id, log-probability); if asked for."""
+        if self.request.logprobs is None:
+            return None
+        return {"token_logprobs": self._logprobs, "top_logprobs": self._top_logprobs}
+
     def begin(self) -> None:
         self._began_s = time.monotonic()
         self._text = TextStream(self._tokenizer, self.request.stop)
@@ -94,6 +103,9 @@ class Answer:
         assert self._text is not None, "it has not begun, or has ended"
         self._token_times_s.append(time.monotonic())
         self.token_ids.append(token.token_id)
+        if self.request.logprobs is not None:
+            self._logprobs.append(token.logprob)
+            self._top_logprobs.append(token.top)
         if token.token_id in self.request.eos_ids:
             self.finish("stop")
             return
@@ -109,6 +121,8 @@ class Answer:
     def finish(self, reason: str, error: str | None = None) -> None:
         if self._text is not None:
             self._show(self._text.finish())
+            if error is None and self._text.finish_reason is not None:  # in text that waited for its next token
+                reason = self._text.finish_reason
             self._text = None
         self.finish_reason, self.error = reason, error
         self._on_finish(self)
@@ -122,6 +136,7 @@ class Answer:
             "prompt": self.request.text,
             "text": self.text,
             "token_ids": self.token_ids,
+            "logprobs": self.logprobs,
             "finish_reason": self.finish_reason,
             "num_prompt_tokens": len(self.request.prompt_ids),
             "queued_s": None if began_s is None else began_s - self._submitted_s,
@@ -144,6 +159,7 @@ def refusal_line(refused: RefusedRequest) -> dict[str, Any]:
         "prompt": None,
         "text": "",
         "token_ids": [],
+        "logprobs": None,
         "finish_reason": "error",
         "num_prompt_tokens": 0,
         "queued_s": None,

@@ -11,7 +11,7 @@ import sys
 import threading
 from typing import TextIO
 
-from pipeline.config.schema import ConfigError, RunConfig
+from pipeline.config.schema import RunConfig
 from pipeline.generation.answer import Answer
 from pipeline.generation.generate import make_request_maker, make_scheduler
 from pipeline.generation.requests import RequestMaker
@@ -32,8 +32,6 @@ def chat(config: RunConfig, deployment: Deployment) -> None:
     def prepare() -> tuple[tuple[Scheduler, RequestMaker] | None, None]:
         if control.world.rank != 0:
             return None, None
-        if sys.stdin is None:
-            raise ConfigError("--chat reads standard input, which is closed")
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 costs its turn, not the conversation
         maker = make_request_maker(ring)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def make_scheduler(ring: GenerationRing) -> Scheduler:
         passes=ring.passes,
         shares_prefixes=not ring.mixes_tokens,
         shares_answers=ring.decode_codecs is ring.codecs,
+        shares_passes=not ring.mixes_tokens,
     )
 
 
@@ -62,40 +64,68 @@ def make_request_maker(ring: GenerationRing) -> RequestMaker:
 
 
 class _Batch:
-    """Rank 0's part: which requests are left, the file of answers, what is seen."""
+    """Rank 0's part: which requests are left, the file of answers, what is seen.
+
+    Requests are a list, or come while the ring runs, and are then taken in on a thread of its own.
+    """
 
     def __init__(
         self,
         ring: GenerationRing,
-        requests: Sequence[Request | RefusedRequest],
+        requests: Iterable[Request | RefusedRequest],
         tokenizer: Any,
         *,
         resume: bool,
         shown: str | None,
     ) -> None:
         config, deployment = ring.config, ring.deployment
+        known = requests if isinstance(requests, list) else None
         self.digest = digest_of(
             {
                 **config.numerics(),
                 "checkpoint": deployment.checkpoint_digest,
-                "requests": [dataclasses.asdict(request) for request in requests],
+                "requests": None if known is None else [dataclasses.asdict(request) for request in known],
             }
         )
         self.file = AnswersFile(Path(config.exp_dir), self.digest, resume=resume)
         self.scheduler = make_scheduler(ring)
         self.lines: list[dict[str, Any]] = []
         self.answers: list[Answer] = []
-        shows = shown is not None
+        self._tokenizer, self._shows = tokenizer, shown is not None
+        self._links = [link.name for link in deployment.plan.links]
         self._bar = tqdm(
-            total=len(requests),
+            total=None if known is None else len(known),
             initial=len(self.file.done),
             unit="prompt",
             file=sys.stderr,
             dynamic_ncols=True,
-            disable=shows,
+            disable=self._shows,
         )
+        self._writing = threading.Lock()
         self._num_tokens, self._start_s = 0, time.monotonic()
-        links = [link.name for link in deployment.plan.links]
+        self._problem: Exception | None = None
+        if known is None:
+            threading.Thread(target=self._take_as_they_come, args=[requests], name="requests", daemon=True).start()
+        else:
+            self._take(known)
+            self.scheduler.close()
+
+    def close(self) -> None:
+        """Raises what was wrong with the requests' source."""
+        bounded(self._bar.close)
+        self.file.close()
+        if self._problem is not None:
+            raise self._problem
+
+    def _take_as_they_come(self, requests: Iterable[Request | RefusedRequest]) -> None:
+        try:
+            self._take(requests)
+        except Exception as e:  # told on the main thread, once the ring is at rest
+            self._problem = e
+        finally:
+            self.scheduler.close()
+
+    def _take(self, requests: Iterable[Request | RefusedRequest]) -> None:
         for request in requests:
             if request.line in self.file.done:
                 continue
@@ -103,39 +133,36 @@ class _Batch:
                 self._write(refusal_line(request))
                 continue
             answer = Answer(
-                request, tokenizer, link_names=links, on_text=_show if shows else _ignore, on_finish=self._finish
+                request,
+                self._tokenizer,
+                link_names=self._links,
+                on_text=_show if self._shows else _ignore,
+                on_finish=lambda answer: self._write(answer.as_line()),
             )
             self.answers.append(answer)
             self.scheduler.submit(answer)
-        self.scheduler.close()
-
-    def _finish(self, answer: Answer) -> None:
-        self._num_tokens += len(answer.token_ids)
-        self._write(answer.as_line())
 
     def _write(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
-        self.file.add(line)
-        rate = self._num_tokens / max(time.monotonic() - self._start_s, 1e-9)
-        self._bar.set_postfix_str(f"{self._num_tokens} tokens, {rate:.1f} tokens/s", refresh=False)
-        self._bar.update()
-
-    def close(self) -> None:
-        bounded(self._bar.close)
-        self.file.close()
+        with self._writing:
+            self._num_tokens += len(line["token_ids"])
+            self.lines.append(line)
+            self.file.add(line)
+            rate = self._num_tokens / max(time.monotonic() - self._start_s, 1e-9)
+            self._bar.set_postfix_str(f"{self._num_tokens} tokens, {rate:.1f} tokens/s", refresh=False)
+            self._bar.update()
 
 
 def generate(
     config: RunConfig,
     deployment: Deployment,
-    read: Callable[[RequestMaker], Sequence[Request | RefusedRequest]],
+    read: Callable[[RequestMaker], Iterable[Request | RefusedRequest]],
     *,
     resume: bool,
     shown: str | None = None,
 ) -> Generated | None:
     """Answer requests; None on other ranks than 0. With `shown`, the answer is printed behind it while it comes.
 
-    `read`, called on rank 0, gives the requests.
+    `read`, called on rank 0, gives the requests: a list, or what gives them as they come, which cannot be resumed.
     """
     control = deployment.control
     ring = GenerationRing(config, deployment)

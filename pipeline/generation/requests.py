@@ -25,7 +25,7 @@ _CUTS = ("top_k", "top_p", "min_p")
 # Keys of `generation` that a request may have for itself.
 OWN_KEYS = (
     *("max_new_tokens", "temperature", *_CUTS, "repetition_penalty"),
-    *("stop", "seed", "ignore_eos", "deadline_s"),
+    *("stop", "seed", "ignore_eos", "logprobs", "deadline_s"),
 )
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -35,7 +35,9 @@ class Request:
     """A prompt and how it is to be answered.
 
     `text` is the prompt as it was tokenised, behind the chat template where there are messages. `eos_ids` end the
-    answer, and are empty where end-of-sequence tokens are ignored. `deadline_s` counts from when the request is taken.
+    answer, and are empty where end-of-sequence tokens are ignored. `logprobs` is how many of the likeliest tokens are
+    told of beside each token's own log-probability, None for neither. `deadline_s` counts from when the request is
+    taken.
     """
 
     line: int
@@ -45,6 +47,7 @@ class Request:
     sampling: SamplingOptions
     stop: tuple[str, ...]
     eos_ids: tuple[int, ...]
+    logprobs: int | None
     deadline_s: float | None
 
 
@@ -102,6 +105,7 @@ class RequestMaker:
             sampling=sampling,
             stop=generation.stop,
             eos_ids=() if generation.ignore_eos else self._eos_ids(),
+            logprobs=generation.logprobs,
             deadline_s=generation.deadline_s,
         )
 

@@ -16,13 +16,13 @@ from pipeline.generation.scheduler import Scheduler
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.models.sampling import read_generation_defaults
 from pipeline.models.stage import TokenWindows
-from pipeline.partition.schedule import passes_in_flight
 from pipeline.runtime.codecs import CodecFacts, make_decode_codecs
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.devices import available_cores
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.head import Head, max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import generation_workload, id_nbytes, link_specs
+from pipeline.runtime.placement import credits_of
 from pipeline.runtime.rank_report import rank_report
 from pipeline.runtime.stage_times import StageTimes
 from pipeline.runtime.together import warm_up
@@ -39,7 +39,7 @@ class GenerationRing:
         prefill_chunk: tokens of a prompt in one pass.
         passes: of sampled tokens that are worth having under way at once.
         defaults, eos_ids, notes: what the checkpoint says of generation.
-        mixes_tokens: whether the model itself computes a token otherwise beside others.
+        mixes_tokens: whether the model itself computes a token otherwise beside others, be it those of other sequences.
 
     Raises ConfigError, on all ranks, for codecs that generation cannot use.
     """
@@ -63,14 +63,7 @@ class GenerationRing:
         )
         for facts in (*self.codecs.facts, *self.decode_codecs.facts):
             _check_codec(facts)
-        self.credits = 1  # one process takes each pass to its end
-        if control.world.world_size > 1:
-            self.credits = passes_in_flight(
-                plan,
-                config.runtime.in_flight,
-                receives_ahead=config.runtime.receives_ahead,
-                world_size=control.world.world_size,
-            )
+        self.credits = credits_of(config, plan, control.world)
         self.passes = min(self.credits, generation.passes or self._num_working_at_once())
         defaults = read_generation_defaults(deployment.model_dir, deployment.model_config)
         self.defaults, self.eos_ids, self.notes = defaults, defaults.eos_ids, defaults.notes

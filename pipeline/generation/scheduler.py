@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from pipeline.models.sampling import Sampled, SamplingOptions
@@ -67,12 +68,32 @@ class Answering(Protocol):
         """No more tokens will come."""
 
 
+class _Held:
+    """Token ids, int32 [n], that the caches have to share in a slot; at most `slot_length`."""
+
+    def __init__(self, slot_length: int) -> None:
+        self._ids = np.empty(slot_length, np.int32)
+        self._length = 0
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self._ids[: self._length]
+
+    def append(self, ids: np.ndarray) -> None:
+        self._ids[self._length : self._length + len(ids)] = ids
+        self._length += len(ids)
+
+    def crop(self, length: int) -> None:
+        self._length = min(self._length, length)
+
+
 @dataclass(eq=False)
 class _Sequence:
     """A request in a slot. Positions [0, sent) of `ids`, prompt and answer, are in the ring or behind it."""
 
     answering: Answering
     slot: int
+    prompt: np.ndarray  # token ids, int32
     ids: list[int]
     sent: int = 0
     source: int | None = None  # the slot that its first positions are taken from
@@ -83,7 +104,7 @@ class _Sequence:
 
     @property
     def num_prompt(self) -> int:
-        return len(self.answering.prompt_ids)
+        return len(self.prompt)
 
     @property
     def is_prefilling(self) -> bool:
@@ -92,6 +113,25 @@ class _Sequence:
     @property
     def is_ready(self) -> bool:
         return not self.is_prefilling and not self.is_under_way
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A request without a slot. `prefix`: of which sequence it wants more than so many positions first, and its epoch.
+
+    While that is on its way, prompts need not be compared.
+    """
+
+    answering: Answering
+    prompt: np.ndarray
+    prefix: tuple[_Sequence, int, int] | None = None
+
+    @property
+    def must_wait(self) -> bool:
+        if self.prefix is None:
+            return False
+        sequence, epoch, enough = self.prefix
+        return sequence.epoch == epoch and sequence.is_prefilling and sequence.sent <= enough
 
 
 @dataclass
@@ -108,7 +148,7 @@ class _UnderWayRow:
     sequence: _Sequence
     epoch: int
     start: int
-    held: list[int]
+    held: _Held
     kept: int
 
 
@@ -121,6 +161,7 @@ class Scheduler:
         passes: of sampled tokens that are under way at once.
         shares_prefixes: whether what a slot holds may serve another prompt.
         shares_answers: whether sampled tokens in it may; not where they have another codec than prompts.
+        shares_passes: whether sequences may decode together; not where the model lets them change each other's tokens.
         wake: called when there is something new to do, from whatever thread `submit` is.
     """
 
@@ -133,16 +174,18 @@ class Scheduler:
         passes: int,
         shares_prefixes: bool = True,
         shares_answers: bool = True,
+        shares_passes: bool = True,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.wake = wake
         self._slot_length, self._chunk, self._passes = slot_length, prefill_chunk, passes
         self._shares_prefixes, self._shares_answers = shares_prefixes, shares_answers
-        self._queue: deque[Answering] = deque()
+        self._shares_passes = shares_passes
+        self._queue: deque[_Waiting] = deque()
         self._lock = threading.Lock()
         self._is_closed = False
         self._free = deque(range(num_slots))
-        self._held: list[list[int]] = [[] for _ in range(num_slots)]  # token ids that the caches have to share
+        self._held = [_Held(slot_length) for _ in range(num_slots)]
         self._active: list[_Sequence] = []
         self._under_way: deque[_UnderWay] = deque()
         self._num_decodes = 0
@@ -151,8 +194,9 @@ class Scheduler:
 
     def submit(self, answering: Answering) -> None:
         """Answer one more request."""
+        waiting = _Waiting(answering, np.array(answering.prompt_ids, np.int32))
         with self._lock:
-            self._queue.append(answering)
+            self._queue.append(waiting)
         self.wake()
 
     def close(self) -> None:
@@ -186,7 +230,7 @@ class Scheduler:
         for place, row in enumerate(under_way.rows):
             sequence = row.sequence
             if isinstance(result, Failure):
-                del row.held[row.kept :]
+                row.held.crop(row.kept)
             if row.epoch != sequence.epoch:
                 continue  # of a sequence that has ended, or was sent back
             if isinstance(result, Failure):
@@ -205,59 +249,64 @@ class Scheduler:
             return
         self._next_look_s = now_s + LOOK_S
         with self._lock:
-            waiting = list(self._queue)
-        for answering in waiting:
-            if _is_over(answering, now_s):
-                self._unqueue(answering)
+            everyone = list(self._queue)
+        for waiting in everyone:
+            if _is_over(waiting.answering, now_s):
+                self._unqueue(waiting)
 
     def _admit(self) -> None:
         """Give free slots to requests, in their order; one that shares a prompt under way waits for it."""
         with self._lock:
-            waiting = list(itertools.islice(self._queue, MAX_LOOK))
+            first = list(itertools.islice(self._queue, MAX_LOOK))
         now_s = time.monotonic()
-        for answering in waiting:
+        for waiting in first:
             if not self._free:
                 return
+            answering = waiting.answering
             if _is_over(answering, now_s):
-                self._unqueue(answering)
+                self._unqueue(waiting)
                 continue
-            source, shared = self._shared_prefix(answering.prompt_ids)
+            if waiting.must_wait:
+                continue
+            source, shared = self._shared_prefix(waiting)
             if shared is None:
                 continue
-            self._unqueue(answering)
+            self._unqueue(waiting)
             if source in self._free:
                 slot = source
                 self._free.remove(slot)
             else:
                 slot = self._free.popleft()
-            sequence = _Sequence(answering, slot, list(answering.prompt_ids), sent=shared)
+            sequence = _Sequence(answering, slot, waiting.prompt, list(answering.prompt_ids), sent=shared)
             sequence.source = source if shared else None
             self._active.append(sequence)
             answering.begin()
 
-    def _unqueue(self, answering: Answering) -> None:
+    def _unqueue(self, waiting: _Waiting) -> None:
         with self._lock:
-            self._queue.remove(answering)
+            self._queue.remove(waiting)
 
-    def _shared_prefix(self, prompt: Sequence[int]) -> tuple[int, int | None]:
+    def _shared_prefix(self, waiting: _Waiting) -> tuple[int, int | None]:
         """(slot, how many positions it holds of a prompt); None for the latter when more of them are on their way."""
         best, longest = self._free[0], 0
         if not self._shares_prefixes:
             return best, 0
+        prompt = waiting.prompt[:-1]  # its last token is computed in any case, or nothing would come of it
         for slot, held in enumerate(self._held):
-            shared = _common(held, prompt[:-1])
+            shared = _common(held.ids, prompt)
             if shared > longest or (shared == longest and slot in self._free and best not in self._free):
                 best, longest = slot, shared
-        coming = [_common(s.ids[: s.num_prompt], prompt[:-1]) for s in self._active if s.is_prefilling]
-        if max(coming, default=0) >= longest + MIN_SHARED:
-            return best, None
+        for sequence in self._active:
+            if sequence.is_prefilling and (coming := _common(sequence.prompt, prompt)) >= longest + MIN_SHARED:
+                waiting.prefix = (sequence, sequence.epoch, coming - MIN_SHARED)
+                return best, None
         return (best, longest) if longest >= MIN_SHARED else (self._free[0], 0)
 
     def _prefill(self, sequence: _Sequence) -> Entry:
         if not sequence.has_begun:
             self._begin(sequence)
         start = sequence.sent
-        chunk = sequence.ids[start : min(start + self._chunk, sequence.num_prompt)]
+        chunk = sequence.prompt[start : start + self._chunk]
         sequence.sent += len(chunk)
         is_last = not sequence.is_prefilling
         sequence.is_under_way = is_last
@@ -266,31 +315,33 @@ class Scheduler:
             note = begin_note({sequence.slot: sequence.answering.options})
             source = None if sequence.source == sequence.slot else sequence.source
             sequence.has_begun, kept = True, 0  # what it begins with may not be there
-        held += chunk
+        held.append(chunk)
         self._under_way.append(_UnderWay([_UnderWayRow(sequence, sequence.epoch, start, held, kept)]))
         work = Pass(
             kind=PassKind.PREFILL, rows=(Row(sequence.slot, start, source),), num_tokens=len(chunk), samples=is_last
         )
-        return Entry(work=work, token_ids=torch.tensor([chunk]), note=note)
+        return Entry(work=work, token_ids=torch.from_numpy(chunk.astype(np.int64))[None], note=note)
 
     def _begin(self, sequence: _Sequence) -> None:
         """Its slot is its own from here on."""
         source, start = sequence.source, sequence.sent
-        if source is not None and _common(self._held[source], sequence.ids[:start]) < start:
+        if source is not None and _common(self._held[source].ids, sequence.prompt[:start]) < start:
             sequence.source, sequence.sent = None, 0  # another has the source by now
-        self._held[sequence.slot] = sequence.ids[: sequence.sent]
+        self._held[sequence.slot] = _Held(self._slot_length)
+        self._held[sequence.slot].append(sequence.prompt[: sequence.sent])
 
     def _decode(self, ready: list[_Sequence]) -> Entry:
         num_decoding = sum(not s.is_prefilling for s in self._active)
         alone = [s for s in ready if s.is_alone]
-        together = alone[:1] or ready[: math.ceil(num_decoding / self._passes)]
+        at_once = math.ceil(num_decoding / self._passes) if self._shares_passes else 1
+        together = alone[:1] or ready[:at_once]
         rows, under_way = [], _UnderWay()
         for sequence in together:
             rows.append(Row(sequence.slot, sequence.sent))
             held = self._held[sequence.slot]
             under_way.rows.append(_UnderWayRow(sequence, sequence.epoch, sequence.sent, held, sequence.sent))
             if self._shares_answers:
-                held.append(sequence.ids[sequence.sent])
+                held.append(np.array([sequence.ids[sequence.sent]], np.int32))
             sequence.sent += 1
             sequence.is_under_way = True
             self._active.remove(sequence)
@@ -339,9 +390,9 @@ def _is_over(answering: Answering, now_s: float) -> bool:
     return answering.is_finished
 
 
-def _common(held: Sequence[int], prompt: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    for place, (a, b) in enumerate(zip(held, prompt, strict=False)):
-        if a != b:
-            return place
-    return min(len(held), len(prompt))
+def _common(held: np.ndarray, prompt: np.ndarray) -> int:
+    """Length of the longest common prefix of token ids."""
+    length = min(len(held), len(prompt))
+    differs = held[:length] != prompt[:length]
+    place = int(differs.argmax()) if length else 0
+    return place if length and differs[place] else length

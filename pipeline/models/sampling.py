@@ -168,20 +168,20 @@ def sampling_options(generation: GenerationConfig, defaults: GenerationDefaults)
     Greedy where `temperature` is 0, or is not given and the checkpoint does not sample. Raises ConfigError where
     something was given that would then have no effect.
     """
-    temperature = generation.temperature
+    temperature, told = generation.temperature, {"seed": generation.seed, "num_top": generation.logprobs or 0}
     if temperature is None:
         temperature = defaults.temperature if defaults.do_sample else 0.0
     given = {name: getattr(generation, name) for name in ("top_k", "top_p", "min_p", "repetition_penalty")}
     values = {name: getattr(defaults, name) if value is None else value for name, value in given.items()}
     if temperature > 0:
-        return SamplingOptions(temperature=temperature, **values, seed=generation.seed)
+        return SamplingOptions(temperature=temperature, **values, **told)
     lost = [name for name, value in given.items() if value is not None and name != "repetition_penalty"]
     if lost and generation.temperature is None:
         raise ConfigError(
             f"{lost[0]} is {given[lost[0]]}, but no temperature is given and the checkpoint's own answers are greedy; "
             "give a temperature above 0, or 0 if greedy answers are meant"
         )
-    return SamplingOptions(repetition_penalty=values["repetition_penalty"], seed=generation.seed)
+    return SamplingOptions(repetition_penalty=values["repetition_penalty"], **told)
 
 
 @dataclass(frozen=True)
@@ -220,12 +220,18 @@ class Sampler:
         if options.min_p > 0:
             self._last_warpers.append(MinPLogitsWarper(options.min_p))
 
+    @property
+    def reads_ids(self) -> bool:
+        """Whether a choice depends on what the sequence holds."""
+        return bool(self._penalties)
+
     def __call__(self, logits: torch.Tensor, ids: torch.Tensor, position: int) -> Sampled:
         """The token at `position` (prompt included, from 0), from the head's logits [V] at the position before it.
 
-        `ids`, int64 [n], are the sequence so far, prompt and answer. The first of equals is the likeliest. A draw
-        takes one number from `uniform`: same logits, options and position, same token, whatever was drawn before.
-        Raises ValueError for logits that are no numbers, and where dividing by the temperature leaves none.
+        `ids`, int64 [n], are the sequence so far, prompt and answer; any will do unless `reads_ids`. The first of
+        equals is the likeliest. A draw takes one number from `uniform`: same logits, options and position, same token,
+        whatever was drawn before. Raises ValueError for logits that are no numbers, and where dividing by the
+        temperature leaves none.
         """
         logits = _on_cpu(logits)
         log_total = torch.logsumexp(logits, -1).item()
@@ -252,7 +258,8 @@ class Sampler:
             return ()
         likeliest = torch.topk(logits, min(self.options.num_top, len(logits)))
         by_value = sorted(zip((-likeliest.values).tolist(), likeliest.indices.tolist(), strict=True))
-        return tuple((token_id, -negative - log_total) for negative, token_id in by_value)
+        possible = [(token_id, -negative) for negative, token_id in by_value if negative < math.inf]
+        return tuple((token_id, value - log_total) for token_id, value in possible)
 
     def distribution(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a draw draws from: ids, int64 [k], ascending, and their probabilities, float64 [k]; others have none."""

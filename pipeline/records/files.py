@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RecordError", "check_writable", "disk_problem", "write_figure", "write_json", "write_whole"]
+__all__ = ["RecordError", "check_writable", "disk_problem", "free_name", "write_figure", "write_json", "write_whole"]
 
 
 class RecordError(ValueError):
@@ -58,6 +58,15 @@ def write_whole(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or the first of `<path>2`, `<path>3`, ... where something has that name."""
+    free, number = path, 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}{number}")
+    return free
 
 
 def write_figure(path: Path, figure: Any, *, dpi: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from pipeline.records.environment import Environment
-from pipeline.records.files import RecordError, disk_problem
+from pipeline.records.files import RecordError, disk_problem, free_name
 
 __all__ = ["FinishedMicroBatch", "Journal"]
 
@@ -69,7 +69,8 @@ class Journal:
     def open(cls, folder: Path, digest: str, *, resume: bool, environment: Environment | None = None) -> Journal:
         """Open the journal of the run with this digest; with `resume`, take over what it holds.
 
-        Without, an unfinished run's journal is set aside as `.journal.old`. Renamed back, it can be resumed.
+        Without, an unfinished run's journal is set aside as `.journal.old`, with a number where that is taken. Renamed
+        back, it can be resumed.
         `environment` is what this session runs on. Raises RecordError when another process has it open or it cannot be
         written or read.
         """
@@ -171,7 +172,7 @@ class Journal:
             self._file.close()
 
     def _set_aside(self) -> None:
-        old = self.path.with_suffix(".journal.old")
+        old = free_name(self.path.with_suffix(".journal.old"))
         try:
             shutil.copyfile(self.path, old)
         except OSError as e:

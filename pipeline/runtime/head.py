@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import json
 import struct
+from array import array
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from compressors.base import Payload
 from pipeline.comm.wire import BadFrame
+from pipeline.config.schema import MAX_LOGPROBS
 from pipeline.data.windows import MicroBatch
 from pipeline.models.sampling import Sampled, Sampler, SamplingOptions
 from pipeline.models.stage import Scores, Stage, TokenWindows
 from pipeline.partition.passes import Pass, PassKind
 
-__all__ = ["MAX_TOP", "Head", "begin_note", "max_result_nbytes", "result_nbytes"]
+__all__ = ["Head", "begin_note", "max_result_nbytes", "result_nbytes"]
 
-MAX_TOP = 20  # candidates that may come with a sampled token
 _TOKEN = struct.Struct("<IdB")
 _CANDIDATE = struct.Struct("<Id")
 
 
 def result_nbytes(microbatches: Sequence[MicroBatch], work: Pass) -> int:
     """Bound of a pass's result in bytes."""
-    nbytes = len(work.rows) * (_TOKEN.size + MAX_TOP * _CANDIDATE.size) if work.samples else 0
+    nbytes = len(work.rows) * (_TOKEN.size + MAX_LOGPROBS * _CANDIDATE.size) if work.samples else 0
     if work.kind is PassKind.SCORE or work.scores:
         nbytes += 8 * num_scored(microbatches, work)
     return nbytes
@@ -33,7 +35,7 @@ def result_nbytes(microbatches: Sequence[MicroBatch], work: Pass) -> int:
 def max_result_nbytes(microbatches: Sequence[MicroBatch], max_rows: int) -> int:
     """Of any pass's result."""
     scored = max((m.num_scored for m in microbatches), default=0)
-    return max(8 * scored, max_rows * (_TOKEN.size + MAX_TOP * _CANDIDATE.size))
+    return max(8 * scored, max_rows * (_TOKEN.size + MAX_LOGPROBS * _CANDIDATE.size))
 
 
 def num_scored(microbatches: Sequence[MicroBatch], work: Pass) -> int:
@@ -63,7 +65,7 @@ class Head:
     def __init__(self, tokens: TokenWindows, result_link: int | None) -> None:
         self.result_link = result_link
         self._tokens = tokens
-        self._ids: dict[int, list[int]] = {}  # of the sequence in each slot
+        self._ids: dict[int, array[int]] = {}  # of the sequence in each slot
         self._samplers: dict[int, Sampler] = {}
 
     def results(
@@ -108,24 +110,26 @@ class Head:
     def _follow(self, work: Pass, ids: torch.Tensor | None, note: bytes) -> None:
         """Keep the slots' sequences as the caches of the stages do."""
         assert ids is not None
-        sources = {row.slot: row.slot if row.from_slot is None else row.from_slot for row in work.rows}
-        before = {slot: self._ids.get(source, []) for slot, source in sources.items()}
+        copied = {row.slot: (row.from_slot, row.start) for row in work.rows if row.from_slot is not None}
+        self._ids.update({slot: self._ids[source][:start] for slot, (source, start) in copied.items()})
         for row, own in zip(work.rows, ids.tolist(), strict=True):
-            self._ids[row.slot] = before[row.slot][: row.start] + own
+            held = self._ids.setdefault(row.slot, array("q"))
+            del held[row.start :]
+            held.extend(own)
         for slot, options in json.loads(note or b"{}").items():
             self._samplers[int(slot)] = Sampler(SamplingOptions.from_json(options))
 
     def _sample(self, work: Pass, stage: Stage, output: torch.Tensor) -> list[Sampled]:
-        logits = stage.logits(output[:, -1])
-        return [
-            self._samplers[row.slot](
-                logits[place], torch.tensor(self._ids[row.slot]), row.start + work.num_tokens
-            )
-            for place, row in enumerate(work.rows)
-        ]
+        logits, tokens = stage.logits(output[:, -1]), []
+        for place, row in enumerate(work.rows):
+            sampler = self._samplers[row.slot]
+            ids = torch.from_numpy(np.array(self._ids[row.slot])) if sampler.reads_ids else _NO_IDS
+            tokens.append(sampler(logits[place], ids, row.start + work.num_tokens))
+        return tokens
 
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
+_NO_IDS = torch.empty(0, dtype=torch.int64)
 
 
 def _to_bytes(tokens: list[Sampled]) -> bytes:

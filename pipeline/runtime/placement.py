@@ -1,12 +1,13 @@
-"""Which layers and how many processes a config asks for."""
+"""Which layers, how many processes and how many passes at once a config asks for."""
 
 from __future__ import annotations
 
 from pipeline.comm.world import World
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.partition.plan import Plan, default_plan, explicit_plan
+from pipeline.partition.schedule import passes_in_flight
 
-__all__ = ["check_world_size", "make_plan"]
+__all__ = ["check_world_size", "credits_of", "make_plan"]
 
 
 def make_plan(config: RunConfig, num_layers: int) -> Plan:
@@ -27,3 +28,16 @@ def check_world_size(config: RunConfig, world: World) -> None:
             f"--nproc_per_node={num_nodes} (one process per node, counted over all machines), "
             f"--nproc_per_node=1, or --set partition.num_nodes={world.world_size}"
         )
+
+
+def credits_of(config: RunConfig, plan: Plan, world: World) -> int:
+    """Passes that the engine may have in flight. One process takes each to its end: more would only lie about.
+
+    Raises ScheduleError for a setting that would deadlock.
+    """
+    if world.world_size == 1:
+        return 1
+    runtime = config.runtime
+    return passes_in_flight(
+        plan, runtime.in_flight, receives_ahead=runtime.receives_ahead, world_size=world.world_size
+    )

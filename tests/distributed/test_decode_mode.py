@@ -89,6 +89,21 @@ def read_answers(folder):
     return {line["line"]: line["token_ids"] for line in map(json.loads, path.read_text().splitlines())}
 
 
+@pytest.mark.parametrize("wrap, nbytes", [("true", 36), ("false", 38)])
+def test_a_token_costs_what_it_costs_in_an_answer(wrap, nbytes, tmp_path):
+    """64 values in 4 bits with a scale; without wrap, ids of 2 bytes come along to the head."""
+    shared = ("--compressor", "nf4", "--set", f"partition.wrap={wrap}")
+    record, _ = score(tmp_path / "decode", *shared, *DECODE, num_ranks=4)
+    words = ["--model_name", str(tiny_model()), "--exp_dir", str(tmp_path / "answers"), *shared]
+    words += ["--generate", "The canal", "--set", "generation.max_new_tokens=4", "--set", "runtime.threads=1"]
+    run_ranks([words] * 4)[0].check()
+    (path,) = (tmp_path / "answers").glob("*-generation-*.json")
+    answered = json.loads(path.read_text())["traffic_per_link"]
+    for link, traffic in record["traffic_per_link"].items():
+        assert traffic["bytes"] == nbytes * traffic["tokens"]
+        assert answered[link]["bytes_per_token"] == nbytes
+
+
 def test_interrupted_and_resumed(tmp_path):
     slow = "tests.helpers.bad_codecs:SlowToSend(seconds=0.02)"
     words = tiny_arguments(tmp_path / "out", *DECODE, "--compressor", slow, num_tokens=400)

@@ -1,11 +1,13 @@
-"""bitsandbytes' 8-bit weights: quiet, and with a threshold of 0 without a token that looks at later ones."""
+"""bitsandbytes' 8-bit weights: quiet, and with a threshold of 0 without a token that looks at others."""
 
 import pytest
 import torch
 
 from pipeline.models.loading import load_model_config, load_stage
+from pipeline.models.stage import Stage
+from pipeline.partition.passes import Row
 from pipeline.partition.plan import default_plan
-from tests.helpers.tiny_models import save_tiny_model
+from tests.helpers.tiny_models import VOCAB_SIZE, save_tiny_model
 
 OUTLIER = 7  # the token whose embedding is one channel, and after the norm sqrt(64) = 8 there
 
@@ -22,9 +24,9 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def hidden_states(checkpoint, threshold, last_token):
+def load(checkpoint, threshold):
     (stage,) = default_plan(2, 1).stages
-    part = load_stage(
+    return stage, load_stage(
         checkpoint,
         load_model_config(checkpoint, {}),
         stage,
@@ -33,6 +35,10 @@ def hidden_states(checkpoint, threshold, last_token):
         load_in_8bit=True,
         load_in_8bit_threshold=threshold,
     )
+
+
+def hidden_states(checkpoint, threshold, last_token):
+    _, part = load(checkpoint, threshold)
     with torch.inference_mode():
         return part.decoder(torch.tensor([[1, 2, 3, 4, last_token]]), use_cache=False).last_hidden_state[0, :4]
 
@@ -42,3 +48,17 @@ def test_only_a_threshold_lets_tokens_mix(checkpoint, threshold, mixes, caplog):
     early = [hidden_states(checkpoint, threshold, last) for last in (5, OUTLIER)]
     assert torch.equal(*early) is not mixes
     assert [r.getMessage() for r in caplog.records if r.name.startswith("bitsandbytes")] == []
+
+
+@pytest.mark.parametrize("threshold, mixes", [(6.0, True), (0.0, False)])
+def test_only_a_threshold_lets_sequences_mix_that_share_a_pass(checkpoint, threshold, mixes):
+    """So generation decodes them one by one there, whatever it does elsewhere."""
+    plan, part = load(checkpoint, threshold)
+    stage = Stage(plan, part, torch.device("cpu"), VOCAB_SIZE)
+    stage.open_slots(2, 8)
+    rows = (Row(0, 0), Row(1, 0))
+    with torch.inference_mode():
+        both = [stage.forward(torch.tensor([[5], [other]]), rows=rows)[0] for other in (6, OUTLIER)]
+        alone = stage.forward(torch.tensor([[5]]), rows=rows[:1])[0]
+    assert torch.equal(*both) is not mixes
+    assert torch.equal(both[0], alone)

@@ -91,10 +91,20 @@ def test_without_resume_it_starts_empty_and_sets_the_old_one_aside(tmp_path):
 
 def test_what_cannot_be_set_aside_is_not_lost(tmp_path):
     run(tmp_path, start=3, finish=3, resume=False)
-    (tmp_path / f"{DIGEST[:16]}.journal.old").mkdir()
-    with pytest.raises(RecordError, match="journal cannot be copied to .*journal.old: Is a directory"):
-        Journal.open(tmp_path, DIGEST, resume=False)
+    with mock.patch("pipeline.records.journal.shutil.copyfile", side_effect=OSError(errno.ENOSPC, "No space left")):
+        with pytest.raises(RecordError, match="journal cannot be copied to .*journal.old: No space left; make room"):
+            Journal.open(tmp_path, DIGEST, resume=False)
     assert len(resumed(tmp_path).finished) == 3
+
+
+def test_what_was_set_aside_before_stays(tmp_path):
+    for number in (3, 2, 1):
+        run(tmp_path, start=number, finish=number, resume=False)
+    run(tmp_path, start=0, finish=0, resume=False)
+    path = tmp_path / f"{DIGEST[:16]}.journal"
+    for number, name in ((3, "old"), (2, "old2"), (1, "old3")):
+        path.with_suffix(f".journal.{name}").rename(path)
+        assert len(resumed(tmp_path).finished) == number
 
 
 @settings(deadline=None, max_examples=200)

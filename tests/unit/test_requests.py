@@ -58,6 +58,7 @@ def test_lines_become_requests(tmp_path, tokenizer):
         sampling=SamplingOptions(seed=1),
         stop=(),
         eos_ids=(3, EOS_ID),
+        logprobs=None,
         deadline_s=2.0,
     )
     assert (second.line, second.text, second.prompt_ids) == (2, "you, é", (BOS_ID, *ids_of(tokenizer, "you, é")))
@@ -66,15 +67,17 @@ def test_lines_become_requests(tmp_path, tokenizer):
 
 def test_every_own_key_has_its_effect(tokenizer):
     own = {"max_new_tokens": 5, "temperature": 1, "top_k": 2, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2}
-    own |= {"stop": ["a", "b"], "seed": 8, "ignore_eos": True, "deadline_s": 3}
+    own |= {"stop": ["a", "b"], "seed": 8, "ignore_eos": True, "deadline_s": 3, "logprobs": 4}
     assert set(own) == set(requests.OWN_KEYS)
     request = maker_of(tokenizer).make({"prompt": "x", **own}, line=4)
     assert (request.line, request.max_new_tokens, request.stop, request.eos_ids, request.deadline_s) == (
         *(4, 5, ("a", "b"), (), 3.0),
     )
+    assert request.logprobs == 4
     assert request.sampling == SamplingOptions(
-        temperature=1.0, top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=1.2, seed=8
+        temperature=1.0, top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=1.2, seed=8, num_top=4
     )
+    assert maker_of(tokenizer).make({"prompt": "x", "logprobs": 3}).sampling == SamplingOptions(num_top=3)
     assert maker_of(tokenizer).make({"prompt": "x", "stop": "one"}).stop == ("one",)
     assert maker_of(tokenizer, temperature=0.7).make({"prompt": "x", "temperature": None}).sampling.greedy
 
@@ -132,6 +135,9 @@ AT_FAULT = {
     '{"prompt": "x", "temperature": 1e999}': "temperature must be a finite number",
     '{"prompt": "x", "top_p": 1.5}': "top_p must be at most 1, got 1.5",
     '{"prompt": "x", "top_p": 0.5}': "top_p is 0.5, but no temperature is given",
+    '{"prompt": "x", "logprobs": 21}': "logprobs must be at most 20, got 21",
+    '{"prompt": "x", "logprobs": -1}': "logprobs must be at least 0, got -1",
+    '{"prompt": "x", "logprobs": true}': "logprobs must be an integer, got True",
     '{"prompt": "x", "seed": 9223372036854775808}': "seed must be at most",
     '{"prompt": "x", "stop": [""]}': "stop holds an empty string",
     '{"prompt": "x", "stop": "\\ud800"}': "stop.* is not UTF-8",
@@ -180,6 +186,16 @@ def test_a_prompt_without_tokens(tokenizer, monkeypatch):
 def test_ids_that_the_model_does_not_have(tokenizer):
     with pytest.raises(ValueError, match="token 0 of the prompt is '<bos>' with id 256, .* vocab_size is 60"):
         maker_of(tokenizer, vocab_size=60).make({"prompt": "y"})
+
+
+def test_special_tokens_in_a_text_are_special_tokens(tokenizer, monkeypatch):
+    """As in transformers: in prompts, and in what messages say, which may so end their own turn."""
+    assert maker_of(tokenizer).make({"prompt": "a<eos>b"}).prompt_ids == (
+        *(BOS_ID, *ids_of(tokenizer, "a"), EOS_ID, *ids_of(tokenizer, "b")),
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content }}")
+    request = maker_of(tokenizer).make({"messages": [{"role": "user", "content": "a<eos>b"}]})
+    assert request.prompt_ids == (*ids_of(tokenizer, "a"), EOS_ID, *ids_of(tokenizer, "b"))
 
 
 def test_cuts_of_a_line_under_a_greedy_config(tokenizer):

@@ -109,6 +109,22 @@ def test_the_likeliest_are_at_most_the_vocabulary_equals_by_id():
     assert [index for index, _ in sampled.top] == [1, 0, 2]
 
 
+def test_what_is_impossible_is_not_among_the_likeliest():
+    """Its log-probability would be no number that JSON has."""
+    sampled = Sampler(SamplingOptions(num_top=3))(torch.tensor([1.0, -math.inf, 2.0]), NO_IDS, 0)
+    assert [index for index, _ in sampled.top] == [2, 0]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_ids_are_read_for_a_penalty_alone(penalty):
+    options = SamplingOptions(temperature=0.9, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=penalty)
+    sampler = Sampler(options)
+    assert sampler.reads_ids is (penalty != 1)
+    likeliest = logits_of(6).argmax()[None]
+    found = [sampler.distribution(logits_of(6), ids)[1] for ids in (NO_IDS, likeliest)]
+    assert torch.equal(*found) is not sampler.reads_ids
+
+
 # Of numpy's Philox, whose stream numpy promises to keep; another number here changes seeded answers.
 UNIFORM = {(0, 0): 0.011546754286331562, (0, 1): 0.8133540609793564, (1, 0): 0.3035680343067586}
 UNIFORM[2**63 - 1, 2**40] = 0.8413283553663722
@@ -253,6 +269,12 @@ class TestOptions:
         assert sampling_options(GenerationConfig(), SAMPLING) == SamplingOptions(
             temperature=0.6, top_k=50, top_p=0.9, min_p=0.05, repetition_penalty=1.1
         )
+
+    @pytest.mark.parametrize("temperature", [0.0, 0.7])
+    def test_log_probabilities_are_asked_for_by_number(self, temperature):
+        for asked, num_top in ((None, 0), (0, 0), (5, 5)):
+            config = GenerationConfig(temperature=temperature, logprobs=asked)
+            assert sampling_options(config, GREEDY).num_top == num_top
 
     def test_what_is_given_wins(self):
         given = GenerationConfig(temperature=2.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=9)

@@ -17,13 +17,14 @@ import torch
 from compressors.base import Payload
 from pipeline.comm.link import Frame
 from pipeline.comm.link_ends import Arrival
+from pipeline.generation import scheduler as module
 from pipeline.generation.scheduler import Scheduler
 from pipeline.models.cache import SlotCache
 from pipeline.models.sampling import Sampler, SamplingOptions
 from pipeline.models.stage import TokenWindows
 from pipeline.partition.passes import PassKind
 from pipeline.partition.plan import default_plan, explicit_plan
-from pipeline.runtime.engine import Engine
+from pipeline.runtime.engine import Engine, Result
 from pipeline.runtime.head import Head
 from pipeline.runtime.worker import EndCodecs, StageWorker
 
@@ -385,3 +386,63 @@ def test_an_answer_serves_a_prompt_only_where_prompts_have_its_codec(shares_answ
     ring.start()
     (row,) = ring.in_flight[0].work.rows
     assert row.start == (29 if shares_answers else 20)  # the last token has never been sent
+
+
+def test_requests_that_wait_for_a_prompt_are_compared_once(monkeypatch):
+    """Not again with each of its chunks: prompts have thousands of tokens, and the ring waits meanwhile."""
+    compared = []
+    common = module._common
+    monkeypatch.setattr(module, "_common", lambda held, prompt: compared.append(1) or common(held, prompt))
+    scheduler = Scheduler(num_slots=4, slot_length=900, prefill_chunk=8, passes=1)
+    ring = Ring(PLANS["ring"], random.Random(0), scheduler, num_slots=4, slot_length=900, credits=1, failing=0)
+    system = [number % 11 for number in range(800)]
+    everyone = [Asked([*system, number], SamplingOptions(), 1) for number in range(20)]
+    for asked in everyone:
+        scheduler.submit(asked)
+    scheduler.close()
+    ring.start()
+    while not everyone[0].is_finished:
+        assert ring.step()
+    assert len(compared) < 20 * 2 * (4 + 1), "100 passes, of which each asked 19 others"
+    while ring.step():
+        pass
+    assert [asked.ids for asked in everyone] == [expected(PLANS["ring"], asked, 1) for asked in everyone]
+
+
+def test_a_shared_beginning_is_waited_for_no_longer_than_it_takes():
+    """Of a long prompt whose first tokens it shares, a request wants those alone."""
+    scheduler = Scheduler(num_slots=2, slot_length=900, prefill_chunk=8, passes=1)
+    system = [number % 11 for number in range(40)]
+    long, short = Asked([*system, *[5] * 800], SamplingOptions(), 1), Asked([*system, 3, 4], SamplingOptions(), 1)
+    for asked in (long, short):
+        scheduler.submit(asked)
+    while not short.has_begun:
+        scheduler.take(scheduler.next().work, Result(None, ()))
+    assert 24 < scheduler._active[0].sent <= 40
+
+
+def test_where_the_model_mixes_sequences_each_decodes_alone():
+    scheduler = Scheduler(num_slots=4, slot_length=48, prefill_chunk=48, passes=1, shares_passes=False)
+    ring = Ring(PLANS["ring"], random.Random(0), scheduler, num_slots=4, slot_length=48, credits=1, failing=0)
+    everyone = [Asked([number], SamplingOptions(), 10) for number in range(4)]
+    for asked in everyone:
+        scheduler.submit(asked)
+    scheduler.close()
+    ring.start()
+    num_rows = []
+    while ring.in_flight:
+        num_rows.append(len(ring.in_flight[0].work.rows))
+        assert ring.step()
+    assert set(num_rows) == {1}
+    assert [asked.ids for asked in everyone] == [expected(PLANS["ring"], asked, 10) for asked in everyone]
+
+
+def test_the_head_keeps_ids_where_they_are_and_copies_them_for_those_who_read_them():
+    """Of 8,000 positions, a copy for each token would cost as much as the token."""
+    scheduler, ring = make_ring("ring", passes=1)
+    scheduler.submit(first := Asked([number % 11 for number in range(20)], SamplingOptions(), 10))
+    ring.start()
+    held = set()
+    while ring.step():
+        held |= {id(ids) for engine in ring._engines for ids in engine._worker._head._ids.values()}
+    assert first.is_finished and len(held) == 1
