@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from pipeline.config.options import OptionParser, add_config_options, read_config
-from pipeline.config.schema import ConfigError, RunConfig, with_overrides
+from pipeline.config.reading import with_overrides
+from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.runtime.launch import on_deployment
 
 PROMPTS = (

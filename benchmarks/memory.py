@@ -28,7 +28,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.synthetic import save_random_llama
-from pipeline.config.schema import RunConfig, load_config
+from pipeline.config.reading import load_config
+from pipeline.config.schema import RunConfig
 from pipeline.models.loading import TORCH_DTYPES, load_model_config, stage_parameter_bytes
 from pipeline.records.store import read_record
 from pipeline.runtime.memory import peak_rss_bytes, pss_bytes

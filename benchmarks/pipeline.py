@@ -40,7 +40,8 @@ from benchmarks.baselines import BASELINES, Run, serve
 from pipeline.comm.control import Control
 from pipeline.comm.world import World
 from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
-from pipeline.config.schema import ConfigError, RunConfig, with_overrides
+from pipeline.config.reading import with_overrides
+from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.evaluation.evaluation import Evaluation
 from pipeline.records.environment import software_versions
 from pipeline.records.store import read_per_token, read_record

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.options import OptionParser, add_config_options, given_keys, path_option, read_config
-from pipeline.config.schema import ConfigError, with_overrides
+from pipeline.config.reading import with_overrides
+from pipeline.config.schema import ConfigError
 from pipeline.runtime.launch import on_deployment
 
 if TYPE_CHECKING:

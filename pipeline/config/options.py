@@ -14,15 +14,8 @@ from typing import Any, NoReturn
 
 from compressors.strict_yaml import parse_yaml_value
 from compressors.user_files import InputError, user_path
-from pipeline.config.schema import (
-    FLAG_KEYS,
-    ConfigError,
-    RunConfig,
-    find_config,
-    flat_overrides,
-    load_config,
-    parse_override,
-)
+from pipeline.config.reading import find_config, flat_overrides, load_config, parse_override
+from pipeline.config.schema import FLAG_KEYS, ConfigError, RunConfig
 
 __all__ = ["OptionParser", "add_config_options", "given_keys", "path_option", "read_config"]
 

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import ConfigError, RunConfig, find_config, read_mapping, with_overrides
+from pipeline.config.reading import find_config, read_mapping, with_overrides
+from pipeline.config.schema import ConfigError, RunConfig
 
 __all__ = ["Point", "Sweep", "find_sweep", "load_sweep"]
 

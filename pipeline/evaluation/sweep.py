@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.comm.watchdog import PipelineError, tell
-from pipeline.config.schema import RunConfig, with_overrides
+from pipeline.config.reading import with_overrides
+from pipeline.config.schema import RunConfig
 from pipeline.config.sweep_file import Point, Sweep
 from pipeline.evaluation.evaluation import Evaluation
 from pipeline.evaluation.progress import SweepProgress

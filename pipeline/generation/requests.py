@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from compressors.user_files import InputError, user_path
-from pipeline.config.schema import ConfigError, GenerationConfig, generation_with
+from pipeline.config.reading import generation_with
+from pipeline.config.schema import ConfigError, GenerationConfig
 from pipeline.data.text import check_vocabulary, encode
 from pipeline.models.sampling import GenerationDefaults, SamplingOptions, sampling_options
 

@@ -27,7 +27,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pipeline.config.schema import ConfigError, GenerationConfig, generation_with
+from pipeline.config.reading import generation_with
+from pipeline.config.schema import ConfigError, GenerationConfig
 from pipeline.models.checkpoint import ModelError
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from pipeline.config.schema import load_config
+from pipeline.config.reading import load_config
 from pipeline.data.text import load_text, tokenize
 from pipeline.records.store import read_per_token, read_record
 from tests.helpers.launch import call_on_ranks

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.comm.control import Control
 from pipeline.comm.world import World
-from pipeline.config.schema import load_config, parse_override
+from pipeline.config.reading import load_config, parse_override
 from pipeline.data.windows import make_microbatches, make_windows
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.models.stage import Objective

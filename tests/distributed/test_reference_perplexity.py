@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config.schema import load_config
+from pipeline.config.reading import load_config
 from pipeline.data.text import load_text
 from pipeline.models.source import resolve_model
 from pipeline.records.store import read_per_token, read_record

@@ -3,16 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config.schema import (
-    FLAG_KEYS,
-    ConfigError,
-    RunConfig,
-    find_config,
-    generation_with,
-    load_config,
-    parse_override,
-    with_overrides,
-)
+from pipeline.config.reading import find_config, generation_with, load_config, parse_override, with_overrides
+from pipeline.config.schema import FLAG_KEYS, ConfigError, RunConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.schema import load_config
+from pipeline.config.reading import load_config
 from pipeline.config.sweep_file import find_sweep, load_sweep
 
 ROOT = Path(__file__).parents[2]

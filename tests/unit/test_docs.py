@@ -26,7 +26,7 @@ from torch.distributed.run import get_args_parser
 from compressors.registry import builtin_names, make_compressor
 from pipeline.config.key_table import key_table
 from pipeline.config.options import OptionParser, read_config
-from pipeline.config.schema import find_config
+from pipeline.config.reading import find_config
 from pipeline.config.sweep_file import find_sweep, load_sweep
 from pipeline.importance.metrics import AttentionMetric, MetricSetting
 from pipeline.models import families

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.options import OptionParser, add_config_options, given_keys, read_config
-from pipeline.config.schema import FLAG_KEYS, ConfigError, RunConfig, find_config, load_config, parse_override
+from pipeline.config.reading import find_config, load_config, parse_override
+from pipeline.config.schema import FLAG_KEYS, ConfigError, RunConfig
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {

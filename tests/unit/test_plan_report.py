@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.config.schema import find_config, load_config
+from pipeline.config.reading import find_config, load_config
 from pipeline.runtime.plan_report import plan_text
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.schema import ConfigError, RunConfig, load_config, with_overrides
+from pipeline.config.reading import load_config, with_overrides
+from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.config.sweep_file import find_sweep, load_sweep
 
 LINKS = ["layer:0:node0->node1", "layer:3:node1->node0"]

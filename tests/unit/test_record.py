@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.schema import FLAG_KEYS, load_config
+from pipeline.config.reading import load_config
+from pipeline.config.schema import FLAG_KEYS
 from pipeline.records.base import now
 from pipeline.records.failed_point import FailedPoint
 from pipeline.records.files import RecordError, check_writable
