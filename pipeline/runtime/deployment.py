@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,23 +137,7 @@ def deploy(
     environment = gather_environment(control, devices, threads)
     gpus, backend, channels = _open_channels(config, control, plan, devices)
     control.report("loading weights")
-    stages: dict[int, Stage] = {}
-    embedding = None
-    for index, device in devices.items():
-        stage_model = load_stage(
-            model_dir,
-            model_config,
-            plan.stages[index],
-            dtype=TORCH_DTYPES[model.dtype],
-            device=device,
-            load_in_8bit=model.load_in_8bit,
-            load_in_8bit_threshold=model.load_in_8bit_threshold,
-            load_in_4bit=model.load_in_4bit,
-            trust_remote_code=model.trust_remote_code,
-            embedding=embedding if embedding is not None and embedding.weight.device == device else None,
-        )
-        embedding = stage_model.embedding if stage_model.embedding is not None else embedding
-        stages[index] = Stage(plan.stages[index], stage_model, device, model_config.vocab_size)
+    stages = _load_stages(config, plan, model_dir, model_config, devices)
     control.barrier()
     control.report("timing a token")
     one_token_compute_s = control.in_turn(
@@ -180,6 +164,31 @@ def deploy(
         environment=environment,
         one_token_compute_s=one_token_compute_s,
     )
+
+
+def _load_stages(
+    config: RunConfig, plan: Plan, model_dir: Path, model_config: Any, devices: Mapping[int, torch.device]
+) -> dict[int, Stage]:
+    """This rank's stages. Those of one device share the embedding, where both have it."""
+    model = config.model
+    stages: dict[int, Stage] = {}
+    embedding = None
+    for index, device in devices.items():
+        stage_model = load_stage(
+            model_dir,
+            model_config,
+            plan.stages[index],
+            dtype=TORCH_DTYPES[model.dtype],
+            device=device,
+            load_in_8bit=model.load_in_8bit,
+            load_in_8bit_threshold=model.load_in_8bit_threshold,
+            load_in_4bit=model.load_in_4bit,
+            trust_remote_code=model.trust_remote_code,
+            embedding=embedding if embedding is not None and embedding.weight.device == device else None,
+        )
+        embedding = stage_model.embedding if stage_model.embedding is not None else embedding
+        stages[index] = Stage(plan.stages[index], stage_model, device, model_config.vocab_size)
+    return stages
 
 
 def _prepare_text(
