@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -155,7 +156,7 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     """Make dataclass `cls` from a mapping; `prefix` is its dotted key with a trailing dot, for messages."""
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{prefix.rstrip('.')} must be a mapping of keys, got {tree!r}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     unknown = [key for key in tree if key not in hints]
     if unknown:
         close = difflib.get_close_matches(str(unknown[0]), hints, n=1)
@@ -174,6 +175,12 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
             _check_limits(value, f.metadata, key)
             values[f.name] = _expand(value, key) if f.metadata.get("path") and value is not None else value
     return cls(**values)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Type hints take a millisecond to resolve, and every prompt's options are checked."""
+    return typing.get_type_hints(cls)
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:

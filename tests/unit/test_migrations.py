@@ -1,6 +1,8 @@
 """Records of every version are read: samples of what the first release wrote, and of version 1 as it was last.
 
-`records/first_release.json` was written by that release's own writer, the others come from runs, shortened.
+`records/first_release.json` was written by that release's own writer, its figures put together by hand.
+`last_of_version_1.json` is a run's, edited so that it looks resumed, `generation_1.json` a run's, shortened;
+`failed_point_1.json` was written by hand.
 """
 
 import json
