@@ -1,10 +1,16 @@
 """Metrics against their formulas, and files that belong to another run."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import LlamaConfig
 
+from compressors import make_compressor
 from compressors.wrappers.token_mixed import CAUSAL_METRICS
+from pipeline.config.schema import ConfigError
 from pipeline.data.windows import make_microbatches, make_windows
 from pipeline.importance.files import (
     ImportanceFileError,
@@ -15,8 +21,10 @@ from pipeline.importance.files import (
     write_token_importance,
 )
 from pipeline.importance.metrics import METRICS, AttentionMetric, MetricSetting
+from pipeline.importance.selection import make_metrics
 from pipeline.models import attention
 from pipeline.models.attention import Attention, AttentionError
+from pipeline.partition.plan import default_plan
 
 BATCH, HEADS, NUM_TOKENS = 2, 4, 23
 RELEVANCE = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [4, 0, 3, 1], [1, 0, 0, 0]])
@@ -193,6 +201,36 @@ def test_token_importance_of_another_run_is_refused(key, value, tmp_path):
     write_token_importance(path, {"link": torch.rand(9)}, **OWNER)
     with pytest.raises(ImportanceFileError, match=f"was made for {key} {OWNER[key]}, this run has {value}"):
         read_token_importance(path, "link", **{**OWNER, key: value})
+
+
+@pytest.mark.parametrize("values", [torch.tensor([1.0, torch.nan]), torch.ones(2, 2)])
+def test_token_importance_that_is_no_row_of_numbers_is_refused(values, tmp_path):
+    path = tmp_path / "importance.safetensors"
+    write_token_importance(path, {"link": torch.rand(9)}, **OWNER)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({"link": values}, path, metadata)
+    with pytest.raises(ImportanceFileError, match="link must be a row of numbers"):
+        read_token_importance(path, "link", **OWNER)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([0, 4], "importance.layers has 4, the model's layers are 0 to 3"),
+        ([3], r"stage 0 holds layers 0 to 1, and importance.layers is \[3\]"),
+    ],
+)
+def test_layers_that_a_stage_does_not_hold_are_named(layers, message):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
+    section = SimpleNamespace(layers=layers, seed=0)
+    config = SimpleNamespace(importance=section, model=SimpleNamespace(trust_remote_code=False))
+    encoders = {0: make_compressor("token_mixed(metric=column, fraction=0.5)")}
+    owner = {"checkpoint_digest": "abc", "ids_sha256": "def"}
+    with pytest.raises(ConfigError, match=message):
+        make_metrics(
+            config, default_plan(4, 2, wrap=False), encoders, MICROBATCHES, model_config=LlamaConfig(**sizes), **owner
+        )
 
 
 def test_unusable_files_are_refused(tmp_path):

@@ -59,6 +59,23 @@ def same(one, other):
     return one == other and (not any(both) or all(both) and ids[1].dtype == np.int64 and np.array_equal(*ids))
 
 
+def test_the_bound_of_a_tail_is_that_of_the_longest():
+    wire = dataclasses.replace(WIRE, id_nbytes=3)
+    rows = tuple(Row(slot, 5, from_slot=9) for slot in range(4))
+    work = Pass(kind=PassKind.PREFILL, rows=rows, num_tokens=2, scores=True, microbatch_index=0)
+    _, tail = wire.encode(
+        Header(
+            work=work,
+            body_nbytes=8,
+            meta_nbytes=8,
+            trail=(2**34,) * wire.num_trail,
+            token_ids=np.zeros((4, 2), np.int64),
+            note=b"x" * MAX_NOTE_NBYTES,
+        )
+    )
+    assert len(tail) == wire.max_tail_nbytes(max_rows=4, max_ids=8)
+
+
 @pytest.mark.parametrize("name", HEADERS)
 def test_golden_bytes(name):
     base, tail = WIRE.encode(HEADERS[name])
