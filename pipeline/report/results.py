@@ -20,7 +20,7 @@ from pipeline.records.failed_point import FailedPoint
 from pipeline.records.files import RecordError, disk_problem
 from pipeline.records.generation_record import GenerationRecord
 from pipeline.records.identity import digest_of
-from pipeline.records.labels import codec_label, codec_labels, model_label
+from pipeline.records.labels import codec_labels, model_label
 from pipeline.records.run_record import RunRecord
 from pipeline.records.store import read_any, read_per_token
 from pipeline.report.generation import GeneratedRun
@@ -235,7 +235,8 @@ def _points(
             uncompressed = read_own_per_token(*baseline)
         except RecordError as e:
             problem = f"of the uncompressed point: {e}"
-    for path, record in members:
+    labels = codec_labels([record for _, record in members])
+    for label, (path, record) in zip(labels, members, strict=True):
         quality, note = None, problem
         if uncompressed is not None:
             try:
@@ -245,7 +246,7 @@ def _points(
                 note = str(e)
         yield MeasuredPoint(
             record=record,
-            label=codec_label(record),
+            label=label,
             quality=quality,
             quality_note=note,
             elsewhere=_elsewhere(record, baseline[1] if baseline else None),
