@@ -33,7 +33,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 -m "not slow" tests/unit tests/compressors $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 -m "not slow and not browser" tests/unit tests/compressors $(PYTEST_ARGS)
 
 gpu-check: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK_ARGS)

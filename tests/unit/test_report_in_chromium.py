@@ -22,7 +22,10 @@ from pipeline.report.results import read_results
 from tests.helpers.records import losses, write_point
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on the PATH to open the report in")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on the PATH to open the report in"),
+]
 
 
 def browse(page, *arguments):
