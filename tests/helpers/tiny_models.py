@@ -13,15 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["MODEL_TYPES", "VOCAB_SIZE", "save_tiny_model", "tiny_arguments", "tiny_model", "write_text"]
+__all__ = [
+    "CAPS_ARE_DROPPED",
+    "MODEL_TYPES",
+    "VOCAB_SIZE",
+    "save_tiny_model",
+    "tiny_arguments",
+    "tiny_model",
+    "write_text",
+]
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "gemma3_text", "gpt_neox")
 BOS_ID, EOS_ID = 256, 257
 VOCAB_SIZE = 258
 MAX_POSITIONS = 512
+# Older transformers leave out Gemma 2's cap of attention logits, so that the model is refused.
+CAPS_ARE_DROPPED = Version(transformers.__version__) < Version("5.21")
 
 # What an architecture needs beside the sizes that all share.
 _GROUPED_QUERIES = {"num_key_value_heads": 2, "head_dim": 16}

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.models.loading import VERIFIED_MODEL_TYPES, ModelError, load_model_config, load_stage
 from pipeline.partition.plan import default_plan
-from tests.helpers.tiny_models import MODEL_TYPES, VOCAB_SIZE, save_tiny_model
+from tests.helpers.tiny_models import CAPS_ARE_DROPPED, MODEL_TYPES, VOCAB_SIZE, save_tiny_model
 
 SIZES = {
     "vocab_size": VOCAB_SIZE,
@@ -34,6 +34,8 @@ OWN_SIZES = {
 @pytest.mark.parametrize("model_type", sorted(set(VERIFIED_MODEL_TYPES) - set(MODEL_TYPES)))
 @pytest.mark.parametrize("num_nodes", [1, 4])
 def test_logits_are_bit_equal(model_type, num_nodes, tmp_path):
+    if model_type == "gemma2" and CAPS_ARE_DROPPED:
+        pytest.skip("transformers before 5.21 leaves out the cap of Gemma 2, so it is refused")
     torch.manual_seed(0)
     made = AutoConfig.for_model(model_type, **SIZES | OWN_SIZES.get(model_type, {}))
     AutoModelForCausalLM.from_config(made, dtype=torch.float32).save_pretrained(tmp_path)
@@ -130,7 +132,7 @@ def test_architecture_in_the_words_of_an_older_config(tmp_path, model_type, fiel
     [
         ("{", "not a valid JSON file"),
         ("", "not a valid JSON file"),
-        ("[]", "model_type"),
+        ("[]", "cannot be used"),  # transformers' own words about a list differ from version to version
         ("null", "NoneType"),
         ({"model_type": ...}, "model_type"),
         ({"model_type": "no_such"}, "no_such"),
@@ -167,7 +169,8 @@ def test_a_kernel_that_drops_the_cap_of_attention_logits_is_refused(monkeypatch)
     fields = {"model_type": "gemma2", "attn_logit_softcapping": 50.0}
     sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96, "vocab_size": 258}
     architecture = fields | sizes | {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    load_model_config(None, architecture)
+    if not CAPS_ARE_DROPPED:
+        load_model_config(None, architecture)
 
     def on_sdpa(config, make=AutoModelForCausalLM.from_config, **options):
         model = make(config, **options)

@@ -9,8 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from pipeline.models.attention import SLOTS, AttentionError, attention_function
@@ -20,7 +18,7 @@ from pipeline.models.loading import load_model_config, load_stage
 from pipeline.models.stage import Stage
 from pipeline.partition.passes import Row
 from pipeline.partition.plan import default_plan
-from tests.helpers.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_model
+from tests.helpers.tiny_models import CAPS_ARE_DROPPED, VOCAB_SIZE, save_tiny_model, tiny_model
 
 CPU = torch.device("cpu")
 NUM_TOKENS, MAX_LENGTH, NUM_SLOTS = 29, 32, 4
@@ -34,12 +32,11 @@ _SLIDING = {
     "qwen3_moe": {"use_sliding_window": True},
 }
 MODELS = [(name, window) for name in FAMILIES for window in ((6, 48) if name in _SLIDING else (None,))]
-CAPS_ARE_DROPPED = Version(transformers.__version__) < Version("5.21")
 
 
 def model_dir(model_type, window):
     if model_type == "gemma2" and CAPS_ARE_DROPPED:
-        pytest.skip("transformers before 5.21 leaves out Gemma 2's cap, so it is refused")
+        pytest.skip("transformers before 5.21 leaves out the cap of Gemma 2, so it is refused")
     fields = {} if window is None else _SLIDING[model_type] | {"sliding_window": window}
     return tiny_model(model_type, num_layers=4, **fields)
 
