@@ -58,6 +58,8 @@ def write_report(paths: Sequence[Path], page: Path, outlook: Outlook) -> None:
 
     Runs that generated have a CSV of their own, `.generation.csv`.
     """
+    if page.suffix not in (".html", ".htm"):  # .md and .csv would overwrite the page, .json a record
+        raise RecordError(f"the page {str(page)!r} must end in .html; Markdown and CSV are written beside it")
     results = read_results(paths)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
