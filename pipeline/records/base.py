@@ -13,6 +13,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
+from pipeline.config.schema import MAX_NUMBER
+
 __all__ = [
     "Amount",
     "Bounded",
@@ -27,8 +29,6 @@ __all__ = [
     "now",
     "problem_in",
 ]
-
-_MAX = 10**15  # sums, quotients and square roots of such numbers are numbers, too
 
 
 class Part(BaseModel):
@@ -76,10 +76,10 @@ def _check_time(value: str) -> str:
     return value
 
 
-Count = Annotated[int, Field(ge=0, le=_MAX)]
-Positive = Annotated[int, Field(ge=1, le=_MAX)]
-Amount = Annotated[float, Field(ge=0, le=_MAX)]
-Bounded = Annotated[float, Field(ge=-_MAX, le=_MAX)]
+Count = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
+Positive = Annotated[int, Field(ge=1, le=MAX_NUMBER)]
+Amount = Annotated[float, Field(ge=0, le=MAX_NUMBER)]
+Bounded = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]
 Words = Annotated[str, BeforeValidator(_escape)]
 Timestamp = Annotated[str, AfterValidator(_check_time)]
 CodecSpec = str | Mapping[str, JsonValue]  # as a user writes it: a short form, or a name with options

@@ -45,8 +45,10 @@ def check_writable(folder: Path) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all, readable for whom the umask says.
 
-    Raises OSError; what was there before is there still, and nothing else.
+    Raises OSError; what was there before is there still, and nothing else. A device or a pipe is not replaced.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file")
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:

@@ -307,6 +307,11 @@ class RunRecord(Part):
         check_plan(self.plan, self.stages)
         if self.traffic_per_link.keys() != self.codecs.keys():
             raise ValueError(f"links are {_names(self.traffic_per_link)}, those with codecs {_names(self.codecs)}")
+        _check_names("codecs_decode", self.codecs_decode, self.codecs)
+        _check_names("reconstruction", self.reconstruction, self.codecs)
+        if self.one_token:
+            _check_names("one_token.stages", self.one_token.stages, self.stages)
+            _check_names("one_token.links", self.one_token.links, self.codecs)
         if not self.ranks:
             raise ValueError("ranks is empty")
         if (self.timed_tokens or 0) > self.results.total_processed_tokens:
@@ -324,6 +329,14 @@ def check_plan(plan: tuple[PlannedStage, ...], stages: Mapping[str, StageSeconds
     planned = {str(stage.stage): None for stage in plan}
     if not planned or planned.keys() != stages.keys():
         raise ValueError(f"stages are {_names(stages)}, those of the plan {_names(planned)}")
+    if len(planned) < len(plan):
+        raise ValueError("a stage stands twice in plan")
+
+
+def _check_names(key: str, parts: Mapping[str, object] | None, expected: Mapping[str, object]) -> None:
+    """Figures of other stages or links than the run had would be added up, or left out, without a word."""
+    if parts is not None and parts.keys() != expected.keys():
+        raise ValueError(f"{key} has {_names(parts)}, the run {_names(expected)}")
 
 
 def _names(parts: Mapping[str, object]) -> str:

@@ -23,6 +23,7 @@ from pipeline.records.identity import digest_of
 from pipeline.records.labels import codec_labels, model_label
 from pipeline.records.run_record import RunRecord
 from pipeline.records.store import read_any, read_per_token
+from pipeline.report.console import printable
 from pipeline.report.generation import GeneratedRun
 from pipeline.report.measured_point import MeasuredPoint, is_uncompressed
 from pipeline.report.prediction import PipelineCosts
@@ -119,9 +120,9 @@ def load_files(paths: Sequence[Path]) -> list[tuple[Path, RunRecord]]:
     """`load_records` with the records' paths."""
     files = _read_files(paths)
     for failed in files.failed:
-        print(f"failed point: {failed.label}: {failed.error}", file=sys.stderr)
+        print(printable(f"failed point: {failed.label}: {failed.error}", sys.stderr), file=sys.stderr)
     for text in files.skipped:
-        print(f"skipped: {text}", file=sys.stderr)
+        print(printable(f"skipped: {text}", sys.stderr), file=sys.stderr)
     return files.records
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.records.files import RecordError, disk_problem, write_whole
 from pipeline.records.run_record import RunRecord
 from pipeline.report import generation_columns
+from pipeline.report.console import printable
 from pipeline.report.html_page import html_page
 from pipeline.report.point_columns import CONSOLE_COLUMNS
 from pipeline.report.recommendation import Outlook, recommendation_text
@@ -42,11 +43,11 @@ def print_summary(paths: Sequence[Path]) -> None:
         _print_table([c.heading for c in columns], [[c.text(run) for c in columns] for run in generated])
     places = paths if len(paths) == 1 else dict.fromkeys(path if path.is_dir() else path.parent for path in paths)
     for place in places:
-        print(_printable(f"record{'s in' if place.is_dir() else ''}: {place}"))
+        print(printable(f"record{'s in' if place.is_dir() else ''}: {place}", sys.stdout))
 
 
 def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    lines = [[_printable(cell) for cell in line] for line in (headings, *rows)]
+    lines = [[printable(cell, sys.stdout) for cell in line] for line in (headings, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -57,6 +58,8 @@ def write_report(paths: Sequence[Path], page: Path, outlook: Outlook) -> None:
 
     Runs that generated have a CSV of their own, `.generation.csv`.
     """
+    if page.suffix not in (".html", ".htm"):  # .md and .csv would overwrite the page, .json a record
+        raise RecordError(f"the page {str(page)!r} must end in .html; Markdown and CSV are written beside it")
     results = read_results(paths)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -75,13 +78,6 @@ def write_report(paths: Sequence[Path], page: Path, outlook: Outlook) -> None:
             write_whole(path, text.encode(errors="backslashreplace"))
         except OSError as e:
             raise RecordError(f"the report {path} cannot be written: {disk_problem(e)}, or name another file") from e
-        print(f"report: {path}")
+        print(printable(f"report: {path}", sys.stdout))
     for setting in results.settings:
-        print(_printable(f"{setting.title}: {recommendation_text(setting, outlook)}"))
-
-
-def _printable(text: str) -> str:
-    """Without what would move a terminal's cursor or break a line, and what the console's encoding has no sign for."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+        print(printable(f"{setting.title}: {recommendation_text(setting, outlook)}", sys.stdout))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from pipeline.report import generation_columns, point_columns
 from pipeline.report.columns import Column, Row, Value, significant
+from pipeline.report.console import escape_controls
 from pipeline.report.recommendation import Outlook, predict, predicted_figure, recommendation_text
 from pipeline.report.results import Results, Setting
 
@@ -102,7 +103,8 @@ def _list(texts: set[str]) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    """Text that stays in its cell and is no markup."""
-    for char in "\\`*_[]|":
-        text = text.replace(char, "\\" + char)
-    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())
+    """Text that stays in its cell, is no markup and moves no terminal's cursor."""
+    shown = escape_controls(" ".join(text.split()))
+    for char in "\\`*_[]|~":
+        shown = shown.replace(char, "\\" + char)
+    return shown.replace("&", "&amp;").replace("<", "&lt;")

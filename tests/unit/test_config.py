@@ -51,6 +51,24 @@ def test_an_option_of_a_codec_given_by_name():
 
 
 @pytest.mark.parametrize(
+    "key",
+    [
+        "batch_size",
+        "dataset.first_k_tokens",
+        "dataset.max_length",
+        "dataset.stride",
+        "evaluation.decode_chunk",
+        "generation.passes",
+        "model.load_in_8bit_threshold",
+        "runtime.in_flight",
+    ],
+)
+def test_what_no_record_could_hold_is_refused_before_the_run(key):
+    with pytest.raises(ConfigError, match=f"{key} must be at most 1e.15, got {10**15 + 1}"):
+        load(f"{key}={10**15 + 1}")
+
+
+@pytest.mark.parametrize(
     "override, words",
     [
         ("dataset.strde=1", r"unknown key dataset.strde; did you mean dataset.stride\? Allowed here: name, path"),

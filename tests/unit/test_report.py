@@ -4,9 +4,10 @@ import re
 from pipeline.partition.plan import default_plan
 from pipeline.records.labels import codec_labels
 from pipeline.report.point_columns import CONSOLE_COLUMNS
+from pipeline.report.recommendation import Outlook
 from pipeline.report.results import read_results
-from pipeline.report.summary import load_records, print_summary, summary_rows
-from tests.helpers.records import losses, make_record, write_point
+from pipeline.report.summary import load_records, print_summary, summary_rows, write_report
+from tests.helpers.records import losses, make_record, write_failed_point, write_point
 
 
 def record(compressor, ppl, **changes):
@@ -74,6 +75,18 @@ def test_what_is_no_record_is_named_and_skipped(tmp_path, capsys):
     assert "foreign.json is not a record: it lacks" in told and "cut.json is not a complete JSON file" in told
     print_summary([tmp_path])
     assert "records in" in capsys.readouterr().out
+
+
+def test_what_stands_in_files_of_others_moves_no_cursor(tmp_path, capsys):
+    write_failed_point(tmp_path, "\x1b[31mred", "\x1b[2J\nb")
+    (tmp_path / "\x1b[2Jb\n.json").write_text("{")
+    write_point(tmp_path, "int4", loss=losses(0.1), dataset={"description": "~a~\x1b[3m"})
+    print_summary([tmp_path])
+    write_report([tmp_path], tmp_path / "page\x1b.html", Outlook())
+    told = capsys.readouterr()
+    assert "\x1b" not in told.out + told.err + (tmp_path / "page\x1b.md").read_text()
+    assert "failed point: \\x1b[31mred: \\x1b[2J\\nb\n" in told.err and "\\x1b[2Jb\\n.json is not" in told.err
+    assert "\\~a\\~\\\\x1b\\[3m" in (tmp_path / "page\x1b.md").read_text()
 
 
 def test_the_place_of_several_records_is_said_once(tmp_path, capsys):

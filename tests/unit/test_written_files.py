@@ -189,3 +189,25 @@ def test_a_file_system_without_locks_is_found_before_the_run(tmp_path, monkeypat
     monkeypatch.setattr("fcntl.flock", fail)
     with pytest.raises(RecordError, match=r"cannot lock files, .*: No locks available, or name another \(--exp_dir"):
         check_writable(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pipe", "folder", "folder/.."])
+def test_a_pipe_or_a_folder_is_not_replaced(name, tmp_path):
+    """As root, a device could be."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    before = stat.S_IFMT((tmp_path / name).stat().st_mode)
+    with pytest.raises(OSError, match="it is no regular file"):
+        write_whole(tmp_path / name, b"x")
+    assert stat.S_IFMT((tmp_path / name).stat().st_mode) == before
+    with pytest.raises(OSError, match="it is no regular file"):
+        write_whole(Path("."), b"x")
+
+
+@pytest.mark.parametrize("name", ["a.md", "a.csv", "run.json", "a", ".html"])
+def test_a_page_of_another_ending_overwrites_nothing(name, tmp_path):
+    record = write_point(tmp_path)
+    before = record.read_bytes()
+    with pytest.raises(RecordError, match="must end in .html"):
+        write_report([record], tmp_path / name, Outlook())
+    assert record.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
