@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressors.console import run_command
 from pipeline.comm.world import World
 from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
 from pipeline.config.schema import ConfigError, RunConfig
@@ -216,4 +217,4 @@ def show_sweep(sweep: Sweep, config: RunConfig, result: SweepResult) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
