@@ -23,6 +23,7 @@ from pipeline.generation.record import generation_record
 from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
 from pipeline.generation.ring import GenerationRing
 from pipeline.generation.scheduler import Scheduler
+from pipeline.records.files import RecordError
 from pipeline.records.identity import digest_of
 from pipeline.records.store import write_generation
 from pipeline.runtime.deployment import Deployment
@@ -89,6 +90,11 @@ class _Batch:
             }
         )
         self.file = AnswersFile(Path(config.exp_dir), self.digest, resume=resume)
+        if strange := self.file.done.keys() - {request.line for request in known or ()}:
+            raise RecordError(
+                f"{self.file.path} has an answer to line {min(strange)}, which is no prompt; delete the file to start "
+                "over"
+            )
         self.scheduler = make_scheduler(ring)
         self.lines: list[dict[str, Any]] = []
         self.answers: list[Answer] = []
