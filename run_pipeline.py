@@ -144,7 +144,8 @@ def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
 
     print(flush=True)
     for line in result.failed:
-        print(f"failed: line {line['line']}: {line['error']}", file=sys.stderr)
+        place = f"line {line['line']}: "  # a refused line's error has it already
+        print(f"failed: {place}{line['error'].removeprefix(place)}", file=sys.stderr)
     print_summary([result.record])
     print(f"answers: {result.answers}")
     return EXIT_POINTS_FAILED if result.failed else 0
