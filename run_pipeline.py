@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressors.console import run_command
 from pipeline.comm.world import World
 from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
 from pipeline.config.schema import ConfigError, RunConfig
@@ -143,7 +144,8 @@ def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
 
     print(flush=True)
     for line in result.failed:
-        print(f"failed: line {line['line']}: {line['error']}", file=sys.stderr)
+        place = f"line {line['line']}: "  # a refused line's error has it already
+        print(f"failed: {place}{line['error'].removeprefix(place)}", file=sys.stderr)
     print_summary([result.record])
     print(f"answers: {result.answers}")
     return EXIT_POINTS_FAILED if result.failed else 0
@@ -216,4 +218,4 @@ def show_sweep(sweep: Sweep, config: RunConfig, result: SweepResult) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from compressors.base import Compressor, CorruptPayload, LinkInfo, Payload, option_names
+from compressors.console import run_command
 from compressors.registry import make_compressor
 
 __all__ = ["CHECKS", "dependence_on_frames", "find_violations", "main"]
@@ -381,4 +381,4 @@ def _generation(codec: Compressor, subject: Subject) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -48,7 +48,7 @@ def check_characters(text: str, what: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise InputError(f"{what} is not UTF-8: {text!r}, character {e.start}; rename the file or write it anew") from e
+        raise InputError(f"{what} is not UTF-8: {text!r}, character {e.start}; rename the file or type it anew") from e
 
 
 def read_text(path: Path, where: str) -> str:

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from compressors.console import run_command
 from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
 from pipeline.config.schema import ConfigError
 from pipeline.runtime.launch import on_deployment
@@ -68,4 +69,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from compressors.console import run_command
 from pipeline.config.options import OptionParser, add_config_options, given_keys, path_option, read_config
 from pipeline.config.reading import with_overrides
 from pipeline.config.schema import ConfigError
@@ -77,4 +78,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

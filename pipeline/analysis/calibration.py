@@ -97,7 +97,7 @@ def _write(
             )
             written.append(path)
     for path in written:
-        print(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)", flush=True)
+        print(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
     return written
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,39 +45,40 @@ class AnswersFile:
         self._file.close()
 
     def _take_over(self, *, resume: bool) -> BinaryIO:
-        """The file with what is done in it, open at its end and locked."""
-        if not self.path.exists():
-            if resume:
+        """The file with what is done in it, open at its end and locked; at no time has another file its name."""
+        file = self._locked()
+        file.seek(0)
+        content = file.read()
+        if resume:
+            if not content:
                 folder = self.path.parent
                 logger.warning("nothing to resume: %s has no answers to these prompts with this config", folder)
-            return self._begin()
-        with open(self.path, "r+b") as before:
-            _lock(before, self.path)
-            content = before.read()
-            if resume:
-                self.done = _read(content, self.path)
-            elif content:
-                old = free_name(self.path.with_name(f"{self.path.name}.old"))
-                self.path.replace(old)
-                logger.warning("answers of an earlier run with this config and these prompts are set aside: %s", old)
-            return self._begin()
-
-    def _begin(self) -> BinaryIO:
-        write_whole(self.path, b"".join(map(_line, self.done.values())))
-        file = open(self.path, "ab")
-        _lock(file, self.path)
+            self.done = _read(content, self.path)
+            write_whole(self.path, b"".join(map(_line, self.done.values())))
+            with file:  # whoever waits to see it closed finds that it has lost its name
+                return self._locked()
+        if content:
+            old = free_name(self.path.with_name(f"{self.path.name}.old"))
+            write_whole(old, content)
+            file.truncate(0)
+            logger.warning("answers of an earlier run with this config and these prompts are set aside: %s", old)
         return file
 
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Until the file is closed. Raises RecordError where another process has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise RecordError(
-            f"{path} belongs to a run with the same config and prompts that is still going on: wait for its end, or "
-            "end it"
-        ) from e
+    def _locked(self) -> BinaryIO:
+        """The file, new where there is none. Raises RecordError where another process has it."""
+        file = open(self.path, "a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_own = os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except BlockingIOError:
+            is_own = False
+        if not is_own:
+            file.close()
+            raise RecordError(
+                f"{self.path} belongs to a run with the same config and prompts that is still going on: wait for its "
+                "end, or end it"
+            )
+        return file
 
 
 def _line(answer: Mapping[str, Any]) -> bytes:
@@ -85,14 +87,20 @@ def _line(answer: Mapping[str, Any]) -> bytes:
 
 def _read(content: bytes, path: Path) -> dict[int, dict[str, Any]]:
     """Whole lines without an error; the last may be torn. Raises RecordError for a file of another kind."""
-    done = {}
+    done: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
             answer = json.loads(line)
-            if answer["error"] is None:
-                done[int(answer["line"])] = answer
-        except (ValueError, TypeError, KeyError) as e:
+            if answer["error"] is not None:
+                continue
+            if type(answer["line"]) is not int or answer["line"] in done:
+                raise ValueError(f"its line is {answer['line']!r}, which is no number or was there before")
+            if not isinstance(answer["text"], str):
+                raise ValueError(f"its text is {answer['text']!r}")
+            _line(answer)
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
             raise RecordError(
                 f"{path}, line {number}, is no answer ({type(e).__name__}: {e}); delete the file to start over"
             ) from e
+        done[answer["line"]] = answer
     return done

@@ -11,6 +11,7 @@ import sys
 import threading
 from typing import TextIO
 
+from compressors.console import show
 from pipeline.config.schema import RunConfig
 from pipeline.generation.answer import Answer
 from pipeline.generation.generate import make_request_maker, make_scheduler
@@ -44,26 +45,30 @@ def chat(config: RunConfig, deployment: Deployment) -> None:
     else:
         scheduler, maker = prepared
         links = [link.name for link in deployment.plan.links]
-        conversation = Conversation(scheduler, maker, links, sys.stdin, sys.stdout)
+        conversation = Conversation(scheduler, maker, links, sys.stdin)
         threading.Thread(target=conversation.run, name="conversation", daemon=True).start()
         ring.run(scheduler)
+        if conversation.problem is not None:
+            raise conversation.problem
     ring.close()
 
 
 class Conversation:
-    """What is said, on a thread of its own: the main thread drives the ring."""
+    """What is said, on a thread of its own: the main thread drives the ring.
 
-    def __init__(
-        self, scheduler: Scheduler, maker: RequestMaker, link_names: list[str], source: TextIO, sink: TextIO
-    ) -> None:
+    `problem` is what ended it early, told on the main thread once the ring is at rest.
+    """
+
+    def __init__(self, scheduler: Scheduler, maker: RequestMaker, link_names: list[str], source: TextIO) -> None:
         self._scheduler, self._maker, self._link_names = scheduler, maker, link_names
-        self._source, self._sink = source, sink
+        self._source = source
+        self.problem: Exception | None = None
         self._messages: list[dict[str, str]] = []
 
     def run(self) -> None:
         """Until the input ends; then the scheduler is closed."""
         try:
-            self._say(f"{GREETING}\n")
+            show(f"{GREETING}\n")
             while line := self._read():
                 self._messages.append({"role": "user", "content": line})
                 answer = self._answer()
@@ -71,11 +76,13 @@ class Conversation:
                     self._messages.pop()
                 else:
                     self._messages.append({"role": "assistant", "content": answer})
+        except Exception as e:
+            self.problem = e
         finally:
             self._scheduler.close()
 
     def _read(self) -> str:
-        self._say("\n> ")
+        show("\n> ")
         return self._source.readline().strip()
 
     def _answer(self) -> str | None:
@@ -84,23 +91,19 @@ class Conversation:
         try:
             request = self._maker.make({"messages": self._messages})
         except ValueError as e:
-            self._say(f"[{e}]\n")
+            show(f"[{e}]\n")
             return None
         answer = Answer(
             request,
             self._maker.tokenizer,
             link_names=self._link_names,
-            on_text=self._say,
+            on_text=show,
             on_finish=lambda answer: finished.set(),
         )
         self._scheduler.submit(answer)
         finished.wait()
         if answer.error is not None:
-            self._say(f"\n[{answer.error}]\n")
+            show(f"\n[{answer.error}]\n")
             return None
-        self._say("\n" if answer.finish_reason == "stop" else f" [{answer.finish_reason}]\n")
+        show("\n" if answer.finish_reason == "stop" else f" [{answer.finish_reason}]\n")
         return answer.text
-
-    def _say(self, text: str) -> None:
-        self._sink.write(text)
-        self._sink.flush()

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from compressors.console import show
 from pipeline.comm.watchdog import bounded
 from pipeline.config.schema import RunConfig
 from pipeline.data.text import load_tokenizer
@@ -22,6 +23,7 @@ from pipeline.generation.record import generation_record
 from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
 from pipeline.generation.ring import GenerationRing
 from pipeline.generation.scheduler import Scheduler
+from pipeline.records.files import RecordError
 from pipeline.records.identity import digest_of
 from pipeline.records.store import write_generation
 from pipeline.runtime.deployment import Deployment
@@ -88,6 +90,11 @@ class _Batch:
             }
         )
         self.file = AnswersFile(Path(config.exp_dir), self.digest, resume=resume)
+        if strange := self.file.done.keys() - {request.line for request in known or ()}:
+            raise RecordError(
+                f"{self.file.path} has an answer to line {min(strange)}, which is no prompt; delete the file to start "
+                "over"
+            )
         self.scheduler = make_scheduler(ring)
         self.lines: list[dict[str, Any]] = []
         self.answers: list[Answer] = []
@@ -136,7 +143,7 @@ class _Batch:
                 request,
                 self._tokenizer,
                 link_names=self._links,
-                on_text=_show if self._shows else _ignore,
+                on_text=show if self._shows else _ignore,
                 on_finish=lambda answer: self._write(answer.as_line()),
             )
             self.answers.append(answer)
@@ -176,7 +183,7 @@ def generate(
     control.report("reading prompts")
     batch, _ = control.together(prepare)
     if shown is not None and batch is not None:
-        _show(shown)
+        show(shown)
     reports = ring.run(batch.scheduler if batch else None)
     ring.close()
     if batch is None:
@@ -185,11 +192,6 @@ def generate(
     record = generation_record(ring, batch.lines, batch.answers, len(batch.file.done), reports, batch.digest)
     path = write_generation(Path(config.exp_dir), record)
     return Generated(path, batch.file.path, [line for line in batch.lines if line["error"] is not None])
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _ignore(text: str) -> None:

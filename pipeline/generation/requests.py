@@ -22,6 +22,7 @@ from pipeline.models.sampling import GenerationDefaults, SamplingOptions, sampli
 __all__ = ["OWN_KEYS", "RefusedRequest", "Request", "RequestMaker", "read_requests"]
 
 MAX_LINE_NBYTES = 16 * 2**20
+_MAX_ERROR_LENGTH = 1000
 _CUTS = ("top_k", "top_p", "min_p")
 # Keys of `generation` that a request may have for itself.
 OWN_KEYS = (
@@ -160,7 +161,7 @@ def _requests(file: BinaryIO, name: str, maker: RequestMaker) -> Iterator[Reques
             try:
                 request = maker.make(_parse(line), line=number)
             except ValueError as e:
-                request = RefusedRequest(number, f"line {number}: {e}")
+                request = RefusedRequest(number, f"line {number}: {_shortened(str(e))}")
             yield request
     if is_empty:
         raise ConfigError(f'prompts {name!r}: there is no line in it; write one like {{"prompt": "..."}} per request')
@@ -181,6 +182,13 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
             return
         number += 1
         yield number, line
+
+
+def _shortened(error: str) -> str:
+    """Errors tell the value got, which may be as long as a line; the cure stands at the end."""
+    if len(error) <= _MAX_ERROR_LENGTH:
+        return error
+    return f"{error[: _MAX_ERROR_LENGTH // 2]} ... {error[-_MAX_ERROR_LENGTH // 2 :]}"
 
 
 def _parse(line: bytes) -> Mapping[str, Any]:

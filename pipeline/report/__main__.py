@@ -11,6 +11,7 @@ import math
 import os
 import sys
 
+from compressors.console import run_command
 from pipeline.config.options import OptionParser, path_option
 from pipeline.report.recommendation import Outlook
 from pipeline.report.results import load_records
@@ -81,4 +82,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

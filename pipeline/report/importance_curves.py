@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from compressors.console import run_command
 from pipeline.config.options import OptionParser, path_option
 from pipeline.records.files import check_writable, write_figure, write_json
 from pipeline.records.labels import model_label
@@ -282,4 +283,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

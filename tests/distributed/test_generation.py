@@ -391,6 +391,25 @@ def test_prompts_on_standard_input_are_answered_as_they_come(tmp_path):
     assert "did you mean prompt" in got[2]["error"]
 
 
+def test_an_answer_to_no_prompt_is_refused_when_a_run_is_resumed(tmp_path):
+    prompts = prompts_file(tmp_path, ["a", "b"], [3, 3])
+    words = arguments(tiny_model(), tmp_path / "out", prompts)
+    run(1, words).check()
+    (path,) = (tmp_path / "out").glob("answers-*.jsonl")
+    path.write_text(path.read_text().replace('"line": 2', '"line": 7'))
+    finished = run(1, [*words, "--resume"])
+    assert finished.returncode == 1
+    assert f"{path} has an answer to line 7, which is no prompt; delete the file to start over" in finished.stderr
+
+
+def test_lines_that_fail_are_named_once_on_the_screen(tmp_path):
+    prompts = tmp_path / "bad.jsonl"
+    prompts.write_text('{"prompt": 3}\n"fine"\n')
+    finished = run(1, arguments(tiny_model(), tmp_path / "out", prompts))
+    assert finished.returncode == 3
+    assert "failed: line 1: prompt must be a string, got 3\n" in finished.stderr
+
+
 def test_standard_input_without_a_prompt_or_to_be_resumed_is_told(tmp_path):
     words = arguments(tiny_model(), tmp_path, "-")
     command = [sys.executable, "run_pipeline.py", *words]

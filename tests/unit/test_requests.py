@@ -163,6 +163,12 @@ def test_a_line_at_fault_is_refused_alone(tmp_path, tokenizer, line, words):
     assert isinstance(refused, RefusedRequest) and re.match(f"line 2: .*{words}", refused.error, re.DOTALL)
 
 
+def test_an_error_tells_a_part_of_a_long_value(tmp_path, tokenizer):
+    line = json.dumps({"prompt": "x", "logprobs": "y" * 100_000})
+    (refused,) = read(tmp_path, line.encode(), maker_of(tokenizer))
+    assert refused.error.startswith("line 1: ") and 1000 < len(refused.error) < 1100
+
+
 def test_the_longest_prompt_that_fits(tokenizer):
     assert len(maker_of(tokenizer).make({"prompt": 71 * "x"}).prompt_ids) == 72
 
