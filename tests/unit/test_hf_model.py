@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.models.loading import VERIFIED_MODEL_TYPES, ModelError, load_model_config, load_stage
 from pipeline.partition.plan import default_plan
-from tests.helpers.tiny_models import CAPS_ARE_DROPPED, MODEL_TYPES, VOCAB_SIZE, save_tiny_model
+from tests.helpers.tiny_models import CAPS_ARE_DROPPED, MODEL_TYPES, VOCAB_SIZE, save_tiny_model, skip_dropped_caps
 
 SIZES = {
     "vocab_size": VOCAB_SIZE,
@@ -34,8 +34,7 @@ OWN_SIZES = {
 @pytest.mark.parametrize("model_type", sorted(set(VERIFIED_MODEL_TYPES) - set(MODEL_TYPES)))
 @pytest.mark.parametrize("num_nodes", [1, 4])
 def test_logits_are_bit_equal(model_type, num_nodes, tmp_path):
-    if model_type == "gemma2" and CAPS_ARE_DROPPED:
-        pytest.skip("transformers before 5.21 leaves out the cap of Gemma 2, so it is refused")
+    skip_dropped_caps(model_type)
     torch.manual_seed(0)
     made = AutoConfig.for_model(model_type, **SIZES | OWN_SIZES.get(model_type, {}))
     AutoModelForCausalLM.from_config(made, dtype=torch.float32).save_pretrained(tmp_path)

@@ -18,7 +18,7 @@ from pipeline.models.loading import load_model_config, load_stage
 from pipeline.models.stage import Stage
 from pipeline.partition.passes import Row
 from pipeline.partition.plan import default_plan
-from tests.helpers.tiny_models import CAPS_ARE_DROPPED, VOCAB_SIZE, save_tiny_model, tiny_model
+from tests.helpers.tiny_models import VOCAB_SIZE, save_tiny_model, skip_dropped_caps, tiny_model
 
 CPU = torch.device("cpu")
 NUM_TOKENS, MAX_LENGTH, NUM_SLOTS = 29, 32, 4
@@ -35,8 +35,7 @@ MODELS = [(name, window) for name in FAMILIES for window in ((6, 48) if name in 
 
 
 def model_dir(model_type, window):
-    if model_type == "gemma2" and CAPS_ARE_DROPPED:
-        pytest.skip("transformers before 5.21 leaves out the cap of Gemma 2, so it is refused")
+    skip_dropped_caps(model_type)
     fields = {} if window is None else _SLIDING[model_type] | {"sliding_window": window}
     return tiny_model(model_type, num_layers=4, **fields)
 
