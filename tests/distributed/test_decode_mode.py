@@ -99,8 +99,8 @@ def test_a_token_costs_what_it_costs_in_an_answer(wrap, nbytes, tmp_path):
     run_ranks([words] * 4)[0].check()
     (path,) = (tmp_path / "answers").glob("*-generation-*.json")
     answered = json.loads(path.read_text())["traffic_per_link"]
-    for link, traffic in record["traffic_per_link"].items():
-        assert traffic["bytes"] == nbytes * traffic["tokens"]
+    for link, traffic in record.traffic_per_link.items():
+        assert traffic.bytes == nbytes * traffic.tokens
         assert answered[link]["bytes_per_token"] == nbytes
 
 
