@@ -298,6 +298,7 @@ def test_command_line_exit_status(capsys):
     assert "unknown compressor 'int9'" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_example_for_codec_writers(tmp_path):
     (tmp_path / "my_codecs.py").write_text(EXAMPLE)
     command = [sys.executable, "-m", "compressors.check", "my_codecs:Sign"]

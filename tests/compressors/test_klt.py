@@ -116,6 +116,7 @@ def test_only_klt_by_token_is_frame_invariant():
     assert list(dependence_on_frames(Calibrated(KLT))) and list(dependence_on_frames(Calibrated(KLT, False)))
 
 
+@pytest.mark.slow
 def test_a_token_is_the_same_in_frames_of_any_length():
     """At a size where libraries change their way of summing with the number of rows."""
     codec, x = make(TOKENWISE, hidden_size=576), hidden_states((1, 200, 576))
@@ -236,6 +237,7 @@ def walk(indices):
     return levels, quantizers
 
 
+@pytest.mark.slow
 def test_the_trellis_finds_the_nearest_levels():
     """No sequence of indices comes nearer to the target; with rates, none that the search weighs is cheaper."""
     from compressors.kernels import trellis

@@ -135,6 +135,7 @@ def test_a_calibration_in_the_home_folder(tmp_path, monkeypatch):
             make_compressor(spec, link)
 
 
+@pytest.mark.slow
 def test_listing_and_making_codecs_loads_no_numba():
     code = (
         "import sys, compressors\n"

@@ -98,6 +98,7 @@ def random_like(tensor, seed=7):
 class TestTying:
     """`tie_word_embeddings` against what is stored."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_head_of_its_own_is_the_head(self, tmp_path, dtype):
         save_model(tmp_path, tie_word_embeddings=True)
@@ -342,6 +343,7 @@ class TestFiles:
 class TestLayerFields:
     """Whatever tells layers apart is cut with them."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "fields",
         [
@@ -360,6 +362,7 @@ class TestLayerFields:
         assert check_equal(tmp_path) == ()
         self.check_bytes(tmp_path)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("model_type", "fields"),
         [

@@ -47,17 +47,20 @@ def generate_arguments(exp_dir, *more):
     return ["run_pipeline.py", *tiny_arguments(exp_dir), "--set", "generation.max_new_tokens=4", *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [PLAN, HELP, CODEC, REFUSED_CODEC], ids=["plan", "help", "check", "refused"])
 def test_a_reader_that_has_gone_ends_a_command_quietly(words, readerless):
     ended = run(*words, stdout=readerless)
     assert (ended.returncode, ended.stderr) == (EXIT_READER_GONE, "")
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_while_there_is_more_to_say(readerless):
     ended = run(*PLAN, stdout=readerless, unbuffered="1")
     assert (ended.returncode, ended.stderr) == (EXIT_READER_GONE, "")
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_ends_a_report_quietly(tmp_path, readerless):
     write_point(tmp_path, "nf4")
     for words in (["-m", "pipeline.report", tmp_path], ["-m", "pipeline.report", tmp_path, "-o", tmp_path / "a.html"]):
@@ -65,6 +68,7 @@ def test_a_reader_that_has_gone_ends_a_report_quietly(tmp_path, readerless):
         assert (ended.returncode, ended.stderr) == (EXIT_READER_GONE, "")
 
 
+@pytest.mark.slow
 def test_output_that_cannot_be_written_is_told():
     with open("/dev/full", "w") as full:
         ended = run(*PLAN, stdout=full)
@@ -74,6 +78,7 @@ def test_output_that_cannot_be_written_is_told():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["--generate", "ab"], ["--chat"]], ids=["text", "chat"])
 def test_an_answer_that_nobody_reads_ends_with_a_message(more, tmp_path, readerless):
     arguments = generate_arguments(tmp_path, *more)
@@ -86,6 +91,7 @@ def test_an_answer_that_nobody_reads_ends_with_a_message(more, tmp_path, readerl
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_standard_streams_that_are_closed_lose_nothing(tmp_path):
     """Descriptor 2 would be the answers file, and the warning would stand in it."""
     arguments = generate_arguments(tmp_path, "--generate", "ab")

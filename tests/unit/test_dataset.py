@@ -154,6 +154,7 @@ def test_pydoc_is_the_running_pythons(monkeypatch):
     assert load_text(name="pydoc", path=None, split="test").text == "first\n\nsecond"
 
 
+@pytest.mark.slow
 def test_pydocs_validation_split_is_another_text():
     test, validation = (load_text(name="pydoc", path=None, split=split) for split in ("test", "validation"))
     assert validation.description.startswith("docstrings of the standard library's modules of Python 3.")

@@ -89,6 +89,7 @@ def test_an_interrupted_demo_goes_on(clone, fails, num_left):
     assert "interrupted" in finished.stdout and (clone / FOLDER / "old.json").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_that_it_goes_on(clone):
     (clone / "bin" / "python").write_text("#!/bin/sh\nexec sleep 20\n")
     environment = {"PATH": f"{clone / 'bin'}:/usr/bin:/bin", "FAILS": "nothing"}

@@ -417,6 +417,7 @@ class TestNames:
     FILE = re.compile(r"`((?:[\w.{}-]+/)*[\w.-]+\.(?:py|sh|yaml|md|ipynb|toml|cfg))`")
     OBJECT = re.compile(r"`((?:compressors|pipeline|benchmarks)(?:\.\w+)+)(?:\(\))?`")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("page", pages(FILE), ids=name)
     def test_files(self, page):
         files = [f"/{path.relative_to(ROOT)}" for path in ROOT.rglob("*") if path.is_file()]

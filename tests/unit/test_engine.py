@@ -190,6 +190,7 @@ def test_a_failure_fails_its_pass_alone(name, depth):
     assert len({index for _, index in ring.dropped}) == len(fails)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_many_passes_with_failures_at_random(seed):
     rng = random.Random(seed)
@@ -373,6 +374,7 @@ def test_a_damaged_frame_ends_the_run():
     assert source.results == []
 
 
+@pytest.mark.slow
 def test_one_pass_too_many_may_deadlock():
     """The limit is no caution: with sends that wait for their receives, one more pass stops the loops themselves."""
     plan, depth = PLANS["ring"], 1

@@ -62,6 +62,7 @@ def test_a_check_that_goes_wrong_is_told_and_the_others_go_on(tmp_path, monkeypa
     assert "1 passed, 2 failed, 2 skipped" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is meant")
 def test_without_a_gpu(capsys):
     assert gpu_check.main([]) == 2

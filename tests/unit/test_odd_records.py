@@ -142,6 +142,7 @@ SAMPLES = sorted(path.name for path in FOLDER.glob("*.json"))
 
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", ["record", "generation", "failed point", *SAMPLES], ids=str)
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(CHANGES, min_size=1, max_size=3))

@@ -108,6 +108,7 @@ def record_of(plan, stage_s, frame_bytes, microbatch_tokens, in_flight):
 seconds = st.floats(0.001, 0.1)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     num_nodes=st.integers(2, 4),

@@ -46,6 +46,7 @@ def test_the_interval_is_the_same_each_time_and_holds_the_ratio():
     assert compare(base, point) == quality
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(11)
     covered = 0

@@ -65,6 +65,7 @@ def paths(value, prefix=()):
         yield from paths(child, (*prefix, key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("put", [None, "<b>x", [1]], ids=["null", "text", "list"])
 def test_no_damaged_record_keeps_the_others_from_the_page(put, tmp_path):
     write_point(tmp_path)

@@ -38,6 +38,7 @@ def test_process_groups_belong_to_two_rooms():
             assert not any(name.startswith("torch.distributed") for name in imports(path)), path
 
 
+@pytest.mark.slow
 def test_plain_modules_do_not_load_torch():
     rooms = [p for room in PLAIN_ROOMS for p in (ROOT / "pipeline" / room).glob("*.py") if p.stem[0] != "_"]
     names = [*(f"{p.parent.name}.{p.stem}" for p in rooms), *PLAIN_MODULES]

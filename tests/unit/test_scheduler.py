@@ -276,6 +276,7 @@ def simulate(plan, seed, *, failing, cancels):
     return everyone, ring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(("failing", "cancels"), [(0, 0), (0.003, 0), (0.003, 0.03)])
 def test_every_answer_is_that_of_its_prompt(plan, failing, cancels):

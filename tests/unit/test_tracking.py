@@ -28,6 +28,7 @@ def test_off_unless_asked_for(tmp_path, monkeypatch):
     track(tmp_path)
 
 
+@pytest.mark.slow
 def test_offline_needs_no_account(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -156,6 +156,7 @@ def stand_still(rank, ends):
     dog.stop()
 
 
+@pytest.mark.slow
 def test_passes_that_do_not_move_within_the_timeout_end_the_run():
     (still,) = call_on_ranks(1, stand_still, False, timeout_s=20)
     (idle,) = call_on_ranks(1, stand_still, True, timeout_s=20)
@@ -228,6 +229,7 @@ def end_on_a_full_pipe(rank: int, how: str) -> None:
     end_in(rank, how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["alone", "user", "bug", "ctrl-c", "peer", "two threads", "sigterm"])
 def test_a_process_ends_though_nobody_reads_what_it_says(how):
     """A rank that hangs in its last words would keep torchrun, and with it everybody, waiting."""
