@@ -82,7 +82,7 @@ class Bench:
         from transformers.utils import logging as transformers_logging
 
         from pipeline.generation.ring import GenerationRing
-        from pipeline.models.loading import TORCH_DTYPES
+        from pipeline.models.loading import TORCH_DTYPES, bitsandbytes_config
 
         transformers_logging.set_verbosity_error()  # else it warns that answers end at no token, as they should here
         self.config, self.deployment, self.num_tokens = config, deployment, num_tokens
@@ -98,8 +98,17 @@ class Bench:
             text = tokenizer(" ".join(PROMPTS) * 40)["input_ids"]
             self.long_prompt = text[:LONG_PROMPT]
             self.tokenizer = tokenizer
-            model = AutoModelForCausalLM.from_pretrained(deployment.model_dir, dtype=TORCH_DTYPES[config.model.dtype])
-            self.model = model.eval()
+            section, dtype = config.model, TORCH_DTYPES[config.model.dtype]
+            options: dict[str, Any] = {}
+            if section.load_in_8bit or section.load_in_4bit:
+                options["device_map"] = {"": "cpu"}
+                options["quantization_config"] = bitsandbytes_config(
+                    dtype,
+                    load_in_8bit=section.load_in_8bit,
+                    load_in_8bit_threshold=section.load_in_8bit_threshold,
+                    load_in_4bit=section.load_in_4bit,
+                )
+            self.model = AutoModelForCausalLM.from_pretrained(deployment.model_dir, dtype=dtype, **options).eval()
 
     def ring_s(self, name: str, num: int, passes: int, *, threads: int = 1) -> list[list[int]]:
         """Seconds of `num` prompts at once, in so many passes."""
@@ -159,6 +168,7 @@ class Bench:
                 prefill_chunk=chunk,
                 passes=passes,
                 shares_prefixes=False,
+                shares_passes=not self.ring.mixes_tokens,
             )
             for request in requests:
                 scheduler.submit(request)
@@ -229,8 +239,9 @@ def show(bench: Bench) -> None:
     median = {name: statistics.median(times) for name, times in bench.times.items()}
     one, eight = median["generate, one sequence"], median["generate, batch of eight"]
     model = bench.config.model
+    weights = ", 8-bit weights" if model.load_in_8bit else ", 4-bit weights" if model.load_in_4bit else ""
     print(
-        f"{model.name}, {model.dtype}, codec {bench.config.compressor}, {bench.cores} cores, "
+        f"{model.name}, {model.dtype}{weights}, codec {bench.config.compressor}, {bench.cores} cores, "
         f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}"
     )
     for name, seconds in median.items():

@@ -32,6 +32,7 @@ __all__ = [
     "TORCH_DTYPES",
     "ModelError",
     "StageModel",
+    "bitsandbytes_config",
     "check_attention_readable",
     "embedding_bytes",
     "load_model_config",
@@ -248,13 +249,11 @@ def load_stage(
     _check_shapes(model_dir, model_class, stage_config, state_dict)
     options: dict[str, Any] = {"dtype": dtype}
     if load_in_8bit or load_in_4bit:
-        _quiet_bitsandbytes()
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = bitsandbytes_config(
+            dtype,
             load_in_8bit=load_in_8bit,
-            llm_int8_threshold=load_in_8bit_threshold,
+            load_in_8bit_threshold=load_in_8bit_threshold,
             load_in_4bit=load_in_4bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
         )
     if device.type == "cuda" or "quantization_config" in options:
         options["device_map"] = {"": device}
@@ -269,6 +268,20 @@ def load_stage(
         decoder=model.base_model,
         head=None if head is None else _with_cap(head, family, config),
         embedding=getattr(model.base_model, family.embedding) if stage.is_first else None,
+    )
+
+
+def bitsandbytes_config(
+    dtype: torch.dtype, *, load_in_8bit: bool, load_in_8bit_threshold: float, load_in_4bit: bool
+) -> BitsAndBytesConfig:
+    """How weights are quantised, one of 8 and 4 bits; `dtype` is that of hidden states. Silences the library."""
+    _quiet_bitsandbytes()
+    return BitsAndBytesConfig(
+        load_in_8bit=load_in_8bit,
+        llm_int8_threshold=load_in_8bit_threshold,
+        load_in_4bit=load_in_4bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
     )
 
 

@@ -23,7 +23,7 @@ from pipeline.records.identity import digest_of
 from pipeline.records.labels import codec_labels, model_label
 from pipeline.records.run_record import RunRecord
 from pipeline.records.store import read_any, read_per_token
-from pipeline.report.console import printable
+from pipeline.report.printable import printable
 from pipeline.report.generation import GeneratedRun
 from pipeline.report.measured_point import MeasuredPoint, is_uncompressed
 from pipeline.report.prediction import PipelineCosts

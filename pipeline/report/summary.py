@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.records.files import RecordError, disk_problem, write_whole
 from pipeline.records.run_record import RunRecord
 from pipeline.report import generation_columns
-from pipeline.report.console import printable
+from pipeline.report.printable import printable
 from pipeline.report.html_page import html_page
 from pipeline.report.point_columns import CONSOLE_COLUMNS
 from pipeline.report.recommendation import Outlook, recommendation_text

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from pipeline.report import generation_columns, point_columns
 from pipeline.report.columns import Column, Row, Value, significant
-from pipeline.report.console import escape_controls
+from pipeline.report.printable import escape_controls
 from pipeline.report.recommendation import Outlook, predict, predicted_figure, recommendation_text
 from pipeline.report.results import Results, Setting
 
