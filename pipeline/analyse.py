@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressors.console import run_command
 from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
+from pipeline.config.reading import NO_EMULATION
 from pipeline.config.schema import ConfigError
 from pipeline.runtime.launch import on_deployment
 
@@ -36,6 +37,8 @@ UNUSED = {
     "evaluation": "an analysis scores no text; leave it out",
     "exp_dir": "an analysis writes to --out; leave it out",
     "generation": "an analysis generates nothing; leave it out",
+    "links": "an analysis emulates no network; leave it out",
+    "links_per_link": "an analysis emulates no network; leave it out",
     "measure_error": "an analysis compresses nothing; leave it out",
     "wandb": "an analysis logs nothing to Weights & Biases; leave it out",
 }
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        config = read_config(arguments, unused=UNUSED)
+        config = read_config(arguments, own=NO_EMULATION, unused=UNUSED)
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressors.console import run_command
 from pipeline.config.options import OptionParser, add_config_options, given_keys, path_option, read_config
-from pipeline.config.reading import with_overrides
+from pipeline.config.reading import NO_EMULATION, with_overrides
 from pipeline.config.schema import ConfigError
 from pipeline.runtime.launch import on_deployment
 
@@ -37,6 +37,8 @@ UNUSED = {
     "evaluation": "calibration scores no text; leave it out",
     "exp_dir": "calibration writes to --out; leave it out",
     "generation": "calibration generates nothing; leave it out",
+    "links": "calibration emulates no network; leave it out",
+    "links_per_link": "calibration emulates no network; leave it out",
     "measure_error": "calibration compresses nothing; leave it out",
     "wandb": "calibration logs nothing to Weights & Biases; leave it out",
 }
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Any valid stride while max_length is not known; windows that do not overlap follow.
         own = [("dataset.first_k_tokens", DEFAULT_TOKENS), ("compressor", "none"), ("compressor_per_link", {})]
-        config = read_config(arguments, own=[*own, ("dataset.stride", 1)], unused=UNUSED)
+        config = read_config(arguments, own=[*own, *NO_EMULATION, ("dataset.stride", 1)], unused=UNUSED)
         stride = config.dataset.max_length - (config.dataset.bos == "window")
         given = dict(given_keys(arguments)).get("dataset.stride", stride)
         if given != stride:

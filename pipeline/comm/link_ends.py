@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
+from pipeline.comm.emulation import Conditions, EmulatedWire
 from pipeline.comm.link import Frame, FrameReceiver, FrameSender, LinkSpec
 from pipeline.comm.mailbox import (
     Arrivals,
@@ -133,21 +135,42 @@ class LinkEnds:
 
 
 def open_links(
-    hops: Sequence[Hop], specs: Mapping[int, LinkSpec], world: World, *, receives_ahead: int
+    hops: Sequence[Hop],
+    specs: Mapping[int, LinkSpec],
+    world: World,
+    *,
+    receives_ahead: int,
+    emulated: Mapping[int, Conditions] = MappingProxyType({}),
 ) -> LinkEnds:
-    """This rank's ends of a chain, receives posted. `specs`, by link index, are those of this rank's links at least."""
+    """This rank's ends of a chain, receives posted. `specs`, by link index, are those of this rank's links at least.
+
+    Frames of the `emulated` links come as late as their conditions make them; links from one rank to another that are
+    under the same conditions share one wire.
+    """
     arrivals = Arrivals()
+    wires: dict[tuple[int, Conditions], EmulatedWire] = {}
     senders: dict[int, FrameSender] = {}
     receivers: dict[int, FrameReceiver] = {}
     for index, hop in enumerate(hops):
         src, dst = world.rank_of(hop.src_node), world.rank_of(hop.dst_node)
         if world.rank not in (src, dst):
             continue
-        spec, apart = specs[index], hop.channel is not None
+        spec, apart, conditions = specs[index], hop.channel is not None, emulated.get(index)
 
-        def memory(device: torch.device | None, spec: LinkSpec = spec, hop: Hop = hop) -> FrameMemory:
+        def memory(
+            device: torch.device | None,
+            spec: LinkSpec = spec,
+            hop: Hop = hop,
+            conditions: Conditions | None = conditions,
+        ) -> FrameMemory:
             is_gpu = device is not None and device.type == "cuda"
-            return FrameMemory(spec.max_body_nbytes, spec.max_tail_nbytes, pin=is_gpu, channel=hop.channel)
+            return FrameMemory(
+                spec.max_body_nbytes,
+                spec.max_tail_nbytes,
+                pin=is_gpu,
+                channel=hop.channel,
+                stamped=conditions is not None,
+            )
 
         if src == dst:
             loopback = Loopback(index, memory(None), arrivals)
@@ -157,6 +180,9 @@ def open_links(
             senders[index] = FrameSender(spec, outbox, apart=apart, receives_ahead=receives_ahead)
         else:
             address = PeerAddress(spec.name, src, index)
-            inbox = PeerInbox(index, address, memory(hop.dst_device), arrivals, depth=receives_ahead)
+            wire = None
+            if conditions is not None:
+                wire = wires.setdefault((src, conditions), EmulatedWire(conditions, seed=index))
+            inbox = PeerInbox(index, address, memory(hop.dst_device), arrivals, depth=receives_ahead, wire=wire)
             receivers[index] = FrameReceiver(spec, inbox, apart=apart)
     return LinkEnds(senders, receivers, arrivals, len(hops))

@@ -31,6 +31,7 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from pipeline.comm.emulation import STAMP_NBYTES, EmulatedWire, write_stamp
 from pipeline.comm.watchdog import PipelineError
 from pipeline.comm.wire import BASE_NBYTES, MAX_NOTE_NBYTES, BadFrame, is_end
 
@@ -68,11 +69,18 @@ class LinkError(PipelineError):
 class FrameBuffer:
     """Room for one frame, uint8.
 
-    `host` begins with the base header. The body of a frame stands behind it, or in `device` on a GPU.
+    `host` begins with the base header. The body of a frame stands behind it, or in `device` on a GPU. `stamped` is
+    `host` with an emulated wire's stamp in front.
     """
 
     host: torch.Tensor
     device: torch.Tensor | None = None
+    stamped: torch.Tensor | None = None
+
+    @property
+    def message(self) -> torch.Tensor:
+        """What goes between hosts."""
+        return self.host if self.stamped is None else self.stamped
 
 
 @dataclass(frozen=True)
@@ -100,12 +108,15 @@ class BodyChannel:
 
 @dataclass(frozen=True)
 class FrameMemory:
-    """Where the buffers of a link's end lie: room for a body and a tail; `pin` for copies to and from a GPU."""
+    """Where the buffers of a link's end lie: room for a body and a tail; `pin` for copies to and from a GPU, `stamped`
+    for an emulated wire.
+    """
 
     max_body_nbytes: int
     max_tail_nbytes: int
     pin: bool = False
     channel: BodyChannel | None = None
+    stamped: bool = False
 
     @property
     def host_nbytes(self) -> int:
@@ -114,7 +125,11 @@ class FrameMemory:
         return BASE_NBYTES + in_host + self.max_tail_nbytes
 
     def allocate(self) -> FrameBuffer:
-        host = torch.empty(self.host_nbytes, dtype=torch.uint8, pin_memory=self.pin and self.channel is None)
+        pin = self.pin and self.channel is None
+        if self.stamped:
+            message = torch.empty(STAMP_NBYTES + self.host_nbytes, dtype=torch.uint8, pin_memory=pin)
+            return FrameBuffer(message[STAMP_NBYTES:], stamped=message)
+        host = torch.empty(self.host_nbytes, dtype=torch.uint8, pin_memory=pin)
         if self.channel is None:
             return FrameBuffer(host)
         return FrameBuffer(host, torch.empty(self.max_body_nbytes, dtype=torch.uint8, device=self.channel.device))
@@ -238,7 +253,11 @@ class PeerOutbox:
 
     def post(self, buffer: FrameBuffer, nbytes: int, device_nbytes: int) -> None:
         peer, tag, moving = self._address.peer, self._address.tag, None
-        sending = self._guard(lambda: _started(dist.isend(buffer.host[:nbytes], peer, tag=tag)))
+        message = buffer.host[:nbytes]
+        if buffer.stamped is not None:
+            write_stamp(buffer.stamped, nbytes)
+            message = buffer.stamped[: STAMP_NBYTES + nbytes]
+        sending = self._guard(lambda: _started(dist.isend(message, peer, tag=tag)))
         if device_nbytes:
             assert self._channel is not None and buffer.device is not None
             body, group = buffer.device[:device_nbytes], self._channel.group
@@ -263,14 +282,22 @@ class PeerOutbox:
 class PeerInbox:
     """Receives from one rank, posted `depth` deep so that no frame waits a round trip for its receive.
 
-    The sender repeats END for each of them.
+    The sender repeats END for each of them. Frames that have crossed an emulated `wire` are handed over when they are
+    due.
     """
 
     def __init__(
-        self, link_index: int, address: PeerAddress, memory: FrameMemory, arrivals: Arrivals, *, depth: int
+        self,
+        link_index: int,
+        address: PeerAddress,
+        memory: FrameMemory,
+        arrivals: Arrivals,
+        *,
+        depth: int,
+        wire: EmulatedWire | None = None,
     ) -> None:
         self._link_index, self._address, self._channel, self._arrivals = link_index, address, memory.channel, arrivals
-        self._depth = depth
+        self._depth, self._wire = depth, wire
         self._posted: queue.SimpleQueue[tuple[FrameBuffer, dist.Work]] = queue.SimpleQueue()
         self._failure: PipelineError | None = None
         for _ in range(depth):
@@ -292,7 +319,7 @@ class PeerInbox:
 
     def recycle(self, buffer: FrameBuffer) -> None:
         peer, tag = self._address.peer, self._address.tag
-        self._posted.put((buffer, self._guard(lambda: _started(dist.irecv(buffer.host, peer, tag=tag)))))
+        self._posted.put((buffer, self._guard(lambda: _started(dist.irecv(buffer.message, peer, tag=tag)))))
 
     def close(self) -> None:
         self._thread.join()
@@ -306,6 +333,8 @@ class PeerInbox:
             while num_ends < self._depth:
                 buffer, work = self._posted.get()
                 self._guard(functools.partial(work.wait, _WITHOUT_LIMIT))
+                if self._wire is not None and buffer.stamped is not None:
+                    self._wire.hold(buffer.stamped)
                 if is_end(buffer.host):
                     num_ends += 1
                 elif num_ends:

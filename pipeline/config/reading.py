@@ -12,15 +12,24 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compressors.strict_yaml import parse_yaml_value, read_yaml
 from compressors.user_files import InputError, check_characters, user_path
-from pipeline.config.schema import ConfigError, EvaluationConfig, GenerationConfig, ModelConfig, RunConfig
+from pipeline.config.schema import (
+    ConfigError,
+    EvaluationConfig,
+    GenerationConfig,
+    LinkConfig,
+    ModelConfig,
+    RunConfig,
+)
+from pipeline.config.units import parse_duration, parse_rate
 
 __all__ = [
+    "NO_EMULATION",
     "SECTIONS",
     "find_config",
     "flat_overrides",
@@ -30,6 +39,11 @@ __all__ = [
     "read_mapping",
     "with_overrides",
 ]
+
+# What a program sets that times nothing.
+NO_EMULATION: tuple[tuple[str, Any], ...] = (("links", dataclasses.asdict(LinkConfig())), ("links_per_link", {}))
+
+MAX_LINK_S = 60.0  # of an emulated link, one way; to the moon it is 1.3 s
 
 # Keys that are sections: set as a whole, they change the keys given and leave the others.
 SECTIONS = frozenset(name for name, hint in typing.get_type_hints(RunConfig).items() if dataclasses.is_dataclass(hint))
@@ -270,6 +284,22 @@ def _check_generation(generation: GenerationConfig, prefix: str) -> None:
         )
 
 
+def _check_link(link: LinkConfig, key: str) -> None:
+    """A rate and times that can be read; `key` is the section's."""
+    named: list[tuple[str, str | None, Callable[[str], float]]] = [
+        ("rate", link.rate, parse_rate),
+        ("delay", link.delay, parse_duration),
+        ("jitter", link.jitter, parse_duration),
+    ]
+    for name, text, parse in named:
+        try:
+            value = 0.0 if text is None else parse(text)
+        except ConfigError as e:
+            raise ConfigError(f"{key}.{name}: {e}") from e
+        if name != "rate" and value > MAX_LINK_S:
+            raise ConfigError(f"{key}.{name} must be at most {MAX_LINK_S:g} s, got {text!r}")
+
+
 def _check_together(config: RunConfig) -> None:
     """Rules between keys."""
     model, dataset, partition = config.model, config.dataset, config.partition
@@ -295,6 +325,11 @@ def _check_together(config: RunConfig) -> None:
             f"{config.evaluation.mode}: chunks belong to mode decode"
         )
     _check_generation(config.generation, "generation.")
+    _check_link(config.links, "links")
+    for name, own in config.links_per_link.items():
+        key = f"links_per_link.{name}"
+        _build(LinkConfig, own, f"{key}.")
+        _check_link(config.link_of(name), key)
     layers = config.importance.layers
     if layers not in ("last", "all") and (
         isinstance(layers, str) or not layers or not all(type(n) is int and n >= 0 for n in layers)

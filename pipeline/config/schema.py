@@ -22,6 +22,7 @@ __all__ = [
     "EvaluationConfig",
     "GenerationConfig",
     "ImportanceConfig",
+    "LinkConfig",
     "ModelConfig",
     "NodeConfig",
     "PartitionConfig",
@@ -122,6 +123,9 @@ class NodeConfig:
         "half-open ranges [start, end) of its layers, for every node or for none", None
     )
     device: str | None = _key("where it computes; `null`: as `runtime.device` says", None)
+    slowdown: float = _key(
+        "emulate a weaker device: all that it computes takes so many times as long", 1.0, minimum=1, maximum=1000
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +135,19 @@ class PartitionConfig:
     num_nodes: int = _key("torchrun's world size must be this, or 1", 4, minimum=1)
     wrap: bool = _key("node 0 holds the first and the last layers; `false`: the head is on the last node", True)
     nodes: tuple[NodeConfig, ...] = _key("empty, for the default plan, or one entry per node", ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkConfig:
+    """A network to emulate between ranks of one machine, each way of each link by itself; see docs/thin_links.md."""
+
+    rate: str | None = _key("such as `10mbit`, in tc's notation; `null`: as fast as the machine", None)
+    delay: str = _key("from one end to the other, such as `20ms`; half a round-trip time", "0")
+    jitter: str = _key("by how much the delay varies at most, up or down", "0")
+
+    @property
+    def is_emulated(self) -> bool:
+        return self != LinkConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +328,10 @@ class RunConfig:
     model: ModelConfig = ModelConfig()
     partition: PartitionConfig = PartitionConfig()
     dataset: DatasetConfig = DatasetConfig()
+    links: LinkConfig = LinkConfig()
+    links_per_link: Mapping[str, Any] = _key(
+        "link name -> keys of `links` that are others there, of a network that is emulated", default_factory=dict
+    )
     compressor: str | Mapping[str, Any] = _key(
         "a codec: a name, `name(option=value, inner=...)`, or a mapping with `name`", "none"
     )
@@ -343,18 +364,26 @@ class RunConfig:
             return self.compressor_decode
         return self.compressor_per_link.get(link, self.compressor)
 
+    def link_of(self, name: str) -> LinkConfig:
+        """What is emulated on a link."""
+        return dataclasses.replace(self.links, **self.links_per_link.get(name, {}))
+
     def numerics(self) -> dict[str, Any]:
         """Flat mapping of the keys that change numbers or bytes; what ranks and resumed runs must share.
 
         Paths and names are left out: the digests of checkpoint and token ids stand for them. So is `generation`, on
-        which no score of a text depends.
+        which no score of a text depends. What is emulated is in it, for then the times are what is asked for.
         """
         partition = [node.layers for node in self.partition.nodes]
+        slowdown = [node.slowdown for node in self.partition.nodes]
         younger = {  # left out by default, which keeps the digests of older runs
             "model.load_in_8bit_threshold": (self.model.load_in_8bit_threshold, ModelConfig.load_in_8bit_threshold),
             "compressor_decode": (_plain(self.compressor_decode), None),
             "evaluation.mode": (self.evaluation.mode, EvaluationConfig.mode),
             "evaluation.decode_chunk": (self.evaluation.decode_chunk, EvaluationConfig.decode_chunk),
+            "links": (dataclasses.asdict(self.links), dataclasses.asdict(LinkConfig())),
+            "links_per_link": (_plain(self.links_per_link), {}),
+            "partition.slowdown": (slowdown, [1.0] * len(slowdown)),
         }
         return {
             "model.dtype": self.model.dtype,

@@ -35,8 +35,9 @@ SWEPT_KEYS = (
     "dataset.first_k_tokens",
     "dataset.max_length",
     "dataset.stride",
+    "links_per_link",
 )
-SWEPT_SECTIONS = ("importance",)
+SWEPT_SECTIONS = ("importance", "links")
 LINKS = "links"
 
 MAX_POINTS = 10_000

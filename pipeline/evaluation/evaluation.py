@@ -24,6 +24,7 @@ from pipeline.models.stage import Scores, TokenWindows
 from pipeline.partition.passes import Pass, PassKind, Row
 from pipeline.partition.schedule import ScheduleError
 from pipeline.runtime.codecs import naming
+from pipeline.runtime.emulation import slowdown_of
 from pipeline.runtime.engine import Engine, Entry, Failure, Result, StageError
 from pipeline.runtime.head import Head
 from pipeline.runtime.placement import credits_of
@@ -122,6 +123,7 @@ class Evaluation(Job):
             dtype=TORCH_DTYPES[self.config.model.dtype],
             metrics=self.metrics,
             probes=self._make_probes(),
+            slowdown=slowdown_of(self.config, self.control.world),
         )
 
     def _open_links(self) -> LinkEnds:
@@ -130,7 +132,8 @@ class Evaluation(Job):
             forward_hops(self.plan, devices=deployment.devices, channels=deployment.channels),
             self.specs,
             self.control.world,
-            receives_ahead=self.config.runtime.receives_ahead,
+            receives_ahead=self.receives_ahead(),
+            emulated=self.emulated_links,
         )
 
     @contextmanager
@@ -167,8 +170,9 @@ class Evaluation(Job):
     def _one_token(self, worker: StageWorker) -> dict[str, Any]:
         """What a frame of one token costs at this rank's stages and sending ends; see docs/design.md, Records."""
         devices, dtype = self.deployment.devices, TORCH_DTYPES[self.config.model.dtype]
+        slowdown = slowdown_of(self.config, self.control.world)
         stages = {
-            index: {"compute_s": compute_s, "compress_s": 0.0, "decompress_s": 0.0}
+            index: {"compute_s": slowdown * compute_s, "compress_s": 0.0, "decompress_s": 0.0}
             for index, compute_s in self.deployment.one_token_compute_s.items()
         }
         links = {}
@@ -180,7 +184,8 @@ class Evaluation(Job):
                 if token is None:  # every micro-batch was finished in an earlier session
                     token = torch.ones((1, 1, self.hidden_size), dtype=dtype, device=devices[index])
                 with naming(encoder):
-                    stages[index]["compress_s"], payload = time_compress(encoder, token)
+                    compress_s, payload = time_compress(encoder, token)
+                stages[index]["compress_s"] = slowdown * compress_s
                 name = self.plan.links[index].name
                 links[name] = {
                     "payload_bytes": payload.nbytes,
@@ -194,7 +199,8 @@ class Evaluation(Job):
                 device = devices[index + 1]
                 payload = payload_from_json(written[str(index)], device)
                 with naming(decoder):
-                    stages[index + 1]["decompress_s"] = time_decompress(decoder, payload, device, dtype)
+                    decompress_s = time_decompress(decoder, payload, device, dtype)
+                stages[index + 1]["decompress_s"] = slowdown * decompress_s
 
         with failing_alike(self.control):
             own = self.control.in_turn(compress)

@@ -21,8 +21,10 @@ from pipeline.runtime.codecs import (
     window_tokens,
 )
 from pipeline.runtime.deployment import Deployment
+from pipeline.runtime.emulation import emulated_links, receives_ahead_of
 from pipeline.runtime.head import max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import Workload, id_nbytes, link_specs
+from pipeline.runtime.placement import credits_of
 from pipeline.runtime.text import make_run_windows
 
 __all__ = ["Job"]
@@ -32,8 +34,8 @@ class Job:
     """One config on one deployment; every rank makes it alike.
 
     `codecs` are the deployment's where those serve. `metrics` and `specs` (of frames) are those of this rank's ends, by
-    link index; `importance` describes the metrics of all links. `digest` is of all that changes numbers or bytes: a
-    resumed run recognises itself.
+    link index; `importance` describes the metrics of all links, `emulated_links` their networks, by index in the chain.
+    `digest` is of all that changes numbers or bytes: a resumed run recognises itself.
 
     Raises ValueError, on all ranks if on one, for what this model, plan or text cannot serve.
     """
@@ -41,6 +43,7 @@ class Job:
     def __init__(self, config: RunConfig, deployment: Deployment) -> None:
         self.config, self.deployment = config, deployment
         self.plan, self.control = deployment.plan, deployment.control
+        self.emulated_links = emulated_links(config, self.plan)
         self.hidden_size = deployment.model_config.hidden_size
         self.text = text = deployment.text.cut(config.dataset.first_k_tokens)
         self.windows = make_run_windows(config, text.ids, text.bos_id)
@@ -95,6 +98,11 @@ class Job:
             receives_ahead=runtime.receives_ahead,
             world_size=self.control.world.world_size,
         )
+
+    def receives_ahead(self) -> int:
+        """Receives posted per link."""
+        credits = credits_of(self.config, self.plan, self.control.world)
+        return receives_ahead_of(self.config, self.emulated_links, credits=credits)
 
     def _decode_codecs(self) -> LinkCodecs:
         for facts in self.codecs.facts:

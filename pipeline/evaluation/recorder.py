@@ -44,7 +44,7 @@ from pipeline.records.run_record import (
 from pipeline.records.store import write_record
 from pipeline.records.traffic import LinkTraffic, link_record, link_totals
 from pipeline.runtime.devices import shared_gpus
-from pipeline.runtime.record_parts import codec_configs, planned_stages, recorded_model, stage_seconds
+from pipeline.runtime.record_parts import codec_configs, emulation, planned_stages, recorded_model, stage_seconds
 from pipeline.runtime.timing import CACHED_TOKENS
 
 __all__ = ["Recorder", "error_key"]
@@ -228,8 +228,9 @@ class Recorder:
             if job.measures_error
             else None,
             ranks=tuple(RunRank(**{key: report[key] for key in RunRank.model_fields}) for report in reports),
-            schedule=RunSchedule(in_flight=job.passes_in_flight(), receives_ahead=config.runtime.receives_ahead),
+            schedule=RunSchedule(in_flight=job.passes_in_flight(), receives_ahead=job.receives_ahead()),
             backend=deployment.backend,
+            emulation=emulation(config, plan, job.emulated_links),
             model=recorded_model(deployment),
             dataset=Dataset(
                 description=job.text.description,

@@ -21,7 +21,7 @@ from pipeline.records.generation_record import (
 from pipeline.records.identity import make_run_id
 from pipeline.records.labels import model_label
 from pipeline.records.run_record import Args
-from pipeline.runtime.record_parts import codec_configs, planned_stages, recorded_model, stage_seconds
+from pipeline.runtime.record_parts import codec_configs, emulation, planned_stages, recorded_model, stage_seconds
 
 __all__ = ["generation_record"]
 
@@ -75,9 +75,10 @@ def generation_record(
             prefill_chunk=ring.prefill_chunk,
             passes=ring.passes,
             in_flight=ring.credits,
-            receives_ahead=config.runtime.receives_ahead,
+            receives_ahead=ring.receives_ahead,
         ),
         backend=deployment.backend,
+        emulation=emulation(config, plan, ring.emulated_links),
         model=recorded_model(deployment),
         notes=(*deployment.notes, *ring.notes),
         versions=software_versions(),

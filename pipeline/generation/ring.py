@@ -19,6 +19,7 @@ from pipeline.models.stage import TokenWindows
 from pipeline.runtime.codecs import CodecFacts, make_decode_codecs
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.devices import available_cores
+from pipeline.runtime.emulation import emulated_links, receives_ahead_of, slowdown_of
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.head import Head, max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import generation_workload, id_nbytes, link_specs
@@ -38,6 +39,7 @@ class GenerationRing:
         slot_length: positions of a slot.
         prefill_chunk: tokens of a prompt in one pass.
         passes: of sampled tokens that are worth having under way at once.
+        emulated_links: conditions of the network, by index in the chain.
         defaults, eos_ids, notes: what the checkpoint says of generation.
         mixes_tokens: whether the model itself computes a token otherwise beside others, be it those of other sequences.
 
@@ -64,6 +66,8 @@ class GenerationRing:
         for facts in (*self.codecs.facts, *self.decode_codecs.facts):
             _check_codec(facts)
         self.credits = credits_of(config, plan, control.world)
+        self.emulated_links = emulated_links(config, plan)
+        self.receives_ahead = receives_ahead_of(config, self.emulated_links, credits=self.credits)
         self.passes = min(self.credits, generation.passes or self._num_working_at_once())
         defaults = read_generation_defaults(deployment.model_dir, deployment.model_config)
         self.defaults, self.eos_ids, self.notes = defaults, defaults.eos_ids, defaults.notes
@@ -82,6 +86,7 @@ class GenerationRing:
             Head(tokens, result_link),
             tokens,
             dtype=dtype,
+            slowdown=slowdown_of(config, control.world),
         )
 
     @property
@@ -96,12 +101,13 @@ class GenerationRing:
 
     def run(self, scheduler: Scheduler | None) -> list[dict[str, Any]]:
         """Until the scheduler, rank 0's, is done; returns what every rank tells of it, on every rank."""
-        deployment, control, runtime = self.deployment, self.deployment.control, self.config.runtime
+        deployment, control = self.deployment, self.deployment.control
         ends = open_links(
             forward_hops(deployment.plan, devices=deployment.devices, channels=deployment.channels),
             self._specs(),
             control.world,
-            receives_ahead=runtime.receives_ahead,
+            receives_ahead=self.receives_ahead,
+            emulated=self.emulated_links,
         )
         if scheduler is not None:
             scheduler.wake = ends.wake

@@ -69,6 +69,12 @@ class Plan:
         return tuple(links)
 
     @property
+    def chain_names(self) -> tuple[str, ...]:
+        """Of all links, in the order in which a pass takes them, that of results included where there is one."""
+        names = tuple(link.name for link in self.links)
+        return names if self.last_node == 0 else (*names, f"result:node{self.last_node}->node0")
+
+    @property
     def last_node(self) -> int:
         """The node with the head. Losses return from there to node 0."""
         return self.stages[-1].node

@@ -16,10 +16,12 @@ from pipeline.records.run_record import (
     SCHEMA_VERSION,
     Args,
     CodecConfig,
+    Emulation,
     MeasuredRank,
     Model,
     PlannedStage,
     StageSeconds,
+    check_emulation,
     check_plan,
 )
 
@@ -99,9 +101,11 @@ class GenerationSchedule(Part):
 
 
 class GenerationRecord(Part):
-    """One session of requests. Links and stages are named as in the plan; `codecs_decode` are of sampled tokens."""
+    """One session of requests. Links and stages are named as in the plan; `codecs_decode` are of sampled tokens.
+    Null `emulation`: nothing was emulated.
+    """
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     kind: Literal["thinwire generation"] = GENERATION_KIND
     run_id: str
     digest: str
@@ -117,6 +121,7 @@ class GenerationRecord(Part):
     ranks: tuple[GenerationRank, ...]
     schedule: GenerationSchedule
     backend: str
+    emulation: Emulation | None
     model: Model
     notes: tuple[Words, ...]
     versions: Mapping[str, str]
@@ -127,6 +132,7 @@ class GenerationRecord(Part):
         check_plan(self.plan, self.stages)
         if not self.traffic_per_link.keys() == self.codecs.keys() == self.codecs_decode.keys():
             raise ValueError("traffic_per_link, codecs and codecs_decode name other links")
+        check_emulation(self.emulation, self.plan, self.codecs)
         if not self.ranks:
             raise ValueError("ranks is empty")
         if self.results.num_failed > self.results.num_requests:

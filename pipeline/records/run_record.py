@@ -19,6 +19,8 @@ __all__ = [
     "Args",
     "CodecConfig",
     "Dataset",
+    "EmulatedLink",
+    "Emulation",
     "LinkTotals",
     "MeasuredRank",
     "Model",
@@ -38,11 +40,13 @@ __all__ = [
     "RunSchedule",
     "SessionEnvironment",
     "StageSeconds",
+    "check_emulation",
     "check_plan",
 ]
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 RUN_KIND: Final = "thinwire run"
+RESULT_LINK: Final = "result:"  # how the name of the link begins that results take where the head is not on node 0
 
 Perplexity = Annotated[float, Field(ge=0.5)]  # 1 at best, but for rounding
 Layers = Annotated[tuple[Count, Count], Field(description="[start, end)")]
@@ -234,6 +238,21 @@ class RunSchedule(Part):
     receives_ahead: Count
 
 
+class EmulatedLink(Part):
+    """One way of a link; null `bits_per_s`: as fast as the machine."""
+
+    bits_per_s: Annotated[float, Field(gt=0)] | None
+    delay_s: Amount
+    jitter_s: Amount
+
+
+class Emulation(Part):
+    """What a run's times are under that the machine is not: links by name, and how many times as long nodes take."""
+
+    links: Mapping[str, EmulatedLink]
+    slowdown: tuple[Annotated[float, Field(ge=1)], ...]
+
+
 class Model(Part):
     model_type: str
     hidden_size: Positive
@@ -264,11 +283,11 @@ class RunRecord(Part):
 
     Links and stages are named as in the plan. `timed_tokens` are those of the last session, to which the stages' times
     belong. `finite`: whether perplexity, losses and reconstruction errors were. Null: `codecs_decode` in mode `window`,
-    `reconstruction` where it was not measured; `finished_at`, `traffic_other`, `timed_tokens`, `one_token` and
-    `environment` in records that are older than these.
+    `reconstruction` where it was not measured, `emulation` where nothing was emulated; `finished_at`, `traffic_other`,
+    `timed_tokens`, `one_token` and `environment` in records that are older than these.
     """
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     kind: Literal["thinwire run"] = RUN_KIND
     run_id: str
     digest: str
@@ -296,6 +315,7 @@ class RunRecord(Part):
     ranks: tuple[RunRank, ...]
     schedule: RunSchedule
     backend: str
+    emulation: Emulation | None
     model: Model
     dataset: Dataset
     protocol: Protocol
@@ -309,6 +329,7 @@ class RunRecord(Part):
             raise ValueError(f"links are {_names(self.traffic_per_link)}, those with codecs {_names(self.codecs)}")
         _check_names("codecs_decode", self.codecs_decode, self.codecs)
         _check_names("reconstruction", self.reconstruction, self.codecs)
+        check_emulation(self.emulation, self.plan, self.codecs)
         if self.one_token:
             _check_names("one_token.stages", self.one_token.stages, self.stages)
             _check_names("one_token.links", self.one_token.links, self.codecs)
@@ -331,6 +352,20 @@ def check_plan(plan: tuple[PlannedStage, ...], stages: Mapping[str, StageSeconds
         raise ValueError(f"stages are {_names(stages)}, those of the plan {_names(planned)}")
     if len(planned) < len(plan):
         raise ValueError("a stage stands twice in plan")
+
+
+def check_emulation(
+    emulation: Emulation | None, plan: tuple[PlannedStage, ...], links: Mapping[str, object]
+) -> None:
+    """Raises ValueError where it is of other nodes or links than the run had; results may have a link of their own."""
+    if emulation is None:
+        return
+    num_nodes = 1 + max(stage.node for stage in plan)
+    if emulation.slowdown and len(emulation.slowdown) != num_nodes:
+        raise ValueError(f"emulation.slowdown has {len(emulation.slowdown)} nodes, the plan {num_nodes}")
+    strange = [name for name in emulation.links if name not in links and not name.startswith(RESULT_LINK)]
+    if strange:
+        raise ValueError(f"emulation.links has {strange[0]!r}, which is no link of the run")
 
 
 def _check_names(key: str, parts: Mapping[str, object] | None, expected: Mapping[str, object]) -> None:

@@ -44,6 +44,7 @@ from pipeline.runtime.devices import (
 )
 from pipeline.runtime.environment import gather_environment
 from pipeline.runtime.link_specs import generation_workload
+from pipeline.runtime.emulation import check_emulation, emulated_links
 from pipeline.runtime.placement import check_world_size, make_plan
 from pipeline.runtime.text import (
     NO_TEXT,
@@ -106,6 +107,7 @@ def deploy(
     """
     world = control.world
     check_world_size(config, world)
+    check_emulation(config, world)
     control.agree("config", config.numerics())
     threads = _set_threads(config, control)
     control.report("resolving the model")
@@ -121,6 +123,7 @@ def deploy(
     if with_text:
         check_max_length(config, model_config)
     plan = make_plan(config, model_config.num_hidden_layers)
+    emulated_links(config, plan)  # raises for the name of no link
     if check is not None:
         check(plan, model_config)
     devices = stage_devices(config, plan, world)

@@ -81,7 +81,7 @@ def link_specs(
         assert result_bound is not None
         num_links = len(plan.links)
         specs[num_links] = ResultSpec(
-            name=f"result:node{plan.last_node}->node0",
+            name=plan.chain_names[num_links],
             wire=WireFormat(link_index=num_links, num_trail=num_links, codec_ids=()),
             bound=result_bound,
             max_nbytes=max_result_nbytes,

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.comm.emulation import Conditions
+from pipeline.config.schema import RunConfig
 from pipeline.partition.plan import Plan
-from pipeline.records.run_record import CodecConfig, Model, PlannedStage, StageSeconds
+from pipeline.records.run_record import CodecConfig, EmulatedLink, Emulation, Model, PlannedStage, StageSeconds
 from pipeline.runtime.codecs import LinkCodecs
 from pipeline.runtime.deployment import Deployment
 
-__all__ = ["codec_configs", "planned_stages", "recorded_model", "stage_seconds"]
+__all__ = ["codec_configs", "emulation", "planned_stages", "recorded_model", "stage_seconds"]
 
 
 def codec_configs(plan: Plan, codecs: LinkCodecs) -> dict[str, CodecConfig]:
     """By link."""
     facts = zip(plan.links, codecs.facts, strict=True)
     return {link.name: CodecConfig.from_plain(codec.config) for link, codec in facts}
+
+
+def emulation(config: RunConfig, plan: Plan, links: Mapping[int, Conditions]) -> Emulation | None:
+    """Of a run with these emulated links, by index in the chain."""
+    slowdown = tuple(node.slowdown for node in config.partition.nodes)
+    if not links and all(times == 1 for times in slowdown):
+        return None
+    return Emulation(
+        links={plan.chain_names[i]: EmulatedLink(**dataclasses.asdict(links[i])) for i in sorted(links)},
+        slowdown=slowdown,
+    )
 
 
 def planned_stages(plan: Plan) -> tuple[PlannedStage, ...]:

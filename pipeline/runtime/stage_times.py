@@ -20,8 +20,12 @@ class StageTimes:
     from events of its stream. `importance` is what side inputs take, apart from `compute` although it interrupts that;
     `measure` is for the record alone. `head` is what sampling takes, logits included; that of scores is within
     `compute`.
+
+    With a `slowdown` above 1, phases wait behind their work until that has taken so many times as long, as on a weaker
+    device; `wait` and `measure`, which are no work of the device, do not.
     """
 
+    slowdown: float = 1.0
     compute_s: float = 0.0
     head_s: float = 0.0
     importance_s: float = 0.0
@@ -29,6 +33,7 @@ class StageTimes:
     decompress_s: float = 0.0
     wait_s: float = 0.0
     measure_s: float = 0.0
+    _within_s: float = 0.0
     _events: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
 
     @contextmanager
@@ -37,7 +42,10 @@ class StageTimes:
 
         GPU events are read later, by `as_dict`.
         """
-        if device.type == "cuda" and phase != "wait":
+        if self.slowdown != 1 and phase not in ("wait", "measure"):
+            with self._slowed(phase, device, within):
+                yield
+        elif device.type == "cuda" and phase != "wait":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record(torch.cuda.current_stream(device))
             yield
@@ -47,6 +55,19 @@ class StageTimes:
             start_s = time.perf_counter()
             yield
             self._add(phase, within, time.perf_counter() - start_s)
+
+    @contextmanager
+    def _slowed(self, phase: str, device: torch.device, within: str | None) -> Iterator[None]:
+        start_s, before_s = time.perf_counter(), self._within_s
+        yield
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        own_s = time.perf_counter() - start_s - (self._within_s - before_s)
+        time.sleep((self.slowdown - 1) * own_s)
+        total_s = time.perf_counter() - start_s
+        self._add(phase, within, total_s)
+        if within is not None:
+            self._within_s += total_s
 
     def as_dict(self) -> dict[str, float]:
         for phase, within, start, end in self._events:

@@ -74,6 +74,7 @@ class StageWorker:
         dtype: of the hidden states.
         metrics: what computes the importance for encoders that need it, by link index.
         probes: told of what this rank sends, by link index, outside the phases that are timed.
+        slowdown: of all that this rank computes (`StageTimes`).
 
     `last_tokens` has the hidden states [1, 1, H] of the last token that passed each link end of this rank.
     """
@@ -88,8 +89,9 @@ class StageWorker:
         dtype: torch.dtype,
         metrics: Mapping[int, Metric] = MappingProxyType({}),
         probes: Mapping[int, Probe] = MappingProxyType({}),
+        slowdown: float = 1.0,
     ) -> None:
-        self.times = {index: StageTimes() for index in stages}
+        self.times = {index: StageTimes(slowdown=slowdown) for index in stages}
         self.last_tokens: dict[int, torch.Tensor] = {}
         self._stages, self._codecs, self._head, self._tokens, self._dtype = stages, codecs, head, tokens, dtype
         self._metrics, self._probes = metrics, probes

@@ -79,6 +79,7 @@ def make_record(compressor="none", *, loss=None, nbytes=256, num_tokens=400, cod
         "ranks": [_rank(rank) | {"warm_up_s": 0.1} for rank in range(4)],
         "schedule": {"in_flight": 6, "receives_ahead": 2},
         "backend": "gloo",
+        "emulation": None,
         "model": _MODEL,
         "dataset": {
             "description": "a text",
@@ -159,6 +160,7 @@ def write_generation_point(folder, run_id, **changes):
             "receives_ahead": 2,
         },
         "backend": "gloo",
+        "emulation": None,
         "model": _MODEL,
         "notes": ["something of note"],
         "versions": {"python": "3.11", "torch": "2.13"},

@@ -154,6 +154,7 @@ def test_programs_refuse_what_they_do_not_use(program, words, message, capsys):
 PATHS = ["model.name", "model.dir", "model.stage_to", "dataset.path", "importance.head_weights", "importance.oracle"]
 PATHS += ["exp_dir"]
 NO_PATHS = ["model.revision", "model.dtype", "dataset.name", "dataset.split", "dataset.bos", "runtime.device"]
+NO_PATHS += ["links.rate", "links.delay", "links.jitter"]
 NO_PATHS += ["evaluation.mode", "runtime.backend", "runtime.interface", "wandb.project", "wandb.run_name", "wandb.mode"]
 
 
