@@ -79,7 +79,7 @@ def generation_record(
         ),
         backend=deployment.backend,
         model=recorded_model(deployment),
-        notes=(*deployment.notes, *ring.notes),
+        notes=(*deployment.model.notes, *ring.notes),
         versions=software_versions(),
         environment=dict(deployment.environment),
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.models.loading import load_model_config, load_stage
+from pipeline.models.loading import WeightFormat, load_model_config, load_stage
 from pipeline.models.stage import Stage
 from pipeline.partition.passes import Row
 from pipeline.partition.plan import default_plan
@@ -30,10 +30,8 @@ def load(checkpoint, threshold):
         checkpoint,
         load_model_config(checkpoint, {}),
         stage,
-        dtype=torch.bfloat16,
+        WeightFormat(dtype=torch.bfloat16, linear_bits=8, outlier_threshold=threshold),
         device=torch.device("cpu"),
-        load_in_8bit=True,
-        load_in_8bit_threshold=threshold,
     )
 
 
