@@ -82,7 +82,7 @@ class Bench:
         from transformers.utils import logging as transformers_logging
 
         from pipeline.generation.ring import GenerationRing
-        from pipeline.models.loading import TORCH_DTYPES, bitsandbytes_config
+        from pipeline.models.loading import WeightFormat, bitsandbytes_config
 
         transformers_logging.set_verbosity_error()  # else it warns that answers end at no token, as they should here
         self.config, self.deployment, self.num_tokens = config, deployment, num_tokens
@@ -93,22 +93,17 @@ class Bench:
         self.phases: dict[str, dict[str, float]] = {}
         self.is_first = self.control.world.rank == 0
         if self.is_first:
-            tokenizer = AutoTokenizer.from_pretrained(deployment.model_dir)
+            tokenizer = AutoTokenizer.from_pretrained(deployment.model.directory)
             self.prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
             text = tokenizer(" ".join(PROMPTS) * 40)["input_ids"]
             self.long_prompt = text[:LONG_PROMPT]
             self.tokenizer = tokenizer
-            section, dtype = config.model, TORCH_DTYPES[config.model.dtype]
-            options: dict[str, Any] = {}
-            if section.load_in_8bit or section.load_in_4bit:
+            weights = WeightFormat.from_config(config.model)
+            options: dict[str, Any] = {"dtype": weights.dtype}
+            if weights.linear_bits is not None:
                 options["device_map"] = {"": "cpu"}
-                options["quantization_config"] = bitsandbytes_config(
-                    dtype,
-                    load_in_8bit=section.load_in_8bit,
-                    load_in_8bit_threshold=section.load_in_8bit_threshold,
-                    load_in_4bit=section.load_in_4bit,
-                )
-            self.model = AutoModelForCausalLM.from_pretrained(deployment.model_dir, dtype=dtype, **options).eval()
+                options["quantization_config"] = bitsandbytes_config(weights)
+            self.model = AutoModelForCausalLM.from_pretrained(deployment.model.directory, **options).eval()
 
     def ring_s(self, name: str, num: int, passes: int, *, threads: int = 1) -> list[list[int]]:
         """Seconds of `num` prompts at once, in so many passes."""

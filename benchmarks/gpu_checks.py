@@ -489,7 +489,7 @@ def payload_copies(device: torch.device, figures: Figures) -> None:
 def loading(device: torch.device, figures: Figures) -> None:
     """Memory while a stage loads in bf16, against its own tensors."""
     from benchmarks.synthetic import save_random_llama
-    from pipeline.models.loading import load_model_config, load_stage
+    from pipeline.models.loading import WeightFormat, load_model_config, load_stage
     from pipeline.partition.plan import default_plan
 
     width, num_layers = (2048, 24) if device.type == "cuda" else (64, 4)
@@ -505,7 +505,8 @@ def loading(device: torch.device, figures: Figures) -> None:
         )
         threads_before = threading.active_count()
         start_s = time.perf_counter()
-        part = load_stage(Path(folder), load_model_config(Path(folder), {}), stage, dtype=torch.bfloat16, device=device)
+        config, weights = load_model_config(Path(folder), {}), WeightFormat(dtype=torch.bfloat16)
+        part = load_stage(Path(folder), config, stage, weights, device=device)
         figures["seconds"] = time.perf_counter() - start_s
         figures["threads_left"] = threading.active_count() - threads_before
     own_nbytes = sum(p.nbytes for p in part.decoder.parameters()) + part.head.weight.nbytes

@@ -22,7 +22,7 @@ from pipeline.config.options import OptionParser, add_config_options, path_optio
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.windows import make_microbatches, make_windows
 from pipeline.importance.metrics import METRICS, AttentionMetric, Metric, MetricSetting
-from pipeline.models.loading import load_model_config, load_stage
+from pipeline.models.loading import WeightFormat, load_model_config, load_stage
 from pipeline.models.source import resolve_model
 from pipeline.models.stage import Stage
 from pipeline.records.environment import software_versions
@@ -109,9 +109,7 @@ def _load_middle_stage(config: RunConfig) -> tuple[Stage, object]:
     if not stages:
         raise ConfigError(f"partition.num_nodes is {config.partition.num_nodes}: no stage is in the middle; use 4")
     plan = stages[len(stages) // 2]
-    loaded = load_stage(
-        model_dir, model_config, plan, dtype=torch.float32, device=CPU, trust_remote_code=model.trust_remote_code
-    )
+    loaded = load_stage(model_dir, model_config, plan, WeightFormat(dtype=torch.float32), device=CPU)
     return Stage(plan, loaded, CPU, model_config.vocab_size), model_config
 
 

@@ -30,7 +30,7 @@ import torch
 from benchmarks.synthetic import save_random_llama
 from pipeline.config.reading import load_config
 from pipeline.config.schema import RunConfig
-from pipeline.models.loading import TORCH_DTYPES, load_model_config, stage_parameter_bytes
+from pipeline.models.loading import WeightFormat, load_model_config, stage_parameter_bytes
 from pipeline.records.store import read_record
 from pipeline.runtime.memory import peak_rss_bytes, pss_bytes
 from pipeline.runtime.placement import make_plan
@@ -104,13 +104,7 @@ def rank_memories(config: RunConfig) -> list[RankMemory]:
     model_config = load_model_config(Path(config.model.name), {})
     own = [0] * NUM_RANKS
     for stage in make_plan(config, model_config.num_hidden_layers).stages:
-        own[stage.node] += stage_parameter_bytes(
-            model_config,
-            stage,
-            dtype=TORCH_DTYPES[config.model.dtype],
-            load_in_8bit=config.model.load_in_8bit,
-            load_in_4bit=config.model.load_in_4bit,
-        )
+        own[stage.node] += stage_parameter_bytes(model_config, stage, WeightFormat.from_config(config.model))
     return [RankMemory(r.rank, own[r.rank], r.peak_rss_bytes, r.pss_bytes) for r in read_record(path).ranks]
 
 

@@ -81,7 +81,7 @@ class Bench:
             name: dataclasses.replace(deployment, codecs=_make_codecs(own, deployment))
             for name, own in self.configs.items()
         }
-        ids = AutoTokenizer.from_pretrained(deployment.model_dir)(TEXT * 60)["input_ids"]
+        ids = AutoTokenizer.from_pretrained(deployment.model.directory)(TEXT * 60)["input_ids"]
         self.prompts = [ids[i * PROMPT_TOKENS :][:PROMPT_TOKENS] for i in range(NUM_SEQUENCES)]
         self.seconds: dict[tuple[Cell, str], list[float]] = defaultdict(list)
         self.nbytes: dict[tuple[Cell, str], float] = {}
@@ -149,13 +149,13 @@ def _make_codecs(config: RunConfig, deployment: Any) -> Any:
     from pipeline.runtime.codecs import codec_requests, make_codecs
     from pipeline.runtime.link_specs import generation_workload
 
-    model_config = deployment.model_config
+    model_config = deployment.model.config
     requests = codec_requests(
         config,
         deployment.plan,
         hidden_size=model_config.hidden_size,
         max_tokens=generation_workload(config, model_config).max_tokens,
-        checkpoint=deployment.checkpoint_digest,
+        checkpoint=deployment.model.checkpoint_digest,
     )
     return make_codecs(requests, deployment.plan, deployment.control, measure_error=False)
 

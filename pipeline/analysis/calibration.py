@@ -38,7 +38,7 @@ def calibrate(config: RunConfig, deployment: Deployment, out: Path, *, use_token
     microbatches = _whole_windows(make_microbatches(make_run_windows(config, text.ids, text.bos_id), config.batch_size))
     held_out = _held_out(microbatches)
     tokens = TokenWindows(text.ids, microbatches, text.bos_id)
-    hidden_size, vocab_size = deployment.model_config.hidden_size, deployment.model_config.vocab_size
+    hidden_size, vocab_size = deployment.model.config.hidden_size, deployment.model.config.vocab_size
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for m in range(len(microbatches)):
         counts += torch.bincount(tokens.input_ids(m).reshape(-1), minlength=vocab_size)
@@ -83,7 +83,7 @@ def _write(
 ) -> list[Path]:
     """Fit and write this rank's links, by link index, and on rank 0 the token table."""
     control = deployment.control
-    origin = {"checkpoint": deployment.checkpoint_digest, "text_sha256": deployment.text.text_sha256}
+    origin = {"checkpoint": deployment.model.checkpoint_digest, "text_sha256": deployment.text.text_sha256}
     written = []
     if table is not None and control.world.rank == 0:
         written.append(write_token_table(out, table, **origin))

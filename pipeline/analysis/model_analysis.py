@@ -50,7 +50,7 @@ SCHEMA_VERSION = 1
 
 def check_layers(config: RunConfig, plan: Plan, model_config: Any) -> None:
     """Raise ValueError where attention cannot be read."""
-    check_attention_readable(model_config, trust_remote_code=config.model.trust_remote_code)
+    check_attention_readable(model_config)
 
 
 def check_heads(config: RunConfig, plan: Plan, model_config: Any) -> None:
@@ -135,7 +135,7 @@ def analyse_heads(config: RunConfig, deployment: Deployment, out: Path) -> None:
                 on_finished=advance,
             )
             logits = gradients.run()
-    heads = torch.zeros(plan.num_layers, deployment.model_config.num_attention_heads, dtype=torch.float64)
+    heads = torch.zeros(plan.num_layers, deployment.model.config.num_attention_heads, dtype=torch.float64)
     absorbed = torch.zeros(3, dtype=torch.float64)  # by biases, by softmaxes, and all there was
     for index, relevance in stages.items():
         stage = plan.stages[index]
@@ -150,7 +150,7 @@ def analyse_heads(config: RunConfig, deployment: Deployment, out: Path) -> None:
     write_head_relevance(
         out / "head_relevance.safetensors",
         heads.abs().float(),
-        checkpoint_fingerprint=deployment.checkpoint_digest,
+        checkpoint_fingerprint=deployment.model.checkpoint_digest,
         notes={"text_sha256": deployment.text.text_sha256, "objective": Objective.TARGET_LOGIT.value},
     )
     biases, softmax, total = absorbed.tolist()
@@ -201,7 +201,7 @@ def analyse_oracle(config: RunConfig, deployment: Deployment, out: Path) -> None
         write_token_importance(
             out / "token_importance.safetensors",
             {link.name: importance[link.index] for link in plan.links},
-            checkpoint_fingerprint=deployment.checkpoint_digest,
+            checkpoint_fingerprint=deployment.model.checkpoint_digest,
             ids_sha256=deployment.text.ids_sha256,
             max_length=dataset.max_length,
             stride=dataset.stride,
@@ -236,8 +236,8 @@ def _origin(config: RunConfig, deployment: Deployment, kind: str) -> dict[str, A
         "kind": f"thinwire {kind}",
         "model": {
             "label": model_label(config.model.name),
-            "model_type": deployment.model_config.model_type,
-            "checkpoint_fingerprint": deployment.checkpoint_digest,
+            "model_type": deployment.model.config.model_type,
+            "checkpoint_fingerprint": deployment.model.checkpoint_digest,
             "dtype": config.model.dtype,
         },
         "dataset": {

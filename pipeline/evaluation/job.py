@@ -44,7 +44,7 @@ class Job:
         self.config, self.deployment = config, deployment
         self.plan, self.control = deployment.plan, deployment.control
         self.emulated_links = emulated_links(config, self.plan)
-        self.hidden_size = deployment.model_config.hidden_size
+        self.hidden_size = deployment.model.config.hidden_size
         self.text = text = deployment.text.cut(config.dataset.first_k_tokens)
         self.windows = make_run_windows(config, text.ids, text.bos_id)
         self.microbatches = make_microbatches(self.windows, config.batch_size)
@@ -53,7 +53,7 @@ class Job:
             self.plan,
             hidden_size=self.hidden_size,
             max_tokens=window_tokens(config),
-            checkpoint=deployment.checkpoint_digest,
+            checkpoint=deployment.model.checkpoint_digest,
         )
         self.decodes = config.evaluation.mode == "decode"
         self.measures_error = config.measure_error and not self.decodes
@@ -68,8 +68,8 @@ class Job:
             self.control,
             self.codecs,
             self.microbatches,
-            model_config=deployment.model_config,
-            checkpoint_digest=deployment.checkpoint_digest,
+            model_config=deployment.model.config,
+            checkpoint_digest=deployment.model.checkpoint_digest,
             ids_sha256=text.ids_sha256,
         )
         self.metrics, self.specs, self.importance = parts.metrics, parts.specs, parts.importance
@@ -79,7 +79,7 @@ class Job:
             config,
             self.codecs,
             parts,
-            checkpoint=deployment.checkpoint_digest,
+            checkpoint=deployment.model.checkpoint_digest,
             ids_sha256=text.ids_sha256,
             bos_id=text.bos_id,
         )
@@ -117,7 +117,7 @@ class Job:
             self.codecs,
             hidden_size=self.hidden_size,
             max_tokens=window_tokens(self.config),
-            checkpoint=self.deployment.checkpoint_digest,
+            checkpoint=self.deployment.model.checkpoint_digest,
         )
 
     def _decode_specs(self) -> dict[int, LinkSpec]:
@@ -132,7 +132,7 @@ class Job:
             hidden_size=self.hidden_size,
             dtype=TORCH_DTYPES[self.config.model.dtype],
             decoding=self.decode_codecs.ends,
-            id_nbytes=id_nbytes(self.deployment.model_config.vocab_size),
+            id_nbytes=id_nbytes(self.deployment.model.config.vocab_size),
             result_bound=lambda work: result_nbytes(windows, work),
             max_result_nbytes=max_result_nbytes(windows, 0),
         )

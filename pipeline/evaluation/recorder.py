@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.evaluation.job import Job
 from pipeline.evaluation.progress import Progress
 from pipeline.evaluation.tracking import Tracker
+from pipeline.models.loading import WeightFormat
 from pipeline.models.stage import Scores
 from pipeline.records.base import finite_or_none, now
 from pipeline.records.environment import environment_changes, software_versions
@@ -45,6 +46,7 @@ from pipeline.records.store import write_record
 from pipeline.records.traffic import LinkTraffic, link_record, link_totals
 from pipeline.runtime.devices import shared_gpus
 from pipeline.runtime.record_parts import codec_configs, emulation, planned_stages, recorded_model, stage_seconds
+from pipeline.runtime.text import TokenizedText
 from pipeline.runtime.timing import CACHED_TOKENS
 
 __all__ = ["Recorder", "error_key"]
@@ -181,34 +183,29 @@ class Recorder:
         }
 
     def _record(self, reports: Sequence[dict[str, Any]], time_run_s: float, first: int) -> RunRecord:
-        job, journal = self._job, self.journal
+        job = self._job
         config, deployment, plan = job.config, job.deployment, job.plan
-        total_nll = sum_nll(float(loss) for done in journal.finished for loss in done.loss)
-        num_scored = sum(m.num_scored for m in job.microbatches)
+        weights = WeightFormat.from_config(config.model)
         num_fresh = sum(m.num_tokens for m in job.microbatches[first:])
-        ppl, errors, traffic = perplexity(total_nll, num_scored), self._errors(), self._traffic()
+        results, errors, traffic = self._results(), self._errors(), self._traffic()
+        has_infinite_errors = any(error is not None and not math.isfinite(error) for error in errors.values())
         return RunRecord(
             run_id=self.run_id,
             digest=job.digest,
             finished_at=now(),
             per_token_file=f"{self.run_id}.safetensors",
-            finite=all(math.isfinite(figure) for figure in (ppl, total_nll, *errors.values()) if figure is not None),
+            finite=None not in (results.avg_ppl, results.total_nll) and not has_infinite_errors,
             args=Args.from_plain(config.original_args() | {"config": config.as_dict()}),
-            results=RunResults(
-                avg_ppl=finite_or_none(ppl),
-                total_nll=finite_or_none(total_nll),
-                total_loss_tokens=num_scored,
-                total_processed_tokens=sum(m.num_tokens for m in job.microbatches),
-                num_windows=len(job.windows),
-                num_microbatches=len(job.microbatches),
+            results=results,
+            traffic_totals=link_totals(
+                traffic.values(), hidden_size=job.hidden_size, num_scored=results.total_loss_tokens
             ),
-            traffic_totals=link_totals(traffic.values(), hidden_size=job.hidden_size, num_scored=num_scored),
             traffic_other=self._other_traffic(reports),
             traffic_per_link={name: link_record(link, job.hidden_size) for name, link in traffic.items()},
             time_run_s=time_run_s,
             timed_tokens=num_fresh,
-            tokens_per_s=num_fresh / (time_run_s - journal.earlier_s),
-            causal=all(codec.causal for codec in job.all_facts) and not _mixes_tokens(config),
+            tokens_per_s=num_fresh / (time_run_s - self.journal.earlier_s),
+            causal=all(codec.causal for codec in job.all_facts) and not weights.mixes_tokens,
             notes=tuple(self._notes()),
             codecs=codec_configs(plan, job.codecs),
             codecs_decode=codec_configs(plan, job.decode_codecs) if job.decodes else None,
@@ -216,38 +213,30 @@ class Recorder:
             plan=planned_stages(plan),
             resumed=self._resumed(),
             stages=stage_seconds(reports),
-            one_token=OneToken(
-                cached_tokens=CACHED_TOKENS,
-                stages={index: OneTokenStage(**times) for index, times in _of_all(reports, "stages").items()},
-                links={name: OneTokenLink(**sizes) for name, sizes in _of_all(reports, "links").items()},
-            ),
-            reconstruction={
-                name: Reconstruction(relative_squared_error=None if error is None else finite_or_none(error))
-                for name, error in errors.items()
-            }
-            if job.measures_error
-            else None,
+            one_token=_one_token(reports),
+            reconstruction=_reconstruction(errors) if job.measures_error else None,
             ranks=tuple(RunRank(**{key: report[key] for key in RunRank.model_fields}) for report in reports),
             schedule=RunSchedule(in_flight=job.passes_in_flight(), receives_ahead=job.receives_ahead()),
             backend=deployment.backend,
             emulation=emulation(config, plan, job.emulated_links),
             model=recorded_model(deployment),
-            dataset=Dataset(
-                description=job.text.description,
-                num_tokens=job.text.ids.numel(),
-                text_sha256=job.text.text_sha256,
-                ids_sha256=job.text.ids_sha256,
-            ),
-            protocol=Protocol(
-                name="token perplexity, sliding window",
-                mode="decode" if job.decodes else "window",
-                decode_chunk=config.evaluation.decode_chunk if job.decodes else None,
-                max_length=config.dataset.max_length,
-                stride=config.dataset.stride,
-                bos=config.dataset.bos,
-            ),
+            dataset=_dataset(job.text),
+            protocol=_protocol(config),
             versions=software_versions(),
             environment=dict(deployment.environment),
+        )
+
+    def _results(self) -> RunResults:
+        job = self._job
+        total_nll = sum_nll(float(loss) for done in self.journal.finished for loss in done.loss)
+        num_scored = sum(m.num_scored for m in job.microbatches)
+        return RunResults(
+            avg_ppl=finite_or_none(perplexity(total_nll, num_scored)),
+            total_nll=finite_or_none(total_nll),
+            total_loss_tokens=num_scored,
+            total_processed_tokens=sum(m.num_tokens for m in job.microbatches),
+            num_windows=len(job.windows),
+            num_microbatches=len(job.microbatches),
         )
 
     def _traffic(self) -> dict[str, LinkTraffic]:
@@ -303,18 +292,18 @@ class Recorder:
 
     def _notes(self) -> list[str]:
         """Sentences that a reader of the numbers must know."""
-        notes = list(self._job.deployment.notes)
+        notes = list(self._job.deployment.model.notes)
         notes += [
             f"codec {codec.name} on {link.name} is not causal: later tokens leak into the perplexity"
             for codecs in dict.fromkeys((self._job.codecs, self._job.decode_codecs))
             for link, codec in zip(self._job.plan.links, codecs.facts, strict=True)
             if not codec.causal
         ]
-        if _mixes_tokens(self._job.config):
-            threshold = self._job.config.model.load_in_8bit_threshold
+        weights = WeightFormat.from_config(self._job.config.model)
+        if weights.mixes_tokens:
             notes.append(
-                f"8-bit bitsandbytes weights mix tokens inside the model (model.load_in_8bit_threshold {threshold:g}, "
-                "0 does not): hidden states are not causal"
+                f"8-bit bitsandbytes weights mix tokens inside the model (model.load_in_8bit_threshold "
+                f"{weights.outlier_threshold:g}, 0 does not): hidden states are not causal"
             )
         notes += [
             f"ranks {', '.join(map(str, ranks))} share GPU {gpu}: the times of a stage contain the others' work"
@@ -323,14 +312,46 @@ class Recorder:
         return notes + self._environment_changes()
 
 
+def _dataset(text: TokenizedText) -> Dataset:
+    return Dataset(
+        description=text.description,
+        num_tokens=text.ids.numel(),
+        text_sha256=text.text_sha256,
+        ids_sha256=text.ids_sha256,
+    )
+
+
+def _protocol(config: RunConfig) -> Protocol:
+    decodes = config.evaluation.mode == "decode"
+    return Protocol(
+        name="token perplexity, sliding window",
+        mode="decode" if decodes else "window",
+        decode_chunk=config.evaluation.decode_chunk if decodes else None,
+        max_length=config.dataset.max_length,
+        stride=config.dataset.stride,
+        bos=config.dataset.bos,
+    )
+
+
+def _reconstruction(errors: Mapping[str, float | None]) -> dict[str, Reconstruction]:
+    """By link."""
+    return {
+        name: Reconstruction(relative_squared_error=None if error is None else finite_or_none(error))
+        for name, error in errors.items()
+    }
+
+
+def _one_token(reports: Sequence[dict[str, Any]]) -> OneToken:
+    return OneToken(
+        cached_tokens=CACHED_TOKENS,
+        stages={index: OneTokenStage(**times) for index, times in _of_all(reports, "stages").items()},
+        links={name: OneTokenLink(**sizes) for name, sizes in _of_all(reports, "links").items()},
+    )
+
+
 def _of_all(reports: Sequence[dict[str, Any]], part: str) -> dict[str, dict[str, Any]]:
     """One-token figures of all ranks, by stage or link."""
     return {name: figures for report in reports for name, figures in report["one_token"][part].items()}
-
-
-def _mixes_tokens(config: RunConfig) -> bool:
-    """Whether 8-bit weights choose their outlier channels over all tokens of a micro-batch, later ones included."""
-    return config.model.load_in_8bit and config.model.load_in_8bit_threshold > 0
 
 
 def error_key(link_index: int, microbatch_index: int) -> str:

@@ -89,7 +89,7 @@ def _run_point(
     evaluation, error = None, None
     try:
         point_config = with_overrides(config, point.overrides)
-        check_max_length(point_config, deployment.model_config)
+        check_max_length(point_config, deployment.model.config)
         evaluation = Evaluation(point_config, deployment)
     except PipelineError:
         raise

@@ -57,10 +57,10 @@ def make_request_maker(ring: GenerationRing) -> RequestMaker:
     """For rank 0: loads the checkpoint's tokenizer."""
     config, deployment = ring.config, ring.deployment
     return RequestMaker(
-        tokenizer=load_tokenizer(deployment.model_dir, trust_remote_code=config.model.trust_remote_code),
+        tokenizer=load_tokenizer(deployment.model.directory, trust_remote_code=config.model.trust_remote_code),
         generation=config.generation,
         defaults=ring.defaults,
-        vocab_size=deployment.model_config.vocab_size,
+        vocab_size=deployment.model.config.vocab_size,
         slot_length=ring.slot_length,
     )
 
@@ -85,7 +85,7 @@ class _Batch:
         self.digest = digest_of(
             {
                 **config.numerics(),
-                "checkpoint": deployment.checkpoint_digest,
+                "checkpoint": deployment.model.checkpoint_digest,
                 "requests": None if known is None else [dataclasses.asdict(request) for request in known],
             }
         )

@@ -80,7 +80,7 @@ def generation_record(
         backend=deployment.backend,
         emulation=emulation(config, plan, ring.emulated_links),
         model=recorded_model(deployment),
-        notes=(*deployment.notes, *ring.notes),
+        notes=(*deployment.model.notes, *ring.notes),
         versions=software_versions(),
         environment=dict(deployment.environment),
     )

@@ -13,7 +13,7 @@ from pipeline.comm.link import LinkSpec
 from pipeline.comm.link_ends import forward_hops, open_links
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.generation.scheduler import Scheduler
-from pipeline.models.loading import TORCH_DTYPES
+from pipeline.models.loading import TORCH_DTYPES, WeightFormat
 from pipeline.models.sampling import read_generation_defaults
 from pipeline.models.stage import TokenWindows
 from pipeline.runtime.codecs import CodecFacts, make_decode_codecs
@@ -49,8 +49,8 @@ class GenerationRing:
     def __init__(self, config: RunConfig, deployment: Deployment) -> None:
         self.config, self.deployment = config, deployment
         plan, control, generation = deployment.plan, deployment.control, config.generation
-        self.workload = generation_workload(config, deployment.model_config)
-        positions = getattr(deployment.model_config, "max_position_embeddings", None)
+        self.workload = generation_workload(config, deployment.model.config)
+        positions = getattr(deployment.model.config, "max_position_embeddings", None)
         self.slot_length = generation.slot_length(positions)
         self.prefill_chunk = min(generation.prefill_chunk or self.slot_length, self.slot_length)
         self.codecs = deployment.codecs
@@ -59,9 +59,9 @@ class GenerationRing:
             plan,
             control,
             self.codecs,
-            hidden_size=deployment.model_config.hidden_size,
+            hidden_size=deployment.model.config.hidden_size,
             max_tokens=self.workload.max_tokens,
-            checkpoint=deployment.checkpoint_digest,
+            checkpoint=deployment.model.checkpoint_digest,
         )
         for facts in (*self.codecs.facts, *self.decode_codecs.facts):
             _check_codec(facts)
@@ -69,11 +69,11 @@ class GenerationRing:
         self.emulated_links = emulated_links(config, plan)
         self.receives_ahead = receives_ahead_of(config, self.emulated_links, credits=self.credits)
         self.passes = min(self.credits, generation.passes or self._num_working_at_once())
-        defaults = read_generation_defaults(deployment.model_dir, deployment.model_config)
+        defaults = read_generation_defaults(deployment.model.directory, deployment.model.config)
         self.defaults, self.eos_ids, self.notes = defaults, defaults.eos_ids, defaults.notes
-        self.mixes_tokens = config.model.load_in_8bit and config.model.load_in_8bit_threshold > 0
+        self.mixes_tokens = WeightFormat.from_config(config.model).mixes_tokens
         dtype = TORCH_DTYPES[config.model.dtype]
-        hidden_size = deployment.model_config.hidden_size
+        hidden_size = deployment.model.config.hidden_size
         for codecs in dict.fromkeys((self.codecs, self.decode_codecs)):
             warm_up(control, codecs, deployment.devices, hidden_size, dtype)
         for stage in deployment.stages.values():
@@ -129,10 +129,10 @@ class GenerationRing:
             deployment.plan,
             self.codecs.ends,
             self.workload,
-            hidden_size=deployment.model_config.hidden_size,
+            hidden_size=deployment.model.config.hidden_size,
             dtype=TORCH_DTYPES[self.config.model.dtype],
             decoding=self.decode_codecs.ends,
-            id_nbytes=id_nbytes(deployment.model_config.vocab_size),
+            id_nbytes=id_nbytes(deployment.model.config.vocab_size),
             result_bound=lambda work: result_nbytes((), work),
             max_result_nbytes=max_result_nbytes((), self.workload.max_rows),
         )

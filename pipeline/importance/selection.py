@@ -40,7 +40,7 @@ def make_metrics(
         cls, stage, section = METRICS[codec.importance_metric], plan.stages[index], config.importance
         options: dict[str, Any] = {"seed": section.seed, "microbatches": microbatches, "first_layer": stage.start}
         if "layers" in cls.setting_keys:
-            check_attention_readable(model_config, trust_remote_code=config.model.trust_remote_code)
+            check_attention_readable(model_config)
             options["layers"] = _layers_to_read(section.layers, stage, plan.num_layers, cls.name)
         for key in {"head_weights", "oracle"}.intersection(cls.setting_keys):
             if getattr(section, key) is None:

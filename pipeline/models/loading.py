@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 import transformers
@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from pipeline.config.schema import ModelConfig
 from pipeline.models.attention import check_readable
 from pipeline.models.checkpoint import Checkpoint, ModelError, StoredTensor, read_checkpoint, unused_tensor
 from pipeline.models.families import FAMILIES, Family, cut_config
@@ -32,6 +33,7 @@ __all__ = [
     "TORCH_DTYPES",
     "ModelError",
     "StageModel",
+    "WeightFormat",
     "bitsandbytes_config",
     "check_attention_readable",
     "embedding_bytes",
@@ -46,6 +48,33 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 VERIFIED_MODEL_TYPES = tuple(FAMILIES)
 
 Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat:
+    """How weights are held.
+
+    `dtype` is that of hidden states and of all weights that are not quantised. `linear_bits` are bitsandbytes' bits of
+    the layers' linear weights, None where these are not quantised either; `outlier_threshold` is of 8 bits
+    (`model.load_in_8bit_threshold`).
+    """
+
+    dtype: torch.dtype
+    linear_bits: Literal[4, 8] | None = None
+    outlier_threshold: float = ModelConfig.load_in_8bit_threshold
+
+    @classmethod
+    def from_config(cls, model: ModelConfig) -> Self:
+        return cls(
+            dtype=TORCH_DTYPES[model.dtype],
+            linear_bits=8 if model.load_in_8bit else 4 if model.load_in_4bit else None,
+            outlier_threshold=model.load_in_8bit_threshold,
+        )
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether 8-bit weights choose their outlier channels over all tokens of a pass, later ones included."""
+        return self.linear_bits == 8 and self.outlier_threshold > 0
 
 
 @dataclass(frozen=True)
@@ -223,16 +252,12 @@ def load_stage(
     model_dir: Path,
     config: PretrainedConfig,
     stage: StagePlan,
+    weights: WeightFormat,
     *,
-    dtype: torch.dtype,
     device: torch.device,
-    load_in_8bit: bool = False,
-    load_in_8bit_threshold: float = 6.0,
-    load_in_4bit: bool = False,
-    trust_remote_code: bool = False,
     embedding: nn.Module | None = None,
 ) -> StageModel:
-    """Load one stage onto `device`.
+    """Load one stage of a model whose `config` is from `load_model_config` onto `device`.
 
     `embedding` is that of a first stage in the same process: with tied weights the head uses its tensor instead of
     a second copy. Raises ModelError when the checkpoint lacks a tensor of the stage or has one of another shape.
@@ -241,21 +266,16 @@ def load_stage(
     shares_head = stage.is_last and not stage.is_first and checkpoint.is_tied and embedding is not None
     with_head = stage.is_last and not shares_head
     family = FAMILIES[config.model_type]
-    model_class, head_name = _stage_class(config, family, stage, with_head, trust_remote_code)
-    state_dict = _stage_tensors(checkpoint, family, stage, dtype, head_name if with_head else None)
+    model_class, head_name = _stage_class(config, family, stage, with_head)
+    state_dict = _stage_tensors(checkpoint, family, stage, weights.dtype, head_name if with_head else None)
     stage_config = _stage_config(config, stage, is_tied=checkpoint.is_tied)
-    if dtype == torch.float64:
+    if weights.dtype == torch.float64:
         stage_config._experts_implementation = "eager"  # the others' matrix products stop at float32
     _check_shapes(model_dir, model_class, stage_config, state_dict)
-    options: dict[str, Any] = {"dtype": dtype}
-    if load_in_8bit or load_in_4bit:
-        options["quantization_config"] = bitsandbytes_config(
-            dtype,
-            load_in_8bit=load_in_8bit,
-            load_in_8bit_threshold=load_in_8bit_threshold,
-            load_in_4bit=load_in_4bit,
-        )
-    if device.type == "cuda" or "quantization_config" in options:
+    options: dict[str, Any] = {"dtype": weights.dtype}
+    if weights.linear_bits is not None:
+        options["quantization_config"] = bitsandbytes_config(weights)
+    if device.type == "cuda" or weights.linear_bits is not None:
         options["device_map"] = {"": device}
     model = _load(model_dir, stage, model_class, stage_config, state_dict, options)
     head: Head | None = None
@@ -271,17 +291,15 @@ def load_stage(
     )
 
 
-def bitsandbytes_config(
-    dtype: torch.dtype, *, load_in_8bit: bool, load_in_8bit_threshold: float, load_in_4bit: bool
-) -> BitsAndBytesConfig:
-    """How weights are quantised, one of 8 and 4 bits; `dtype` is that of hidden states. Silences the library."""
+def bitsandbytes_config(weights: WeightFormat) -> BitsAndBytesConfig:
+    """What transformers needs to know to quantise linear weights. Silences the library."""
     _quiet_bitsandbytes()
     return BitsAndBytesConfig(
-        load_in_8bit=load_in_8bit,
-        llm_int8_threshold=load_in_8bit_threshold,
-        load_in_4bit=load_in_4bit,
+        load_in_8bit=weights.linear_bits == 8,
+        llm_int8_threshold=weights.outlier_threshold,
+        load_in_4bit=weights.linear_bits == 4,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=weights.dtype,
     )
 
 
@@ -340,15 +358,12 @@ def _soft_capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
     return logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def check_attention_readable(config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:
+def check_attention_readable(config: PretrainedConfig) -> None:
     """Raise AttentionError unless `attention` can read the layers' weights. Loads nothing."""
-    model = _first_layer(config, trust_remote_code)
-    check_readable(model.base_model)
+    check_readable(_first_layer(config).base_model)
 
 
-def stage_parameter_bytes(
-    config: PretrainedConfig, stage: StagePlan, *, dtype: torch.dtype, load_in_8bit: bool, load_in_4bit: bool
-) -> int:
+def stage_parameter_bytes(config: PretrainedConfig, stage: StagePlan, weights: WeightFormat) -> int:
     """Bytes of a stage's weights once loaded, from the config alone.
 
     Quantised linear layers take 1 byte a weight and 4 a row (8 bits), or half a byte and 4 per block of 64 (4
@@ -356,9 +371,9 @@ def stage_parameter_bytes(
     holds both ends subtracts one of the two.
     """
     family = FAMILIES[config.model_type]
-    model_class, _ = _stage_class(config, family, stage, stage.is_last, trust_remote_code=False)
+    model_class, _ = _stage_class(config, family, stage, stage.is_last)
     with torch.device("meta"):
-        model = model_class(_stage_config(config, stage, is_tied=config.tie_word_embeddings)).to(dtype)
+        model = model_class(_stage_config(config, stage, is_tied=config.tie_word_embeddings)).to(weights.dtype)
     linear_weights = {
         id(module.weight)
         for layer in model.base_model.layers
@@ -367,9 +382,9 @@ def stage_parameter_bytes(
     }
     total = 0
     for parameter in {id(p): p for p in model.parameters()}.values():
-        if id(parameter) not in linear_weights or not (load_in_8bit or load_in_4bit):
-            total += parameter.numel() * dtype.itemsize
-        elif load_in_8bit:
+        if id(parameter) not in linear_weights or weights.linear_bits is None:
+            total += parameter.numel() * weights.dtype.itemsize
+        elif weights.linear_bits == 8:
             total += parameter.numel() + 4 * parameter.shape[0]
         else:
             total += parameter.numel() // 2 + 4 * -(-parameter.numel() // 64)
@@ -389,14 +404,14 @@ def _stage_config(config: PretrainedConfig, stage: StagePlan, *, is_tied: bool) 
 
 
 def _stage_class(
-    config: PretrainedConfig, family: Family, stage: StagePlan, with_head: bool, trust_remote_code: bool
+    config: PretrainedConfig, family: Family, stage: StagePlan, with_head: bool
 ) -> tuple[type[PreTrainedModel], str]:
     """The model's own class with identities for what belongs to other stages, and the name of its head.
 
     transformers builds models on the meta device before it loads them, so parts that are replaced here never take
     memory. The class keeps its name, by which transformers finds its conversion rules.
     """
-    whole = _first_layer(config, trust_remote_code)
+    whole = _first_layer(config)
     base: Any = type(whole)
     head_name = next(name for name, module in whole.named_children() if module is whole.get_output_embeddings())
 

@@ -13,28 +13,131 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Final, Literal
 
 import numpy as np
+from pydantic import Field, ValidationError
 
 from compressors.console import run_command
 from pipeline.config.options import OptionParser, path_option
+from pipeline.records.base import Amount, OpenPart, Part, Words, finite_or_none, problem_in
 from pipeline.records.files import check_writable, write_figure, write_json
 from pipeline.records.labels import model_label
-from pipeline.records.run_record import CodecConfig, RunRecord
-from pipeline.report.quality import compare
+from pipeline.records.run_record import CodecConfig, Dataset, Protocol, RunRecord
 from pipeline.report.measured_point import is_uncompressed
+from pipeline.report.quality import compare
 from pipeline.report.results import load_files, read_own_per_token, setting_key
 
-__all__ = ["collect", "plot_curves"]
+__all__ = ["CurvePoint", "ImportanceCurves", "MeanLogRatios", "UniformRun", "collect", "plot_curves"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
+
+Pair = tuple[str, str]  # labels of the codecs for important tokens and for the rest
 
 
-def collect(files: Sequence[tuple[Path, RunRecord]]) -> dict[str, Any]:
-    """The JSON that `importance.json` holds, from records of one model, text and protocol and their paths.
+class UniformRun(Part):
+    """A run with one plain codec for all tokens."""
+
+    family: str
+    bits_per_value: Amount
+    ppl: float
+
+
+class CurvePoint(Part):
+    """A run with `token_mixed`.
+
+    `seed` is that of a random choice, null for other metrics. `ppl_over_random` is the ratio to the geometric mean of
+    the random choices at its rate, the 95% interval that to the first of them. Null: what would be compared is missing.
+    """
+
+    run_id: str
+    metric: str
+    seed: int | None
+    high: str
+    low: str
+    family: str
+    fraction: float
+    bits_per_value: Amount
+    ppl: float
+    causal: bool
+    ppl_over_uniform_bits: float | None
+    ppl_over_random: float | None
+    ppl_over_first_random_interval: tuple[float, float] | None
+    ppl_over_none: float | None
+
+    @property
+    def pair(self) -> Pair:
+        return self.high, self.low
+
+
+class MeanLogRatios(Part):
+    """Of one metric, the means over its points of the logarithms of both ratios; null without any."""
+
+    ppl_over_random: float | None
+    ppl_over_uniform_bits: float | None
+
+
+class ImportanceCurves(Part):
+    """What `importance.json` holds. `problems` tell which records were skipped and which points lack an interval."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["thinwire importance curves"] = "thinwire importance curves"
+    model: Words
+    dataset: Dataset
+    protocol: Protocol
+    ppl_uncompressed: float | None
+    points: tuple[CurvePoint, ...]
+    uniform: tuple[UniformRun, ...]
+    mean_log_ratio: Mapping[str, MeanLogRatios]
+    problems: tuple[Words, ...]
+
+
+class _Codec(OpenPart):
+    """A codec as records hold it; one that wraps another has it as `inner`."""
+
+    name: str
+    inner: _Codec | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name if self.inner is None else f"{self.name}({self.inner.label})"
+
+    @property
+    def family(self) -> str:
+        """The label with its number of bits left open: hadamard(int#)."""
+        return re.sub(r"\d+", "#", self.label)
+
+
+class _Choice(OpenPart):
+    """The options of `token_mixed`."""
+
+    metric: str
+    fraction: Annotated[float, Field(ge=0, le=1)]
+    high: _Codec
+    low: _Codec
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MixedRun:
+    """A record with `token_mixed` that can stand in the table, and what the table needs of it."""
+
+    path: Path
+    record: RunRecord
+    choice: _Choice
+    seed: int | None
+    bits_per_value: float
+    ppl: float
+
+    @property
+    def rate(self) -> tuple[str, str, float]:
+        return self.choice.high.label, self.choice.low.label, self.choice.fraction
+
+
+def collect(files: Sequence[tuple[Path, RunRecord]]) -> ImportanceCurves:
+    """The curves from records of one model, text and protocol and their paths.
 
     `points` has one entry per run with `token_mixed`; `uniform` the runs of plain codecs of the same families. The 95%
     interval of a point's ratio to the first random choice at its rate is that of a paired bootstrap over windows
@@ -45,81 +148,172 @@ def collect(files: Sequence[tuple[Path, RunRecord]]) -> dict[str, Any]:
     if len({setting_key(record) for _, record in files}) > 1:
         raise ValueError("the folder has records of several models, texts or protocols; give each a folder of its own")
     records = [record for _, record in files]
-    mixed, problems = [], []
+    runs, problems = [], []
     for path, record in files:
-        if _is_mixed(record) and _ppl(record) is not None:
-            if problem := _problem(record):
-                problems.append(f"{path} is skipped: {problem}")
-            else:
-                mixed.append((path, record))
-    if not mixed:
+        if _is_mixed(record):
+            try:
+                runs.append(_mixed_run(path, record))
+            except ValueError as e:
+                problems.append(f"{path} is skipped: {e}")
+    if not runs:
         none_fits = "no record has the codec token_mixed on its links, and a finite perplexity"
         raise ValueError("; ".join([none_fits, *problems]))
-    families = {_family(_options(r)["high"]) for _, r in mixed}
-    uniform = [
-        {"family": _family(_codec(r).model_dump()), "bits_per_value": _bits(r), "ppl": _ppl(r)}
-        for r in records
-        if not _is_mixed(r) and r.codecs and _ppl(r) is not None and _bits(r)
-        and _family_or_none(_codec(r).model_dump()) in families
-    ]  # fmt: skip
-    none = next((_ppl(r) for r in records if is_uncompressed(r)), None)
-    points = [_point(r, uniform) for _, r in mixed]
-    file_of = {id(point): file for point, file in zip(points, mixed, strict=True)}
+    uniform = _uniform_runs(records, families={run.choice.high.family for run in runs})
+    none = next((record.results.avg_ppl for record in records if is_uncompressed(record)), None)
+    points, lacking = _points(runs, uniform, none)
+    first = runs[0].record
+    return ImportanceCurves(
+        model=model_label(first.args.model_name),
+        dataset=first.dataset,
+        protocol=first.protocol,
+        ppl_uncompressed=none,
+        points=tuple(sorted(points, key=lambda p: (p.pair, p.bits_per_value, p.ppl))),
+        uniform=tuple(sorted(uniform, key=lambda u: (u.family, u.bits_per_value))),
+        mean_log_ratio=_means(points),
+        problems=(*problems, *lacking),
+    )
+
+
+def _is_mixed(record: RunRecord) -> bool:
+    codecs = record.codecs.values()
+    return bool(codecs) and all(codec.name == "token_mixed" for codec in codecs)
+
+
+def _mixed_run(path: Path, record: RunRecord) -> _MixedRun:
+    """Raises ValueError for a record with `token_mixed` that lacks what the table needs, and other reports do not."""
+    codec = _one_codec(record)
+    if codec is None:
+        raise ValueError("its links have codecs with different options")
+    try:
+        choice = _Choice.model_validate(codec.others)
+    except ValidationError as e:
+        raise ValueError(f"codec token_mixed: {problem_in(e)}") from e
+    bits, ppl = record.traffic_totals.bits_per_value, record.results.avg_ppl
+    if ppl is None:
+        raise ValueError("its perplexity is not finite")
+    if bits is None:
+        raise ValueError("nothing has crossed its links")
+    seed = record.args.config.importance.seed if choice.metric == "random" else None
+    if choice.metric == "random" and seed is None:
+        raise ValueError("it does not tell the seed of its random choice")
+    return _MixedRun(path=path, record=record, choice=choice, seed=seed, bits_per_value=bits, ppl=ppl)
+
+
+def _one_codec(record: RunRecord) -> CodecConfig | None:
+    """That of all links; None where there is none, or links differ."""
+    codecs = list(record.codecs.values())
+    return codecs[0] if codecs and all(codec == codecs[0] for codec in codecs) else None
+
+
+def _uniform_runs(records: Iterable[RunRecord], *, families: set[str]) -> list[UniformRun]:
+    runs = []
+    for record in records:
+        codec, bits, ppl = _one_codec(record), record.traffic_totals.bits_per_value, record.results.avg_ppl
+        if codec is None or not bits or ppl is None:
+            continue
+        try:
+            family = _Codec.model_validate(codec.model_dump()).family
+        except ValidationError:  # a plug-in, whose `inner` is something else
+            continue
+        if family in families:
+            runs.append(UniformRun(family=family, bits_per_value=bits, ppl=ppl))
+    return runs
+
+
+def _points(
+    runs: Sequence[_MixedRun], uniform: Sequence[UniformRun], none: float | None
+) -> tuple[list[CurvePoint], list[str]]:
+    """Every run beside those that it is compared with, and why which have no interval."""
     random = defaultdict(list)
-    for point in points:
-        if point["metric"] == "random":
-            random[_rate(point)].append(point)
-    for point in points:
-        choices = sorted(random[_rate(point)], key=lambda p: p["seed"])
-        mean = np.exp(np.mean([np.log(p["ppl"]) for p in choices])) if choices else None
-        point["ppl_over_random"] = float(point["ppl"] / mean) if choices else None
+    for run in sorted((run for run in runs if run.seed is not None), key=lambda run: run.seed or 0):
+        random[run.rate].append(run)
+    points, lacking = [], []
+    for run in runs:
+        choices = random[run.rate]
         interval = None
         if choices:
             try:
-                tokens = [read_own_per_token(*file_of[id(p)]) for p in (choices[0], point)]
+                tokens = [read_own_per_token(r.path, r.record) for r in (choices[0], run)]
                 interval = compare(*tokens).ppl_interval
             except ValueError as e:  # RecordError too
-                problems.append(f"{point['run_id']} has no interval: {e}")
-        point["ppl_over_first_random_interval"] = interval
-        point["ppl_over_none"] = point["ppl"] / none if none else None
-    first = mixed[0][1]
+                lacking.append(f"{run.record.run_id} has no interval: {e}")
+        points.append(
+            CurvePoint(
+                run_id=run.record.run_id,
+                metric=run.choice.metric,
+                seed=run.seed,
+                high=run.choice.high.label,
+                low=run.choice.low.label,
+                family=run.choice.high.family,
+                fraction=run.choice.fraction,
+                bits_per_value=run.bits_per_value,
+                ppl=run.ppl,
+                causal=run.record.causal,
+                ppl_over_uniform_bits=_ratio(run.ppl, _uniform_ppl(run, uniform)),
+                ppl_over_random=_ratio(run.ppl, _mean_ppl([choice.ppl for choice in choices])),
+                ppl_over_first_random_interval=interval,
+                ppl_over_none=_ratio(run.ppl, none),
+            )
+        )
+    return points, lacking
+
+
+def _uniform_ppl(run: _MixedRun, uniform: Iterable[UniformRun]) -> float | None:
+    """Perplexity of uniform bits at the run's bits per value; None outside of those that were measured."""
+    line = sorted((u.bits_per_value, np.log(u.ppl)) for u in uniform if u.family == run.choice.high.family)
+    if len(line) < 2 or not line[0][0] <= run.bits_per_value <= line[-1][0] + 0.05:
+        return None
+    bits, log_ppl = zip(*line, strict=True)
+    return float(np.exp(np.interp(run.bits_per_value, bits, log_ppl)))
+
+
+def _mean_ppl(ppls: Sequence[float]) -> float | None:
+    """The geometric mean."""
+    return float(np.exp(np.mean(np.log(ppls)))) if ppls else None
+
+
+def _ratio(ppl: float, reference: float | None) -> float | None:
+    return None if reference is None else finite_or_none(ppl / reference)
+
+
+def _means(points: Sequence[CurvePoint]) -> dict[str, MeanLogRatios]:
+    """By metric."""
     return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "thinwire importance curves",
-        "model": model_label(first.args.model_name),
-        "dataset": first.dataset.model_dump(),
-        "protocol": first.protocol.model_dump(),
-        "ppl_uncompressed": none,
-        "points": sorted(points, key=lambda p: (_pair(p), p["bits_per_value"], p["ppl"])),
-        "uniform": sorted(uniform, key=lambda u: (u["family"], u["bits_per_value"])),
-        "mean_log_ratio": _means(points),
-        "problems": problems,
+        metric: MeanLogRatios(
+            ppl_over_random=_mean_log(p.ppl_over_random for p in points if p.metric == metric),
+            ppl_over_uniform_bits=_mean_log(p.ppl_over_uniform_bits for p in points if p.metric == metric),
+        )
+        for metric in sorted({p.metric for p in points})
     }
 
 
-def plot_curves(curves: Mapping[str, Any], path: Path) -> None:
+def _mean_log(ratios: Iterable[float | None]) -> float | None:
+    logs = [np.log(ratio) for ratio in ratios if ratio is not None]
+    return float(np.mean(logs)) if logs else None
+
+
+def plot_curves(curves: ImportanceCurves, path: Path) -> None:
     """One panel per pair of codecs, a line per metric, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    pairs = sorted({_pair(p) for p in curves["points"]})
-    metrics = sorted({p["metric"] for p in curves["points"]})
+    pairs = sorted({p.pair for p in curves.points})
+    metrics = sorted({p.metric for p in curves.points})
     figure = Figure(figsize=(6.4 * len(pairs), 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, pair in zip(np.atleast_1d(figure.subplots(1, len(pairs))), pairs, strict=True):
-        points = [p for p in curves["points"] if _pair(p) == pair]
-        low, high = (f(p["bits_per_value"] for p in points) for f in (min, max))
-        family = points[0]["family"]
-        own_family = [u for u in curves["uniform"] if u["family"] == family]
-        line = [u for u in own_family if low - 1.1 <= u["bits_per_value"] <= high + 1.1]
+        points = [p for p in curves.points if p.pair == pair]
+        low, high = (f(p.bits_per_value for p in points) for f in (min, max))
+        own_family = [u for u in curves.uniform if u.family == points[0].family]
+        line = [u for u in own_family if low - 1.1 <= u.bits_per_value <= high + 1.1]
         axes.plot(*_xy(line), color="black", linestyle="--", marker="s", label="uniform bits")
         for number, metric in enumerate(metrics):
-            own = [p for p in points if p["metric"] == metric]
-            causal = own and own[0]["causal"]
+            own = [p for p in points if p.metric == metric]
+            causal = own and own[0].causal
             label = metric if causal else f"{metric} (not causal)"
             axes.plot(*_xy(own), color=f"C{number}", marker="o" if causal else "x", label=label)
-        if curves["ppl_uncompressed"]:
-            axes.axhline(curves["ppl_uncompressed"], color="0.5", linewidth=1, label="not compressed")
+        if curves.ppl_uncompressed:
+            axes.axhline(curves.ppl_uncompressed, color="0.5", linewidth=1, label="not compressed")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
@@ -129,139 +323,45 @@ def plot_curves(curves: Mapping[str, Any], path: Path) -> None:
     axes.legend(fontsize=8)
     figure.get_axes()[0].set_ylabel("perplexity")
     figure.suptitle(
-        f"{curves['model']}, {curves['dataset']['num_tokens']} tokens, windows "
-        f"{curves['protocol']['max_length']}/{curves['protocol']['stride']}"
+        f"{curves.model}, {curves.dataset.num_tokens} tokens, windows "
+        f"{curves.protocol.max_length}/{curves.protocol.stride}"
     )
     write_figure(path, figure, dpi=110)
 
 
-def _codec(record: RunRecord) -> CodecConfig:
-    return next(iter(record.codecs.values()))
-
-
-def _is_mixed(record: RunRecord) -> bool:
-    codecs = record.codecs.values()
-    return bool(codecs) and all(codec.name == "token_mixed" for codec in codecs)
-
-
-def _ppl(record: RunRecord) -> float | None:
-    return record.results.avg_ppl
-
-
-def _options(record: RunRecord) -> Mapping[str, Any]:
-    return _codec(record).others
-
-
-def _bits(record: RunRecord) -> float | None:
-    return record.traffic_totals.bits_per_value
-
-
-def _problem(record: RunRecord) -> str | None:
-    """Why a record with `token_mixed` cannot stand in the table, which reads keys that other reports do not."""
-    try:
-        point = _point(record, [])
-        _print_row(point | {"ppl_over_none": None, "ppl_over_random": None, "ppl_over_first_random_interval": None})
-    except Exception as e:
-        return f"{type(e).__name__}: {e}"
-    wanted: dict[str, Any] = {"metric": str, "high": str, "low": str, "fraction": float, "bits_per_value": (int, float)}
-    wanted |= {"seed": int} if point["metric"] == "random" else {}
-    odd = [key for key, kind in wanted.items() if not isinstance(point[key], kind)]
-    return f"{odd[0]} is {str(point[odd[0]])[:40]!r}" if odd else None
-
-
-def _label(codec: Any) -> str:
-    inner = codec.get("inner")
-    return codec["name"] if inner is None else f"{codec['name']}({_label(inner)})"
-
-
-def _family(codec: Mapping[str, Any]) -> str:
-    """The codec's short name with its number of bits left open: hadamard(int#)."""
-    return re.sub(r"\d+", "#", _label(codec))
-
-
-def _family_or_none(codec: Mapping[str, Any]) -> str | None:
-    try:
-        return _family(codec)
-    except (AttributeError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def _point(record: RunRecord, uniform: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    codec = _options(record)
-    family = _family(codec["high"])
-    line = sorted((u["bits_per_value"], np.log(u["ppl"])) for u in uniform if u["family"] == family)
-    bits, ppl = _bits(record), _ppl(record)
-    assert bits is not None and ppl is not None, "points without are left out before"
-    x, log_y = zip(*line, strict=True) if line else ((), ())
-    inside = len(line) > 1 and line[0][0] <= bits <= line[-1][0] + 0.05
-    return {
-        "run_id": record.run_id,
-        "metric": codec["metric"],
-        "seed": record.args.config.importance.seed if codec["metric"] == "random" else None,
-        "high": _label(codec["high"]),
-        "low": _label(codec["low"]),
-        "family": family,
-        "fraction": codec["fraction"],
-        "bits_per_value": bits,
-        "ppl": ppl,
-        "causal": record.causal,
-        "ppl_over_uniform_bits": float(ppl / np.exp(np.interp(bits, x, log_y))) if inside else None,
-    }
-
-
-def _pair(point: Mapping[str, Any]) -> tuple[str, str]:
-    return point["high"], point["low"]
-
-
-def _rate(point: Mapping[str, Any]) -> tuple[str, str, float]:
-    return (*_pair(point), point["fraction"])
-
-
-def _means(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """By metric, the mean over rates of the logarithm of both ratios."""
-    means: dict[str, dict[str, float | None]] = {}
-    for metric in sorted({p["metric"] for p in points}):
-        own = [p for p in points if p["metric"] == metric]
-        means[metric] = {}
-        for key in ("ppl_over_random", "ppl_over_uniform_bits"):
-            values = [np.log(p[key]) for p in own if p[key] is not None]
-            means[metric][key] = float(np.mean(values)) if values else None
-    return means
-
-
-def _xy(points: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+def _xy(points: Iterable[CurvePoint | UniformRun]) -> tuple[list[float], list[float]]:
     """Bits and perplexities; several runs at one rate (seeds) as their geometric mean."""
     rates = defaultdict(list)
     for point in points:
-        rates[round(point["bits_per_value"], 6)].append(np.log(point["ppl"]))
+        rates[round(point.bits_per_value, 6)].append(np.log(point.ppl))
     return list(sorted(rates)), [float(np.exp(np.mean(rates[x]))) for x in sorted(rates)]
 
 
-def _print(curves: Mapping[str, Any]) -> None:
+def _print(curves: ImportanceCurves) -> None:
     rows: list[tuple[str, ...]] = [
         ("high / low", "fraction", "bits/value", "metric", "perplexity", "over none")
         + ("over random", "95% interval, first seed", "over uniform bits")
     ]
-    rows += map(_print_row, curves["points"])
+    rows += map(_print_row, curves.points)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("* not causal: the choice of tokens looks at later ones")
-    for problem in curves["problems"]:
+    for problem in curves.problems:
         print(problem)
 
 
-def _print_row(p: Mapping[str, Any]) -> tuple[str, ...]:
-    interval = p["ppl_over_first_random_interval"]
+def _print_row(p: CurvePoint) -> tuple[str, ...]:
+    interval = p.ppl_over_first_random_interval
     return (
-        (f"{p['high']} / {p['low']}", f"{p['fraction']:g}", f"{p['bits_per_value']:.3f}")
-        + (p["metric"] + ("" if p["causal"] else " *"), f"{p['ppl']:.4f}")
-        + (_ratio(p["ppl_over_none"]), _ratio(p["ppl_over_random"]))
-        + (f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "-", _ratio(p["ppl_over_uniform_bits"]))
+        (f"{p.high} / {p.low}", f"{p.fraction:g}", f"{p.bits_per_value:.3f}")
+        + (p.metric + ("" if p.causal else " *"), f"{p.ppl:.4f}")
+        + (_ratio_text(p.ppl_over_none), _ratio_text(p.ppl_over_random))
+        + (f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "-", _ratio_text(p.ppl_over_uniform_bits))
     )
 
 
-def _ratio(value: float | None) -> str:
+def _ratio_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
@@ -273,7 +373,7 @@ def main() -> int:
         curves = collect(load_files([folder]))
         _print(curves)
         check_writable(folder / "curves")
-        write_json(folder / "curves" / "importance.json", curves)
+        write_json(folder / "curves" / "importance.json", curves.model_dump())
         plot_curves(curves, folder / "curves" / "importance.png")
     except ValueError as e:
         print(f"error: {folder}: {e}", file=sys.stderr)

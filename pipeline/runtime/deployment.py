@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import PretrainedConfig
 
 from pipeline.comm.control import Control
 from pipeline.comm.mailbox import BodyChannel
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.data.windows import make_microbatches
 from pipeline.models.checkpoint import read_checkpoint
-from pipeline.models.loading import TORCH_DTYPES, load_model_config, load_stage
+from pipeline.models.loading import TORCH_DTYPES, WeightFormat, load_model_config, load_stage
 from pipeline.models.source import checkpoint_fingerprint, resolve_model
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import Plan
@@ -56,16 +57,28 @@ from pipeline.runtime.text import (
 )
 from pipeline.runtime.timing import time_one_token
 
-__all__ = ["Deployment", "deploy"]
+__all__ = ["DeployedModel", "Deployment", "deploy"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployedModel:
+    """Which model: its directory, transformers' config, and the fingerprint of its checkpoint.
+
+    `notes` are what a reader of numbers must know of the checkpoint (`checkpoint.Checkpoint`).
+    """
+
+    directory: Path
+    config: PretrainedConfig
+    checkpoint_digest: str
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
     """What outlives one evaluation.
 
-    `notes` are what a reader of numbers must know of the checkpoint (`checkpoint.Checkpoint`).
     `codecs` are those of the config that it was deployed with. `gpus` has the identity of every rank's GPU, None for a
     CPU, `channels` an NCCL group per link where bodies use NCCL, `one_token_compute_s` the seconds that each stage of
     this rank takes for a single token.
@@ -73,10 +86,7 @@ class Deployment:
 
     control: Control
     plan: Plan
-    model_dir: Path
-    model_config: Any
-    checkpoint_digest: str
-    notes: tuple[str, ...]
+    model: DeployedModel
     text: TokenizedText
     codecs: LinkCodecs
     stages: dict[int, Stage]
@@ -99,11 +109,9 @@ def deploy(
 ) -> Deployment:
     """Agree, resolve, plan, tokenise, check codecs and load this rank's stages.
 
-    Without a text to score, codecs are those of generation.
-
-    `check(plan, model_config)` may raise where they do not serve what is to be done, and `claim(digest)`, on rank 0,
-    where the run with this digest cannot be recorded. Raises ValueError (ConfigError,
-    PlanError, ModelError, ...) with a message for the user.
+    Without a text to score, codecs are those of generation. `check(plan, model_config)` may raise where they do not
+    serve what is to be done, and `claim(digest)`, on rank 0, where the run with this digest cannot be recorded. Raises
+    ValueError (ConfigError, PlanError, ModelError, ...) with a message for the user.
     """
     world = control.world
     check_world_size(config, world)
@@ -111,15 +119,7 @@ def deploy(
     control.agree("config", config.numerics())
     threads = _set_threads(config, control)
     control.report("resolving the model")
-    model = config.model
-    model_dir = resolve_model(
-        model.name,
-        cache_dir=model.dir,
-        stage_to=model.stage_to,
-        revision=model.revision,
-        show_progress=world.local_rank == 0,
-    )
-    model_config = load_model_config(model_dir, model.architecture, trust_remote_code=model.trust_remote_code)
+    directory, model_config = _resolve(config.model, control)
     if with_text:
         check_max_length(config, model_config)
     plan = make_plan(config, model_config.num_hidden_layers)
@@ -127,35 +127,27 @@ def deploy(
     if check is not None:
         check(plan, model_config)
     devices = stage_devices(config, plan, world)
-    checkpoint_digest = checkpoint_fingerprint(model_dir)
-    control.agree("checkpoint", {"fingerprint": checkpoint_digest})
-    notes = read_checkpoint(model_dir, model_config).notes
-    if world.rank == 0:
-        for note in notes:
-            logger.warning("%s", note)
+    model = _identify(control, directory, model_config)
     if with_text:
-        text, codecs = _prepare_text(config, control, plan, model_dir, model_config, checkpoint_digest, claim)
+        text, codecs = _prepare_text(config, control, plan, model, claim)
     else:
-        text, codecs = NO_TEXT, _generation_codecs(config, control, plan, model_config, checkpoint_digest)
+        text, codecs = NO_TEXT, _generation_codecs(config, control, plan, model)
     environment = gather_environment(control, devices, threads)
     gpus, backend, channels = _open_channels(config, control, plan, devices)
     control.report("loading weights")
-    stages = _load_stages(config, plan, model_dir, model_config, devices)
+    stages = _load_stages(config, plan, model, devices)
     control.barrier()
     control.report("timing a token")
     one_token_compute_s = control.in_turn(
         lambda: {
-            index: time_one_token(stage, model_config.hidden_size, TORCH_DTYPES[model.dtype])
+            index: time_one_token(stage, model_config.hidden_size, TORCH_DTYPES[config.model.dtype])
             for index, stage in stages.items()
         }
     )
     return Deployment(
         control=control,
         plan=plan,
-        model_dir=model_dir,
-        model_config=model_config,
-        checkpoint_digest=checkpoint_digest,
-        notes=notes,
+        model=model,
         text=text,
         codecs=codecs,
         stages=stages,
@@ -169,28 +161,47 @@ def deploy(
     )
 
 
+def _resolve(model: ModelConfig, control: Control) -> tuple[Path, PretrainedConfig]:
+    """The model's directory on this machine, and its config. One rank of a machine shows how far a download is."""
+    directory = resolve_model(
+        model.name,
+        cache_dir=model.dir,
+        stage_to=model.stage_to,
+        revision=model.revision,
+        show_progress=control.world.local_rank == 0,
+    )
+    return directory, load_model_config(directory, model.architecture, trust_remote_code=model.trust_remote_code)
+
+
+def _identify(control: Control, directory: Path, model_config: PretrainedConfig) -> DeployedModel:
+    """The checkpoint that all ranks have, every tensor of it accounted for."""
+    digest = checkpoint_fingerprint(directory)
+    control.agree("checkpoint", {"fingerprint": digest})
+    notes = read_checkpoint(directory, model_config).notes
+    if control.world.rank == 0:
+        for note in notes:
+            logger.warning("%s", note)
+    return DeployedModel(directory=directory, config=model_config, checkpoint_digest=digest, notes=notes)
+
+
 def _load_stages(
-    config: RunConfig, plan: Plan, model_dir: Path, model_config: Any, devices: Mapping[int, torch.device]
+    config: RunConfig, plan: Plan, model: DeployedModel, devices: Mapping[int, torch.device]
 ) -> dict[int, Stage]:
     """This rank's stages. Those of one device share the embedding, where both have it."""
-    model = config.model
+    weights = WeightFormat.from_config(config.model)
     stages: dict[int, Stage] = {}
     embedding = None
     for index, device in devices.items():
         stage_model = load_stage(
-            model_dir,
-            model_config,
+            model.directory,
+            model.config,
             plan.stages[index],
-            dtype=TORCH_DTYPES[model.dtype],
+            weights,
             device=device,
-            load_in_8bit=model.load_in_8bit,
-            load_in_8bit_threshold=model.load_in_8bit_threshold,
-            load_in_4bit=model.load_in_4bit,
-            trust_remote_code=model.trust_remote_code,
             embedding=embedding if embedding is not None and embedding.weight.device == device else None,
         )
         embedding = stage_model.embedding if stage_model.embedding is not None else embedding
-        stages[index] = Stage(plan.stages[index], stage_model, device, model_config.vocab_size)
+        stages[index] = Stage(plan.stages[index], stage_model, device, model.config.vocab_size)
     return stages
 
 
@@ -198,22 +209,20 @@ def _prepare_text(
     config: RunConfig,
     control: Control,
     plan: Plan,
-    model_dir: Path,
-    model_config: Any,
-    checkpoint_digest: str,
+    model: DeployedModel,
     claim: Callable[[str], None] | None,
 ) -> tuple[TokenizedText, LinkCodecs]:
     """The text's ids, and codecs that can carry its windows."""
     control.report("tokenising")
-    text = tokenize_once(config, control, model_dir, vocab_size=model_config.vocab_size)
+    text = tokenize_once(config, control, model.directory, vocab_size=model.config.vocab_size)
     check_bos(config, text.bos_id)
     control.report("making codecs")
     requests = codec_requests(
         config,
         plan,
-        hidden_size=model_config.hidden_size,
+        hidden_size=model.config.hidden_size,
         max_tokens=window_tokens(config),
-        checkpoint=checkpoint_digest,
+        checkpoint=model.checkpoint_digest,
     )
     codecs = make_codecs(requests, plan, control, measure_error=config.measure_error)
     parts = make_link_parts(
@@ -222,29 +231,32 @@ def _prepare_text(
         control,
         codecs,
         make_microbatches(make_run_windows(config, text.ids, text.bos_id), config.batch_size),
-        model_config=model_config,
-        checkpoint_digest=checkpoint_digest,
+        model_config=model.config,
+        checkpoint_digest=model.checkpoint_digest,
         ids_sha256=text.ids_sha256,
     )
     if claim is not None and control.world.rank == 0:
         claim(
             run_digest(
-                config, codecs, parts, checkpoint=checkpoint_digest, ids_sha256=text.ids_sha256, bos_id=text.bos_id
+                config,
+                codecs,
+                parts,
+                checkpoint=model.checkpoint_digest,
+                ids_sha256=text.ids_sha256,
+                bos_id=text.bos_id,
             )
         )
     return text, codecs
 
 
-def _generation_codecs(
-    config: RunConfig, control: Control, plan: Plan, model_config: Any, checkpoint_digest: str
-) -> LinkCodecs:
+def _generation_codecs(config: RunConfig, control: Control, plan: Plan, model: DeployedModel) -> LinkCodecs:
     control.report("making codecs")
     requests = codec_requests(
         config,
         plan,
-        hidden_size=model_config.hidden_size,
-        max_tokens=generation_workload(config, model_config).max_tokens,
-        checkpoint=checkpoint_digest,
+        hidden_size=model.config.hidden_size,
+        max_tokens=generation_workload(config, model.config).max_tokens,
+        checkpoint=model.checkpoint_digest,
     )
     return make_codecs(requests, plan, control, measure_error=False)
 

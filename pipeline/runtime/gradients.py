@@ -77,7 +77,7 @@ class GradientPass:
         ]
         back = [Hop(hop.dst_node, hop.src_node, hop.dst_device, hop.src_device) for hop in reversed(there)]
         specs = gradient_specs(
-            plan, self._microbatches, hidden_size=self._deployment.model_config.hidden_size, dtype=self._dtype
+            plan, self._microbatches, hidden_size=self._deployment.model.config.hidden_size, dtype=self._dtype
         )
         ends = open_links([*there, *back], specs, control.world, receives_ahead=1)
         source = MicroBatches(self._tokens) if control.world.rank == 0 else None
@@ -151,7 +151,7 @@ class GradientPass:
         link_index = 2 * self._num_links - index
         if gradient is not None:
             return _departure(link_index, gradient.float())
-        shape = (*self._microbatches[_index(work)].shape, self._deployment.model_config.hidden_size)
+        shape = (*self._microbatches[_index(work)].shape, self._deployment.model.config.hidden_size)
         return Departure(link_index=link_index, payload=Payload(torch.empty(0, dtype=torch.uint8), shape), trail=())
 
 

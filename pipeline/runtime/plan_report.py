@@ -17,7 +17,13 @@ from pipeline.comm.wire import WireFormat, header_nbytes
 from pipeline.config.schema import RunConfig
 from pipeline.models.cache import cache_bytes_per_token
 from pipeline.models.checkpoint import read_checkpoint
-from pipeline.models.loading import TORCH_DTYPES, embedding_bytes, load_model_config, stage_parameter_bytes
+from pipeline.models.loading import (
+    TORCH_DTYPES,
+    WeightFormat,
+    embedding_bytes,
+    load_model_config,
+    stage_parameter_bytes,
+)
 from pipeline.models.stage import MAX_LOGITS_NBYTES
 from pipeline.runtime.codecs import codec_requests, make_codec
 from pipeline.runtime.placement import make_plan
@@ -44,13 +50,7 @@ def plan_text(config: RunConfig) -> str:
     requests = codec_requests(config, plan, hidden_size=model_config.hidden_size, max_tokens=num_tokens)
     codecs = [make_codec(request) for request in requests]
     weights = {
-        stage.stage_index: stage_parameter_bytes(
-            model_config,
-            stage,
-            dtype=dtype,
-            load_in_8bit=config.model.load_in_8bit,
-            load_in_4bit=config.model.load_in_4bit,
-        )
+        stage.stage_index: stage_parameter_bytes(model_config, stage, WeightFormat.from_config(config.model))
         for stage in plan.stages
     }
     if len(plan.stages) > 1 and plan.last_node == 0 and model_config.tie_word_embeddings:

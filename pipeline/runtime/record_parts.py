@@ -39,10 +39,10 @@ def planned_stages(plan: Plan) -> tuple[PlannedStage, ...]:
 
 def recorded_model(deployment: Deployment) -> Model:
     return Model(
-        model_type=deployment.model_config.model_type,
-        hidden_size=deployment.model_config.hidden_size,
+        model_type=deployment.model.config.model_type,
+        hidden_size=deployment.model.config.hidden_size,
         num_hidden_layers=deployment.plan.num_layers,
-        checkpoint_fingerprint=deployment.checkpoint_digest,
+        checkpoint_fingerprint=deployment.model.checkpoint_digest,
     )
 
 

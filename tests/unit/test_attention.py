@@ -6,7 +6,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.models import attention
 from pipeline.models.attention import Attention, AttentionError
-from pipeline.models.loading import VERIFIED_MODEL_TYPES, check_attention_readable, load_model_config, load_stage
+from pipeline.models.loading import (
+    VERIFIED_MODEL_TYPES,
+    WeightFormat,
+    check_attention_readable,
+    load_model_config,
+    load_stage,
+)
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import default_plan
 from tests.helpers.tiny_models import save_tiny_model, skip_dropped_caps, tiny_model
@@ -19,9 +25,9 @@ IDS = torch.randint(0, 250, (2, NUM_TOKENS), generator=torch.Generator().manual_
 
 def load_stages(model_dir, num_nodes=2, dtype=torch.float32):
     config = load_model_config(model_dir, {})
-    plan = default_plan(config.num_hidden_layers, num_nodes, wrap=False)
+    plan, weights = default_plan(config.num_hidden_layers, num_nodes, wrap=False), WeightFormat(dtype=dtype)
     return [
-        Stage(stage, load_stage(model_dir, config, stage, dtype=dtype, device=CPU), CPU, config.vocab_size)
+        Stage(stage, load_stage(model_dir, config, stage, weights, device=CPU), CPU, config.vocab_size)
         for stage in plan.stages
     ]
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.families import FAMILIES
-from pipeline.models.loading import ModelError, load_model_config, load_stage, stage_parameter_bytes
+from pipeline.models.loading import ModelError, WeightFormat, load_model_config, load_stage, stage_parameter_bytes
 from pipeline.models.source import checkpoint_fingerprint
 from pipeline.partition.plan import default_plan
 from tests.helpers.tiny_models import VOCAB_SIZE, skip_dropped_caps
@@ -60,7 +60,7 @@ def logits_of_stages(folder, ids, num_nodes, wrap, dtype=torch.float32):
             folder,
             config,
             stage,
-            dtype=dtype,
+            WeightFormat(dtype=dtype),
             device=torch.device("cpu"),
             embedding=embedding if stage.node == 0 else None,
         )
@@ -403,8 +403,7 @@ class TestLayerFields:
         sums = set()
         for num_nodes, wrap in [(1, True), (2, True), (3, True), (4, True), (5, False)]:
             stages = default_plan(config.num_hidden_layers, num_nodes, wrap=wrap).stages
-            options = {"dtype": torch.float32, "load_in_8bit": False, "load_in_4bit": False}
-            total = sum(stage_parameter_bytes(config, stage, **options) for stage in stages)
+            total = sum(stage_parameter_bytes(config, stage, WeightFormat(dtype=torch.float32)) for stage in stages)
             tied = config.tie_word_embeddings and num_nodes > 1
             sums.add(total - tied * 4 * config.vocab_size * config.hidden_size)
         assert len(sums) == 1

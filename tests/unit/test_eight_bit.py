@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.models.loading import load_model_config, load_stage
+from pipeline.config.schema import ModelConfig
+from pipeline.models.loading import WeightFormat, load_model_config, load_stage
 from pipeline.models.stage import Stage
 from pipeline.partition.passes import Row
 from pipeline.partition.plan import default_plan
@@ -24,16 +25,32 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected", "mixes"),
+    [
+        ({"dtype": "fp16"}, WeightFormat(dtype=torch.float16), False),
+        ({"load_in_8bit": True}, WeightFormat(dtype=torch.float32, linear_bits=8, outlier_threshold=6.0), True),
+        (
+            {"load_in_8bit": True, "load_in_8bit_threshold": 0.0},
+            WeightFormat(dtype=torch.float32, linear_bits=8, outlier_threshold=0.0),
+            False,
+        ),
+        ({"dtype": "bf16", "load_in_4bit": True}, WeightFormat(dtype=torch.bfloat16, linear_bits=4), False),
+    ],
+)
+def test_the_format_that_a_config_asks_for(keys, expected, mixes):
+    weights = WeightFormat.from_config(ModelConfig(**keys))
+    assert weights == expected and weights.mixes_tokens is mixes
+
+
 def load(checkpoint, threshold):
     (stage,) = default_plan(2, 1).stages
     return stage, load_stage(
         checkpoint,
         load_model_config(checkpoint, {}),
         stage,
-        dtype=torch.bfloat16,
+        WeightFormat(dtype=torch.bfloat16, linear_bits=8, outlier_threshold=threshold),
         device=torch.device("cpu"),
-        load_in_8bit=True,
-        load_in_8bit_threshold=threshold,
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.models.loading import VERIFIED_MODEL_TYPES, ModelError, load_model_config, load_stage
+from pipeline.models.loading import VERIFIED_MODEL_TYPES, ModelError, WeightFormat, load_model_config, load_stage
 from pipeline.partition.plan import default_plan
 from tests.helpers.tiny_models import CAPS_ARE_DROPPED, MODEL_TYPES, VOCAB_SIZE, save_tiny_model, skip_dropped_caps
 
@@ -48,7 +48,7 @@ def test_logits_are_bit_equal(model_type, num_nodes, tmp_path):
                 tmp_path,
                 config,
                 stage,
-                dtype=torch.float32,
+                WeightFormat(dtype=torch.float32),
                 device=torch.device("cpu"),
                 embedding=embedding if stage.node == 0 else None,
             )

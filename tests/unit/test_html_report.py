@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from jinja2 import UndefinedError
 
+from pipeline.records.files import RecordError
+from pipeline.report import published
 from pipeline.report.charts import ChartPoint, pareto_front, trade_off_svg
 from pipeline.report.columns import percent, perplexity, significant
 from pipeline.report.generation_columns import SHOWN_COLUMNS
@@ -272,6 +274,24 @@ def test_published_figures():
     nf4 = by_method["bnb_nf4", 0]
     assert round(nf4.ppl, 3) == 6.768 and round(nf4.bits_per_value, 2) == 4.5 and nf4.causal
     assert not by_method["BlockRowColMean_Tb2Fb2", 10_000].causal
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"dtype",\n  "first_k_tokens"', '"first_k_tokens",\n  "dtype"', "columns are method, first_k_tokens, dtype,"),
+        ("6.726", '"x"', "Invalid JSON"),
+        ('"bf16", 0, 6.', '"bf16", 0, -6.', r"rows\[16\]\[3\] is '-6"),
+    ],
+)
+def test_damaged_published_figures_are_refused(old, new, told, tmp_path, monkeypatch):
+    text = published._FILE.read_text()
+    assert old in text
+    path = tmp_path / "published.json"
+    path.write_text(text.replace(old, new))
+    monkeypatch.setattr(published, "_FILE", path)
+    with pytest.raises(RecordError, match=f"^{re.escape(str(path))} is damaged: {told}"):
+        read_published()
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ def test_token_importance_that_is_no_row_of_numbers_is_refused(values, tmp_path)
 def test_layers_that_a_stage_does_not_hold_are_named(layers, message):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
     section = SimpleNamespace(layers=layers, seed=0)
-    config = SimpleNamespace(importance=section, model=SimpleNamespace(trust_remote_code=False))
+    config = SimpleNamespace(importance=section)
     encoders = {0: make_compressor("token_mixed(metric=column, fraction=0.5)")}
     owner = {"checkpoint_digest": "abc", "ids_sha256": "def"}
     with pytest.raises(ConfigError, match=message):

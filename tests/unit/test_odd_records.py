@@ -457,7 +457,7 @@ def test_importance_curves_read_on(tmp_path_factory, record, changes):
     mixed_record = record | {"codecs": {name: mixed for name in record["codecs"]}, "run_id": "mixed"}
     folder = tmp_path_factory.mktemp("curves")
     put(folder, "mixed.json", json.dumps(mixed_record))
-    expected = collect(load_files([folder]))["points"]
+    expected = collect(load_files([folder])).points
     parts = ("codecs", "args", "results", "traffic_totals")
     everywhere = [("codecs",), *(place for place in places(mixed_record) if place[0] in parts)]
     chosen = [(everywhere[number % len(everywhere)], delete, value) for number, delete, value in changes]
@@ -468,8 +468,8 @@ def test_importance_curves_read_on(tmp_path_factory, record, changes):
             collect(files)
         return
     curves = collect(files)
-    assert [p for p in curves["points"] if p["run_id"] == "mixed"] == expected
-    json.dumps(curves, allow_nan=False)
+    assert tuple(p for p in curves.points if p.run_id == "mixed") == expected
+    json.dumps(curves.model_dump(), allow_nan=False)
 
 
 def test_a_whole_record_is_whole(folder):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.analysis.relevance import RELEVANCE_MODEL_TYPES, attnlrp
-from pipeline.models.loading import load_model_config, load_stage
+from pipeline.models.loading import WeightFormat, load_model_config, load_stage
 from pipeline.partition.plan import StagePlan
 from tests.helpers.make_relevance_goldens import fill_weights
 from tests.helpers.tiny_models import VOCAB_SIZE, tiny_model
@@ -142,13 +142,13 @@ def test_stages_find_what_the_whole_model_does(model_type):
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     expected, _ = run(whole, ids)
     config = load_model_config(folder, {})
-    options = {"dtype": torch.float32, "device": torch.device("cpu")}
+    weights = WeightFormat(dtype=torch.float32)
     bounds = ((0, 2), (2, 2), (2, 6))
     stages = [
         StagePlan(stage_index=i, node=i, start=start, end=end, is_first=i == 0, is_last=i == 2)
         for i, (start, end) in enumerate(bounds)
     ]
-    parts = [load_stage(folder, config, stage, **options) for stage in stages]
+    parts = [load_stage(folder, config, stage, weights, device=torch.device("cpu")) for stage in stages]
     with ExitStack() as blocks:
         relevances = [blocks.enter_context(attnlrp(part.decoder)) for part in parts]
         for _ in range(2):

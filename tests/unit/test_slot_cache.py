@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from pipeline.models.attention import SLOTS, AttentionError, attention_function
 from pipeline.models.cache import SlotCache, SlotError, cache_bytes_per_token
 from pipeline.models.families import FAMILIES
-from pipeline.models.loading import load_model_config, load_stage
+from pipeline.models.loading import WeightFormat, load_model_config, load_stage
 from pipeline.models.stage import Stage
 from pipeline.partition.passes import Row
 from pipeline.partition.plan import default_plan
@@ -45,7 +45,7 @@ def load_stages(folder, dtype=torch.float64):
     """Two stages, each with layers of both kinds."""
     config = load_model_config(folder, {})
     return [
-        Stage(plan, load_stage(folder, config, plan, dtype=dtype, device=CPU), CPU, config.vocab_size)
+        Stage(plan, load_stage(folder, config, plan, WeightFormat(dtype=dtype), device=CPU), CPU, config.vocab_size)
         for plan in default_plan(config.num_hidden_layers, 2, wrap=False).stages
     ]
 
@@ -387,7 +387,8 @@ def test_rotary_angles_that_depend_on_the_length_are_refused(rope, max_length, w
     folder = save_tiny_model(tmp_path, "llama", num_layers=2, **fields)
     config = load_model_config(folder, {})
     plan = default_plan(2, 1).stages[0]
-    stage = Stage(plan, load_stage(folder, config, plan, dtype=torch.float64, device=CPU), CPU, VOCAB_SIZE)
+    part = load_stage(folder, config, plan, WeightFormat(dtype=torch.float64), device=CPU)
+    stage = Stage(plan, part, CPU, VOCAB_SIZE)
     stage.open_slots(1, 8)
     if words is None:
         stage.open_slots(1, max_length)
