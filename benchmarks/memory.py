@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.synthetic import save_random_llama
+from compressors.console import run_command
 from pipeline.config.reading import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.models.loading import TORCH_DTYPES, load_model_config, stage_parameter_bytes
@@ -169,4 +170,4 @@ def _mib(nbytes: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
