@@ -31,6 +31,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from compressors.console import run_command
+
 SHAPE = (1, 2048, 2048)
 BITSANDBYTES = "bitsandbytes nf4"
 DEFAULT_SPECS = [
@@ -49,7 +51,7 @@ TARGETS = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    from pipeline.options import path_option
+    from pipeline.config.options import path_option
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("specs", nargs="*", default=DEFAULT_SPECS, help="codecs, default: the built-in family")
@@ -231,7 +233,7 @@ def print_table(figures: dict) -> None:
         print(f"{spec:52} {bits:>8}{cells}")
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse_arguments()
     os.environ["OMP_NUM_THREADS"] = "1"
     keep_freed_memory()
@@ -249,7 +251,8 @@ def main() -> None:
             print(f"{name}: not measured")
     if arguments.json:
         arguments.json.write_text(json.dumps({"figures": figures, "ratios": ratios}, indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

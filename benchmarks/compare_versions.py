@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
+from compressors.console import run_command
 from pipeline.config.options import path_option
 from pipeline.records.store import read_record
 
@@ -215,4 +216,4 @@ def per_token(record: Path) -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from compressors.console import run_command
 from pipeline.config.options import OptionParser, path_option
 from pipeline.config.schema import DEMO_MODEL
 from pipeline.data.text import load_text
@@ -164,4 +165,4 @@ def equal_share(expected: Sequence[Mapping[str, Any]], got: Sequence[Mapping[str
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from compressors.console import run_command
 from pipeline.config.options import OptionParser, add_config_options, read_config
 from pipeline.config.reading import with_overrides
 from pipeline.config.schema import ConfigError, RunConfig
@@ -278,4 +279,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_checks import CHECKS, Skip
+from compressors.console import run_command
 from pipeline.config.options import path_option
 
 __all__ = ["main"]
@@ -142,4 +143,4 @@ def _commit() -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.codecs import cpu_seconds, median_ratio, peak_growth_mib
+from compressors.console import run_command
 from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.windows import make_microbatches, make_windows
@@ -144,4 +145,4 @@ def _with_metric(stage: Stage, metric: Metric, x: torch.Tensor) -> Callable[[], 
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -24,7 +24,6 @@ import os
 import random
 import re
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from compressors.console import run_command
 from pipeline.records.store import read_per_token, read_record
 from tests.helpers.launch import Finished, Ranks, Torchrun, start_ranks, start_torchrun
 from tests.helpers.patience import allowed_s
@@ -314,4 +314,4 @@ def _losses(path: Path) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.codecs import cpu_seconds
+from compressors.console import run_command
 from compressors.kernels import klt as kernels
 from compressors.kernels import trellis
 from compressors.klt.codec import trellis_rates
@@ -25,7 +26,7 @@ NUM_TOKENS = 512
 NO_RAW_COST = 1 << 40
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hidden-sizes", type=int, nargs="+", default=[576, 5120])
     parser.add_argument("--rounds", type=int, default=7)
@@ -37,6 +38,7 @@ def main() -> None:
         bits, quantize, encode, decode, transforms = measure(width, arguments.rounds)
         ratio = (quantize + encode + decode) / transforms
         print(f"{width:6d}{bits:12.3f}{quantize:10.1f}{encode:10.1f}{decode:10.1f}{transforms:12.1f}{ratio:8.2f}")
+    return 0
 
 
 def measure(width: int, rounds: int) -> tuple[float, ...]:
@@ -96,4 +98,4 @@ def _no_symbols(width: int) -> kernels.Symbols:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

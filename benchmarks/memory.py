@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.synthetic import save_random_llama
+from compressors.console import run_command
 from pipeline.config.reading import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.models.loading import WeightFormat, load_model_config, stage_parameter_bytes
@@ -163,4 +164,4 @@ def _mib(nbytes: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

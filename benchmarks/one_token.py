@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from compressors import LinkInfo, make_compressor
+from compressors.console import run_command
 from compressors.check import hidden_states, side_inputs, travelling
 
 CALLS = 20
@@ -35,7 +36,7 @@ DEFAULT_SPECS = [
 ]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("specs", nargs="*", default=DEFAULT_SPECS)
     parser.add_argument("--hidden-size", type=int, default=576)
@@ -58,6 +59,7 @@ def main() -> None:
         columns = [[e for e, _ in rounds], [d for _, d in rounds], [e + d for e, d in rounds]]
         cells = (f"{statistics.median(column):.0f} ({min(column):.0f})" for column in columns)
         print(f"{spec:50}" + "".join(f"{cell:>18}" for cell in cells))
+    return 0
 
 
 def _calls(spec: str, link: LinkInfo, x: torch.Tensor) -> tuple[Callable, Callable]:
@@ -79,4 +81,4 @@ def _median_us(call: Callable) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

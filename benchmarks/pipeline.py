@@ -27,7 +27,6 @@ import json
 import multiprocessing
 import os
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.baselines import BASELINES, Run, serve
+from compressors.console import run_command
 from pipeline.comm.control import Control
 from pipeline.comm.world import World
 from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
@@ -284,4 +284,4 @@ def _plain(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

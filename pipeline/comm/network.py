@@ -21,7 +21,7 @@ from pipeline.comm.world import World
 __all__ = ["SEVERAL_MACHINES", "Endpoint", "NetworkError", "bind_links", "listen", "reach_all", "reach_store"]
 
 # Enough for four tries of a connection whose packets get lost.
-_CONNECT_S = 15.0
+CONNECT_S = 15.0
 _RETRY_S = 0.25
 SEVERAL_MACHINES = (
     "on several machines start torchrun with --local_addr=ADDRESS, each machine's own on the network of the links, on "
@@ -75,7 +75,7 @@ def reach_store(world: World, address: str, port: int, timeout_s: float) -> None
     torchrun's store is there before any rank starts, so it answers at once or never; where a rank hosts it, that
     rank may start later than the others, by up to `timeout_s`.
     """
-    wait_s = min(timeout_s, _CONNECT_S) if world.store_host is None else timeout_s
+    wait_s = min(timeout_s, CONNECT_S) if world.store_host is None else timeout_s
     try:
         reach(address, port, wait_s)
     except OSError as e:
@@ -86,7 +86,7 @@ def reach_store(world: World, address: str, port: int, timeout_s: float) -> None
         ) from e
 
 
-def reach(address: str, port: int, timeout_s: float = _CONNECT_S) -> None:
+def reach(address: str, port: int, timeout_s: float = CONNECT_S) -> None:
     """Return once a connection could be opened, and closed again; raises the last try's OSError if none can in time."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -120,7 +120,7 @@ def reach_all(here: Endpoint, ranks: Sequence[Endpoint]) -> None:
     """Connect to every rank's endpoint, which must be listening. Raises NetworkError for the first that fails."""
     for rank, endpoint in enumerate(ranks):
         try:
-            reach(endpoint.address, endpoint.port, _CONNECT_S)
+            reach(endpoint.address, endpoint.port, CONNECT_S)
         except OSError as e:
             raise NetworkError(
                 f"no connection from {here} to rank {rank} at {endpoint}: {e}. This machine has "

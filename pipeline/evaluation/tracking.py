@@ -28,7 +28,7 @@ _UPLOAD_S = 60.0
 class Tracker:
     """One W&B run, or nothing where tracking is off or has failed, with this run or an earlier one."""
 
-    _failed = False
+    has_failed = False
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Tracker:
         group: str | None = None,
     ) -> None:
         self._run: Any = None
-        if settings.enabled and not Tracker._failed:
+        if settings.enabled and not Tracker.has_failed:
             self._guard(lambda: self._start(settings, run_id, config, folder, group))
 
     def log(self, values: Mapping[str, float], *, num_tokens: int) -> None:
@@ -89,7 +89,7 @@ class Tracker:
         except Exception as e:  # whatever it is, the run's result is worth more than its curve
             logger.warning("W&B is switched off from here on: %s", e)
             self._run = None
-            Tracker._failed = True
+            Tracker.has_failed = True
 
 
 def _bounds(settings: Any) -> Any:

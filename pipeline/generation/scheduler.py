@@ -31,7 +31,7 @@ from pipeline.partition.passes import Pass, PassKind, Row
 from pipeline.runtime.engine import Entry, Failure, Result
 from pipeline.runtime.head import begin_note
 
-__all__ = ["Answering", "Scheduler"]
+__all__ = ["Answering", "Scheduler", "shared_length"]
 
 MIN_SHARED = 16  # positions of a prefix that are worth a copy
 LOOK_S = 0.1  # between looks at requests that wait
@@ -293,11 +293,11 @@ class Scheduler:
             return best, 0
         prompt = waiting.prompt[:-1]  # its last token is computed in any case, or nothing would come of it
         for slot, held in enumerate(self._held):
-            shared = _common(held.ids, prompt)
+            shared = shared_length(held.ids, prompt)
             if shared > longest or (shared == longest and slot in self._free and best not in self._free):
                 best, longest = slot, shared
         for sequence in self._active:
-            if sequence.is_prefilling and (coming := _common(sequence.prompt, prompt)) >= longest + MIN_SHARED:
+            if sequence.is_prefilling and (coming := shared_length(sequence.prompt, prompt)) >= longest + MIN_SHARED:
                 waiting.prefix = (sequence, sequence.epoch, coming - MIN_SHARED)
                 return best, None
         return (best, longest) if longest >= MIN_SHARED else (self._free[0], 0)
@@ -325,7 +325,7 @@ class Scheduler:
     def _begin(self, sequence: _Sequence) -> None:
         """Its slot is its own from here on."""
         source, start = sequence.source, sequence.sent
-        if source is not None and _common(self._held[source].ids, sequence.prompt[:start]) < start:
+        if source is not None and shared_length(self._held[source].ids, sequence.prompt[:start]) < start:
             sequence.source, sequence.sent = None, 0  # another has the source by now
         self._held[sequence.slot] = _Held(self._slot_length)
         self._held[sequence.slot].append(sequence.prompt[: sequence.sent])
@@ -390,7 +390,7 @@ def _is_over(answering: Answering, now_s: float) -> bool:
     return answering.is_finished
 
 
-def _common(held: np.ndarray, prompt: np.ndarray) -> int:
+def shared_length(held: np.ndarray, prompt: np.ndarray) -> int:
     """Length of the longest common prefix of token ids."""
     length = min(len(held), len(prompt))
     differs = held[:length] != prompt[:length]

@@ -23,6 +23,7 @@ from pipeline.records.run_record import (
     StageSeconds,
     check_emulation,
     check_plan,
+    check_ratio,
 )
 
 __all__ = [
@@ -135,6 +136,21 @@ class GenerationRecord(Part):
         check_emulation(self.emulation, self.plan, self.codecs)
         if not self.ranks:
             raise ValueError("ranks is empty")
-        if self.results.num_failed > self.results.num_requests:
-            raise ValueError(f"results.num_failed is {self.results.num_failed} of {self.results.num_requests} requests")
+        self._check_totals()
         return self
+
+    def _check_totals(self) -> None:
+        requests = self.requests
+        sums = {
+            "num_requests": len(requests),
+            "num_failed": sum(request.error is not None for request in requests),
+            "prompt_tokens": sum(request.num_prompt_tokens for request in requests),
+            "generated_tokens": sum(request.num_tokens for request in requests),
+        }
+        for key, over_requests in sums.items():
+            if (total := getattr(self.results, key)) != over_requests:
+                raise ValueError(f"results.{key} is {total}, the sum over requests {over_requests}")
+        for name, link in self.traffic_per_link.items():
+            where = f"traffic_per_link.{name}"
+            check_ratio(f"{where}.bytes_per_token", link.bytes_per_token, link.payload_bytes, link.tokens)
+            check_ratio(f"{where}.header_bytes_per_token", link.header_bytes_per_token, link.header_bytes, link.tokens)

@@ -6,6 +6,7 @@ file of their own beside it. A key more or less is a new `schema_version` and a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal, Self
 
@@ -42,6 +43,7 @@ __all__ = [
     "StageSeconds",
     "check_emulation",
     "check_plan",
+    "check_ratio",
 ]
 
 SCHEMA_VERSION: Final = 3
@@ -333,6 +335,7 @@ class RunRecord(Part):
         if self.one_token:
             _check_names("one_token.stages", self.one_token.stages, self.stages)
             _check_names("one_token.links", self.one_token.links, self.codecs)
+        self._check_traffic()
         if not self.ranks:
             raise ValueError("ranks is empty")
         if (self.timed_tokens or 0) > self.results.total_processed_tokens:
@@ -343,6 +346,47 @@ class RunRecord(Part):
         if self.finite and self.results.avg_ppl is None:
             raise ValueError("finite is true, but results.avg_ppl is null")
         return self
+
+
+    def _check_traffic(self) -> None:
+        """A report shows the totals, and predicts from the links: both must be of one run."""
+        totals, links = self.traffic_totals, self.traffic_per_link
+        for key, of_link in _TOTALS.items():
+            total, over_links = getattr(totals, key), sum(getattr(link, of_link) for link in links.values())
+            if total != over_links:
+                raise ValueError(f"traffic_totals.{key} is {total}, the sum over links {over_links}")
+        hidden_size, num_scored = self.model.hidden_size, self.results.total_loss_tokens
+        check_ratio("traffic_totals.bytes_per_token", totals.bytes_per_token, totals.total_bytes, totals.total_tokens)
+        check_ratio(
+            "traffic_totals.bits_per_value",
+            totals.bits_per_value,
+            8 * totals.total_bytes,
+            totals.total_tokens * hidden_size,
+        )
+        scored = totals.payload_bytes_per_scored_token
+        check_ratio("traffic_totals.payload_bytes_per_scored_token", scored, totals.total_bytes, num_scored)
+        for name, link in links.items():
+            where = f"traffic_per_link.{name}"
+            check_ratio(f"{where}.bytes_per_token", link.bytes_per_token, link.bytes, link.tokens)
+            check_ratio(f"{where}.bits_per_value", link.bits_per_value, 8 * link.bytes, link.tokens * hidden_size)
+
+
+# Of LinkTotals and RunLink.
+_TOTALS = {
+    "total_bytes": "bytes",
+    "total_tokens": "tokens",
+    "total_tx": "tx",
+    "header_bytes": "header_bytes",
+    "padding_bytes": "padding_bytes",
+}
+
+
+def check_ratio(key: str, told: float | None, count: int, per: int) -> None:
+    """Raises ValueError where a figure is not that of its counts, but for rounding."""
+    expected = count / per if per else None
+    agree = told == expected if told is None or expected is None else math.isclose(told, expected, rel_tol=1e-6)
+    if not agree:
+        raise ValueError(f"{key} is {told}, its counts give {expected}")
 
 
 def check_plan(plan: tuple[PlannedStage, ...], stages: Mapping[str, StageSeconds]) -> None:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from pipeline.report import generation_columns, html_views, point_columns, prediction
 from pipeline.report.columns import MISSING, percent, significant
-from pipeline.report.recommendation import Outlook, recommendation_text
+from pipeline.report.recommendation import Outlook, verdict_text
 from pipeline.report.results import Results
 
 __all__ = ["html_page", "templates"]
@@ -48,7 +48,7 @@ def templates() -> Environment:
         "missing": MISSING,
         "point_columns": point_columns.SHOWN_COLUMNS,
         "generation_columns": generation_columns.SHOWN_COLUMNS,
-        "recommendation_text": recommendation_text,
+        "verdict_text": verdict_text,
         "views": html_views,
     }
     return environment

@@ -12,9 +12,9 @@ from pipeline.report.columns import percent
 from pipeline.report.measured_point import MeasuredPoint
 from pipeline.report.prediction import Network, Prediction, predict_decode, predict_prefill
 from pipeline.report.quality import MIN_WINDOWS
-from pipeline.report.results import Setting, recommend
+from pipeline.report.results import Results, Setting, recommend
 
-__all__ = ["Outlook", "fastest", "predict", "predicted_figure", "recommendation_text", "within_budget"]
+__all__ = ["Outlook", "fastest", "predict", "predicted_figure", "recommendation_text", "verdict_text", "within_budget"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,16 @@ def predicted_figure(prediction: Prediction | None, *, decode: bool) -> float | 
     if prediction is None:
         return None
     return 1e3 * prediction.s_per_token if decode else prediction.tokens_per_s
+
+
+def verdict_text(results: Results, setting: Setting, outlook: Outlook) -> str:
+    """`recommendation_text`, and that it has been given without files that are no records, where there are any."""
+    text, names = recommendation_text(setting, outlook), results.skipped_names
+    if not names:
+        return text
+    if len(names) == 1:
+        return text + f" Not counted: 1 file that is no record, {names[0]}."
+    return text + f" Not counted: {len(names)} files that are no records, {names[0]} first."
 
 
 def recommendation_text(setting: Setting, outlook: Outlook) -> str:

@@ -6,6 +6,7 @@ with it. Nothing is formatted here.
 
 from __future__ import annotations
 
+import datetime
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -71,9 +72,12 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
+    """`skipped` says of each file that is no record why, `skipped_names` how it is called."""
+
     settings: tuple[Setting, ...]
     failed: tuple[FailedPoint, ...]
     skipped: tuple[str, ...]
+    skipped_names: tuple[str, ...]
     generated: tuple[GeneratedRun, ...] = ()
 
     @property
@@ -100,7 +104,7 @@ class Recommendation:
 class _Files:
     records: list[tuple[Path, RunRecord]] = field(default_factory=list)
     failed: list[FailedPoint] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, why)
     generated: list[GeneratedRun] = field(default_factory=list)
 
 
@@ -121,7 +125,7 @@ def load_files(paths: Sequence[Path]) -> list[tuple[Path, RunRecord]]:
     files = _read_files(paths)
     for failed in files.failed:
         print(printable(f"failed point: {failed.label}: {failed.error}", sys.stderr), file=sys.stderr)
-    for text in files.skipped:
+    for _, text in files.skipped:
         print(printable(f"skipped: {text}", sys.stderr), file=sys.stderr)
     return files.records
 
@@ -141,7 +145,8 @@ def read_results(paths: Sequence[Path]) -> Results:
     return Results(
         settings=tuple(settings),
         failed=tuple(files.failed),
-        skipped=tuple(files.skipped),
+        skipped=tuple(text for _, text in files.skipped),
+        skipped_names=tuple(name for name, _ in files.skipped),
         generated=tuple(files.generated),
     )
 
@@ -206,13 +211,13 @@ def _read_files(paths: Sequence[Path]) -> _Files:
         try:
             inside = sorted(p for p in path.iterdir() if p.suffix == ".json") if path.is_dir() else [path]
         except OSError as e:
-            files.skipped.append(f"{path} cannot be listed: {disk_problem(e)}")
+            files.skipped.append((path.name, f"{path} cannot be listed: {disk_problem(e)}"))
             continue
         for file in inside:
             try:
                 record = read_any(file)
             except RecordError as e:
-                files.skipped.append(str(e))
+                files.skipped.append((file.name, str(e)))
                 continue
             match record:
                 case RunRecord():
@@ -221,8 +226,16 @@ def _read_files(paths: Sequence[Path]) -> _Files:
                     files.generated.append(GeneratedRun.of(record))
                 case FailedPoint():
                     files.failed.append(record)
-    files.records.sort(key=lambda item: item[1].finished_at or "")  # before they said so, they were older
+    files.records.sort(key=lambda item: _finished(item[1]))
     return files
+
+
+def _finished(record: RunRecord) -> datetime.datetime:
+    """When a run ended; of times without an offset, as other programs write them, UTC is taken for it."""
+    if record.finished_at is None:  # before records said so, they were older
+        return datetime.datetime.min.replace(tzinfo=datetime.UTC)
+    time = datetime.datetime.fromisoformat(record.finished_at)
+    return time if time.utcoffset() is not None else time.replace(tzinfo=datetime.UTC)
 
 
 def _points(

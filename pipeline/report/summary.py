@@ -12,7 +12,7 @@ from pipeline.report import generation_columns
 from pipeline.report.printable import printable
 from pipeline.report.html_page import html_page
 from pipeline.report.point_columns import CONSOLE_COLUMNS
-from pipeline.report.recommendation import Outlook, recommendation_text
+from pipeline.report.recommendation import Outlook, verdict_text
 from pipeline.report.results import load_generated, load_records, read_results, summary_points
 from pipeline.report.text_page import csv_table, generation_csv, markdown_page
 
@@ -80,4 +80,4 @@ def write_report(paths: Sequence[Path], page: Path, outlook: Outlook) -> None:
             raise RecordError(f"the report {path} cannot be written: {disk_problem(e)}, or name another file") from e
         print(printable(f"report: {path}", sys.stdout))
     for setting in results.settings:
-        print(printable(f"{setting.title}: {recommendation_text(setting, outlook)}", sys.stdout))
+        print(printable(f"{setting.title}: {verdict_text(results, setting, outlook)}", sys.stdout))

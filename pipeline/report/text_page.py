@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pipeline.report import generation_columns, point_columns
 from pipeline.report.columns import Column, Row, Value, significant
 from pipeline.report.printable import escape_controls
-from pipeline.report.recommendation import Outlook, predict, predicted_figure, recommendation_text
+from pipeline.report.recommendation import Outlook, predict, predicted_figure, verdict_text
 from pipeline.report.results import Results, Setting
 
 __all__ = ["csv_table", "generation_csv", "markdown_page"]
@@ -19,7 +19,7 @@ def markdown_page(results: Results, outlook: Outlook) -> str:
     """Per setting: recommendation, points, predictions; then what generated, and what failed or was skipped."""
     parts = ["# Thinwire report"]
     for setting in results.settings:
-        parts += _setting(setting, outlook)
+        parts += _setting(results, setting, outlook)
     if results.generated:
         parts += ["## Generation, measured", _column_table(generation_columns.SHOWN_COLUMNS, results.generated)]
         parts += _list({note for run in results.generated for note in run.notes})
@@ -55,10 +55,10 @@ def _csv(keys: Sequence[str], lines: Iterable[Sequence[Value]]) -> str:
     return out.getvalue()
 
 
-def _setting(setting: Setting, outlook: Outlook) -> list[str]:
+def _setting(results: Results, setting: Setting, outlook: Outlook) -> list[str]:
     parts = [
         f"## {_escape(setting.title)}",
-        _escape(recommendation_text(setting, outlook)),
+        _escape(verdict_text(results, setting, outlook)),
         _column_table(point_columns.SHOWN_COLUMNS, setting.points),
     ]
     if unread := {f"{point.label}: {point.quality_note}" for point in setting.points if point.unread}:

@@ -351,7 +351,7 @@ def test_what_is_no_text_and_no_prompts_is_told_before_anything_else(num_ranks, 
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             assert told in ranks.rank_stderr(0) and "Traceback" not in ranks.rank_stderr(0)
-            assert ranks._processes[0].exitcode == 2
+            assert ranks.returncode(0) == 2
     assert not (tmp_path / "out").exists()
 
 

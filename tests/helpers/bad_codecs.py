@@ -147,12 +147,12 @@ class SlowToLoad(_Late):
     """The first object takes long to make."""
 
     name = "slow_to_load"
-    _num_made = 0
+    num_made = 0
 
     def __init__(self, rank: int, seconds: float = 0.0, *, link=None) -> None:
         super().__init__(rank, seconds, link=link)
-        SlowToLoad._num_made += 1
-        if SlowToLoad._num_made == 1 and os.environ.get("RANK") == str(rank):
+        SlowToLoad.num_made += 1
+        if SlowToLoad.num_made == 1 and os.environ.get("RANK") == str(rank):
             time.sleep(seconds)
 
     def _go_wrong(self, data, shape):

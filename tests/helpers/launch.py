@@ -84,6 +84,10 @@ class Torchrun:
                     found[int(entry[5:])] = pid
         return found
 
+    def returncode(self, rank: int) -> int | None:
+        """Of a rank that has ended; negative for a signal."""
+        return self._processes[rank].exitcode
+
     def rank_stderr(self, rank: int) -> str:
         """What a rank has written to stderr so far."""
         for path in self._logs.glob(f"*/attempt_0/{rank}/stderr.log"):
@@ -217,6 +221,10 @@ class Ranks:
     def rank_pids(self) -> dict[int, int]:
         """Process ids of the ranks that have not ended, by rank."""
         return {rank: process.pid for rank, process in enumerate(self._processes) if process.exitcode is None}
+
+    def returncode(self, rank: int) -> int | None:
+        """Of a rank that has ended; negative for a signal."""
+        return self._processes[rank].exitcode
 
     def rank_stderr(self, rank: int) -> str:
         """What a rank has written to stderr so far."""

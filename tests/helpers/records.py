@@ -10,6 +10,7 @@ from pipeline.records.generation_record import GenerationRecord
 from pipeline.records.perplexity import perplexity
 from pipeline.records.run_record import RunRecord
 from pipeline.records.store import write_failure, write_generation, write_record
+from pipeline.records.traffic import LinkTraffic, link_record, link_totals
 
 PLAN = default_plan(8, 4)
 HIDDEN_SIZE = 64
@@ -30,10 +31,8 @@ def make_record(compressor="none", *, loss=None, nbytes=256, num_tokens=400, cod
     total_nll = float(np.sum(loss, dtype=np.float64))
     processed = 2 * len(loss)
     names = [link.name for link in plan.links]
-    amounts = {"bytes_per_token": float(nbytes), "bits_per_value": 8 * nbytes / HIDDEN_SIZE}
-    amounts |= {"header_bytes": 60 * NUM_WINDOWS, "padding_bytes": 0}
-    link = {"bytes": nbytes * processed, "tokens": processed, "tx": NUM_WINDOWS, **amounts}
-    totals = {"total_bytes": 4 * nbytes * processed, "total_tokens": 4 * processed, "total_tx": 4 * NUM_WINDOWS}
+    link = {"bytes": nbytes * processed, "tokens": processed, "tx": NUM_WINDOWS}
+    link |= {"header_bytes": 60 * NUM_WINDOWS, "padding_bytes": 0}
     times = {"device": "cpu", "compute_s": 0.8, "compress_s": 0.02, "decompress_s": 0.01, "wait_s": 0.3}
     times |= dict.fromkeys(("importance_s", "measure_s", "head_s"), 0.0)
     one_token = {"compute_s": 2e-3, "compress_s": 1e-4, "decompress_s": 1e-4}
@@ -52,7 +51,6 @@ def make_record(compressor="none", *, loss=None, nbytes=256, num_tokens=400, cod
             "num_windows": NUM_WINDOWS,
             "num_microbatches": NUM_WINDOWS,
         },
-        "traffic_totals": totals | amounts | {"payload_bytes_per_scored_token": 8.0 * nbytes},
         "traffic_other": {"result_bytes": 0, "end_bytes": 96, "setup_bytes": 12 * num_tokens},
         "traffic_per_link": dict.fromkeys(names, link),
         "time_run_s": 2.0,
@@ -99,6 +97,7 @@ def make_record(compressor="none", *, loss=None, nbytes=256, num_tokens=400, cod
         "environment": None,
     }
     record |= {key: _merged(record.get(key), change) for key, change in changes.items()}
+    record |= _traffic(record)
     ppl = record["results"]["avg_ppl"]
     return RunRecord.from_plain(record | {"finite": ppl is not None and bool(np.isfinite(ppl))})
 
@@ -128,6 +127,8 @@ def write_generation_point(folder, run_id, **changes):
     times |= {"importance_s": 0.0, "measure_s": 0.0, "head_s": 0.02}
     link = {"payload_bytes": 2368, "header_bytes": 144, "control_bytes": 12, "frames": 8, "tokens": 37}
     request = {"line": 1, "finish_reason": "length", "num_prompt_tokens": 14, "num_tokens": 6, "queued_s": 0.0}
+    answered = request | {"ttft_s": 0.02, "tpot_s": spread, "bytes_per_link": dict.fromkeys(names, 999.5)}
+    answered |= {"error": None}
     record = {
         "run_id": run_id,
         "digest": "d" * 64,
@@ -136,15 +137,17 @@ def write_generation_point(folder, run_id, **changes):
             "num_requests": 3,
             "num_failed": 1,
             "num_taken_over": 0,
-            "prompt_tokens": 28,
+            "prompt_tokens": 42,
             "generated_tokens": 12,
             "tokens_per_s": 67.4,
             "ttft_s": spread,
             "tpot_s": spread,
         },
-        "traffic_per_link": dict.fromkeys(names, link | {"bytes_per_token": 64.0, "header_bytes_per_token": 3.9}),
+        "traffic_per_link": dict.fromkeys(names, link | {"bytes_per_token": 64.0, "header_bytes_per_token": 144 / 37}),
         "requests": [
-            request | {"ttft_s": 0.02, "tpot_s": spread, "bytes_per_link": dict.fromkeys(names, 999.5), "error": None}
+            answered,
+            answered | {"line": 2},
+            answered | {"line": 3, "finish_reason": "error", "num_tokens": 0, "error": "a codec raised"},
         ],
         "time_run_s": 0.2,
         "codecs": dict.fromkeys(names, {"name": "nf4"}),
@@ -177,6 +180,25 @@ def _args(compressor):
     config = RunConfig()
     args = config.original_args() | {"model_name": "some/model", "compressor": compressor}
     return args | {"config": config.as_dict() | {"compressor": compressor}}
+
+
+def _traffic(record):
+    """Links and totals, of the counts that the record's links have."""
+    traffic = {
+        name: LinkTraffic(
+            num_frames=link["tx"],
+            num_tokens=link["tokens"],
+            payload_bytes=link["bytes"],
+            header_bytes=link["header_bytes"],
+            padding_bytes=link["padding_bytes"],
+        )
+        for name, link in record["traffic_per_link"].items()
+    }
+    hidden_size, num_scored = record["model"]["hidden_size"], record["results"]["total_loss_tokens"]
+    return {
+        "traffic_totals": link_totals(traffic.values(), hidden_size=hidden_size, num_scored=num_scored).model_dump(),
+        "traffic_per_link": {name: link_record(link, hidden_size).model_dump() for name, link in traffic.items()},
+    }
 
 
 def _stages(plan, times):

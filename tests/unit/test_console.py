@@ -15,8 +15,10 @@ from tests.helpers.tiny_models import tiny_arguments, tiny_model
 ROOT = Path(__file__).parents[2]
 PLAN = ["run_pipeline.py", "--config", "demo.yaml", "--plan"]
 HELP = ["-m", "pipeline.report", "--help"]
+BENCHMARK = ["-m", "benchmarks.memory", "--help"]
 CODEC = ["-m", "compressors.check", "nf4"]
 REFUSED_CODEC = ["-m", "compressors.check", "no_such_codec"]
+COMMANDS = {"plan": PLAN, "help": HELP, "benchmark": BENCHMARK, "check": CODEC, "refused": REFUSED_CODEC}
 
 
 def run(*words, stdout, stdin=None, closed=(), unbuffered=""):
@@ -48,7 +50,7 @@ def generate_arguments(exp_dir, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [PLAN, HELP, CODEC, REFUSED_CODEC], ids=["plan", "help", "check", "refused"])
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_a_reader_that_has_gone_ends_a_command_quietly(words, readerless):
     ended = run(*words, stdout=readerless)
     assert (ended.returncode, ended.stderr) == (EXIT_READER_GONE, "")

@@ -29,7 +29,7 @@ class Bounded:
 
     def __init__(self, link_index, memory, arrivals, depth):
         self._link_index, self._memory, self._arrivals, self._depth = link_index, memory, arrivals, depth
-        self._room = threading.Semaphore(depth)
+        self.room = threading.Semaphore(depth)
         self._ends = threading.Semaphore(0)
         self._has_ended = False
 
@@ -37,7 +37,7 @@ class Bounded:
         return self._memory.allocate()
 
     def post(self, buffer, nbytes, device_nbytes):
-        if not self._room.acquire(timeout=MOST_S):
+        if not self.room.acquire(timeout=MOST_S):
             raise Stuck(f"link {self._link_index}: no room")
         if is_end(buffer.host):
             self._ends.release()
@@ -53,13 +53,13 @@ class Bounded:
         pass
 
     def recycle(self, buffer):
-        self._room.release()
+        self.room.release()
 
     def close(self):
         """Every posted receive has an END, so that none is left."""
         for _ in range(self._depth):
             assert self._ends.acquire(timeout=MOST_S)
-        assert not self._room.acquire(blocking=False), "a buffer was not given back, or twice"
+        assert not self.room.acquire(blocking=False), "a buffer was not given back, or twice"
 
 
 class Ring:
@@ -410,8 +410,8 @@ def _impatient(box):
     post = box.post
 
     def posting(buffer, nbytes, device_nbytes):
-        box._room.acquire(timeout=3) or _raise_stuck()
-        box._room.release()
+        box.room.acquire(timeout=3) or _raise_stuck()
+        box.room.release()
         post(buffer, nbytes, device_nbytes)
 
     return posting

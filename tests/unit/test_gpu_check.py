@@ -64,8 +64,11 @@ def test_a_check_that_goes_wrong_is_told_and_the_others_go_on(tmp_path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is meant")
-def test_without_a_gpu(capsys):
+def test_without_a_gpu(capsys, tmp_path, monkeypatch):
     assert gpu_check.main([]) == 2
     assert "no usable CUDA device" in capsys.readouterr().err
-    outcome = gpu_check._run_apart("environment")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # but not in the process that a check runs in
+    out = tmp_path / "gpu.json"
+    assert gpu_check.main(["--only", "environment", "--out", str(out)]) == 1
+    outcome = json.loads(out.read_text())["checks"]["environment"]
     assert outcome["state"] == "fail" and outcome["reason"].startswith("exit code 2: error: no usable CUDA device")

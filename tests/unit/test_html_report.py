@@ -101,7 +101,6 @@ def test_a_page_without_points_or_links(tmp_path):
         codecs={},
         one_token={"links": {}},
         reconstruction={},
-        traffic_totals={"bytes_per_token": None, "bits_per_value": None},
     )
     page = html_page(read_results([tmp_path]), Outlook())
     check(page)

@@ -6,7 +6,7 @@ from safetensors.numpy import save_file
 
 from pipeline.records.run_record import CodecConfig
 from pipeline.report.importance_curves import collect, plot_curves
-from tests.helpers.records import PLAN, make_record
+from tests.helpers.records import HIDDEN_SIZE, PLAN, make_record
 
 
 def record(codec, bits, ppl, *, metric=None, fraction=None, seed=0, model="tiny", options=None):
@@ -22,7 +22,7 @@ def record(codec, bits, ppl, *, metric=None, fraction=None, seed=0, model="tiny"
         model={"checkpoint_fingerprint": model},
         codecs={link.name: config for link in PLAN.links},
         causal=metric in (None, "random"),
-        traffic_totals={"bits_per_value": bits},
+        nbytes=round(bits * HIDDEN_SIZE / 8),
         results={"avg_ppl": ppl, "total_loss_tokens": 90},
     )
 

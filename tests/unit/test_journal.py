@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.records.files import RecordError
 from pipeline.records.journal import FinishedMicroBatch, Journal
+from tests.helpers.small_files import small_files
 
 DIGEST = "ab" * 32
 OTHER_DIGEST = DIGEST[:16] + "cd" * 24  # names the same file
@@ -40,13 +41,13 @@ def run(folder, *, start: int, finish: int, resume: bool = True) -> Journal:
         journal.start(index)
     for index in range(len(journal.finished), finish):
         journal.finish(result(index))
-    journal._file.close()
+    journal.close()
     return journal
 
 
 def resumed(folder) -> Journal:
     journal = Journal.open(folder, DIGEST, resume=True)
-    journal._file.close()
+    journal.close()
     return journal
 
 
@@ -71,10 +72,11 @@ def test_what_is_sent_twice_again_counts_twice(tmp_path):
 def test_time_before_the_last_finished_micro_batch_counts(tmp_path):
     clock = iter([0.0, 10.0, 100.0, 103.0])
     with mock.patch("pipeline.records.journal.time.monotonic", lambda: next(clock)):
-        journal = Journal(tmp_path / "x", open(tmp_path / "x", "a+b"), _start_s=next(clock))
-        journal._append({"format": "thinwire journal 1", "digest": DIGEST})
+        journal = Journal.open(tmp_path, DIGEST, resume=False)
+        journal.restart_clock()
         journal.finish(result(0))
-    (tmp_path / "x").rename(tmp_path / f"{DIGEST[:16]}.journal")
+        assert journal.elapsed_s == 100.0  # the last of it in vain, if the run is killed here
+    journal.close()
     assert resumed(tmp_path).earlier_s == 10.0
 
 
@@ -177,20 +179,19 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path):
     for resume in (False, True):
         with pytest.raises(RecordError, match="belongs to a run with the same config that is still going on"):
             Journal.open(tmp_path, DIGEST, resume=resume)
-    first._file.close()
+    first.close()
     assert len(resumed(tmp_path).finished) == 1
 
 
 def test_a_full_disk_is_named_and_costs_only_the_last_line(tmp_path):
     run(tmp_path, start=2, finish=2, resume=False)
     journal = Journal.open(tmp_path, DIGEST, resume=True)
-    full = mock.Mock(wraps=journal._file)
-    full.flush.side_effect = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    journal._file, file = full, journal._file
-    with pytest.raises(RecordError, match="journal cannot be written: No space left on device"):
-        journal.finish(result(2))
-    file.close()
-    assert all(same(done, result(index)) for index, done in enumerate(resumed(tmp_path).finished))
+    with small_files(journal.path.stat().st_size + 20):
+        with pytest.raises(RecordError, match="journal cannot be written: File too large; make room"):
+            journal.finish(result(2))
+        journal.close()
+    kept = resumed(tmp_path).finished
+    assert len(kept) == 2 and all(same(done, result(index)) for index, done in enumerate(kept))
 
 
 def test_the_end_of_the_run_removes_it(tmp_path):

@@ -61,7 +61,7 @@ def test_a_store_with_an_unknown_name(unused_port):
 
 def test_a_store_that_comes_late(monkeypatch, unused_port):
     """A rank that hosts it may start long after the others, torchrun's must be there."""
-    monkeypatch.setattr(network, "_CONNECT_S", 0.5)
+    monkeypatch.setattr(network, "CONNECT_S", 0.5)
     waits = []
     monkeypatch.setattr(network, "reach", lambda address, port, wait_s: waits.append(wait_s))
     reach_store(World(rank=1, world_size=2, store_host=0), "127.0.0.1", unused_port, timeout_s=7)
@@ -70,7 +70,7 @@ def test_a_store_that_comes_late(monkeypatch, unused_port):
 
 
 def test_ranks_reach_each_other(monkeypatch):
-    monkeypatch.setattr(network, "_CONNECT_S", 0.5)
+    monkeypatch.setattr(network, "CONNECT_S", 0.5)
     here = bind_links(None, HERE)
     with listen(here, 2) as first, listen(here, 2) as second:
         ranks = [network.Endpoint(**endpoint) for endpoint in (first, second)]

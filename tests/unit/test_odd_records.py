@@ -28,6 +28,7 @@ from pipeline.report.text_page import csv_table, markdown_page
 from tests.helpers.records import PLAN, losses, make_record, write_failed_point, write_generation_point, write_point
 
 MARKUP = "<script>alert(1)</script>"
+LINK = PLAN.links[0].name
 DEEP = "deep nesting stands here"
 HUGE = "a float beyond the largest one stands here"
 ODD_VALUES = [
@@ -203,6 +204,9 @@ def test_a_record_of_generation_of_odd_values(folder, generation, tables, change
         (("results", "num_requests"), -1, "results.num_requests is '-1': input should be greater than or equal to 0"),
         (("results", "ttft_s"), [], "results.ttft_s is '[]'"),
         (("traffic_per_link",), [], "traffic_per_link is '[]'"),
+        (("results", "num_failed"), 0, "results.num_failed is 0, the sum over requests 1"),
+        (("results", "generated_tokens"), 13, "results.generated_tokens is 13, the sum over requests 12"),
+        (("traffic_per_link", LINK, "bytes_per_token"), 6, f"traffic_per_link.{LINK}.bytes_per_token is 6.0, "),
         (("codecs",), {}, "traffic_per_link, codecs and codecs_decode name other links"),
         (("notes",), ["\x1b[2J"], None),
         (("args", "config", "compressor"), {"name": MARKUP}, None),
@@ -242,6 +246,12 @@ def test_the_codec_of_sampled_tokens_is_named_once(tables):
         (("timed_tokens",), 10**400, "timed_tokens is '1000000"),
         (("traffic_totals", "bits_per_value"), 10**400, "traffic_totals.bits_per_value is"),
         (("stages", "0", "compute_s"), -1.0, "stages.0.compute_s is '-1.0'"),
+        (("traffic_totals", "total_bytes"), 1, "traffic_totals.total_bytes is 1, the sum over links 160000"),
+        (("traffic_totals", "total_tx"), 1, "traffic_totals.total_tx is 1, the sum over links 32"),
+        (("traffic_totals", "bytes_per_token"), 5.0, "traffic_totals.bytes_per_token is 5.0, its counts give 50.0"),
+        (("traffic_totals", "bits_per_value"), None, "traffic_totals.bits_per_value is None, its counts give 6.25"),
+        (("traffic_per_link", LINK, "bytes"), 0, "traffic_totals.total_bytes is 160000, the sum over links 120000"),
+        (("traffic_per_link", LINK, "bits_per_value"), 1, f"traffic_per_link.{LINK}.bits_per_value is 1.0, "),
         (("ranks",), [], "ranks is empty"),
         (("finished_at",), "yesterday", "finished_at: 'yesterday' is no time in ISO 8601"),
         (("causal",), 1, "causal is '1'"),

@@ -39,7 +39,6 @@ def show_a_sweep():
     progress = Progress(num_tokens=20, link_names=["a", "b"], tracker=tracker, in_sweep=True)
     for _ in range(2):
         progress.add(num_tokens=10, loss=np.full(5, np.log(8.5), np.float32), payload_bytes=(30, 10))
-        progress._bar.refresh()
     progress.close()
     sweep.end("perplexity 8.5000", was_run=True)
     sweep.close()
@@ -47,7 +46,8 @@ def show_a_sweep():
 
 def run_script(stderr):
     code = "from tests.unit.test_progress import show_a_sweep; show_a_sweep()"
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=stderr, text=True)
+    env = {**os.environ, "TQDM_MININTERVAL": "0"}  # every state of a bar is shown
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=stderr, text=True, env=env)
 
 
 def test_a_line_per_point_where_there_is_no_terminal():
@@ -94,13 +94,14 @@ def test_curves_have_the_bytes_of_every_link():
     assert log.logged[1][1]["bytes_per_token"] == 82 / 40 and log.logged[1][1]["window_ppl"] == 1.0
 
 
-def test_remaining_time_counts_only_points_that_were_run(monkeypatch):
-    now = iter([0.0, 30.0, 30.0, 30.0])
+def test_remaining_time_counts_only_points_that_were_run(monkeypatch, capsys):
+    now = iter([0.0, 30.0, 30.0])
     monkeypatch.setattr("pipeline.evaluation.progress.time.monotonic", lambda: next(now))
     sweep = SweepProgress("s", 4)
     sweep.begin("a")
     sweep.end("", was_run=False)
-    assert sweep._remaining() == ""
     sweep.begin("b")
     sweep.end("", was_run=True)
-    assert sweep._remaining() == "01:00 left, "
+    sweep.begin("c")
+    begun = [line for line in capsys.readouterr().err.splitlines() if "..." in line]
+    assert begun == ["s 0/4: a ...", "s 1/4: b ...", "s 2/4: c ... 01:00 left"]

@@ -7,7 +7,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline.report.html_page import html_page
 from pipeline.report.prediction import Network
-from pipeline.report.recommendation import Outlook, fastest, recommendation_text, within_budget
+from pipeline.report.recommendation import Outlook, fastest, recommendation_text, verdict_text, within_budget
 from pipeline.report.results import load_records, read_results, recommend
 from pipeline.report.summary import summary_rows
 from pipeline.report.text_page import csv_table, markdown_page
@@ -55,6 +55,38 @@ def test_what_is_no_record_is_named_and_skipped_and_failed_points_are_listed(tmp
     for name in ("cut", "foreign", "list", "binary", "hollow", "odd"):
         assert told.count(f"{name}.json") == 1, name
     assert "hollow.json is not a complete record: it lacks plan" in told
+
+
+def test_the_verdict_says_what_it_was_given_without(tmp_path):
+    write_point(tmp_path)
+    write_point(tmp_path, "int8", loss=losses(0.001), nbytes=66)
+
+    def verdicts():
+        results, outlook = read_results([tmp_path]), Outlook()
+        (setting,) = results.settings
+        told = verdict_text(results, setting, outlook)
+        html, answer = html_page(results, outlook), f'<p class="answer">{told}</p>'
+        assert answer in html and told.replace("_", "\\_") in markdown_page(results, outlook)
+        return told.removeprefix(recommendation_text(setting, outlook))
+
+    assert verdicts() == ""
+    (tmp_path / "b.json").write_text("{}")
+    assert verdicts() == " Not counted: 1 file that is no record, b.json."
+    (tmp_path / "a.json").write_text("{}")
+    assert verdicts() == " Not counted: 2 files that are no records, a.json first."
+
+
+def test_points_come_in_the_order_of_their_ends_wherever_they_ran(tmp_path):
+    ends = {
+        "before": None,
+        "first": "2026-01-02T00:30:00+09:00",  # 15:30 of the day before, in UTC
+        "second": "2026-01-01T16:00:00",
+        "third": "20260101T163000.5Z",
+        "fourth": "2026-01-01T12:00:00-05:00",
+    }
+    for run_id, finished_at in reversed(ends.items()):
+        write_point(tmp_path, run_id=run_id, finished_at=finished_at)
+    assert [record.run_id for record in load_records([tmp_path])] == list(ends)
 
 
 def paths(value, prefix=()):

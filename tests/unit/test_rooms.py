@@ -1,6 +1,7 @@
 """What import-linter's contracts (pyproject.toml, `make lint`) do not say of the rooms of docs/design.md."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,19 @@ PLAIN_MODULES = [
     "evaluation.progress", "evaluation.tracking", "generation.text", "analysis.layer_statistics", "analysis.plots",
 ]  # fmt: skip
 PROCESS_GROUP_ROOMS = {"comm", "runtime"}
+# Private names that tests may touch, and why.
+PRIVATE_NAMES_OF_OTHERS = {
+    "_attn_implementation": "transformers: which attention a model runs can be read in no other way",
+    "_get_logits_processor": "transformers: the distribution that sampling is compared with",
+    "_get_default_generation_params": "transformers: the defaults that ours are compared with",
+    "_choose_scale_float8": "torchao: the codec that ours is compared with",
+    "_quantize_affine_float8": "torchao: the codec that ours is compared with",
+    "_schema": "torch: of an operator, its overload",
+    "_forward_hooks": "torch: that a module has none left",
+    "_forward_pre_hooks": "torch: that a module has none left",
+    "_exit": "os: public for all its underscore",
+}
+NAMING_CALLS = {"setattr", "getattr", "hasattr", "delattr", "patch", "object"}
 
 
 def imports(path):
@@ -54,3 +68,70 @@ def test_no_pickle_no_eval(folder):
         calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         assert not any(isinstance(f, ast.Name) and f.id in ("eval", "exec") for f in calls), path
         assert "torch.load(" not in path.read_text() and "_object(" not in path.read_text(), path
+
+
+def private_names(tree):
+    """(line, name) of what a file touches of others that begins with one underscore."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in OWN):
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and called(node) in NAMING_CALLS:
+            strings = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            names = [text.rpartition(".")[2] for text in strings]
+        yield from ((node.lineno, name) for name in names if re.match(r"_[^_]", name))
+
+
+OWN = {"self", "cls"}
+
+
+def called(call):
+    return getattr(call.func, "attr", getattr(call.func, "id", None))
+
+
+def test_tests_touch_no_private_names():
+    """They would fail where nothing that anyone can see has changed, and pass where it has."""
+    found, allowed = [], set()
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for line, name in private_names(ast.parse(path.read_text())):
+            if name in PRIVATE_NAMES_OF_OTHERS:
+                allowed.add(name)
+            else:
+                found.append(f"{path.relative_to(ROOT)}:{line}: {name}")
+    assert found == []
+    assert allowed == set(PRIVATE_NAMES_OF_OTHERS), "what nobody touches is no exception"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "journal._file.close()",
+        "self.ring._engines",
+        "from pipeline.records.files import _partial",
+        "monkeypatch.setattr(TextStream, '_decode', None)",
+        "mock.patch('pipeline.records.store._write')",
+        "mock.patch.object(store, '_write')",
+    ],
+)
+def test_a_private_name_is_found(text):
+    assert [name for _, name in private_names(ast.parse(text))]
+
+
+def test_what_is_no_private_name_of_another():
+    text = "self._x = cls._y = a.__name__\nmonkeypatch.setenv('_A', '')\nmonkeypatch.setattr('os.cpu_count', _own)"
+    assert list(private_names(ast.parse(text))) == []
+
+
+def test_every_command_ends_as_commands_do():
+    """With no traceback where the reader of its output has gone; what only prints a table for the docs has no main."""
+    programs = [ROOT / "run_pipeline.py"]
+    programs += [path for room in ("pipeline", "compressors", "benchmarks") for path in (ROOT / room).rglob("*.py")]
+    num_commands = 0
+    for path in programs:
+        text = path.read_text()
+        if 'if __name__ == "__main__":' in text and "\ndef main(" in text:
+            num_commands += 1
+            assert text.endswith('if __name__ == "__main__":\n    run_command(main)\n'), path
+    assert num_commands > 10

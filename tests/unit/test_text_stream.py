@@ -180,12 +180,13 @@ def test_nothing_after_the_end():
 def test_work_does_not_grow_with_the_answer(kind, monkeypatch):
     """Ids handed to the decoder, per token; characters, bytes that are none, and tokens without text."""
     tokenizer = KINDS[kind]()
-    stream, num_decoded, decode = TextStream(tokenizer, ["never"]), [], TextStream._decode
-    monkeypatch.setattr(TextStream, "_decode", lambda self, ids: num_decoded.append(len(ids)) or decode(self, ids))
+    stream, num_decoded, decode = TextStream(tokenizer, ["never"]), [], tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **how: num_decoded.append(len(ids)) or decode(ids, **how))
     text = tokenizer("ab 日本 🙂.", add_special_tokens=False)["input_ids"]
     for ids in (text * 50, [0x80] * 500, [0xE2, text[0]] * 250, [tokenizer.eos_token_id] * 500):
         before = sum(num_decoded)
         for token_id in ids:
             stream.push(token_id)
         assert sum(num_decoded) - before < 20 * (len(ids) + 500)  # a run of byte tokens is decoded whole, once
+    assert num_decoded
     stream.finish()

@@ -14,7 +14,7 @@ from pipeline.evaluation.tracking import Tracker
 
 @pytest.fixture(autouse=True)
 def nothing_has_failed(monkeypatch):
-    monkeypatch.setattr(Tracker, "_failed", False)
+    monkeypatch.setattr(Tracker, "has_failed", False)
 
 
 def track(tmp_path, **settings):

@@ -1,11 +1,9 @@
 """Files that are written: for whom the umask says, whole or not at all, and with a cure where the disk takes none."""
 
 import ast
-import contextlib
 import errno
 import json
 import os
-import resource
 import stat
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from pipeline.report.results import load_records
 from pipeline.report.summary import write_report
 from tests.compressors.klt_cases import calibrate
 from tests.helpers.records import make_record, write_failed_point, write_point
+from tests.helpers.small_files import small_files
 
 ROOT = Path(__file__).parents[2]
 DIGEST = "ab" * 32
@@ -118,17 +117,6 @@ def test_nothing_writes_files_for_their_owner_alone():
         names = {getattr(node, "attr", getattr(node, "id", "")) for node in nodes}
         found += [(path.name, name) for name in names & {"save_file", "NamedTemporaryFile", "mkstemp", "mkdtemp"}]
     assert found == []  # gguf.py, whose files transformers writes, mends their modes
-
-
-@contextlib.contextmanager
-def small_files(nbytes):
-    """Writes beyond `nbytes` of a file fail, as on a full disk or beyond a quota."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
