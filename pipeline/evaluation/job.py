@@ -74,6 +74,7 @@ class Job:
             self.specs = self._decode_specs()
         self.digest = run_digest(
             config,
+            self.plan,
             self.codecs,
             parts,
             checkpoint=deployment.checkpoint_digest,

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from pipeline.comm.control import Control
 from pipeline.comm.mailbox import BodyChannel
+from pipeline.comm.watchdog import tell
 from pipeline.config.schema import RunConfig
 from pipeline.data.windows import make_microbatches
 from pipeline.models.checkpoint import read_checkpoint
@@ -26,6 +27,7 @@ from pipeline.models.source import checkpoint_fingerprint, resolve_model
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import Plan
 from pipeline.records.environment import Environment
+from pipeline.runtime.balance import is_measured
 from pipeline.runtime.codecs import (
     LinkCodecs,
     codec_requests,
@@ -44,7 +46,8 @@ from pipeline.runtime.devices import (
 )
 from pipeline.runtime.environment import gather_environment
 from pipeline.runtime.link_specs import generation_workload
-from pipeline.runtime.placement import check_world_size, make_plan
+from pipeline.runtime.measured_nodes import measured_nodes
+from pipeline.runtime.placement import balanced_layers, check_world_size, make_plan
 from pipeline.runtime.text import (
     NO_TEXT,
     TokenizedText,
@@ -120,7 +123,11 @@ def deploy(
     model_config = load_model_config(model_dir, model.architecture, trust_remote_code=model.trust_remote_code)
     if with_text:
         check_max_length(config, model_config)
-    plan = make_plan(config, model_config.num_hidden_layers)
+    measured = measured_nodes(config, model_config, control) if is_measured(config) else None
+    plan = make_plan(config, model_config, measured)
+    if config.partition.plan == "balanced" and world.rank == 0:
+        ranges = balanced_layers(config, plan)
+        tell(f"balanced plan: layers by node {ranges}\n")
     if check is not None:
         check(plan, model_config)
     devices = stage_devices(config, plan, world)
@@ -226,7 +233,13 @@ def _prepare_text(
     if claim is not None and control.world.rank == 0:
         claim(
             run_digest(
-                config, codecs, parts, checkpoint=checkpoint_digest, ids_sha256=text.ids_sha256, bos_id=text.bos_id
+                config,
+                plan,
+                codecs,
+                parts,
+                checkpoint=checkpoint_digest,
+                ids_sha256=text.ids_sha256,
+                bos_id=text.bos_id,
             )
         )
     return text, codecs

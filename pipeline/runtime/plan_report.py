@@ -37,7 +37,7 @@ def plan_text(config: RunConfig) -> str:
         checkpoint = read_checkpoint(model_dir, model_config)
         notes, model_config.tie_word_embeddings = checkpoint.notes, checkpoint.is_tied
     check_max_length(config, model_config)
-    plan = make_plan(config, model_config.num_hidden_layers)
+    plan = make_plan(config, model_config)
     dtype = TORCH_DTYPES[config.model.dtype]
     shape = (config.batch_size, config.dataset.max_length, model_config.hidden_size)
     num_tokens = shape[0] * shape[1]

@@ -30,6 +30,7 @@ __all__ = [
     "squared_error",
     "time_compress",
     "time_decompress",
+    "time_microbatch",
     "time_one_token",
     "wait_for_stream",
 ]
@@ -73,6 +74,28 @@ def time_one_token(stage: Stage, hidden_size: int, dtype: torch.dtype) -> float:
         return _median_s(lambda: pass_one(token), stage.device)
     finally:
         stage.close_slots()
+
+
+@torch.inference_mode()
+def time_microbatch(
+    stage: Stage, shape: tuple[int, int], hidden_size: int, dtype: torch.dtype, *, scored: int
+) -> float:
+    """Median seconds of a later stage's forward pass for a micro-batch [B, T]; the last stage's with the losses of
+    `scored` positions of every row.
+    """
+    num_rows, num_tokens = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_rows, num_tokens, hidden_size, generator=generator).to(stage.device, dtype)
+    rows = torch.arange(num_rows).repeat_interleave(scored)
+    columns = torch.arange(num_tokens - scored, num_tokens).repeat(num_rows)
+    targets = torch.zeros_like(rows)
+
+    def pass_one() -> None:
+        output = stage.forward(x)
+        if stage.plan.is_last:
+            stage.score(output, rows, columns, targets)
+
+    return _median_s(pass_one, stage.device)
 
 
 @torch.inference_mode()
