@@ -32,7 +32,7 @@ def best_cuts(problem: Problem) -> tuple[int, ...]:
     """Stage i of the best placement has layers [cuts[i], cuts[i + 1]).
 
     Of placements with the least `forecast.s_per_token`, one with the shortest lap, and of those, one whose slowest
-    node is fastest; the default plan where it is among them. Raises MemoryLimitError where no placement fits.
+    node is fastest: the default plan where it is such a one, an even placement elsewhere. Raises MemoryLimitError where no placement fits.
     """
     search = _Search(problem)
     least_cap = search.least_cap()
@@ -252,20 +252,42 @@ class _Search:
         return self._ends_s + total
 
     def cuts(self, cap: int, total: int) -> tuple[int, ...]:
-        """A placement under the cap with this sum; node 0's layers are halved, as by default, where they can be."""
+        """An even placement under the cap with this sum; node 0's layers are halved, as by default, if they can be."""
         found = [(start, end) for own, start, end in self._totals(cap) if own == total]
-        start, end = min(found, key=lambda f: (abs(2 * f[0] - (f[0] + self._num_layers - f[1])), f))
-        windows = [node.starts(cap) for node in self._inner]
-        steps = [{start: self._ends_s}]
-        for node, first in zip(self._inner, windows, strict=True):
-            steps.append(self._behind(node, first, steps[-1], node.reach(max(steps[-1]), cap)))
+        start, end = min(found, key=lambda ends: (self._unevenness(*ends, total), ends))
+        steps: list[dict[int, tuple[int, int, int]]] = [{start: (0, 0, start)}]  # (sum, squares, the node's start)
+        for node in self._inner:
+            steps.append(self._evenly_behind(node, node.starts(cap), steps[-1], node.reach(max(steps[-1]), cap)))
         inner = [end]
-        for node, first, before, after in reversed(list(zip(self._inner, windows, steps[:-1], steps[1:], strict=True))):
-            goal = after[inner[-1]] - node.s[inner[-1]]
-            candidates = range(first[inner[-1]], inner[-1] + 1)
-            inner.append(next(i for i in candidates if i in before and before[i] - node.s[i] == goal))
+        for step in reversed(steps[1:]):
+            inner.append(step[inner[-1]][2])
         middle = tuple(reversed(inner))
         return (0, *middle, self._num_layers) if self._outer else middle
+
+    def _unevenness(self, start: int, end: int, total: int) -> tuple[int, int]:
+        """How far node 0 is from the mean of all nodes, and its first layers from half of its layers."""
+        if self._outer is None:
+            return 0, 0
+        own = self._outer.end_s + self._outer.s[start] + self._outer.s[-1] - self._outer.s[end]
+        num_layers = start + self._num_layers - end
+        return abs((len(self._inner) + 1) * own - total), abs(2 * start - num_layers)
+
+    @staticmethod
+    def _evenly_behind(
+        node: _Node, first: Sequence[int], before: dict[int, tuple[int, int, int]], last: int
+    ) -> dict[int, tuple[int, int, int]]:
+        """As `_behind`; of equal sums those with the least sum of squares."""
+        after = {}
+        for end in range(min(before), last + 1):
+            values = []
+            for start in range(first[end], end + 1):
+                if start in before:
+                    total, squares, _ = before[start]
+                    own = node.end_s + node.s[end] - node.s[start]
+                    values.append((total + own, squares + own * own, start))
+            if values:
+                after[end] = min(values)
+        return after
 
     def _shortage(self) -> str:
         """How many layers and bytes find no room, or at which node the ends do not."""

@@ -27,6 +27,7 @@ __all__ = [
     "balanced_plan",
     "head_node",
     "is_measured",
+    "layer_weights",
     "planner_problem",
     "scored_per_window",
 ]
@@ -62,28 +63,30 @@ def planner_problem(
     model_config: Any,
     measured: NodeCosts | None = None,
     *,
-    link: LinkFigures | None = None,
-    objective: str | None = None,
+    links: Sequence[LinkFigures] | None = None,
 ) -> Problem:
-    """What the planner is asked: every link is `link`, or costs nothing; `objective` is the config's."""
-    partition = config.partition
-    objective = objective or partition.objective
+    """What the planner is asked. Without `links`, which are those of the chain in its order, they cost nothing.
+
+    Where the head is not on node 0, losses return with the last link's delay.
+    """
+    partition, objective = config.partition, config.partition.objective
     plan = default_plan(model_config.num_hidden_layers, partition.num_nodes, wrap=partition.wrap)
-    link = link or LinkFigures()
+    if links is None:
+        links = (LinkFigures(),) * len(plan.links)
     costs, speeds = _sizes(config, model_config, objective), [1.0] * partition.num_nodes
     if measured is not None:
         costs, speeds = _with_measured(costs, measured, layer_kinds(model_config), head_node(config), objective)
     return Problem(
         costs=costs,
         nodes=_nodes(config, speeds),
-        links=(link,) * len(plan.links),
+        links=tuple(links),
         wrap=partition.wrap,
         objective=objective,
         microbatch_tokens=config.batch_size * config.dataset.max_length,
         in_flight=passes_in_flight(
             plan, config.runtime.in_flight, receives_ahead=config.runtime.receives_ahead, world_size=1
         ),
-        return_delay_s=link.delay_s,
+        return_delay_s=links[-1].delay_s if links else 0.0,
     )
 
 
@@ -101,20 +104,31 @@ def _nodes(config: RunConfig, measured_speeds: Sequence[float]) -> tuple[NodeFig
     return tuple(figures)
 
 
+def layer_weights(config: RunConfig, model_config: Any, layer: int) -> StageWeights:
+    """Of one decoder layer."""
+    return _weights(config, model_config, layer, layer + 1)
+
+
+def _weights(
+    config: RunConfig, model_config: Any, start: int, end: int, *, is_first: bool = False, is_last: bool = False
+) -> StageWeights:
+    return stage_weights(
+        model_config,
+        StagePlan(stage_index=0, node=0, start=start, end=end, is_first=is_first, is_last=is_last),
+        dtype=TORCH_DTYPES[config.model.dtype],
+        load_in_8bit=config.model.load_in_8bit,
+        load_in_4bit=config.model.load_in_4bit,
+    )
+
+
 def _sizes(config: RunConfig, model_config: Any, objective: str) -> LayerCosts:
     """From shapes alone: operations for a long text, bytes that are read for one token."""
-    model, dtype, end = config.model, TORCH_DTYPES[config.model.dtype], model_config.num_hidden_layers
+    dtype, end = TORCH_DTYPES[config.model.dtype], model_config.num_hidden_layers
     cache = 0
     if objective == "decode":
         generation = config.generation
         length = generation.slot_length(getattr(model_config, "max_position_embeddings", None))
         cache = generation.max_slots * length * cache_bytes_per_token(model_config, 1, dtype)
-
-    def weights(start: int, stop: int, *, is_first: bool = False, is_last: bool = False) -> StageWeights:
-        stage = StagePlan(stage_index=0, node=0, start=start, end=stop, is_first=is_first, is_last=is_last)
-        return stage_weights(
-            model_config, stage, dtype=dtype, load_in_8bit=model.load_in_8bit, load_in_4bit=model.load_in_4bit
-        )
 
     def seconds(part: StageWeights, share: float = 1.0) -> float:
         if objective == "decode":
@@ -122,8 +136,9 @@ def _sizes(config: RunConfig, model_config: Any, objective: str) -> LayerCosts:
         return share * 2 * part.active / ASSUMED_FLOPS
 
     kinds = layer_kinds(model_config)
-    by_kind = {kind: weights(kind, kind + 1) for kind in set(kinds)}
-    embedding, head = weights(0, 0, is_first=True), weights(end, end, is_last=True)
+    by_kind = {kind: layer_weights(config, model_config, kind) for kind in set(kinds)}
+    embedding = _weights(config, model_config, 0, 0, is_first=True)
+    head = _weights(config, model_config, end, end, is_last=True)
     return LayerCosts(
         layer_s=tuple(seconds(by_kind[kind]) for kind in kinds),
         embedding_s=seconds(embedding),

@@ -21,11 +21,21 @@ from pipeline.partition.plan import StagePlan
 from pipeline.records.base import now
 from pipeline.records.identity import digest_of
 from pipeline.records.node_costs import MeasuredNode, NodeCosts, costs_path, read_node_costs, write_node_costs
-from pipeline.runtime.balance import head_node, scored_per_window
+from pipeline.runtime.balance import head_node, layer_weights, scored_per_window
 from pipeline.runtime.devices import choose_device
 from pipeline.runtime.timing import time_microbatch, time_one_token
 
-__all__ = ["measured_nodes"]
+__all__ = ["kept_nodes", "measured_nodes"]
+
+
+def kept_nodes(config: RunConfig, model_config: Any) -> NodeCosts | None:
+    """The costs that an earlier run has left in the folder of the records. Raises RecordError for a damaged file."""
+    return read_node_costs(
+        _path(config, model_config),
+        num_nodes=config.partition.num_nodes,
+        num_kinds=len(set(layer_kinds(model_config))),
+        head_node=head_node(config),
+    )
 
 
 def measured_nodes(config: RunConfig, model_config: Any, control: Control) -> NodeCosts:
@@ -34,14 +44,12 @@ def measured_nodes(config: RunConfig, model_config: Any, control: Control) -> No
     Raises RecordError for a file of costs that is damaged, or a folder that does not take one.
     """
     kinds = sorted(set(layer_kinds(model_config)))
-    path = costs_path(Path(config.exp_dir), _digest(config, model_config))
+    path = _path(config, model_config)
 
     def known() -> tuple[None, Any]:
         if control.world.rank != 0:
             return None, None
-        costs = read_node_costs(
-            path, num_nodes=config.partition.num_nodes, num_kinds=len(kinds), head_node=head_node(config)
-        )
+        costs = kept_nodes(config, model_config)
         return None, None if costs is None else costs.model_dump(mode="json")
 
     told = control.together(known)[1][0]
@@ -71,13 +79,18 @@ def measured_nodes(config: RunConfig, model_config: Any, control: Control) -> No
     return costs
 
 
+def _path(config: RunConfig, model_config: Any) -> Path:
+    return costs_path(Path(config.exp_dir), _digest(config, model_config))
+
+
 def _digest(config: RunConfig, model_config: Any) -> str:
     """Of what the figures depend on, as far as the config says. Not of who measures: runs may be resumed elsewhere."""
     model, partition = config.model, config.partition
-    ignored = ("transformers_version", "_name_or_path")
+    kinds = layer_kinds(model_config)
+    shape = (model_config.model_type, model_config.hidden_size, model_config.vocab_size, model_config.num_hidden_layers)
     return digest_of(
         {
-            "model": {key: value for key, value in model_config.to_dict().items() if key not in ignored},
+            "model": [shape, kinds, [layer_weights(config, model_config, kind).active for kind in sorted(set(kinds))]],
             "precision": [model.dtype, model.load_in_8bit, model.load_in_8bit_threshold, model.load_in_4bit],
             "ring": [partition.num_nodes, partition.wrap],
             "devices": [config.runtime.device, *(node.device for node in partition.nodes)],

@@ -82,9 +82,9 @@ def test_layers_with_and_without_a_window_are_two_kinds():
 
 def test_a_random_stage_computes_what_a_loaded_one_would():
     config = load_model_config(tiny_model("llama"), {})
-    stages = [MIDDLE, StagePlan(stage_index=2, node=0, start=6, end=6, is_first=False, is_last=True)]
-    for plan in stages:
-        stage = Stage(plan, random_stage(config, plan, dtype=torch.float32, device=torch.device("cpu")), torch.device("cpu"), 258)
+    cpu = torch.device("cpu")
+    for plan in (MIDDLE, StagePlan(stage_index=2, node=0, start=6, end=6, is_first=False, is_last=True)):
+        stage = Stage(plan, random_stage(config, plan, dtype=torch.float32, device=cpu), cpu, 258)
         output = stage.forward(torch.randn(1, 5, 64))
         assert output.shape == (1, 5, 64) and output.isfinite().all()
         assert not plan.is_last or stage.logits(output[0]).shape == (5, 258)
@@ -107,7 +107,8 @@ def test_measured_costs_are_per_token_and_slowdowns_multiply_them():
     assert problem.costs.layer_s == (pytest.approx(0.1 / 1024),) * 30
     assert problem.costs.head_s == pytest.approx(0.3 / 1024)
     assert [node.speed for node in problem.nodes] == pytest.approx([1, 0.25, 0.5, 1])
-    decode = planner_problem(config, model_of(config), measured([0.1] * 4, [0.3, *[None] * 3]), objective="decode")
+    config = demo(("partition.objective", "decode"))
+    decode = planner_problem(config, model_of(config), measured([0.1] * 4, [0.3, *[None] * 3]))
     assert decode.costs.layer_s[0] == pytest.approx(0.001) and decode.costs.head_s == pytest.approx(0.3)
 
 
@@ -135,7 +136,7 @@ def test_the_plan_follows_the_measurement_and_the_memory():
 
 def test_link_figures_reach_the_forecast():
     config = demo()
-    problem = planner_problem(config, model_of(config), link=LinkFigures(s_per_token=1.0, delay_s=0.5))
+    problem = planner_problem(config, model_of(config), links=[LinkFigures(s_per_token=1.0, delay_s=0.5)] * 4)
     made = forecast(problem, cuts_of(problem, default_plan(30, 4)))
     assert made.binds == "link 0" and made.s_per_token == 1.0
 

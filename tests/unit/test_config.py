@@ -263,7 +263,7 @@ def test_the_ranges_of_a_balanced_plan_stand_for_what_it_was_made_from():
         (["partition.nodes=[{layers: [[0, 3]]}, {layers: [[3, 6]]}]", "partition.plan=balanced"], "chooses them"),
         (["partition.nodes=[{speed: 2}, {}]"], r"nodes\[0\].speed is 2.0, but partition.plan is default"),
         (["partition.nodes=[{}, {memory: 1GiB}]"], r"nodes\[1\].memory is '1GiB', but partition.plan is default"),
-        (["partition.nodes=[{}, {memory: much}]", "partition.plan=balanced"], r"nodes\[1\].memory: 'much' is not a size"),
+        (["partition.nodes=[{}, {memory: 1x}]", "partition.plan=balanced"], r"nodes\[1\].memory: '1x' is not a size"),
         (["partition.nodes=[{}, {speed: 0}]", "partition.plan=balanced"], r"nodes\[1\].speed must be at least 0.001"),
         (["partition.nodes=[{}, {slowdown: 0.5}]"], r"nodes\[1\].slowdown must be at least 1"),
     ],
