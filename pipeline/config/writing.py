@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from compressors.strict_yaml import parse_yaml_value
+from compressors.user_files import InputError
 from pipeline.config.schema import RunConfig
 
 __all__ = ["config_yaml"]
@@ -21,7 +23,24 @@ def config_yaml(config: RunConfig) -> str:
     ]
     if nodes:
         changed["partition"]["nodes"] = nodes
-    return yaml.safe_dump(_lists(changed), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    return yaml.dump(
+        _lists(changed), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    """With quotes around text that `strict_yaml` would read as something else."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    try:
+        is_plain = parse_yaml_value(text, "text") == text
+    except InputError:
+        is_plain = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _changes(tree: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:

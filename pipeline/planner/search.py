@@ -32,7 +32,8 @@ def best_cuts(problem: Problem) -> tuple[int, ...]:
     """Stage i of the best placement has layers [cuts[i], cuts[i + 1]).
 
     Of placements with the least `forecast.s_per_token`, one with the shortest lap, and of those, one whose slowest
-    node is fastest: the default plan where it is such a one, an even placement elsewhere. Raises MemoryLimitError where no placement fits.
+    node is fastest: the default plan where it is such a one, an even placement elsewhere. Raises MemoryLimitError
+    where no placement fits.
     """
     search = _Search(problem)
     least_cap = search.least_cap()
@@ -254,7 +255,7 @@ class _Search:
     def cuts(self, cap: int, total: int) -> tuple[int, ...]:
         """An even placement under the cap with this sum; node 0's layers are halved, as by default, if they can be."""
         found = [(start, end) for own, start, end in self._totals(cap) if own == total]
-        start, end = min(found, key=lambda ends: (self._unevenness(*ends, total), ends))
+        start, end = min(found, key=lambda ends: (self._unevenness(ends[0], ends[1], total), ends))
         steps: list[dict[int, tuple[int, int, int]]] = [{start: (0, 0, start)}]  # (sum, squares, the node's start)
         for node in self._inner:
             steps.append(self._evenly_behind(node, node.starts(cap), steps[-1], node.reach(max(steps[-1]), cap)))
