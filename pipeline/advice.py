@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.reading import with_overrides
-from pipeline.config.schema import ConfigError, NodeConfig, RunConfig
+from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.config.writing import config_yaml
 from pipeline.partition.plan import Plan
 from pipeline.planner.forecast import Forecast, cuts_of, forecast
@@ -25,6 +25,7 @@ from pipeline.report.measured_point import MeasuredPoint
 from pipeline.report.results import Setting, read_results
 from pipeline.report.recommendation import Outlook, within_budget
 from pipeline.runtime.balance import balanced_plan, planner_problem
+from pipeline.runtime.placement import config_with_plan
 from pipeline.runtime.plan_comparison import layers_in_words, rate_in_words
 from pipeline.runtime.plan_report import PlannedRun
 
@@ -74,7 +75,7 @@ def advise(run: PlannedRun, line: Line) -> Advice:
     plan = balanced_plan(problem)
     if run.config.compressor_per_link and [link.name for link in plan.links] != [link.name for link in run.plan.links]:
         raise ConfigError("compressor_per_link names links of another plan than the balanced one; leave it out")
-    return Advice(lines=(), config=_with_plan(run.config, plan, {}))
+    return Advice(lines=(), config=config_with_plan(run.config, plan))
 
 
 def advise_with_records(run: PlannedRun, line: Line, folder: Path, max_ppl_increase: float) -> Advice:
@@ -114,7 +115,8 @@ def advise_with_records(run: PlannedRun, line: Line, folder: Path, max_ppl_incre
         mixed = forecast(problem, cuts_of(problem, plan))
         lines.append(f"so mixed: {rate_in_words(base, mixed)}")
         lines.append("This mixture was not measured, nor was its perplexity: run it before you rely on it.")
-    return Advice(lines=tuple(lines), config=_with_plan(run.config, plan, per_link, codec.spec))
+    config = config_with_plan(_with_codecs(run.config, codec.spec, per_link), plan)
+    return Advice(lines=tuple(lines), config=config)
 
 
 def _setting(run: PlannedRun, folder: Path) -> Setting:
@@ -255,19 +257,7 @@ def _milder(
     return chosen
 
 
-def _with_plan(
-    config: RunConfig, plan: Plan, per_link: Mapping[str, Any], codec: str | Mapping[str, Any] | None = None
-) -> RunConfig:
-    """The config with a plan's ranges in it, and codecs where they are given."""
-    nodes = []
-    for index, node in enumerate(config.partition.nodes or (NodeConfig(),) * plan.num_nodes):
-        ranges = [[stage.start, stage.end] for stage in plan.stages_of_node(index)]
-        nodes.append({**dataclasses.asdict(node), "layers": ranges, "speed": None, "memory": None})
-    changes: list[tuple[str, Any]] = [
-        ("partition.plan", "default"),
-        ("partition.objective", "prefill"),
-        ("partition.nodes", nodes),
-    ]
-    if codec is not None:
-        changes += [("compressor", codec), ("compressor_per_link", dict(per_link)), ("compressor_decode", None)]
-    return with_overrides(config, changes)
+def _with_codecs(config: RunConfig, codec: str | Mapping[str, Any], per_link: Mapping[str, Any]) -> RunConfig:
+    return with_overrides(
+        config, [("compressor", codec), ("compressor_per_link", dict(per_link)), ("compressor_decode", None)]
+    )

@@ -24,7 +24,7 @@ Seconds = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class MeasuredNode(Part):
-    """Seconds for one micro-batch and for one token, of one layer of each kind and of the head, which is measured
+    """Least seconds for one micro-batch and for one token, of one layer of each kind and of the head, which is measured
     where it will lie (null elsewhere).
     """
 

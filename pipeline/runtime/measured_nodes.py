@@ -135,5 +135,5 @@ def _times(config: RunConfig, model_config: Any, device: torch.device, start: in
     hidden_size = model_config.hidden_size
     return (
         time_microbatch(stage, shape, hidden_size, dtype, scored=scored_per_window(config)),
-        time_one_token(stage, hidden_size, dtype),
+        time_one_token(stage, hidden_size, dtype, least=True),
     )
