@@ -109,8 +109,7 @@ def advise_with_records(run: PlannedRun, line: Line, folder: Path, max_ppl_incre
     ]
     per_link = {link.name: own.spec for link, own in zip(plan.links, chosen, strict=True) if own is not codec}
     for link, own in zip(plan.links, chosen, strict=True):
-        if own is not codec:
-            lines.append(f"milder at no cost in speed on {link.name}: {own.label}")
+        lines.append(f"{link.name:<25}  {own.label}{'' if own is codec else ', milder: no token takes longer'}")
     if per_link:
         mixed = forecast(problem, cuts_of(problem, plan))
         lines.append(f"so mixed: {rate_in_words(base, mixed)}")

@@ -45,6 +45,8 @@ def test_measured_plans_are_kept_and_computed_alike(tmp_path):
     assert f"node costs from {tmp_path / 'b' / costs.name}, measured at" in second.stderr
     kept, kept_losses = only_record(tmp_path / "b")
     assert layers_of(kept) == [(0, 0, 0), (1, 0, 3), (2, 3, 6), (0, 6, 6)]
+    planned = run_alone(*tiny_arguments(tmp_path / "b", *BALANCED, "--plan")).check().stdout
+    assert "node costs as measured at" in planned and re.search(r"^1 +1 +0-2 ", planned, re.MULTILINE)
     explicit = "partition.nodes=[{layers: [[0, 0], [6, 6]]}, {layers: [[0, 3]]}, {layers: [[3, 6]]}]"
     run(tmp_path / "c", "--set", "partition.num_nodes=3", "--set", explicit)
     same, same_losses = only_record(tmp_path / "c")
