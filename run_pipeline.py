@@ -19,6 +19,7 @@ from pipeline.comm.world import World
 from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.config.sweep_file import Sweep, find_sweep, load_sweep
+from pipeline.config.units import parse_duration, parse_rate
 from pipeline.runtime.launch import on_deployment
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--chat", action="store_true", help="talk with the model in the terminal")
     parser.add_argument("--plan", action="store_true", help="print stages, links, bytes and memory; load nothing")
+    planning = parser.add_argument_group("with --plan")
+    planning.add_argument("--link_rate", metavar="RATE", help="of every link, such as 10mbit; prints a config for it")
+    planning.add_argument("--link_delay", metavar="TIME", help="of every link, one way, such as 20ms")
+    planning.add_argument("--records", metavar="DIR", type=path_option, help="of a sweep: chooses a codec per link")
+    planning.add_argument("--max_ppl_increase", metavar="SHARE", type=float, help="default 0.01, +1%%")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run from its journal")
     parser.add_argument(
         "--sweep", metavar="YAML", help="run every point of a sweep, a path or a name in configs/sweeps/"
@@ -63,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {message}", file=sys.stderr)
         return 2
     if arguments.plan:
-        return show_plan(config)
+        return show_plan(config, arguments)
     if arguments.chat or arguments.generate is not None:
         name, prompts = ("chat", "-") if arguments.chat else ("generate", arguments.generate)
         if _is_rank_0() and (problem := _prompts_problem(prompts)) is not None:
@@ -83,6 +89,14 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
     chosen = [name for name in ("sweep", "generate", "chat", "plan") if getattr(arguments, name) not in (None, False)]
     if len(chosen) > 1:
         return f"--{chosen[0]} and --{chosen[1]} are two different things; choose one"
+    options = ("link_rate", "link_delay", "records", "max_ppl_increase")
+    planning = [name for name in options if getattr(arguments, name) is not None]
+    if planning and not arguments.plan:
+        return f"--{planning[0]} belongs to --plan"
+    if planning and arguments.link_rate is None:
+        return f"--{planning[0]} needs --link_rate, the links' rate, such as 10mbit"
+    if arguments.max_ppl_increase is not None and arguments.records is None:
+        return "--max_ppl_increase needs --records, a folder with the records of a sweep"
     if arguments.chat and arguments.resume:
         return "--chat keeps nothing that --resume could go on from"
     if arguments.generate == "-" and arguments.resume:
@@ -90,11 +104,23 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
     return None
 
 
-def show_plan(config: RunConfig) -> int:
-    from pipeline.runtime.plan_report import plan_text
+def show_plan(config: RunConfig, arguments: argparse.Namespace) -> int:
+    from pipeline.advice import Line, advise, advise_with_records
+    from pipeline.runtime.plan_report import plan_run, plan_text
 
     try:
-        print(plan_text(config))
+        run = plan_run(config)
+        if arguments.link_rate is None:
+            print(plan_text(run))
+            return 0
+        line = Line(bits_per_s=parse_rate(arguments.link_rate), delay_s=parse_duration(arguments.link_delay or "0"))
+        if arguments.records is None:
+            advice = advise(run, line)
+        else:
+            increase = 0.01 if arguments.max_ppl_increase is None else arguments.max_ppl_increase
+            advice = advise_with_records(run, line, arguments.records, increase)
+        print(plan_text(run, run.link_figures(line.bits_per_s, line.delay_s)))
+        print(advice.text)
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

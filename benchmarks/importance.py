@@ -106,7 +106,7 @@ def _load_middle_stage(config: RunConfig) -> tuple[Stage, object]:
         model.name, cache_dir=model.dir, stage_to=model.stage_to, revision=model.revision, show_progress=False
     )
     model_config = load_model_config(model_dir, model.architecture, trust_remote_code=model.trust_remote_code)
-    stages = make_plan(config, model_config.num_hidden_layers).stages[1:-1]
+    stages = make_plan(config, model_config).stages[1:-1]
     if not stages:
         raise ConfigError(f"partition.num_nodes is {config.partition.num_nodes}: no stage is in the middle; use 4")
     plan = stages[len(stages) // 2]

@@ -104,7 +104,7 @@ def rank_memories(config: RunConfig) -> list[RankMemory]:
     (path,) = Path(config.exp_dir).glob("*.json")
     model_config = load_model_config(Path(config.model.name), {})
     own = [0] * NUM_RANKS
-    for stage in make_plan(config, model_config.num_hidden_layers).stages:
+    for stage in make_plan(config, model_config).stages:
         own[stage.node] += stage_parameter_bytes(model_config, stage, WeightFormat.from_config(config.model))
     return [RankMemory(r.rank, own[r.rank], r.peak_rss_bytes, r.pss_bytes) for r in read_record(path).ranks]
 

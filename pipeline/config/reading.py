@@ -24,9 +24,10 @@ from pipeline.config.schema import (
     GenerationConfig,
     LinkConfig,
     ModelConfig,
+    PartitionConfig,
     RunConfig,
 )
-from pipeline.config.units import parse_duration, parse_rate
+from pipeline.config.units import parse_duration, parse_rate, parse_size
 
 __all__ = [
     "NO_EMULATION",
@@ -351,3 +352,30 @@ def _check_together(config: RunConfig) -> None:
     if with_layers and len(with_layers) != partition.num_nodes:
         missing = next(i for i in range(partition.num_nodes) if i not in with_layers)
         raise ConfigError(f"partition.nodes[{missing}].layers is missing: give ranges for every node or for none")
+    _check_balance(partition)
+
+
+def _check_balance(partition: PartitionConfig) -> None:
+    """Rules between the keys of a balanced plan."""
+    for i, node in enumerate(partition.nodes):
+        if node.memory is not None:
+            try:
+                parse_size(node.memory)
+            except ConfigError as e:
+                raise ConfigError(f"partition.nodes[{i}].memory: {e}") from e
+        if partition.plan == "balanced" and node.layers is not None:
+            raise ConfigError(
+                f"partition.nodes[{i}].layers is given, but partition.plan is balanced, which chooses them; set "
+                "partition.plan=default or leave the layers out"
+            )
+        for key in ("speed", "memory"):
+            if partition.plan != "balanced" and getattr(node, key) is not None:
+                raise ConfigError(
+                    f"partition.nodes[{i}].{key} is {getattr(node, key)!r}, but partition.plan is {partition.plan}, "
+                    "which does not look at it; set partition.plan=balanced"
+                )
+    if partition.objective != PartitionConfig.objective and partition.plan != "balanced":
+        raise ConfigError(
+            f"partition.objective is {partition.objective}, but partition.plan is {partition.plan}: objectives belong "
+            "to balanced plans"
+        )

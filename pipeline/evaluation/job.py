@@ -77,6 +77,7 @@ class Job:
             self.specs = self._decode_specs()
         self.digest = run_digest(
             config,
+            self.plan,
             self.codecs,
             parts,
             checkpoint=deployment.model.checkpoint_digest,

@@ -27,6 +27,7 @@ from pipeline.records.files import RecordError
 from pipeline.records.identity import digest_of
 from pipeline.records.store import write_generation
 from pipeline.runtime.deployment import Deployment
+from pipeline.runtime.placement import balanced_layers
 
 __all__ = ["Generated", "generate", "make_request_maker", "make_scheduler"]
 
@@ -84,7 +85,7 @@ class _Batch:
         known = requests if isinstance(requests, list) else None
         self.digest = digest_of(
             {
-                **config.numerics(),
+                **config.numerics(balanced_layers(config, deployment.plan)),
                 "checkpoint": deployment.model.checkpoint_digest,
                 "requests": None if known is None else [dataclasses.asdict(request) for request in known],
             }

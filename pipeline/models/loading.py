@@ -33,13 +33,17 @@ __all__ = [
     "TORCH_DTYPES",
     "ModelError",
     "StageModel",
+    "StageWeights",
     "WeightFormat",
     "bitsandbytes_config",
     "check_attention_readable",
     "embedding_bytes",
+    "layer_kinds",
     "load_model_config",
     "load_stage",
+    "random_stage",
     "stage_parameter_bytes",
+    "stage_weights",
 ]
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -272,11 +276,7 @@ def load_stage(
     if weights.dtype == torch.float64:
         stage_config._experts_implementation = "eager"  # the others' matrix products stop at float32
     _check_shapes(model_dir, model_class, stage_config, state_dict)
-    options: dict[str, Any] = {"dtype": weights.dtype}
-    if weights.linear_bits is not None:
-        options["quantization_config"] = bitsandbytes_config(weights)
-    if device.type == "cuda" or weights.linear_bits is not None:
-        options["device_map"] = {"": device}
+    options = _load_options(weights, device)
     model = _load(model_dir, stage, model_class, stage_config, state_dict, options)
     head: Head | None = None
     if shares_head:
@@ -289,6 +289,43 @@ def load_stage(
         head=None if head is None else _with_cap(head, family, config),
         embedding=getattr(model.base_model, family.embedding) if stage.is_first else None,
     )
+
+
+def random_stage(
+    config: PretrainedConfig, stage: StagePlan, weights: WeightFormat, *, device: torch.device
+) -> StageModel:
+    """A stage as `load_stage` makes it, with random weights and a head of its own, to be timed. Reads no checkpoint."""
+    family = FAMILIES[config.model_type]
+    model_class, _ = _stage_class(config, family, stage, stage.is_last)
+    stage_config = _stage_config(config, stage, is_tied=False)
+    if weights.dtype == torch.float64:
+        stage_config._experts_implementation = "eager"
+    with torch.device("meta"):
+        expected = model_class(copy.deepcopy(stage_config)).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(tensor.shape, generator=generator).mul_(0.02).to(weights.dtype)
+        for name, tensor in expected.items()
+    }
+    if stage.num_layers == 0:  # embedding and head stay as they are
+        weights = WeightFormat(dtype=weights.dtype)
+    options = _load_options(weights, device)
+    model = _load(Path("random weights"), stage, model_class, stage_config, tensors, options)
+    return StageModel(
+        decoder=model.base_model,
+        head=_with_cap(model.get_output_embeddings(), family, config) if stage.is_last else None,
+        embedding=getattr(model.base_model, family.embedding) if stage.is_first else None,
+    )
+
+
+def _load_options(weights: WeightFormat, device: torch.device) -> dict[str, Any]:
+    """Options of from_pretrained."""
+    options: dict[str, Any] = {"dtype": weights.dtype}
+    if weights.linear_bits is not None:
+        options["quantization_config"] = bitsandbytes_config(weights)
+    if device.type == "cuda" or weights.linear_bits is not None:
+        options["device_map"] = {"": device}
+    return options
 
 
 def bitsandbytes_config(weights: WeightFormat) -> BitsAndBytesConfig:
@@ -315,7 +352,7 @@ def _load(
     stage: StagePlan,
     model_class: type[PreTrainedModel],
     config: PretrainedConfig,
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, StoredTensor] | Mapping[str, torch.Tensor],
     options: Mapping[str, Any],
 ) -> PreTrainedModel:
     """A stage's model with its tensors; `options` are those of from_pretrained.
@@ -338,7 +375,7 @@ def _load(
         )
     if info["unexpected_keys"]:
         name = min(info["unexpected_keys"])
-        stored = tensors[name].name if name in tensors else name
+        stored = getattr(tensors.get(name), "name", None) or name
         raise ModelError(unused_tensor(model_dir, stored, config.model_type))
     return model.eval().requires_grad_(False)
 
@@ -363,8 +400,20 @@ def check_attention_readable(config: PretrainedConfig) -> None:
     check_readable(_first_layer(config).base_model)
 
 
-def stage_parameter_bytes(config: PretrainedConfig, stage: StagePlan, weights: WeightFormat) -> int:
-    """Bytes of a stage's weights once loaded, from the config alone.
+@dataclass(frozen=True)
+class StageWeights:
+    """`nbytes` of all weights; `active` is how many weights a token is multiplied by, `active_bytes` what they take.
+
+    Of experts, that is the share that a token is sent to; an embedding, which is looked up, has none.
+    """
+
+    nbytes: int
+    active: float
+    active_bytes: float
+
+
+def stage_weights(config: PretrainedConfig, stage: StagePlan, weights: WeightFormat) -> StageWeights:
+    """A stage's weights once loaded, from the config alone.
 
     Quantised linear layers take 1 byte a weight and 4 a row (8 bits), or half a byte and 4 per block of 64 (4
     bits). A tied head on the embedding's node costs nothing; `stage` decides only about itself, so a caller that
@@ -380,15 +429,44 @@ def stage_parameter_bytes(config: PretrainedConfig, stage: StagePlan, weights: W
         for module in layer.modules()
         if isinstance(module, nn.Linear)
     }
-    total = 0
+    head = model.get_output_embeddings() if stage.is_last else None
+    looked_up = {id(p) for p in model.get_input_embeddings().parameters()} - {
+        id(p) for p in (head.parameters() if head is not None else ())
+    }
+    total, active, active_bytes = 0, 0.0, 0.0
     for parameter in {id(p): p for p in model.parameters()}.values():
         if id(parameter) not in linear_weights or weights.linear_bits is None:
-            total += parameter.numel() * weights.dtype.itemsize
+            nbytes = parameter.numel() * weights.dtype.itemsize
         elif weights.linear_bits == 8:
-            total += parameter.numel() + 4 * parameter.shape[0]
+            nbytes = parameter.numel() + 4 * parameter.shape[0]
         else:
-            total += parameter.numel() // 2 + 4 * -(-parameter.numel() // 64)
-    return total
+            nbytes = parameter.numel() // 2 + 4 * -(-parameter.numel() // 64)
+        total += nbytes
+        if id(parameter) not in looked_up:
+            share = _expert_share(config) if parameter.dim() == 3 else 1.0
+            active += share * parameter.numel()
+            active_bytes += share * nbytes
+    return StageWeights(total, active, active_bytes)
+
+
+def _expert_share(config: PretrainedConfig) -> float:
+    """Of a layer's experts, whose weights are one tensor [experts, ...], the share that a token is sent to."""
+    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return config.num_experts_per_tok / num_experts if num_experts else 1.0
+
+
+def stage_parameter_bytes(config: PretrainedConfig, stage: StagePlan, weights: WeightFormat) -> int:
+    """Bytes of `stage_weights`."""
+    return stage_weights(config, stage, weights).nbytes
+
+
+def layer_kinds(config: PretrainedConfig) -> list[int]:
+    """For every layer the first one that has its shape and attention, and so its cost."""
+    first: dict[str, int] = {}
+    return [
+        first.setdefault(cut_config(config, index, index + 1).to_json_string(use_diff=False), index)
+        for index in range(config.num_hidden_layers)
+    ]
 
 
 def embedding_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:

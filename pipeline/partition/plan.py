@@ -112,7 +112,8 @@ def explicit_plan(num_layers: int, layers_of_node: Sequence[Sequence[tuple[int, 
     """
     ranges = sorted(
         ((node, start, end) for node, own in enumerate(layers_of_node) for start, end in own),
-        key=lambda r: (r[1], r[2]),
+        # Behind the last layer node 0 comes last, as it has the head where it holds both ends.
+        key=lambda r: (r[1], r[2], r[0] == 0 and r[1] == num_layers),
     )
     for node, own in enumerate(layers_of_node):
         if not own:

@@ -26,6 +26,7 @@ from pipeline.partition.plan import Plan
 from pipeline.records.identity import digest_of
 from pipeline.runtime.head import max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import Workload, link_specs
+from pipeline.runtime.placement import balanced_layers
 
 __all__ = [
     "CodecError",
@@ -323,12 +324,19 @@ def _check_ends_agree(plan: Plan, told: Iterable[Mapping[str, Any]], what: str) 
 
 
 def run_digest(
-    config: RunConfig, codecs: LinkCodecs, parts: LinkParts, *, checkpoint: str, ids_sha256: str, bos_id: int | None
+    config: RunConfig,
+    plan: Plan,
+    codecs: LinkCodecs,
+    parts: LinkParts,
+    *,
+    checkpoint: str,
+    ids_sha256: str,
+    bos_id: int | None,
 ) -> str:
     """Of all that changes a run's numbers or bytes."""
     return digest_of(
         {
-            **config.numerics(),
+            **config.numerics(balanced_layers(config, plan)),
             "compressor": [facts.format_config for facts in codecs.facts],
             **dict.fromkeys(("compressor_per_link", "importance.layers", "importance.seed")),
             "importance": {str(index): metric for index, metric in parts.importance.items()},

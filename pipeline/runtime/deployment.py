@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from pipeline.comm.control import Control
 from pipeline.comm.mailbox import BodyChannel
+from pipeline.comm.watchdog import tell
 from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.data.windows import make_microbatches
 from pipeline.models.checkpoint import read_checkpoint
@@ -27,6 +28,7 @@ from pipeline.models.source import checkpoint_fingerprint, resolve_model
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import Plan
 from pipeline.records.environment import Environment
+from pipeline.runtime.balance import is_measured
 from pipeline.runtime.codecs import (
     LinkCodecs,
     codec_requests,
@@ -46,7 +48,8 @@ from pipeline.runtime.devices import (
 from pipeline.runtime.environment import gather_environment
 from pipeline.runtime.link_specs import generation_workload
 from pipeline.runtime.emulation import check_emulation, emulated_links
-from pipeline.runtime.placement import check_world_size, make_plan
+from pipeline.runtime.measured_nodes import measured_nodes
+from pipeline.runtime.placement import balanced_layers, check_world_size, make_plan
 from pipeline.runtime.text import (
     NO_TEXT,
     TokenizedText,
@@ -122,8 +125,7 @@ def deploy(
     directory, model_config = _resolve(config.model, control)
     if with_text:
         check_max_length(config, model_config)
-    plan = make_plan(config, model_config.num_hidden_layers)
-    emulated_links(config, plan)  # raises for the name of no link
+    plan = _plan(config, model_config, control)
     if check is not None:
         check(plan, model_config)
     devices = stage_devices(config, plan, world)
@@ -184,6 +186,16 @@ def _identify(control: Control, directory: Path, model_config: PretrainedConfig)
     return DeployedModel(directory=directory, config=model_config, checkpoint_digest=digest, notes=notes)
 
 
+def _plan(config: RunConfig, model_config: PretrainedConfig, control: Control) -> Plan:
+    """The plan that the config asks for, or comes to. Raises ConfigError for links that it does not have, too."""
+    measured = measured_nodes(config, model_config, control) if is_measured(config) else None
+    plan = make_plan(config, model_config, measured)
+    emulated_links(config, plan)
+    if config.partition.plan == "balanced" and control.world.rank == 0:
+        tell(f"balanced plan: layers by node {balanced_layers(config, plan)}\n")
+    return plan
+
+
 def _load_stages(
     config: RunConfig, plan: Plan, model: DeployedModel, devices: Mapping[int, torch.device]
 ) -> dict[int, Stage]:
@@ -239,6 +251,7 @@ def _prepare_text(
         claim(
             run_digest(
                 config,
+                plan,
                 codecs,
                 parts,
                 checkpoint=model.checkpoint_digest,

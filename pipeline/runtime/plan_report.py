@@ -2,15 +2,19 @@
 
 Prints stages and their weights, links and their bytes per token, and per rank the memory that is certain: weights,
 link buffers, one chunk of logits; for generation, what the cache takes for each token of each slot. Activations, the
-allocator's slack and the interpreter come on top.
+allocator's slack and the interpreter come on top. Then the default plan beside the balanced one (`plan_comparison`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from compressors import Compressor
 from pipeline.comm.link_ends import SEND_DEPTH
 from pipeline.comm.mailbox import FrameMemory
 from pipeline.comm.wire import WireFormat, header_nbytes
@@ -25,17 +29,51 @@ from pipeline.models.loading import (
     stage_parameter_bytes,
 )
 from pipeline.models.stage import MAX_LOGITS_NBYTES
-from pipeline.runtime.codecs import codec_requests, make_codec
+from pipeline.partition.plan import Plan
+from pipeline.planner.problem import LinkFigures
+from pipeline.records.node_costs import NodeCosts
+from pipeline.runtime.balance import is_measured
+from pipeline.runtime.codecs import codec_requests, make_codec, window_tokens
+from pipeline.runtime.measured_nodes import kept_nodes
 from pipeline.runtime.placement import make_plan
+from pipeline.runtime.plan_comparison import comparison_lines, gib
 from pipeline.runtime.text import check_max_length
 
-__all__ = ["plan_text"]
-
-_GIB = 2**30
+__all__ = ["PlannedRun", "plan_run", "plan_text"]
 
 
-def plan_text(config: RunConfig) -> str:
-    """The plan as text. Raises ValueError where the config cannot be run or says too little."""
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """A config with what its model's headers say; `measured` are costs of nodes that an earlier run has left."""
+
+    config: RunConfig
+    model_config: Any
+    notes: tuple[str, ...]
+    measured: NodeCosts | None
+    plan: Plan
+    codecs: tuple[Compressor, ...]
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """Of the largest micro-batch: [B, T, H]."""
+        config = self.config
+        return (config.batch_size, config.dataset.max_length, self.model_config.hidden_size)
+
+    def header_nbytes(self, link_index: int) -> int:
+        bounds = [codec.max_nbytes(self.frame_shape) for codec in self.codecs[:link_index]]
+        return header_nbytes(is_indexed=True, trail=bounds)
+
+    def link_figures(self, bits_per_s: float, delay_s: float) -> list[LinkFigures]:
+        """Of each link of the plan, at this rate and delay: payload, at most, and header."""
+        bits = [
+            8 * (codec.max_nbytes(self.frame_shape) + self.header_nbytes(index)) / window_tokens(self.config)
+            for index, codec in enumerate(self.codecs)
+        ]
+        return [LinkFigures(s_per_token=b / bits_per_s, delay_s=delay_s) for b in bits]
+
+
+def plan_run(config: RunConfig) -> PlannedRun:
+    """Raises ValueError where the config cannot be run or says too little."""
     model_dir = Path(config.model.name) if Path(config.model.name).is_dir() else None
     model_config = load_model_config(model_dir, config.model.architecture)
     notes: tuple[str, ...] = ()
@@ -43,61 +81,116 @@ def plan_text(config: RunConfig) -> str:
         checkpoint = read_checkpoint(model_dir, model_config)
         notes, model_config.tie_word_embeddings = checkpoint.notes, checkpoint.is_tied
     check_max_length(config, model_config)
-    plan = make_plan(config, model_config.num_hidden_layers)
-    dtype = TORCH_DTYPES[config.model.dtype]
-    shape = (config.batch_size, config.dataset.max_length, model_config.hidden_size)
-    num_tokens = shape[0] * shape[1]
-    requests = codec_requests(config, plan, hidden_size=model_config.hidden_size, max_tokens=num_tokens)
-    codecs = [make_codec(request) for request in requests]
-    weights = {
-        stage.stage_index: stage_parameter_bytes(model_config, stage, WeightFormat.from_config(config.model))
-        for stage in plan.stages
-    }
-    if len(plan.stages) > 1 and plan.last_node == 0 and model_config.tie_word_embeddings:
-        weights[plan.stages[-1].stage_index] -= embedding_bytes(model_config, dtype)
+    measured = kept_nodes(config, model_config) if is_measured(config) else None
+    plan = make_plan(config, model_config, measured)
+    requests = codec_requests(
+        config, plan, hidden_size=model_config.hidden_size, max_tokens=window_tokens(config)
+    )
+    return PlannedRun(
+        config=config,
+        model_config=model_config,
+        notes=notes,
+        measured=measured,
+        plan=plan,
+        codecs=tuple(make_codec(request) for request in requests),
+    )
 
-    lines = [
-        f"{config.model.name}: {plan.num_layers} layers, hidden size {model_config.hidden_size}, {config.model.dtype}"
+
+def plan_text(run: PlannedRun, links: Sequence[LinkFigures] | None = None) -> str:
+    """The plan as text; `links` are what the comparison of plans reckons with."""
+    weights = _stage_weights(run)
+    return "\n".join(
+        [
+            *_stage_lines(run, weights),
+            *_link_lines(run),
+            *_memory_lines(run, weights),
+            *_generation_lines(run),
+            *comparison_lines(run.config, run.model_config, run.plan, run.measured, links),
+            *(f"note: {note}" for note in run.notes),
+        ]
+    )
+
+
+def _stage_weights(run: PlannedRun) -> list[int]:
+    """Bytes by stage; what two stages of a node share counts with the first."""
+    config, plan, dtype = run.config, run.plan, TORCH_DTYPES[run.config.model.dtype]
+    weights = [
+        stage_parameter_bytes(run.model_config, stage, WeightFormat.from_config(config.model))
+        for stage in plan.stages
     ]
+    if len(plan.stages) > 1 and plan.last_node == 0 and run.model_config.tie_word_embeddings:
+        weights[-1] -= embedding_bytes(run.model_config, dtype)
+    return weights
+
+
+def _stage_lines(run: PlannedRun, weights: Sequence[int]) -> list[str]:
+    model, plan = run.config.model, run.plan
+    lines = [f"{model.name}: {plan.num_layers} layers, hidden size {run.model_config.hidden_size}, {model.dtype}"]
     lines += ["", "stage  node  layers      weights"]
     for stage in plan.stages:
         extra = "".join([" + embedding" if stage.is_first else "", " + norm and head" if stage.is_last else ""])
         layers = f"{stage.start}-{stage.end - 1}" if stage.num_layers else "none"
         lines.append(
-            f"{stage.stage_index:<5}  {stage.node:<4}  {layers:<10}  {weights[stage.stage_index] / _GIB:.2f} GiB{extra}"
+            f"{stage.stage_index:<5}  {stage.node:<4}  {layers:<10}  {gib(weights[stage.stage_index])}{extra}"
         )
-    buffers = dict.fromkeys(range(plan.num_nodes), 0)
-    if plan.links:
-        lines += ["", "link                       codec       payload bytes/token  bits/value  header bytes/frame"]
-    for link, codec in zip(plan.links, codecs, strict=True):
+    return lines
+
+
+def _link_lines(run: PlannedRun) -> list[str]:
+    if not run.plan.links:
+        return []
+    shape, num_tokens = run.frame_shape, window_tokens(run.config)
+    lines = ["", "link                       codec       payload bytes/token  bits/value  header bytes/frame"]
+    for link, codec in zip(run.plan.links, run.codecs, strict=True):
         nbytes = codec.max_nbytes(shape)
         bound = "" if codec.fixed_size else "at most "
         per_token = f"{bound}{nbytes / num_tokens:.1f}"
         bits = f"{bound}{8 * nbytes / (num_tokens * shape[2]):.3f}"
-        header = header_nbytes(is_indexed=True, trail=[codec.max_nbytes(shape) for codec in codecs[: link.index]])
-        lines.append(f"{link.name:<25}  {codec.name:<10}  {per_token:<19}  {bits:<10}  {header}")
-        wire = WireFormat(link_index=link.index, num_trail=link.index, codec_ids=())
-        frame = FrameMemory(nbytes, wire.max_tail_nbytes(max_rows=0, max_ids=num_tokens)).host_nbytes
-        buffers[link.src_node] += SEND_DEPTH * frame
-        buffers[link.dst_node] += config.runtime.receives_ahead * frame
-    lines += ["", "rank  weights      link buffers  logits      sum         cache"]
+        lines.append(
+            f"{link.name:<25}  {codec.name:<10}  {per_token:<19}  {bits:<10}  {run.header_nbytes(link.index)}"
+        )
+    return lines
+
+
+def _memory_lines(run: PlannedRun, weights: Sequence[int]) -> list[str]:
+    config, plan = run.config, run.plan
+    buffers = _buffer_bytes(run)
+    lines = ["", "rank  weights      link buffers  logits      sum         cache"]
     for node in range(plan.num_nodes):
         own = sum(weights[stage.stage_index] for stage in plan.stages_of_node(node))
         chunk = MAX_LOGITS_NBYTES[_device_type(config, node)]
-        logits = max(chunk, 4 * model_config.vocab_size) if node == plan.last_node else 0
-        cells = [f"{nbytes / _GIB:.2f} GiB" for nbytes in (own, buffers[node], logits, own + buffers[node] + logits)]
+        logits = max(chunk, 4 * run.model_config.vocab_size) if node == plan.last_node else 0
+        cells = [gib(nbytes) for nbytes in (own, buffers[node], logits, own + buffers[node] + logits)]
         num_layers = sum(stage.num_layers for stage in plan.stages_of_node(node))
-        cells.append(f"{cache_bytes_per_token(model_config, num_layers, dtype)} bytes a slot and token")
+        cache = cache_bytes_per_token(run.model_config, num_layers, TORCH_DTYPES[config.model.dtype])
+        cells.append(f"{cache} bytes a slot and token")
         lines.append(f"{node:<4}  {cells[0]:<11}  {cells[1]:<12}  {cells[2]:<10}  {cells[3]:<10}  {cells[4]}")
-    slots = config.generation.max_slots
-    slot_length = config.generation.slot_length(getattr(model_config, "max_position_embeddings", None))
-    cache = slots * slot_length * cache_bytes_per_token(model_config, plan.num_layers, dtype)
-    lines += ["", f"to generate: {slots} slots of {slot_length} tokens, {cache / _GIB:.2f} GiB of cache on all ranks"]
+    return lines
+
+
+def _buffer_bytes(run: PlannedRun) -> list[int]:
+    """Of link buffers, by node."""
+    buffers = [0] * run.plan.num_nodes
+    for link, codec in zip(run.plan.links, run.codecs, strict=True):
+        wire = WireFormat(link_index=link.index, num_trail=link.index, codec_ids=())
+        tail = wire.max_tail_nbytes(max_rows=0, max_ids=window_tokens(run.config))
+        frame = FrameMemory(codec.max_nbytes(run.frame_shape), tail).host_nbytes
+        buffers[link.src_node] += SEND_DEPTH * frame
+        buffers[link.dst_node] += run.config.runtime.receives_ahead * frame
+    return buffers
+
+
+def _generation_lines(run: PlannedRun) -> list[str]:
+    generation, model_config, shape = run.config.generation, run.model_config, run.frame_shape
+    slots = generation.max_slots
+    slot_length = generation.slot_length(getattr(model_config, "max_position_embeddings", None))
+    dtype = TORCH_DTYPES[run.config.model.dtype]
+    cache = slots * slot_length * cache_bytes_per_token(model_config, run.plan.num_layers, dtype)
+    lines = ["", f"to generate: {slots} slots of {slot_length} tokens, {gib(cache)} of cache on all ranks"]
     lines += [f"a micro-batch has up to {shape[0]} windows of {shape[1]} tokens"]
     if getattr(model_config, "sliding_window", None) is not None:
         lines.append("the cache of layers with a sliding window has room for whole sequences too")
-    lines += [f"note: {note}" for note in notes]
-    return "\n".join(lines)
+    return lines
 
 
 def _device_type(config: RunConfig, node: int) -> str:

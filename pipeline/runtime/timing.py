@@ -30,6 +30,7 @@ __all__ = [
     "squared_error",
     "time_compress",
     "time_decompress",
+    "time_microbatch",
     "time_one_token",
     "wait_for_stream",
 ]
@@ -50,9 +51,9 @@ def squared_error(
 
 
 @torch.inference_mode()
-def time_one_token(stage: Stage, hidden_size: int, dtype: torch.dtype) -> float:
+def time_one_token(stage: Stage, hidden_size: int, dtype: torch.dtype, *, least: bool = False) -> float:
     """Median seconds of a stage's forward pass for one token behind `CACHED_TOKENS` in a cache; the last stage's with
-    the head.
+    the head. `least`: of more passes the shortest.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -70,9 +71,32 @@ def time_one_token(stage: Stage, hidden_size: int, dtype: torch.dtype) -> float:
     try:
         stage.forward(inputs(CACHED_TOKENS), rows=(Row(0, 0),))
         token = inputs(1)
-        return _median_s(lambda: pass_one(token), stage.device)
+        timed = _least_s if least else _median_s
+        return timed(lambda: pass_one(token), stage.device)
     finally:
         stage.close_slots()
+
+
+@torch.inference_mode()
+def time_microbatch(
+    stage: Stage, shape: tuple[int, int], hidden_size: int, dtype: torch.dtype, *, scored: int
+) -> float:
+    """Seconds of a later stage's forward pass for a micro-batch [B, T], the shortest of several; the last stage's with
+    the losses of `scored` positions of every row.
+    """
+    num_rows, num_tokens = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_rows, num_tokens, hidden_size, generator=generator).to(stage.device, dtype)
+    rows = torch.arange(num_rows).repeat_interleave(scored)
+    columns = torch.arange(num_tokens - scored, num_tokens).repeat(num_rows)
+    targets = torch.zeros_like(rows)
+
+    def pass_one() -> None:
+        output = stage.forward(x)
+        if stage.plan.is_last:
+            stage.score(output, rows, columns, targets)
+
+    return _least_s(pass_one, stage.device)
 
 
 @torch.inference_mode()
@@ -114,15 +138,24 @@ def payload_from_json(value: Mapping[str, Any], device: torch.device) -> Payload
 
 
 def _median_s(operation: Callable[[], Any], device: torch.device) -> float:
+    return statistics.median(_times_s(operation, device, REPEATS))
+
+
+def _least_s(operation: Callable[[], Any], device: torch.device) -> float:
+    """What it takes where nothing else is done: other work on the machine only ever adds to it."""
+    return min(_times_s(operation, device, 4 * REPEATS))
+
+
+def _times_s(operation: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
     operation()
     times: list[float] = []
-    while len(times) < REPEATS and sum(times) < MAX_S:
+    while len(times) < repeats and sum(times) < MAX_S:
         wait_for_stream(device)
         start_s = time.perf_counter()
         operation()
         wait_for_stream(device)
         times.append(time.perf_counter() - start_s)
-    return statistics.median(times)
+    return times
 
 
 def wait_for_stream(device: torch.device) -> None:

@@ -245,6 +245,34 @@ def test_numerics_have_younger_keys_only_where_they_are_set():
     assert load("generation={seed: 3, max_length: 500, temperature: 0.5, stop: x}").numerics() == load().numerics()
 
 
+def test_the_ranges_of_a_balanced_plan_stand_for_what_it_was_made_from():
+    balanced = load("partition.plan=balanced", "partition.num_nodes=2", "partition.objective=decode")
+    other = load("partition.plan=balanced", "partition.num_nodes=2", "partition.nodes=[{speed: 2}, {slowdown: 3}]")
+    assert balanced.numerics() != other.numerics() != load("partition.num_nodes=2").numerics()
+    explicit = load("partition.num_nodes=2", "partition.nodes=[{layers: [[0, 1], [5, 6]]}, {layers: [[1, 5]]}]")
+    ranges = [[(0, 1), (5, 6)], [(1, 5)]]
+    assert balanced.numerics(ranges) == other.numerics(ranges) == explicit.numerics()
+    assert balanced.numerics(ranges) != balanced.numerics([[(0, 2), (5, 6)], [(2, 5)]])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["partition.plan=even"], "must be one of default, balanced"),
+        (["partition.objective=decode"], "objectives belong to balanced plans"),
+        (["partition.nodes=[{layers: [[0, 3]]}, {layers: [[3, 6]]}]", "partition.plan=balanced"], "chooses them"),
+        (["partition.nodes=[{speed: 2}, {}]"], r"nodes\[0\].speed is 2.0, but partition.plan is default"),
+        (["partition.nodes=[{}, {memory: 1GiB}]"], r"nodes\[1\].memory is '1GiB', but partition.plan is default"),
+        (["partition.nodes=[{}, {memory: 1x}]", "partition.plan=balanced"], r"nodes\[1\].memory: '1x' is not a size"),
+        (["partition.nodes=[{}, {speed: 0}]", "partition.plan=balanced"], r"nodes\[1\].speed must be at least 0.001"),
+        (["partition.nodes=[{}, {slowdown: 0.5}]"], r"nodes\[1\].slowdown must be at least 1"),
+    ],
+)
+def test_keys_of_balanced_plans_must_go_together(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        load("partition.num_nodes=2", *overrides)
+
+
 def test_generation_takes_one_stop_string_or_several():
     assert load("generation.stop=END").generation.stop == ("END",)
     assert load('generation.stop=[a, "b\\nc"]').generation.stop == ("a", "b\nc")

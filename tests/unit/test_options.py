@@ -156,6 +156,7 @@ PATHS += ["exp_dir"]
 NO_PATHS = ["model.revision", "model.dtype", "dataset.name", "dataset.split", "dataset.bos", "runtime.device"]
 NO_PATHS += ["links.rate", "links.delay", "links.jitter"]
 NO_PATHS += ["evaluation.mode", "runtime.backend", "runtime.interface", "wandb.project", "wandb.run_name", "wandb.mode"]
+NO_PATHS += ["partition.plan", "partition.objective"]
 
 
 def string_keys(cls=RunConfig, prefix=""):

@@ -56,6 +56,11 @@ def test_explicit_ranges_in_any_order_and_merged_on_one_node():
     assert layers(plan) == [(0, 0, 3), (1, 3, 7), (0, 7, 10)]
 
 
+def test_node_0_keeps_the_head_where_the_nodes_before_it_have_no_layers():
+    plan = explicit_plan(4, [[(0, 4), (4, 4)], [(4, 4)], [(4, 4)]])
+    assert layers(plan) == [(0, 0, 4), (1, 4, 4), (2, 4, 4), (0, 4, 4)]
+
+
 @pytest.mark.parametrize(
     "ranges, words",
     [

@@ -1,13 +1,13 @@
 import pytest
 
 from pipeline.config.reading import find_config, load_config
-from pipeline.runtime.plan_report import plan_text
+from pipeline.runtime.plan_report import plan_run, plan_text
 
 
 @pytest.mark.parametrize(("device", "logits"), [("cpu", "0.06 GiB"), ("cuda:0", "0.25 GiB")])
 def test_the_plan_of_the_demo(device, logits):
     config = load_config(find_config("demo.yaml"), [("runtime.device", device)])
-    text = plan_text(config)
+    text = plan_text(plan_run(config))
     rank_0, rank_1 = text[text.index("rank  ") :].splitlines()[1:3]
     assert rank_0.startswith("0  ") and logits in rank_0
     assert rank_1.startswith("1  ") and "0.00 GiB" in rank_1
@@ -22,4 +22,4 @@ def test_the_plan_says_that_sliding_layers_keep_whole_sequences():
     for window, is_said in ((8, True), (None, False)):
         architecture = {"model_type": "mistral", "sliding_window": window, "vocab_size": 64, "head_dim": 8} | sizes
         overrides = [("model.name", "some/model"), ("model.architecture", architecture), ("partition.num_nodes", 1)]
-        assert (words in plan_text(load_config(find_config("demo.yaml"), overrides))) is is_said
+        assert (words in plan_text(plan_run(load_config(find_config("demo.yaml"), overrides)))) is is_said

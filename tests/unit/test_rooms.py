@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Importing these does not load torch.
-PLAIN_ROOMS = ["report", "records", "config", "partition"]
+PLAIN_ROOMS = ["report", "records", "config", "planner", "partition"]
 PLAIN_MODULES = [
     "comm.world", "comm.watchdog", "comm.network", "data.windows", "runtime.launch", "runtime.memory",
     "evaluation.progress", "evaluation.tracking", "generation.text", "analysis.layer_statistics", "analysis.plots",

@@ -1,0 +1,262 @@
+"""`--plan` with figures of links: a config to run, its layers placed and, from a sweep's records, codecs for links.
+
+Above `report`, which reads records, and `runtime`, which plans. What the records measured, codecs' bytes and seconds
+and the perplexities that they cost, holds for one codec on all links; a mixture is put together from them and says that
+it was not measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.reading import with_overrides
+from pipeline.config.schema import ConfigError, RunConfig
+from pipeline.config.writing import config_yaml
+from pipeline.partition.plan import Plan
+from pipeline.planner.forecast import Forecast, cuts_of, forecast
+from pipeline.planner.problem import LayerCosts, LinkFigures, Problem
+from pipeline.records.run_record import RunRecord
+from pipeline.report.columns import percent
+from pipeline.report.measured_point import MeasuredPoint
+from pipeline.report.results import Setting, read_results
+from pipeline.report.recommendation import Outlook, within_budget
+from pipeline.runtime.balance import balanced_plan, planner_problem
+from pipeline.runtime.placement import config_with_plan
+from pipeline.runtime.plan_comparison import layers_in_words, rate_in_words
+from pipeline.runtime.plan_report import PlannedRun
+
+__all__ = ["Advice", "Line", "advise", "advise_with_records"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """Every link: its rate, and its delay one way."""
+
+    bits_per_s: float
+    delay_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What to do in words, and a config that does it."""
+
+    lines: tuple[str, ...]
+    config: RunConfig
+
+    @property
+    def text(self) -> str:
+        return "\n".join([*self.lines, "", "# the config, for --config", config_yaml(self.config)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Codec:
+    """What a record measured of one codec, as a mean over links: bits and seconds at both ends, per token."""
+
+    spec: str | Mapping[str, Any]
+    label: str
+    ppl_ratio: float
+    bits: float
+    encode_s: float
+    decode_s: float
+
+
+def advise(run: PlannedRun, line: Line) -> Advice:
+    """The balanced plan for these links, with the config's codecs.
+
+    Raises PlannerError where the nodes' memory holds no plan.
+    """
+    problem = planner_problem(
+        run.config, run.model_config, run.measured, links=run.link_figures(line.bits_per_s, line.delay_s)
+    )
+    plan = balanced_plan(problem)
+    if run.config.compressor_per_link and [link.name for link in plan.links] != [link.name for link in run.plan.links]:
+        raise ConfigError("compressor_per_link names links of another plan than the balanced one; leave it out")
+    return Advice(lines=(), config=config_with_plan(run.config, plan))
+
+
+def advise_with_records(run: PlannedRun, line: Line, folder: Path, max_ppl_increase: float) -> Advice:
+    """Of the codecs that a sweep's records in `folder` measured within the budget, the fastest on all links, and then
+    on every link the mildest that makes nothing slower.
+
+    Raises ConfigError where the records are of another model, or none is within the budget.
+    """
+    outlook = Outlook(max_ppl_increase=max_ppl_increase)
+    setting = _setting(run, folder)
+    points = [point for point in setting.points if within_budget(point, outlook) and _is_uniform(point.record)]
+    objective = run.config.partition.objective
+    codecs = [codec for point in points if (codec := _measured_codec(point, objective)) is not None]
+    budget = f"within +{100 * max_ppl_increase:g}% perplexity"
+    if not codecs:
+        raise ConfigError(f"{folder}: no codec of {setting.title} was measured {budget}, on all links alike")
+    base = planner_problem(run.config, run.model_config, run.measured)
+    origin = "node costs as measured before"
+    if run.measured is None:
+        base = dataclasses.replace(base, costs=_costs_of(base.costs, _costs_record(setting), objective))
+        origin = f"node costs of speed 1 as in {folder}"
+    tried = [(codec, _best(base, codec, line)) for codec in codecs]
+    codec, (plan, made) = min(tried, key=lambda one: (one[1][1].s_per_token, one[0].ppl_ratio))
+    chosen = _milder(base, plan, [codec] * len(plan.links), codecs, line)
+    problem = _problem(base, chosen, line)
+    lines = [
+        "",
+        f"codecs {budget}, from {setting.title} ({origin}):",
+        f"fastest on all links: {codec.label}, perplexity {percent(codec.ppl_ratio - 1)}: {rate_in_words(base, made)}",
+        f"layers: {'; '.join(f'node {n} {layers_in_words(plan, n)}' for n in range(plan.num_nodes))}",
+    ]
+    per_link = {link.name: own.spec for link, own in zip(plan.links, chosen, strict=True) if own is not codec}
+    for link, own in zip(plan.links, chosen, strict=True):
+        lines.append(f"{link.name:<25}  {own.label}{'' if own is codec else ', milder: no token takes longer'}")
+    if per_link:
+        mixed = forecast(problem, cuts_of(problem, plan))
+        lines.append(f"so mixed: {rate_in_words(base, mixed)}")
+        lines.append("This mixture was not measured, nor was its perplexity: run it before you rely on it.")
+    config = config_with_plan(_with_codecs(run.config, codec.spec, per_link), plan)
+    return Advice(lines=tuple(lines), config=config)
+
+
+def _setting(run: PlannedRun, folder: Path) -> Setting:
+    """The records' setting that is of this model."""
+    config, model_config = run.config, run.model_config
+    results = read_results([folder])
+    shape = (model_config.model_type, model_config.hidden_size, model_config.num_hidden_layers)
+    of_model = [
+        setting
+        for setting in results.settings
+        for model in [setting.points[0].record.model]
+        if (model.model_type, model.hidden_size, model.num_hidden_layers) == shape
+    ]
+    precision = (config.model.dtype, config.model.load_in_8bit, config.model.load_in_4bit)
+    alike = [
+        setting
+        for setting in of_model
+        for args in [setting.points[0].record.args]
+        if (args.dtype, args.load_in_8bit, args.load_in_4bit) == precision
+    ]
+    if not alike:
+        raise ConfigError(
+            f"{folder} has no records of this model ({shape[0]}, {shape[2]} layers, hidden size {shape[1]}, "
+            f"{config.model.dtype}); run a sweep of codecs first, with --sweep"
+        )
+    if len(alike) > 1:
+        titles = "; ".join(setting.title for setting in alike)
+        raise ConfigError(f"{folder} has records of several settings, name a folder of one: {titles}")
+    return alike[0]
+
+
+def _is_uniform(record: RunRecord) -> bool:
+    config = record.args.config
+    return not config.compressor_per_link and config.compressor_decode is None
+
+
+def _measured_codec(point: MeasuredPoint, objective: str) -> _Codec | None:
+    """None where the run measured no link, or no single token for `decode`."""
+    record, costs = point.record, point.costs
+    if costs is None or point.quality is None:
+        return None
+    num_links, nbytes = len(record.traffic_per_link), sum(costs.link_bytes.values())
+    if objective == "prefill":
+        tokens = record.timed_tokens or 1
+        times = list(record.stages.values())
+        encode_s = sum(stage.compress_s + stage.importance_s for stage in times) / tokens
+        decode_s = sum(stage.decompress_s for stage in times) / tokens
+    elif record.one_token is not None and costs.one_token is not None:
+        nbytes = costs.one_token.nbytes
+        encode_s = sum(stage.compress_s for stage in record.one_token.stages.values())
+        decode_s = sum(stage.decompress_s for stage in record.one_token.stages.values())
+    else:
+        return None
+    return _Codec(
+        spec=record.args.config.compressor,
+        label=point.label,
+        ppl_ratio=point.quality.ppl_ratio,
+        bits=8 * nbytes / num_links,
+        encode_s=encode_s / num_links,
+        decode_s=decode_s / num_links,
+    )
+
+
+def _costs_record(setting: Setting) -> RunRecord:
+    """Of the uncompressed point, whose stages are disturbed least."""
+    return next(
+        (p.record for p in setting.points if p.uncompressed and p.costs is not None),
+        next(p.record for p in setting.points if p.costs is not None),
+    )
+
+
+def _costs_of(costs: LayerCosts, record: RunRecord, objective: str) -> LayerCosts:
+    """Seconds as a record's stages took them, on nodes that were alike: layers from the stages without head, by their
+    reckoned costs, and what the last stage took beyond its layers for the head.
+    """
+    if objective == "prefill":
+        tokens = record.timed_tokens or 1
+        own = {name: stage.compute_s / tokens for name, stage in record.stages.items()}
+    elif record.one_token is not None:
+        own = {name: stage.compute_s for name, stage in record.one_token.stages.items()}
+    else:
+        return costs
+    *before, last = [
+        (own[str(stage.stage)], sum(costs.layer_s[stage.layers[0] : stage.layers[1]])) for stage in record.plan
+    ]
+    reckoned = sum(layers for _, layers in before)
+    if not reckoned:
+        scale = sum(own.values()) / (sum(costs.layer_s) + costs.head_s)
+        head_s = costs.head_s * scale
+    else:
+        scale = sum(seconds for seconds, _ in before) / reckoned
+        head_s = max(0.0, last[0] - scale * last[1])
+    return dataclasses.replace(
+        costs, layer_s=tuple(scale * seconds for seconds in costs.layer_s), embedding_s=0.0, head_s=head_s
+    )
+
+
+def _problem(base: Problem, codecs: Sequence[_Codec], line: Line) -> Problem:
+    """With these codecs on the links, and their work at the nodes."""
+    fixed = [0.0] * len(base.nodes)
+    for index, codec in enumerate(codecs):
+        source, target = base.stage_nodes[index : index + 2]
+        fixed[source] += codec.encode_s / base.nodes[source].speed
+        fixed[target] += codec.decode_s / base.nodes[target].speed
+    return dataclasses.replace(
+        base,
+        nodes=tuple(dataclasses.replace(n, fixed_s=s) for n, s in zip(base.nodes, fixed, strict=True)),
+        links=tuple(LinkFigures(s_per_token=c.bits / line.bits_per_s, delay_s=line.delay_s) for c in codecs),
+        return_delay_s=line.delay_s,
+    )
+
+
+def _best(base: Problem, codec: _Codec, line: Line) -> tuple[Plan, Forecast]:
+    problem = _problem(base, [codec] * len(base.links), line)
+    plan = balanced_plan(problem)
+    return plan, forecast(problem, cuts_of(problem, plan))
+
+
+def _milder(
+    base: Problem, plan: Plan, chosen: list[_Codec], codecs: Sequence[_Codec], line: Line
+) -> list[_Codec]:
+    """Link by link the codec with the least perplexity with which no token takes longer."""
+    chosen = list(chosen)
+
+    def s_per_token(mixture: Sequence[_Codec]) -> float:
+        problem = _problem(base, mixture, line)
+        return forecast(problem, cuts_of(problem, plan)).s_per_token
+
+    allowed_s = s_per_token(chosen) * (1 + 1e-9)
+    for index, current in enumerate(chosen):
+        for codec in sorted(codecs, key=lambda c: c.ppl_ratio):
+            if codec.ppl_ratio >= current.ppl_ratio:
+                break
+            mixture = [*chosen[:index], codec, *chosen[index + 1 :]]
+            if s_per_token(mixture) <= allowed_s:
+                chosen = mixture
+                break
+    return chosen
+
+
+def _with_codecs(config: RunConfig, codec: str | Mapping[str, Any], per_link: Mapping[str, Any]) -> RunConfig:
+    return with_overrides(
+        config, [("compressor", codec), ("compressor_per_link", dict(per_link)), ("compressor_decode", None)]
+    )
