@@ -247,7 +247,7 @@ def test_numerics_have_younger_keys_only_where_they_are_set():
 
 def test_the_ranges_of_a_balanced_plan_stand_for_what_it_was_made_from():
     balanced = load("partition.plan=balanced", "partition.num_nodes=2", "partition.objective=decode")
-    other = load("partition.plan=balanced", "partition.num_nodes=2", "partition.nodes=[{speed: 2}, {slowdown: 3}]")
+    other = load("partition.plan=balanced", "partition.num_nodes=2", "partition.nodes=[{speed: 2}, {memory: 8GiB}]")
     assert balanced.numerics() != other.numerics() != load("partition.num_nodes=2").numerics()
     explicit = load("partition.num_nodes=2", "partition.nodes=[{layers: [[0, 1], [5, 6]]}, {layers: [[1, 5]]}]")
     ranges = [[(0, 1), (5, 6)], [(1, 5)]]
