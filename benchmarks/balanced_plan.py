@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.synthetic import save_random_llama
+from compressors.console import run_command
 from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
 from pipeline.config.reading import with_overrides
 from pipeline.config.schema import ConfigError, RunConfig
@@ -173,4 +174,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

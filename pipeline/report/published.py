@@ -16,7 +16,7 @@ from pipeline.records.files import RecordError
 
 __all__ = ["PublishedFigures", "PublishedPoint", "read_published"]
 
-_FILE = Path(__file__).parent / "qwen3_32b_published.json"
+PUBLISHED_FILE = Path(__file__).parent / "qwen3_32b_published.json"
 # Means over tiles of several tokens: later tokens reach earlier ones.
 _NOT_CAUSAL = "BlockRowColMean"
 
@@ -88,9 +88,9 @@ class _File(Part):
 def read_published() -> PublishedFigures:
     """Raises RecordError where the file is damaged."""
     try:
-        file = _File.model_validate_json(_FILE.read_bytes())
+        file = _File.model_validate_json(PUBLISHED_FILE.read_bytes())
     except ValidationError as e:
-        raise RecordError(f"{_FILE} is damaged: {problem_in(e)}; install the package again") from e
+        raise RecordError(f"{PUBLISHED_FILE} is damaged: {problem_in(e)}; install the package again") from e
     return PublishedFigures(
         model=file.model,
         hidden_size=file.hidden_size,

@@ -284,11 +284,11 @@ def test_published_figures():
     ],
 )
 def test_damaged_published_figures_are_refused(old, new, told, tmp_path, monkeypatch):
-    text = published._FILE.read_text()
+    text = published.PUBLISHED_FILE.read_text()
     assert old in text
     path = tmp_path / "published.json"
     path.write_text(text.replace(old, new))
-    monkeypatch.setattr(published, "_FILE", path)
+    monkeypatch.setattr(published, "PUBLISHED_FILE", path)
     with pytest.raises(RecordError, match=f"^{re.escape(str(path))} is damaged: {told}"):
         read_published()
 
