@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -139,18 +140,19 @@ def _show(
         f"({platform.machine()}), one pass in flight, least of {repeats} runs; load average {os.getloadavg()[0]:.1f}\n"
         f"largest difference of a token's loss between the plans: {difference:.2g}"
     )
-    slowest: dict[str, tuple[float, float]] = {}
+    predicted, measured_s, shares = {}, {}, {}
     for name, plan in plans.items():
         made = forecast(problem, cuts_of(problem, plan))
-        seconds_of = [min(column) for column in zip(*busy[name], strict=True)]
-        slowest[name] = max(made.node_s), max(seconds_of)
+        least = [min(column) for column in zip(*busy[name], strict=True)]
+        predicted[name], measured_s[name] = max(made.node_s), max(least)
+        shares[name] = statistics.median(max(one) / sum(one) for one in busy[name])
         print(f"\n{name}: node, layers, predicted and measured busy seconds")
-        for node, (predicted, seconds) in enumerate(zip(made.node_s, seconds_of, strict=True)):
+        for node, (planned, seconds) in enumerate(zip(made.node_s, least, strict=True)):
             ranges = " ".join(f"[{stage.start}, {stage.end})" for stage in plan.stages_of_node(node))
-            print(f"  {node}  {ranges:<20}  {predicted * tokens:8.3f}  {seconds:8.3f}")
-    print("\nslowest node, default over balanced: ", end="")
-    ratios = [slowest["default"][i] / slowest["balanced"][i] for i in (0, 1)]
-    print(f"predicted {ratios[0]:.2f}, measured {ratios[1]:.2f}")
+            print(f"  {node}  {ranges:<20}  {planned * tokens:8.3f}  {seconds:8.3f}")
+    ratios = [one["default"] / one["balanced"] for one in (predicted, measured_s, shares)]
+    print(f"\nslowest node, default over balanced: predicted {ratios[0]:.2f}, measured {ratios[1]:.2f}")
+    print(f"by its share of all busy seconds of a run (median), which a steady load leaves alone: {ratios[2]:.2f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
