@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 
 from pipeline.report import generation_columns, point_columns
-from pipeline.report.columns import Column, Row, Value, significant
+from pipeline.report.columns import Column, Row, Value, shown, significant
 from pipeline.report.printable import escape_controls
 from pipeline.report.recommendation import Outlook, predict, predicted_figure, recommendation_text
 from pipeline.report.results import Results, Setting
@@ -21,7 +21,7 @@ def markdown_page(results: Results, outlook: Outlook) -> str:
     for setting in results.settings:
         parts += _setting(setting, outlook)
     if results.generated:
-        parts += ["## Generation, measured", _column_table(generation_columns.SHOWN_COLUMNS, results.generated)]
+        parts += ["## Generation, measured", _column_table(generation_columns.COLUMNS, results.generated)]
         parts += _list({note for run in results.generated for note in run.notes})
     problems = [
         f"{p.label} ran on something else than the uncompressed point, which may change its losses: {p.elsewhere}"
@@ -59,7 +59,7 @@ def _setting(setting: Setting, outlook: Outlook) -> list[str]:
     parts = [
         f"## {_escape(setting.title)}",
         _escape(recommendation_text(setting, outlook)),
-        _column_table(point_columns.SHOWN_COLUMNS, setting.points),
+        _column_table(point_columns.COLUMNS, setting.points),
     ]
     if unread := {f"{point.label}: {point.quality_note}" for point in setting.points if point.unread}:
         parts += ["Without quality figures:", *_list(unread)]
@@ -89,7 +89,8 @@ def _predictions(setting: Setting, outlook: Outlook, *, decode: bool) -> str:
 
 
 def _column_table(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> str:
-    return _table([column.heading for column in columns], [[column.text(row) for column in columns] for row in rows])
+    those = shown(columns, rows)
+    return _table([column.heading for column in those], [[column.text(row) for column in those] for row in rows])
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

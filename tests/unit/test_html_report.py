@@ -12,8 +12,8 @@ import pytest
 from jinja2 import UndefinedError
 
 from pipeline.report.charts import ChartPoint, pareto_front, trade_off_svg
-from pipeline.report.columns import percent, perplexity, significant
-from pipeline.report.generation_columns import SHOWN_COLUMNS
+from pipeline.report import generation_columns
+from pipeline.report.columns import percent, perplexity, shown, significant
 from pipeline.report.html_page import html_page, templates
 from pipeline.report.published import read_published
 from pipeline.report.recommendation import Outlook
@@ -136,7 +136,7 @@ def test_runs_that_generated_read_alike_everywhere(folder, capsys):
     page = (folder / "out.html").read_text(encoding="utf-8")
     section = page[page.index('<section id="generation">') :].partition("</section>")[0]
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", section)
-    assert cells == [column.text(run) for column in SHOWN_COLUMNS[1:]]
+    assert cells == [column.text(run) for column in shown(generation_columns.COLUMNS, [run])[1:]]
     assert cells[4:9] == ["67.40", "20.0", "20.0", "40.0", "64.0"] and "<li>something of note</li>" in section
     assert "| nf4, decoding int8 | " + " | ".join(cells) + " |" in (folder / "out.md").read_text(encoding="utf-8")
     capsys.readouterr()

@@ -156,7 +156,7 @@ COSTS = PipelineCosts(
     link_bytes={"a": 1000.0, "b": 500.0},
     microbatch_tokens=100,
     in_flight=4,
-    num_hops=2,
+    hops=("a", "b"),
     one_token=None,
 )
 
@@ -173,7 +173,8 @@ def test_stages_of_a_node_add_up():
     costs = PipelineCosts.of(record_of(plan, [0.1, 0.2, 0.3, 0.4, 0.5], [1000] * 5, 10, 6))
     expected = {"node 0": 0.06, "node 1": 0.02, "node 2": 0.03, "node 3": 0.04}
     assert costs.node_s == pytest.approx(expected)
-    assert costs.num_hops == 4 and costs.link_bytes[plan.links[0].name] == pytest.approx(100)
+    assert costs.hops == tuple(link.name for link in plan.links)
+    assert costs.link_bytes[plan.links[0].name] == pytest.approx(100)
 
 
 def test_without_a_one_token_forward_there_is_no_latency():
@@ -183,24 +184,24 @@ def test_without_a_one_token_forward_there_is_no_latency():
 
 
 def test_a_term_is_linear_in_what_the_network_costs():
-    term = Term(name="x", seconds=0.5, bits=3e6, round_trips=1.5)
+    term = Term(name="x", seconds=0.5, bits={"a": 2e6, "b": 1e6}, hops={"a": 1.0, "result": 2.0})
     assert term.on(Network(bits_per_s=1e6, rtt_s=0.2)) == pytest.approx(0.5 + 3.0 + 0.3)
     assert term.on(Network(bits_per_s=2e6, rtt_s=0.0)) == pytest.approx(0.5 + 1.5)
 
 
 def test_the_terms_of_both_predictions():
-    costs = dataclasses.replace(COSTS, one_token=OneToken(seconds=0.25, nbytes=700.0))
+    costs = dataclasses.replace(COSTS, one_token=OneToken(seconds=0.25, link_bytes={"a": 500.0, "b": 200.0}))
     *resources, lap = costs.prefill_terms
     assert resources == [
         Term(name="node 0", seconds=2e-3),
         Term(name="node 1", seconds=1e-3),
-        Term(name="a", bits=8000.0),
-        Term(name="b", bits=4000.0),
+        Term(name="a", bits={"a": 8000.0}),
+        Term(name="b", bits={"b": 4000.0}),
     ]
-    assert (lap.name, lap.seconds, lap.bits) == ("in flight", pytest.approx(3e-3 / 4), 3000.0)
-    assert lap.round_trips == pytest.approx(2 / 2 / 100 / 4)
-    parts = [Term(name="compute", seconds=0.25), Term(name="bandwidth", bits=5600.0)]
-    assert costs.decode_terms == [*parts, Term(name="round trips", round_trips=1.0)]
+    assert (lap.name, lap.seconds) == ("in flight", pytest.approx(3e-3 / 4))
+    assert lap.bits == {"a": 2000.0, "b": 1000.0} and lap.hops == pytest.approx({"a": 1 / 400, "b": 1 / 400})
+    parts = [Term(name="compute", seconds=0.25), Term(name="bandwidth", bits={"a": 4000.0, "b": 1600.0})]
+    assert costs.decode_terms == [*parts, Term(name="round trips", hops={"a": 1.0, "b": 1.0})]
     network = Network(bits_per_s=5600.0, rtt_s=0.5)
     latency = predict_decode(costs, network)
     assert (latency.s_per_token, latency.binds) == (pytest.approx(1.75), "bandwidth")
