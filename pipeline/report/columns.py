@@ -56,8 +56,8 @@ class Column(Generic[Row]):
 
 
 def shown(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> list[Column[Row]]:
-    """Those of the shown columns that a table of these rows has."""
-    return [c for c in columns if c.heading and (not c.if_any or any(map(c.has_value, rows)))]
+    """Those that a table of these rows has."""
+    return [column for column in columns if not column.if_any or any(map(column.has_value, rows))]
 
 
 def significant(value: float | None, digits: int = 3) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pipeline.report.columns import Column, Value, dash_if_empty, number
 from pipeline.report.generation import GeneratedRun
 
-__all__ = ["COLUMNS"]
+__all__ = ["COLUMNS", "SHOWN_COLUMNS"]
 
 
 def _ms(name: str) -> Callable[[GeneratedRun], Value]:
@@ -145,3 +145,5 @@ COLUMNS: tuple[Column[GeneratedRun], ...] = (
     ),
     Column(key="run_id", heading="", meaning="", value=lambda r: r.run_id, is_text=True),
 )
+
+SHOWN_COLUMNS = tuple(column for column in COLUMNS if column.heading)

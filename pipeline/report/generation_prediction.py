@@ -115,7 +115,9 @@ def _passes(record: GenerationRecord) -> _Passes | None:
         return None  # something was shared, sent twice or cut off, or there was nothing to decode
     active = min(len(requests), schedule.max_slots)
     at_once, rows = min(schedule.passes, active), decoded / num_decodes
-    if active > 1 and (len(requests) > active or rows * at_once < (1 - MAX_UNEVEN) * active):
+    if active > 1 and len(requests) > active:
+        return None
+    if not (1 - MAX_UNEVEN) * active <= rows * at_once <= active:
         return None
     return _Passes(
         num_prompts=len(requests),

@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.report import html_views, prediction
+from pipeline.report import generation_columns, html_views, point_columns, prediction
 from pipeline.report.columns import MISSING, percent, significant
 from pipeline.report.recommendation import Outlook, recommendation_text
 from pipeline.report.results import Results
@@ -46,6 +46,8 @@ def templates() -> Environment:
         "script": Markup((_FOLDER / "report.js").read_text(encoding="utf-8")),
         "formula": (prediction.__doc__ or "").partition("\n\n")[2].strip(),
         "missing": MISSING,
+        "point_columns": point_columns.SHOWN_COLUMNS,
+        "generation_columns": generation_columns.SHOWN_COLUMNS,
         "recommendation_text": recommendation_text,
         "views": html_views,
     }

@@ -15,9 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pipeline.report.charts import ChartPoint, trade_off_svg
-from pipeline.report import generation_columns as columns_of_generation
 from pipeline.report.columns import Column, shown, significant
-from pipeline.report.generation import GeneratedRun
 from pipeline.report.measured_point import PHASES, MeasuredPoint
 from pipeline.report.point_columns import SHOWN_COLUMNS
 from pipeline.report.prediction import Network, emulated_network
@@ -34,9 +32,7 @@ __all__ = [
     "bar_title",
     "columns_with_values",
     "emulated_networks",
-    "explained_columns",
     "facts",
-    "generation_columns",
     "generation_notes",
     "link_groups",
     "measured_panel",
@@ -45,6 +41,7 @@ __all__ = [
     "own_link",
     "published_panel",
     "short_link",
+    "shown",
     "terms",
     "time_bars",
     "without_quality",
@@ -137,15 +134,6 @@ def _short_method(name: str) -> str:
 def columns_with_values(results: Results) -> list[Column[MeasuredPoint]]:
     """Of the points' table, those that say something of any point."""
     return [column for column in SHOWN_COLUMNS if any(map(column.has_value, results.points))]
-
-
-def explained_columns(results: Results) -> list[Column[MeasuredPoint]]:
-    """Of the points' table, those that may say something of such points."""
-    return shown(SHOWN_COLUMNS, results.points)
-
-
-def generation_columns(results: Results) -> list[Column[GeneratedRun]]:
-    return shown(columns_of_generation.COLUMNS, results.generated)
 
 
 def without_quality(results: Results) -> list[str]:

@@ -43,7 +43,7 @@ def print_summary(paths: Sequence[Path]) -> None:
         keys = rows[0] if rows else [column.key for column in shown(CONSOLE_COLUMNS, [])]
         _print_table([headings[key] for key in keys], [list(row.values()) for row in rows])
     if generated:
-        columns = shown(generation_columns.COLUMNS, generated)
+        columns = shown(generation_columns.SHOWN_COLUMNS, generated)
         _print_table([c.heading for c in columns], [[c.text(run) for c in columns] for run in generated])
     places = paths if len(paths) == 1 else dict.fromkeys(path if path.is_dir() else path.parent for path in paths)
     for place in places:

@@ -21,7 +21,7 @@ def markdown_page(results: Results, outlook: Outlook) -> str:
     for setting in results.settings:
         parts += _setting(setting, outlook)
     if results.generated:
-        parts += ["## Generation, measured", _column_table(generation_columns.COLUMNS, results.generated)]
+        parts += ["## Generation, measured", _column_table(generation_columns.SHOWN_COLUMNS, results.generated)]
         parts += _list({note for run in results.generated for note in run.notes})
     problems = [
         f"{p.label} ran on something else than the uncompressed point, which may change its losses: {p.elsewhere}"
@@ -59,7 +59,7 @@ def _setting(setting: Setting, outlook: Outlook) -> list[str]:
     parts = [
         f"## {_escape(setting.title)}",
         _escape(recommendation_text(setting, outlook)),
-        _column_table(point_columns.COLUMNS, setting.points),
+        _column_table(point_columns.SHOWN_COLUMNS, setting.points),
     ]
     if unread := {f"{point.label}: {point.quality_note}" for point in setting.points if point.unread}:
         parts += ["Without quality figures:", *_list(unread)]
