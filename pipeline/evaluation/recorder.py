@@ -85,6 +85,7 @@ class Recorder:
         self._tracker = Tracker(config.wandb, run_id=self.run_id, config=tracked, folder=folder, group=sweep)
         self._folder, self._sweep = folder, sweep
         self._progress: Progress | None = None
+        self._time_run_s = 0.0
 
     def begin(self) -> None:
         """The run proper begins: show progress, and start the clock."""
@@ -121,13 +122,16 @@ class Recorder:
         assert self._progress is not None, "begin comes first"
         self._progress.add(num_tokens=microbatch.num_tokens, loss=loss, payload_bytes=payload_bytes)
 
+    def end(self) -> None:
+        """The run proper is over: stop the clock."""
+        self._time_run_s = self.journal.elapsed_s
+
     def finish(self, reports: Sequence[dict[str, Any]], first: int) -> Path:
         """Write the record; `first` is the micro-batch with which this session began."""
-        time_run_s = self.journal.elapsed_s
         assert self._progress is not None, "begin comes first"
         self._progress.close()
         self._check_traffic(reports, first)
-        record = self._record(reports, time_run_s, first)
+        record = self._record(reports, self._time_run_s, first)
         path = write_record(self._folder, record, self._per_token())
         self.journal.remove()
         self._tracker.finish(record.results.model_dump() | record.traffic_totals.model_dump() | self._emulated)
