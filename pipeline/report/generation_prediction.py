@@ -8,9 +8,10 @@ From a record's totals. With R rows in each of P passes of sampled tokens under 
 
 with B_l, d_l and hops as in `prediction`; q_l are the bytes of such a pass, t_l those of the mean prompt, headers
 included, c_n the seconds of a pass on node n: compute, head and sampling, encode, decode. A record has prompts and
-tokens in one sum S_n of seconds over T decoding passes. A prompt of n tokens costs at least what a pass of one token
-costs and at most n times that, so that c_n is between S_n / (T + prompts' tokens) and S_n / (T + prompts / R). The
-middle of what the two ends predict is shown, and nothing where they are more than `MAX_SPREAD` apart.
+tokens in one sum S_n of seconds over T decoding passes. A prompt of n tokens costs at least a pass of one row, which is
+at least an R-th of a pass of R rows, and at most n / R passes of R rows, rounded up: so many tokens in so many
+sequences. So c_n is between S_n / (T + sum of those) and S_n / (T + prompts / R). The middle of what the two ends
+predict is shown, and nothing where they are more than `MAX_SPREAD` apart.
 
 Nothing is predicted, either, where the sums do not tell what a pass was made of: prompts under way between tokens,
 rows that end at different times, beginnings that were not computed again, failures, answers taken over from an earlier
@@ -20,6 +21,7 @@ The bytes of results, which are few, are left out.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ MAX_UNEVEN = 0.05  # by which passes may lack rows on the mean
 @dataclass(frozen=True, kw_only=True)
 class _Passes:
     """What was computed: prompts, each in one pass where `are_whole`, and passes of `rows` sampled tokens, `at_once` of
-    them under way.
+    them under way. The prompts cost as much as `least` to `most` of these passes.
     """
 
     num_prompts: int
@@ -46,6 +48,8 @@ class _Passes:
     num_decodes: int
     rows: float
     at_once: int
+    least: float
+    most: float
 
 
 def predicted_tpot_s(record: GenerationRecord) -> float | None:
@@ -94,9 +98,7 @@ def predicted_ttft_s(record: GenerationRecord) -> float | None:
 
 def _between(predict: Callable[[float], float], passes: _Passes) -> float | None:
     """The middle of what is predicted if prompts cost as little, or as much, as they can: as so many passes."""
-    ends = sorted(
-        predict(passes.num_decodes + extra) for extra in (passes.num_prompts / passes.rows, passes.prompt_tokens)
-    )
+    ends = sorted(predict(passes.num_decodes + extra) for extra in (passes.least, passes.most))
     return None if ends[1] > (1 + MAX_SPREAD) * ends[0] else sum(ends) / 2
 
 
@@ -114,10 +116,11 @@ def _passes(record: GenerationRecord) -> _Passes | None:
     if crossed or num_decodes <= 0 or decoded <= 0 or num_tokens != prompt_tokens + decoded:
         return None  # something was shared, sent twice or cut off, or there was nothing to decode
     active = min(len(requests), schedule.max_slots)
-    at_once, rows = min(schedule.passes, active), decoded / num_decodes
+    at_once = max(1, min(schedule.passes, active))
+    rows = active / at_once
     if active > 1 and len(requests) > active:
         return None
-    if not (1 - MAX_UNEVEN) * active <= rows * at_once <= active:
+    if not (1 - MAX_UNEVEN) * rows <= decoded / num_decodes <= rows:
         return None
     return _Passes(
         num_prompts=len(requests),
@@ -126,6 +129,8 @@ def _passes(record: GenerationRecord) -> _Passes | None:
         num_decodes=num_decodes,
         rows=rows,
         at_once=at_once,
+        least=len(requests) / rows,
+        most=sum(math.ceil(request.num_prompt_tokens / rows) for request in requests),
     )
 
 
