@@ -191,16 +191,21 @@ def test_a_point_of_the_chart_shows_its_figures(results, tmp_path):
     assert hidden and not hidden_after and text.startswith("codec: none\nperplexity: ")
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_only_tables_scroll_sideways(results, tmp_path, width):
+@pytest.mark.parametrize("width, emulated", [(390, False), (1280, False), (390, True)])
+def test_only_tables_scroll_sideways(results, tmp_path, width, emulated):
     """In a frame of the width of a phone, since a browser's window cannot be that narrow."""
+    if emulated:
+        links = {name: {"bits_per_s": 1e6 + i, "delay_s": 0.01, "jitter_s": 0.002} for i, name in enumerate(CHAIN)}
+        write_point(tmp_path, emulation={"links": links, "slowdown": [1, 1, 3, 1]})
+        write_point(tmp_path, "nf4", emulation={"links": links | {CHAIN[0]: links[CHAIN[1]]}, "slowdown": []})
+        results = read_results([tmp_path])
     (tmp_path / "report.html").write_text(html_page(results, Outlook()), encoding="utf-8")
     framed = f'<iframe id="frame" src="report.html" style="width:{width}px;height:900px;border:0"></iframe>'
     script = """<script>
     const frame = document.getElementById("frame");
     frame.addEventListener("load", () => {
       const page = frame.contentDocument, width = page.documentElement.clientWidth;
-      const parts = page.querySelectorAll("main > *, main > section > *, figure, svg text");
+      const parts = page.querySelectorAll("main > *, main > section > *, figure, svg text, select");
       const wide = [...parts].filter((element) => {
         const box = element.getBoundingClientRect();
         return box.width > 0 && (box.right > width + 0.5 || box.left < -0.5);
