@@ -98,6 +98,8 @@ class Evaluation(Job):
         engine = Engine(worker, ends, control.report, source=source, credits=credits)
         with self._slots():
             engine.run()
+        if recorder:
+            recorder.end()
         with failing_alike(self.control):
             if source and source.failure is not None:
                 raise StageError(source.failure)

@@ -24,7 +24,7 @@ from pipeline.records.environment import environment_changes, software_versions
 from pipeline.records.files import RecordError
 from pipeline.records.identity import make_run_id
 from pipeline.records.journal import FinishedMicroBatch, Journal
-from pipeline.records.labels import model_label
+from pipeline.records.labels import emulation_label, model_label
 from pipeline.records.perplexity import perplexity, sum_nll
 from pipeline.records.run_record import (
     Args,
@@ -81,9 +81,13 @@ class Recorder:
             logger.warning("nothing to resume: %s has no unfinished run with this config; starting anew", folder)
         codec_names = sorted({codec.name for codec in job.codecs.facts}) or ["unsplit"]
         self.run_id = make_run_id(model_label(config.model.name), "+".join(codec_names), job.digest[:8])
-        self._tracker = Tracker(config.wandb, run_id=self.run_id, config=config.as_dict(), folder=folder, group=sweep)
+        emulated = emulation_label(emulation(config, job.plan, job.emulated_links), job.plan.chain_names)
+        self._emulated = {"emulation": emulated} if emulated else {}  # for W&B
+        tracked = config.as_dict() | self._emulated
+        self._tracker = Tracker(config.wandb, run_id=self.run_id, config=tracked, folder=folder, group=sweep)
         self._folder, self._sweep = folder, sweep
         self._progress: Progress | None = None
+        self._time_run_s = 0.0
 
     def begin(self) -> None:
         """The run proper begins: show progress, and start the clock."""
@@ -120,16 +124,19 @@ class Recorder:
         assert self._progress is not None, "begin comes first"
         self._progress.add(num_tokens=microbatch.num_tokens, loss=loss, payload_bytes=payload_bytes)
 
+    def end(self) -> None:
+        """The run proper is over: stop the clock."""
+        self._time_run_s = self.journal.elapsed_s
+
     def finish(self, reports: Sequence[dict[str, Any]], first: int) -> Path:
         """Write the record; `first` is the micro-batch with which this session began."""
-        time_run_s = self.journal.elapsed_s
         assert self._progress is not None, "begin comes first"
         self._progress.close()
         self._check_traffic(reports, first)
-        record = self._record(reports, time_run_s, first)
+        record = self._record(reports, self._time_run_s, first)
         path = write_record(self._folder, record, self._per_token())
         self.journal.remove()
-        self._tracker.finish(record.results.model_dump() | record.traffic_totals.model_dump())
+        self._tracker.finish(record.results.model_dump() | record.traffic_totals.model_dump() | self._emulated)
         return path
 
     def abandon(self) -> None:

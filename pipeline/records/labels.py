@@ -1,4 +1,4 @@
-"""Short names of models and codecs, for tables, figures and the names of runs."""
+"""Short names of models, codecs and emulated networks, for tables, figures and the names of runs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.records.generation_record import GenerationRecord
-from pipeline.records.run_record import RunRecord
+from pipeline.records.run_record import RESULT_LINK, EmulatedLink, Emulation, RunRecord
 
-__all__ = ["codec_label", "codec_labels", "config_label", "model_label"]
+__all__ = [
+    "chain_names",
+    "codec_label",
+    "codec_labels",
+    "config_label",
+    "emulation_label",
+    "emulation_labels",
+    "model_label",
+    "network_text",
+    "slowdown_text",
+]
 
 
 def codec_label(record: RunRecord | GenerationRecord) -> str:
@@ -33,9 +43,69 @@ def config_label(config: Mapping[str, Any]) -> str:
     return _label(config["compressor"], config["compressor_per_link"], config["compressor_decode"])
 
 
+def chain_names(record: RunRecord | GenerationRecord) -> tuple[str, ...]:
+    """Of all links of a lap, that of results included where there is one (`partition.Plan.chain_names`)."""
+    first, last = record.plan[0].node, record.plan[-1].node
+    result = () if first == last else (f"{RESULT_LINK}node{last}->node{first}",)
+    return (*record.traffic_per_link, *result)
+
+
+def emulation_label(emulation: Emulation | None, chain: Sequence[str]) -> str:
+    """`over 10 Mbit/s, 20 ms, nodes x1 x3`: what was emulated, delays from one end to the other; empty: nothing."""
+    links = emulation.links if emulation else {}
+    if len(set(links.values())) > 1:
+        return _emulation_text(f"{len(chain)} unlike links", emulation)
+    return _emulation_text(network_text(emulation, chain, short=True), emulation)
+
+
+def emulation_labels(records: Sequence[RunRecord]) -> list[str]:
+    """Labels of runs that stand together, with every link of all where the short form does not tell two apart."""
+    labels = [emulation_label(record.emulation, chain_names(record)) for record in records]
+    whole = [
+        _emulation_text(network_text(record.emulation, chain_names(record)), record.emulation) for record in records
+    ]
+    return labels if len(set(labels)) == len(set(whole)) else whole
+
+
+def network_text(emulation: Emulation | None, chain: Sequence[str], *, short: bool = False) -> str:
+    """The links' rates and delays, link by link where not all are alike, or `short`, how many are emulated; empty where
+    none is.
+    """
+    links = emulation.links if emulation else {}
+    if len(set(links.values())) == 1 and (short or len(links) == len(chain)):
+        some = "" if len(links) == len(chain) else f" on {len(links)} of {len(chain)} links"
+        return _way_text(next(iter(links.values()))) + some
+    return "; ".join(f"{name}: {_way_text(way)}" for name, way in links.items())
+
+
+def slowdown_text(emulation: Emulation | None) -> str:
+    """`x1 x1 x3 x1`: how many times as long each node took; empty where none was slowed down."""
+    slowdown = emulation.slowdown if emulation else ()
+    return " ".join(f"x{times:g}" for times in slowdown) if any(times != 1 for times in slowdown) else ""
+
+
 def model_label(name: str) -> str:
     """The last part of a model's name or path, without `.gguf`."""
     return Path(name).name.removesuffix(".gguf")
+
+
+def _emulation_text(network: str, emulation: Emulation | None) -> str:
+    slowdown = slowdown_text(emulation)
+    return ", ".join([*([f"over {network}"] if network else []), *([f"nodes {slowdown}"] if slowdown else [])])
+
+
+def _way_text(way: EmulatedLink) -> str:
+    jitter = f" ± {1e3 * way.jitter_s:g}" if way.jitter_s else ""
+    rate = [] if way.bits_per_s is None else [_rate_text(way.bits_per_s)]
+    delay = [f"{1e3 * way.delay_s:g}{jitter} ms"] if way.delay_s or jitter else []
+    return ", ".join([*rate, *delay]) or "no limit"
+
+
+def _rate_text(bits_per_s: float) -> str:
+    for unit, size in (("Gbit/s", 1e9), ("Mbit/s", 1e6), ("kbit/s", 1e3)):
+        if bits_per_s >= size:
+            return f"{bits_per_s / size:g} {unit}"
+    return f"{bits_per_s:g} bit/s"
 
 
 def _label(compressor: Any, per_link: Mapping[str, Any], decode: Any) -> str:

@@ -7,11 +7,22 @@ is None as a value and a dash as text; one that is not finite says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-__all__ = ["MISSING", "Column", "Row", "Value", "number", "percent", "perplexity", "significant"]
+__all__ = [
+    "MISSING",
+    "Column",
+    "Row",
+    "Value",
+    "dash_if_empty",
+    "number",
+    "percent",
+    "perplexity",
+    "shown",
+    "significant",
+]
 
 MISSING = "–"
 NOT_FINITE = "not finite"
@@ -24,7 +35,7 @@ class Column(Generic[Row]):
     """`key` heads the CSV column, `heading` the shown one (empty: CSV only); `meaning` explains it with its unit.
 
     `text` of a row is `form` of its value, unless `show` makes it from the row. `is_text`: its values are words.
-    `on_console`: it belongs to the narrower set that a console shows.
+    `on_console`: it belongs to the narrower set that a console shows. `if_any`: shown where a row has a value only.
     """
 
     key: str
@@ -35,12 +46,18 @@ class Column(Generic[Row]):
     show: Callable[[Row], str] | None = None
     is_text: bool = False
     on_console: bool = False
+    if_any: bool = False
 
     def text(self, row: Row) -> str:
         return self.show(row) if self.show else self.form(self.value(row))
 
     def has_value(self, row: Row) -> bool:
         return self.value(row) not in (None, "")
+
+
+def shown(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> list[Column[Row]]:
+    """Those that a table of these rows has."""
+    return [column for column in columns if not column.if_any or any(map(column.has_value, rows))]
 
 
 def significant(value: float | None, digits: int = 3) -> str:
@@ -75,6 +92,10 @@ def number(form: str) -> Callable[[float | None], str]:
         return format(value, form) if math.isfinite(value) else NOT_FINITE
 
     return text
+
+
+def dash_if_empty(value: str) -> str:
+    return value or MISSING
 
 
 def perplexity(value: float | None) -> str:

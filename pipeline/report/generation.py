@@ -8,7 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.records.generation_record import GenerationRecord
-from pipeline.records.labels import codec_label, model_label
+from pipeline.records.labels import (
+    chain_names,
+    codec_label,
+    emulation_label,
+    model_label,
+    network_text,
+    slowdown_text,
+)
+from pipeline.report.generation_prediction import predicted_tpot_s, predicted_ttft_s
 
 __all__ = ["GeneratedRun"]
 
@@ -16,7 +24,8 @@ __all__ = ["GeneratedRun"]
 @dataclass(frozen=True, kw_only=True)
 class GeneratedRun:
     """One record. `ttft_s`, `tpot_s` and `tpot_p95_s` (seconds to the first token, between tokens) are None where no
-    request came that far, bytes per token of a link where nothing crossed one.
+    request came that far, bytes per token of a link where nothing crossed one, predictions where nothing was emulated
+    or the record does not tell enough. `network` and `slowdown` are empty where nothing was emulated.
     """
 
     label: str
@@ -28,6 +37,10 @@ class GeneratedRun:
     ttft_s: float | None
     tpot_s: float | None
     tpot_p95_s: float | None
+    predicted_ttft_s: float | None
+    predicted_tpot_s: float | None
+    network: str
+    slowdown: str
     payload_bytes_per_token: float | None
     header_bytes_per_token: float | None
     cache_bytes: int
@@ -39,9 +52,9 @@ class GeneratedRun:
     @classmethod
     def of(cls, record: GenerationRecord) -> GeneratedRun:
         results, links, schedule = record.results, record.traffic_per_link.values(), record.schedule
-        crossings = sum(link.tokens for link in links)
+        crossings, chain = sum(link.tokens for link in links), chain_names(record)
         return cls(
-            label=codec_label(record),
+            label=f"{codec_label(record)} {emulation_label(record.emulation, chain)}".rstrip(),
             model=model_label(record.args.model_name),
             num_requests=results.num_requests,
             num_failed=results.num_failed,
@@ -50,6 +63,10 @@ class GeneratedRun:
             ttft_s=results.ttft_s.median if results.ttft_s else None,
             tpot_s=results.tpot_s.median if results.tpot_s else None,
             tpot_p95_s=results.tpot_s.p95 if results.tpot_s else None,
+            predicted_ttft_s=predicted_ttft_s(record),
+            predicted_tpot_s=predicted_tpot_s(record),
+            network=network_text(record.emulation, chain),
+            slowdown=slowdown_text(record.emulation),
             payload_bytes_per_token=sum(link.payload_bytes for link in links) / crossings if crossings else None,
             header_bytes_per_token=sum(link.header_bytes for link in links) / crossings if crossings else None,
             cache_bytes=sum(rank.cache_bytes for rank in record.ranks),

@@ -1,4 +1,5 @@
-"""The columns of a table of runs that generated; all of them are shown everywhere, but for the run's id.
+"""The columns of a table of runs that generated; all but the run's id are shown everywhere, some where a network was
+emulated.
 
 The counterpart of `point_columns`; `generation` reads what stands in them.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.report.columns import Column, Value, number
+from pipeline.report.columns import Column, Value, dash_if_empty, number
 from pipeline.report.generation import GeneratedRun
 
 __all__ = ["COLUMNS", "SHOWN_COLUMNS"]
@@ -17,6 +18,14 @@ def _ms(name: str) -> Callable[[GeneratedRun], Value]:
     def value(run: GeneratedRun) -> Value:
         seconds = getattr(run, name)
         return None if seconds is None else 1e3 * seconds
+
+    return value
+
+
+def _ratio(predicted: str, measured: str) -> Callable[[GeneratedRun], Value]:
+    def value(run: GeneratedRun) -> Value:
+        seconds, measured_s = getattr(run, predicted), getattr(run, measured)
+        return seconds / measured_s if seconds and measured_s else None
 
     return value
 
@@ -56,6 +65,56 @@ COLUMNS: tuple[Column[GeneratedRun], ...] = (
         meaning="between tokens of one answer, 95th percentile",
         value=_ms("tpot_p95_s"),
         form=number(".1f"),
+    ),
+    Column(
+        key="predicted_ttft_ms",
+        heading="predicted TTFT, ms",
+        meaning="of the mean prompt on the emulated network, where the record tells enough",
+        value=_ms("predicted_ttft_s"),
+        form=number(".1f"),
+        if_any=True,
+    ),
+    Column(
+        key="predicted_over_measured_ttft",
+        heading="predicted/measured TTFT",
+        meaning="that over the measured median",
+        value=_ratio("predicted_ttft_s", "ttft_s"),
+        form=number(".3f"),
+        if_any=True,
+    ),
+    Column(
+        key="predicted_ms_per_token",
+        heading="predicted ms/token",
+        meaning="between tokens of one answer on the emulated network, where the record tells enough",
+        value=_ms("predicted_tpot_s"),
+        form=number(".1f"),
+        if_any=True,
+    ),
+    Column(
+        key="predicted_over_measured_ms_per_token",
+        heading="predicted/measured ms/token",
+        meaning="that over the measured median",
+        value=_ratio("predicted_tpot_s", "tpot_s"),
+        form=number(".3f"),
+        if_any=True,
+    ),
+    Column(
+        key="emulated_network",
+        heading="emulated network",
+        meaning="rate and delay of each way of a link, from one end to the other, on one machine",
+        value=lambda r: r.network,
+        form=dash_if_empty,
+        is_text=True,
+        if_any=True,
+    ),
+    Column(
+        key="emulated_slowdown",
+        heading="emulated slowdown",
+        meaning="how many times as long each node was made to take",
+        value=lambda r: r.slowdown,
+        form=dash_if_empty,
+        is_text=True,
+        if_any=True,
     ),
     Column(
         key="bytes_per_token_per_link",

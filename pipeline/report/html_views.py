@@ -6,6 +6,8 @@ their names. Values only; how they look is said there.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,21 +15,23 @@ from typing import Any
 from markupsafe import Markup
 
 from pipeline.report.charts import ChartPoint, trade_off_svg
-from pipeline.report.columns import Column, significant
+from pipeline.report.columns import Column, shown, significant
 from pipeline.report.measured_point import PHASES, MeasuredPoint
 from pipeline.report.point_columns import SHOWN_COLUMNS
-from pipeline.report.prediction import Network
+from pipeline.report.prediction import Network, emulated_network
 from pipeline.report.published import read_published
 from pipeline.report.recommendation import Outlook, fastest, predict, predicted_figure, within_budget
 from pipeline.report.results import Results, Setting
 
 __all__ = [
     "Bars",
+    "EmulatedNetwork",
     "NetworkCell",
     "NetworkRow",
     "Panel",
     "bar_title",
     "columns_with_values",
+    "emulated_networks",
     "facts",
     "generation_notes",
     "link_groups",
@@ -37,6 +41,7 @@ __all__ = [
     "own_link",
     "published_panel",
     "short_link",
+    "shown",
     "terms",
     "time_bars",
     "without_quality",
@@ -59,19 +64,32 @@ class Panel:
 
 
 def measured_panel(setting: Setting) -> Panel:
+    """A mark per point, but one for all that differ in what was emulated alone, on which neither bytes nor quality
+    depend: their marks would hide each other and pass for other codecs.
+    """
+    alike: dict[tuple[Any, ...], list[MeasuredPoint]] = {}
+    repeats: Counter[tuple[Any, ...]] = Counter()
+    for point in setting.points:
+        key = (point.codecs, point.bits_per_value, point.ppl, point.causal)
+        alike.setdefault((*key, repeats[*key, point.emulated]), []).append(point)
+        repeats[*key, point.emulated] += 1
     points = [
         ChartPoint(
-            label=point.label,
-            bits_per_value=point.bits_per_value,
-            ppl=point.ppl,
-            causal=point.causal,
-            detail="\n".join(f"{c.heading}: {c.text(point)}" for c in SHOWN_COLUMNS if c.has_value(point)),
+            label=members[0].label if len(members) == 1 else f"{members[0].codecs} ({len(members)} runs)",
+            bits_per_value=members[0].bits_per_value,
+            ppl=members[0].ppl,
+            causal=members[0].causal,
+            detail="\n\n".join(map(_detail, members)),
         )
-        for point in setting.points
-        if point.bits_per_value is not None
+        for members in alike.values()
+        if members[0].bits_per_value is not None
     ]
     base = setting.baseline.ppl if setting.baseline else None
     return _panel("Measured", setting.prefix + setting.title, points, setting.hidden_size, base)
+
+
+def _detail(point: MeasuredPoint) -> str:
+    return "\n".join(f"{c.heading}: {c.text(point)}" for c in SHOWN_COLUMNS if c.has_value(point))
 
 
 def published_panel() -> Panel:
@@ -188,6 +206,33 @@ def _cell(point: MeasuredPoint, network: Network, *, decode: bool, is_best: bool
         binds=prediction.binds if prediction else "",
         is_best=is_best,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmulatedNetwork:
+    """A network that points were under; `links` are all of a lap, by name: bits per second, or None for as fast as the
+    machine, and seconds from one end to the other.
+    """
+
+    name: str
+    links: dict[str, tuple[float | None, float]]
+
+
+def emulated_networks(results: Results) -> list[EmulatedNetwork]:
+    """What the reader may choose beside a network of their own."""
+    networks: list[EmulatedNetwork] = []
+    for _, point in _with_costs(results):
+        emulation = point.record.emulation
+        if emulation is None or not emulation.links or point.costs is None:
+            continue
+        network = emulated_network(emulation)
+        ways = {name: network.way(name) for name in point.costs.hops}
+        links = {
+            name: (way.bits_per_s if math.isfinite(way.bits_per_s) else None, way.delay_s) for name, way in ways.items()
+        }
+        if all(known.links != links for known in networks):
+            networks.append(EmulatedNetwork(name=point.network, links=links))
+    return networks
 
 
 def terms(results: Results) -> list[dict[str, Any]]:

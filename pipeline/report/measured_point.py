@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.records.labels import chain_names, network_text, slowdown_text
 from pipeline.records.run_record import RunRecord
-from pipeline.report.prediction import PipelineCosts
+from pipeline.report.prediction import PipelineCosts, predicted_run_s
 from pipeline.report.quality import Quality
 
 __all__ = ["PHASES", "LinkFigures", "MeasuredPoint", "is_uncompressed"]
@@ -32,6 +33,7 @@ class LinkFigures:
 class MeasuredPoint:
     """One record, its quality against the setting's baseline, and what a prediction needs.
 
+    `codecs` and `emulated` say what was on the links, and what was emulated: nothing where it is empty.
     `quality` is None where there is no baseline or a per-token file cannot be used; `quality_note` says why, and
     `unread` tells the second case. `ppl_change` (0.01: 1%) is against the baseline, NaN or infinity where losses are
     not finite, None without a baseline and where `unread`. `elsewhere` says what this point ran on where the baseline
@@ -43,13 +45,38 @@ class MeasuredPoint:
     """
 
     record: RunRecord
-    label: str
+    codecs: str
+    emulated: str
     quality: Quality | None
     quality_note: str
     unread: bool
     elsewhere: str
     costs: PipelineCosts | None
     ppl_change: float | None
+
+    @property
+    def label(self) -> str:
+        return f"{self.codecs} {self.emulated}".rstrip()
+
+    @property
+    def network(self) -> str:
+        """Rates and delays that were emulated, link by link where they differ."""
+        return network_text(self.record.emulation, chain_names(self.record))
+
+    @property
+    def slowdown(self) -> str:
+        return slowdown_text(self.record.emulation)
+
+    @property
+    def predicted_tokens_per_s(self) -> float | None:
+        """Of the whole run on the network that was emulated, beside `RunRecord.tokens_per_s`; None without one."""
+        seconds = predicted_run_s(self.record)
+        return (self.record.timed_tokens or 0) / seconds if seconds else None
+
+    @property
+    def predicted_over_measured(self) -> float | None:
+        predicted, measured = self.predicted_tokens_per_s, self.record.tokens_per_s
+        return None if predicted is None or not measured else predicted / measured
 
     @property
     def ppl(self) -> float | None:

@@ -20,14 +20,14 @@ __all__ = ["plot_rate_quality"]
 def plot_rate_quality(records: Sequence[RunRecord], path: Path) -> None:
     """Perplexity against payload bytes per token and link, one labelled point per record; written as PNG.
 
-    Both axes are logarithmic. Records without a finite perplexity or without links have no point. Raises
-    ValueError when none is left.
+    Both axes are logarithmic. Runs of a codec that differ in neither share a point, whatever network was emulated.
+    Records without a finite perplexity or without links have no point. Raises ValueError when none is left.
     """
-    points = [
+    points = dict.fromkeys(
         (r.traffic_totals.bytes_per_token, r.results.avg_ppl, label, r.causal)
         for r, label in zip(records, codec_labels(records), strict=True)
         if r.results.avg_ppl is not None and r.traffic_totals.bytes_per_token
-    ]
+    )
     if not points:
         raise ValueError("no record has both a finite perplexity and traffic: nothing to draw")
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.report.columns import MISSING, Column, Value, number, percent, perplexity, significant
+from pipeline.report.columns import MISSING, Column, Value, dash_if_empty, number, percent, perplexity, significant
 from pipeline.report.measured_point import MeasuredPoint
 
 __all__ = ["COLUMNS", "CONSOLE_COLUMNS", "SHOWN_COLUMNS"]
@@ -142,6 +142,42 @@ COLUMNS: tuple[Column[MeasuredPoint], ...] = (
         value=lambda p: p.record.tokens_per_s,
         form=significant,
         on_console=True,
+    ),
+    Column(
+        key="predicted_tokens_per_s",
+        heading="predicted tokens/s",
+        meaning="the same of the whole run, filling and draining included, by the formula for the emulated network",
+        value=lambda p: p.predicted_tokens_per_s,
+        form=significant,
+        on_console=True,
+        if_any=True,
+    ),
+    Column(
+        key="predicted_over_measured",
+        heading="predicted/measured",
+        meaning="predicted tokens/s over measured",
+        value=lambda p: p.predicted_over_measured,
+        form=number(".3f"),
+        on_console=True,
+        if_any=True,
+    ),
+    Column(
+        key="emulated_network",
+        heading="emulated network",
+        meaning="rate and delay of each way of a link, from one end to the other, on one machine",
+        value=lambda p: p.network,
+        form=dash_if_empty,
+        is_text=True,
+        if_any=True,
+    ),
+    Column(
+        key="emulated_slowdown",
+        heading="emulated slowdown",
+        meaning="how many times as long each node was made to take",
+        value=lambda p: p.slowdown,
+        form=dash_if_empty,
+        is_text=True,
+        if_any=True,
     ),
     Column(
         key="note", heading="note", meaning="what a reader must know", value=_note, is_text=True, on_console=True

@@ -127,6 +127,6 @@ def _describe(point: MeasuredPoint, setting: Setting) -> str:
     if baseline.bytes_per_token and nbytes:
         saving = f", {baseline.bytes_per_token / nbytes:.2g} times fewer than uncompressed"
     return (
-        f"{point.label}: {nbytes:,.1f} bytes per token and link{saving}; "
+        f"{point.codecs}: {nbytes:,.1f} bytes per token and link{saving}; "
         f"perplexity {percent(quality.ppl_ratio - 1)}{interval}"
     )

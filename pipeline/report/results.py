@@ -21,7 +21,7 @@ from pipeline.records.failed_point import FailedPoint
 from pipeline.records.files import RecordError, disk_problem
 from pipeline.records.generation_record import GenerationRecord
 from pipeline.records.identity import digest_of
-from pipeline.records.labels import codec_labels, model_label
+from pipeline.records.labels import codec_labels, emulation_labels, model_label
 from pipeline.records.run_record import RunRecord
 from pipeline.records.store import read_any, read_per_token
 from pipeline.report.printable import printable
@@ -163,11 +163,13 @@ def summary_points(records: Sequence[RunRecord]) -> list[tuple[MeasuredPoint, st
         if is_uncompressed(record):
             baselines.setdefault(key, record)
     points = []
-    for key, record, label in zip(keys, records, codec_labels(records), strict=True):
+    labels = zip(codec_labels(records), emulation_labels(records), strict=True)
+    for key, record, (codecs, emulated) in zip(keys, records, labels, strict=True):
         baseline = baselines.get(key)
         point = MeasuredPoint(
             record=record,
-            label=label,
+            codecs=codecs,
+            emulated=emulated,
             quality=None,
             quality_note="",
             unread=False,
@@ -249,8 +251,9 @@ def _points(
             uncompressed = read_own_per_token(*baseline)
         except RecordError as e:
             problem = f"of the uncompressed point: {e}"
-    labels = codec_labels([record for _, record in members])
-    for label, (path, record) in zip(labels, members, strict=True):
+    records = [record for _, record in members]
+    labels = zip(codec_labels(records), emulation_labels(records), strict=True)
+    for (codecs, emulated), (path, record) in zip(labels, members, strict=True):
         quality, note = None, problem
         if uncompressed is not None:
             try:
@@ -260,7 +263,8 @@ def _points(
                 note = str(e)
         yield MeasuredPoint(
             record=record,
-            label=label,
+            codecs=codecs,
+            emulated=emulated,
             quality=quality,
             quality_note=note,
             elsewhere=_elsewhere(record, baseline[1] if baseline else None),

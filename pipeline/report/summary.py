@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.records.files import RecordError, disk_problem, write_whole
 from pipeline.records.run_record import RunRecord
 from pipeline.report import generation_columns
+from pipeline.report.columns import shown
 from pipeline.report.printable import printable
 from pipeline.report.html_page import html_page
 from pipeline.report.point_columns import CONSOLE_COLUMNS
@@ -25,9 +26,10 @@ def summary_rows(records: Sequence[RunRecord]) -> list[dict[str, str]]:
     The change of perplexity is against the first uncompressed record of the same model, text and protocol. Where
     records differ in these, the note begins with tokens and windows.
     """
-    rows = []
-    for point, setting in summary_points(records):
-        row = {column.key: column.text(point) for column in CONSOLE_COLUMNS}
+    rows, points = [], summary_points(records)
+    columns = shown(CONSOLE_COLUMNS, [point for point, _ in points])
+    for point, setting in points:
+        row = {column.key: column.text(point) for column in columns}
         rows.append(row | {"note": ", ".join(filter(None, (setting, row["note"])))})
     return rows
 
@@ -37,9 +39,11 @@ def print_summary(paths: Sequence[Path]) -> None:
     generated = load_generated(paths)
     rows = summary_rows(load_records(paths))
     if rows or not generated:
-        _print_table([column.heading for column in CONSOLE_COLUMNS], [list(row.values()) for row in rows])
+        headings = {column.key: column.heading for column in CONSOLE_COLUMNS}
+        keys = rows[0] if rows else [column.key for column in shown(CONSOLE_COLUMNS, [])]
+        _print_table([headings[key] for key in keys], [list(row.values()) for row in rows])
     if generated:
-        columns = generation_columns.SHOWN_COLUMNS
+        columns = shown(generation_columns.SHOWN_COLUMNS, generated)
         _print_table([c.heading for c in columns], [[c.text(run) for c in columns] for run in generated])
     places = paths if len(paths) == 1 else dict.fromkeys(path if path.is_dir() else path.parent for path in paths)
     for place in places:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 
 from pipeline.report import generation_columns, point_columns
-from pipeline.report.columns import Column, Row, Value, significant
+from pipeline.report.columns import Column, Row, Value, shown, significant
 from pipeline.report.printable import escape_controls
 from pipeline.report.recommendation import Outlook, predict, predicted_figure, verdict_text
 from pipeline.report.results import Results, Setting
@@ -89,7 +89,8 @@ def _predictions(setting: Setting, outlook: Outlook, *, decode: bool) -> str:
 
 
 def _column_table(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> str:
-    return _table([column.heading for column in columns], [[column.text(row) for column in columns] for row in rows])
+    those = shown(columns, rows)
+    return _table([column.heading for column in those], [[column.text(row) for column in those] for row in rows])
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

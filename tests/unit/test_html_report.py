@@ -14,15 +14,16 @@ from jinja2 import UndefinedError
 from pipeline.records.files import RecordError
 from pipeline.report import published
 from pipeline.report.charts import ChartPoint, pareto_front, trade_off_svg
-from pipeline.report.columns import percent, perplexity, significant
+from pipeline.report.columns import percent, perplexity, shown, significant
 from pipeline.report.generation_columns import SHOWN_COLUMNS
 from pipeline.report.html_page import html_page, templates
 from pipeline.report.published import read_published
-from pipeline.report.recommendation import Outlook
+from pipeline.report.html_views import measured_panel
+from pipeline.report.recommendation import Outlook, recommendation_text
 from pipeline.report.results import read_results
 from pipeline.report.summary import print_summary, write_report
 from pipeline.report.text_page import csv_table, markdown_page
-from tests.helpers.records import losses, write_failed_point, write_generation_point, write_point
+from tests.helpers.records import PLAN, losses, write_failed_point, write_generation_point, write_point
 
 ROOT = Path(__file__).parents[2]
 NASTY = "my.codecs:Odd(note=</script><img src=x onerror='alert(1)'>|\"&)"
@@ -137,12 +138,93 @@ def test_runs_that_generated_read_alike_everywhere(folder, capsys):
     page = (folder / "out.html").read_text(encoding="utf-8")
     section = page[page.index('<section id="generation">') :].partition("</section>")[0]
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", section)
-    assert cells == [column.text(run) for column in SHOWN_COLUMNS[1:]]
+    assert cells == [column.text(run) for column in shown(SHOWN_COLUMNS, [run])[1:]]
     assert cells[4:9] == ["67.40", "20.0", "20.0", "40.0", "64.0"] and "<li>something of note</li>" in section
     assert "| nf4, decoding int8 | " + " | ".join(cells) + " |" in (folder / "out.md").read_text(encoding="utf-8")
     capsys.readouterr()
     print_summary([folder])
     assert re.split(" {2,}", capsys.readouterr().out.splitlines()[-2]) == [run.label, *cells]
+
+
+def emulated(rate=1e7, delay=0.02, slowdown=(), **others):
+    links = {name: {"bits_per_s": rate, "delay_s": delay, "jitter_s": 0.0} for name in PLAN.chain_names}
+    links |= {name: link | {"jitter_s": 0.0} for name, link in others.items()}
+    return {"links": links, "slowdown": list(slowdown)}
+
+
+def headings(page, section):
+    part = page[page.index(f'<section id="{section}">') :].partition("</thead>")[0]
+    return [re.sub("<[^>]*>", "", cell).strip() for cell in re.findall(r"<th[^>]*>.*?</th>", part, re.DOTALL)]
+
+
+EMULATED_HEADINGS = {"predicted tokens/s", "predicted/measured", "emulated network", "emulated slowdown"}
+
+
+def test_points_under_an_emulated_network_say_so_everywhere(folder, capsys):
+    write_point(folder, "nf4", nbytes=36, emulation=emulated(), run_id="thin", per_token_file="thin.safetensors")
+    write_point(folder, "nf4", nbytes=36, emulation=emulated(slowdown=(1, 1, 3, 1), **{PLAN.links[1].name: LINK}))
+    write_generation_point(folder, "generation", emulation=emulated(1e6))
+    write_report([folder], folder / "out.html", Outlook())
+    labels = ["nf4 over 10 Mbit/s, 20 ms", "nf4 over 4 unlike links, nodes x1 x1 x3 x1"]
+    results = read_results([folder])
+    assert len(results.settings) == 1 and [p.label for p in results.points][-2:] == labels
+    page = (folder / "out.html").read_text(encoding="utf-8")
+    check(page)
+    text = (folder / "out.md").read_text(encoding="utf-8")
+    capsys.readouterr()
+    print_summary([folder])
+    console = capsys.readouterr().out
+    for label in (*labels, "nf4, decoding int8 over 1 Mbit/s, 20 ms"):
+        assert label in page and f"| {label} |" in text and label in console
+    assert EMULATED_HEADINGS < set(headings(page, "points")) and "<dt>predicted tokens/s</dt>" in page
+    assert "emulated network" in headings(page, "generation")
+    assert "predicted ms/token" not in headings(page, "generation")  # the helper's record does not tell enough
+    assert "predicted/measured" in console.splitlines()[0]
+    rows = list(csv.DictReader(io.StringIO(csv_table(results))))
+    assert [row["emulated_network"] for row in rows[:4]] == [""] * 4
+    assert rows[4]["emulated_network"] == "10 Mbit/s, 20 ms" and rows[4]["emulated_slowdown"] == ""
+    assert f"; {PLAN.links[1].name}: 64 kbit/s, 300 ms; " in rows[5]["emulated_network"]
+    assert rows[5]["emulated_slowdown"] == "x1 x1 x3 x1"
+    point = results.points[-1]
+    assert float(rows[5]["predicted_tokens_per_s"]) == point.predicted_tokens_per_s
+    assert float(rows[5]["predicted_over_measured"]) == point.predicted_tokens_per_s / point.record.tokens_per_s
+    assert not rows[0]["predicted_tokens_per_s"]
+
+
+LINK = {"bits_per_s": 64e3, "delay_s": 0.3}
+
+
+def test_points_on_the_machine_as_it_is_read_as_ever(folder, capsys):
+    write_generation_point(folder, "generation")
+    write_report([folder], folder / "out.html", Outlook())
+    print_summary([folder])
+    page = (folder / "out.html").read_text(encoding="utf-8")
+    text = (folder / "out.md").read_text(encoding="utf-8")
+    for told in (page.partition("<h3>The prediction's formula")[0], text, capsys.readouterr().out):
+        assert "emulated" not in told and "predicted tokens/s" not in told and "predicted/measured" not in told
+
+
+def test_runs_that_differ_in_the_network_alone_share_a_mark(tmp_path):
+    write_point(tmp_path)
+    for emulation in (None, emulated(), emulated(1e6)):
+        write_point(tmp_path, "nf4", nbytes=36, emulation=emulation)
+    write_point(tmp_path, "int8", nbytes=66, emulation=emulated())
+    write_point(tmp_path, "none")  # no network sets it apart: a mark of its own, as ever
+    (setting,) = read_results([tmp_path]).settings
+    ((_, chart), _) = measured_panel(setting).charts
+    assert chart.count('class="hit"') == 4
+    assert re.findall(r'class="label"[^>]*>([^<]*)', chart).count("nf4 (3 runs)") == 1
+    shared = next(t for t in re.findall(r'aria-label="([^"]*)"', chart) if "nf4" in t)
+    assert "codec: nf4\n" in shared and "codec: nf4 over 10 Mbit/s, 20 ms\n" in shared and "1 Mbit/s" in shared
+    assert "int8 over 10 Mbit/s, 20 ms" in chart
+    assert "differ in what was emulated share a mark" in html_page(read_results([tmp_path]), Outlook())
+
+
+def test_the_recommended_codec_is_named_without_its_network(tmp_path):
+    write_point(tmp_path)
+    write_point(tmp_path, "int8", loss=losses(0.001), nbytes=66, emulation=emulated())
+    (setting,) = read_results([tmp_path]).settings
+    assert "the cheapest is int8: 66.0 bytes" in recommendation_text(setting, Outlook())
 
 
 def test_without_a_run_that_generated_there_is_no_table_of_them(folder):

@@ -10,7 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.partition.plan import default_plan
-from pipeline.report.prediction import Network, OneToken, PipelineCosts, Term, predict_decode, predict_prefill
+from pipeline.records.run_record import Emulation
+from pipeline.report.prediction import (
+    Network,
+    OneToken,
+    PipelineCosts,
+    Term,
+    Way,
+    emulated_network,
+    predict_decode,
+    predict_prefill,
+    predict_run_s,
+    predicted_run_s,
+)
 from pipeline.report.results import read_results
 from tests.helpers.records import make_record, write_point
 
@@ -59,10 +71,11 @@ def simulate(plan, stage_s, frame_bytes, network, num_microbatches, in_flight):
             if place + 1 == len(nodes):
                 finished.append(now_s)
             elif place + 1 < num_stages:
-                link_free[place] = max(link_free[place], now_s) + 8 * frame_bytes[place] / network.bits_per_s
-                at(link_free[place] + network.rtt_s / 2, nodes[place + 1], place + 1, True)
+                way = network.way(plan.chain_names[place])
+                link_free[place] = max(link_free[place], now_s) + 8 * frame_bytes[place] / way.bits_per_s
+                at(link_free[place] + way.delay_s, nodes[place + 1], place + 1, True)
             else:
-                at(now_s + network.rtt_s / 2, 0, place + 1, True)
+                at(now_s + network.way(plan.chain_names[place]).delay_s, 0, place + 1, True)
         work(now_s, node)
     assert len(finished) == num_microbatches
     return finished
@@ -106,6 +119,14 @@ def record_of(plan, stage_s, frame_bytes, microbatch_tokens, in_flight):
 
 
 seconds = st.floats(0.001, 0.1)
+mbits_of_links = st.lists(st.sampled_from([1, 10, 100, 1000]), min_size=5, max_size=5)
+delays_of_links = st.lists(st.sampled_from([0.0, 0.02, 0.15]), min_size=5, max_size=5)
+
+
+def network_of(plan, mbits, delays_s):
+    """One way per link, results' included; what is given for all links is not used."""
+    ways = [Way(bits_per_s=m * 1e6, delay_s=d) for m, d in zip(mbits, delays_s, strict=True)]
+    return Network(bits_per_s=1.0, rtt_s=99.0, links=dict(zip(plan.chain_names, ways, strict=False)))
 
 
 @pytest.mark.slow
@@ -151,12 +172,57 @@ def test_decode_is_the_simulated_latency_of_one_token_after_another(
     assert predict_decode(costs, network).s_per_token == pytest.approx(finished[-1] - finished[-2])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    num_nodes=st.integers(2, 4),
+    wrap=st.booleans(),
+    stage_s=st.lists(seconds, min_size=5, max_size=5),
+    frame_bytes=st.lists(st.integers(100, 50_000), min_size=5, max_size=5),
+    mbits=mbits_of_links,
+    delays_s=delays_of_links,
+)
+def test_every_link_has_its_own_rate_and_delay(num_nodes, wrap, stage_s, frame_bytes, mbits, delays_s):
+    plan = default_plan(8, num_nodes, wrap=wrap)
+    network = network_of(plan, mbits, delays_s)
+    one_by_one = PipelineCosts.of(record_of(plan, stage_s, frame_bytes, 512, 1))
+    finished = simulate(plan, stage_s, frame_bytes, network, 5, in_flight=1)
+    assert predict_run_s(one_by_one, network, 5) == pytest.approx(finished[-1])
+    assert predict_prefill(one_by_one, network).tokens_per_s == pytest.approx(512 / (finished[-1] - finished[-2]))
+    assert predict_decode(one_by_one, network).s_per_token == pytest.approx(finished[-1] - finished[-2])
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None)
+@given(
+    num_nodes=st.integers(2, 4),
+    wrap=st.booleans(),
+    stage_s=st.lists(seconds, min_size=5, max_size=5),
+    frame_bytes=st.lists(st.integers(100, 50_000), min_size=5, max_size=5),
+    mbits=mbits_of_links,
+    delays_s=delays_of_links,
+    num_microbatches=st.integers(1, 40),
+    in_flight=st.integers(1, 7),
+)
+def test_a_whole_run_fills_works_and_drains(
+    num_nodes, wrap, stage_s, frame_bytes, mbits, delays_s, num_microbatches, in_flight
+):
+    """Exact where no node has two stages, which it may take in an order that costs time."""
+    plan = default_plan(8, num_nodes, wrap=wrap)
+    network = network_of(plan, mbits, delays_s)
+    costs = PipelineCosts.of(record_of(plan, stage_s, frame_bytes, 512, in_flight))
+    finished = simulate(plan, stage_s, frame_bytes, network, num_microbatches, in_flight)
+    predicted = predict_run_s(costs, network, num_microbatches)
+    if num_microbatches == 1 or plan.last_node != 0:
+        assert predicted == pytest.approx(finished[-1])
+    assert 0.8 * finished[-1] < predicted <= finished[-1] * (1 + 1e-9)
+
+
 COSTS = PipelineCosts(
-    node_s={"node 0": 2e-3, "node 1": 1e-3},
+    stage_s=(("node 0", 1.5e-3), ("node 1", 1e-3), ("node 0", 0.5e-3)),
     link_bytes={"a": 1000.0, "b": 500.0},
     microbatch_tokens=100,
     in_flight=4,
-    num_hops=2,
+    hops=("a", "b"),
     one_token=None,
 )
 
@@ -173,7 +239,8 @@ def test_stages_of_a_node_add_up():
     costs = PipelineCosts.of(record_of(plan, [0.1, 0.2, 0.3, 0.4, 0.5], [1000] * 5, 10, 6))
     expected = {"node 0": 0.06, "node 1": 0.02, "node 2": 0.03, "node 3": 0.04}
     assert costs.node_s == pytest.approx(expected)
-    assert costs.num_hops == 4 and costs.link_bytes[plan.links[0].name] == pytest.approx(100)
+    assert costs.hops == tuple(link.name for link in plan.links)
+    assert costs.link_bytes[plan.links[0].name] == pytest.approx(100)
 
 
 def test_without_a_one_token_forward_there_is_no_latency():
@@ -183,27 +250,76 @@ def test_without_a_one_token_forward_there_is_no_latency():
 
 
 def test_a_term_is_linear_in_what_the_network_costs():
-    term = Term(name="x", seconds=0.5, bits=3e6, round_trips=1.5)
+    term = Term(name="x", seconds=0.5, bits={"a": 2e6, "b": 1e6}, hops={"a": 1.0, "result": 2.0})
     assert term.on(Network(bits_per_s=1e6, rtt_s=0.2)) == pytest.approx(0.5 + 3.0 + 0.3)
     assert term.on(Network(bits_per_s=2e6, rtt_s=0.0)) == pytest.approx(0.5 + 1.5)
 
 
 def test_the_terms_of_both_predictions():
-    costs = dataclasses.replace(COSTS, one_token=OneToken(seconds=0.25, nbytes=700.0))
+    costs = dataclasses.replace(COSTS, one_token=OneToken(seconds=0.25, link_bytes={"a": 500.0, "b": 200.0}))
     *resources, lap = costs.prefill_terms
     assert resources == [
         Term(name="node 0", seconds=2e-3),
         Term(name="node 1", seconds=1e-3),
-        Term(name="a", bits=8000.0),
-        Term(name="b", bits=4000.0),
+        Term(name="a", bits={"a": 8000.0}),
+        Term(name="b", bits={"b": 4000.0}),
     ]
-    assert (lap.name, lap.seconds, lap.bits) == ("in flight", pytest.approx(3e-3 / 4), 3000.0)
-    assert lap.round_trips == pytest.approx(2 / 2 / 100 / 4)
-    parts = [Term(name="compute", seconds=0.25), Term(name="bandwidth", bits=5600.0)]
-    assert costs.decode_terms == [*parts, Term(name="round trips", round_trips=1.0)]
+    assert (lap.name, lap.seconds) == ("in flight", pytest.approx(3e-3 / 4))
+    assert lap.bits == {"a": 2000.0, "b": 1000.0} and lap.hops == pytest.approx({"a": 1 / 400, "b": 1 / 400})
+    parts = [Term(name="compute", seconds=0.25), Term(name="bandwidth", bits={"a": 4000.0, "b": 1600.0})]
+    assert costs.decode_terms == [*parts, Term(name="round trips", hops={"a": 1.0, "b": 1.0})]
     network = Network(bits_per_s=5600.0, rtt_s=0.5)
     latency = predict_decode(costs, network)
     assert (latency.s_per_token, latency.binds) == (pytest.approx(1.75), "bandwidth")
+
+
+def test_unlike_links_by_hand():
+    network = Network(bits_per_s=1e9, rtt_s=0.0, links={"b": Way(bits_per_s=4e5, delay_s=0.3)})
+    *_, link_a, link_b, lap = COSTS.prefill_terms
+    assert link_a.on(network) == pytest.approx(8000 / 1e9) and link_b.on(network) == pytest.approx(4000 / 4e5)
+    lap_s = 100 * (3e-3 + 8000 / 1e9 + 0.01) + 0.3
+    assert lap.on(network) == pytest.approx(lap_s / 4 / 100)
+    assert predict_prefill(COSTS, network).binds == "b"
+    # Nine of them: b takes 1 s each, of which the lap of 1.6 s has one; four are under way, more than 1.6 / 1.
+    assert predict_run_s(COSTS, network, 9) == pytest.approx(lap_s + 8 * 1.0)
+    far = Network(bits_per_s=1e9, rtt_s=0.0, links={"b": Way(bits_per_s=4e5, delay_s=9.3)})
+    assert predict_run_s(COSTS, far, 9) == pytest.approx(3 * (lap_s + 9))  # four, four and one
+
+
+def test_the_network_of_a_record():
+    plan = default_plan(8, 4)
+    names = plan.chain_names
+    links = {names[0]: {"bits_per_s": None, "delay_s": 0.02, "jitter_s": 0.01}}
+    network = emulated_network(Emulation.from_plain({"links": links, "slowdown": []}))
+    assert network.way(names[0]) == Way(bits_per_s=float("inf"), delay_s=0.02)
+    assert network.way(names[1]) == Way(bits_per_s=float("inf"), delay_s=0.0)
+
+
+def test_a_run_is_predicted_under_the_network_that_it_was_under():
+    plan = default_plan(8, 4)
+    links = {name: {"bits_per_s": 1e5, "delay_s": 0.5, "jitter_s": 0.0} for name in plan.chain_names}
+    emulation = {"links": links, "slowdown": []}
+    record = record_of(plan, [0.1] * 5, [1000] * 5, 10, 1)  # 3 micro-batches, one under way
+    assert predicted_run_s(record) is None
+    emulated = make_emulated(record, emulation)
+    lap_s = 5 * 0.1 + 4 * (8000 / 1e5 + 0.5)
+    assert predicted_run_s(emulated) == pytest.approx(3 * lap_s)
+    half = emulated.model_copy(update={"timed_tokens": 20})  # of a session that had two of them left
+    stages = {i: t.model_copy(update=scaled(t, 2 / 3)) for i, t in record.stages.items()}
+    assert predicted_run_s(half.model_copy(update={"stages": stages})) == pytest.approx(2 * lap_s)
+    measuring = {i: t.model_copy(update={"measure_s": 0.6}) for i, t in record.stages.items()}
+    assert predicted_run_s(emulated.model_copy(update={"stages": measuring})) == pytest.approx(3 * lap_s + 5 * 0.6)
+    decoding = emulated.protocol.model_copy(update={"mode": "decode"})
+    assert predicted_run_s(emulated.model_copy(update={"protocol": decoding})) is None
+    assert predicted_run_s(emulated.model_copy(update={"timed_tokens": 0})) is None
+
+
+def make_emulated(record, emulation):
+    return record.model_copy(update={"emulation": Emulation.from_plain(emulation)})
+
+
+def scaled(times, factor):
+    return {key: factor * value for key, value in times.model_dump().items() if key.endswith("_s")}
 
 
 def test_a_record_of_micro_batches_without_a_token_is_skipped(tmp_path):

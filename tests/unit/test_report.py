@@ -3,6 +3,7 @@ import re
 
 from pipeline.partition.plan import default_plan
 from pipeline.records.labels import codec_labels
+from pipeline.report.columns import shown
 from pipeline.report.point_columns import CONSOLE_COLUMNS
 from pipeline.report.recommendation import Outlook
 from pipeline.report.results import read_results
@@ -50,9 +51,10 @@ def test_the_console_says_what_the_page_says(tmp_path, capsys):
     print_summary([tmp_path])
     lines = [re.split(" {2,}", line) for line in capsys.readouterr().out.splitlines()[:4]]
     points = read_results([tmp_path]).points
-    assert lines[0] == [column.heading for column in CONSOLE_COLUMNS]
+    columns = shown(CONSOLE_COLUMNS, points)
+    assert lines[0] == [column.heading for column in columns]
     for line, point in zip(lines[1:], points, strict=True):
-        texts = [column.text(point) for column in CONSOLE_COLUMNS]
+        texts = [column.text(point) for column in columns]
         assert line == texts[: len(line)] and not any(texts[len(line) :])
     assert [line[2] for line in lines[1:]] == ["+0.00%", "+0.40%", "× 7.39"]
     assert [line[-1] for line in lines[2:]] == ["ran on something else", "not causal"]

@@ -14,13 +14,15 @@ from html import unescape
 import numpy as np
 import pytest
 
+from pipeline.partition.plan import default_plan
 from pipeline.report.columns import significant
 from pipeline.report.html_page import html_page
-from pipeline.report.prediction import Network, predict_decode, predict_prefill
+from pipeline.report.prediction import Network, emulated_network, predict_decode, predict_prefill
 from pipeline.report.recommendation import Outlook
 from pipeline.report.results import read_results
-from tests.helpers.records import losses, write_point
+from tests.helpers.records import PLAN, losses, write_point
 
+CHAIN = PLAN.chain_names
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = [
     pytest.mark.browser,
@@ -136,6 +138,38 @@ def test_the_script_predicts_what_python_predicts(results, tmp_path, mbits, rtt_
     assert ask(results, tmp_path, script) == expected
 
 
+def test_the_script_predicts_under_unlike_links_what_python_predicts(tmp_path):
+    """The networks that were emulated can be chosen, for all codecs; a point with other links is left out."""
+    write_point(tmp_path)
+    links = {name: {"bits_per_s": 1e6 * (i + 1), "delay_s": 0.01 * i, "jitter_s": 0.0} for i, name in enumerate(CHAIN)}
+    links[CHAIN[2]] = {"bits_per_s": None, "delay_s": 0.2, "jitter_s": 0.1}
+    write_point(tmp_path, "nf4", nbytes=36, emulation={"links": links, "slowdown": []})
+    write_point(tmp_path, "int8", nbytes=66, plan=default_plan(8, 2))
+    results = read_results([tmp_path])
+    script = """
+    const form = document.getElementById("network");
+    const choose = (value) => {
+      form.elements.network.value = value;
+      form.dispatchEvent(new Event("input", { bubbles: true }));
+      const rows = [...document.querySelectorAll("#own-link tbody tr")];
+      return rows.map((row) => [...row.cells].slice(2).map((cell) => cell.textContent));
+    };
+    const before = choose(""), under = choose("0"), disabled = form.elements.bandwidth.disabled, after = choose("");
+    answer = [before, under, disabled, after, [...form.elements.network.options].map((o) => o.textContent)];
+    """
+    before, under, disabled, after, names = ask(results, tmp_path, script)
+    emulated = results.points[1]
+    network = emulated_network(emulated.record.emulation)
+    expected = []
+    for point in results.points[:2]:
+        prefill, decode = predict_prefill(point.costs, network), predict_decode(point.costs, network)
+        figures = [significant(prefill.tokens_per_s), prefill.binds]
+        expected.append([*figures, significant(1e3 * decode.s_per_token), decode.binds])
+    assert under == [*expected, ["–", "", "–", ""]]
+    assert disabled and before == after and before[:2] != expected and "–" not in before[2]
+    assert names == ["the same on every link", f"as emulated: {emulated.network}"]
+
+
 def test_a_bandwidth_of_nothing_is_refused(results, tmp_path):
     script = """
     const form = document.getElementById("network");
@@ -157,16 +191,21 @@ def test_a_point_of_the_chart_shows_its_figures(results, tmp_path):
     assert hidden and not hidden_after and text.startswith("codec: none\nperplexity: ")
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_only_tables_scroll_sideways(results, tmp_path, width):
+@pytest.mark.parametrize("width, emulated", [(390, False), (1280, False), (390, True)])
+def test_only_tables_scroll_sideways(results, tmp_path, width, emulated):
     """In a frame of the width of a phone, since a browser's window cannot be that narrow."""
+    if emulated:
+        links = {name: {"bits_per_s": 1e6 + i, "delay_s": 0.01, "jitter_s": 0.002} for i, name in enumerate(CHAIN)}
+        write_point(tmp_path, emulation={"links": links, "slowdown": [1, 1, 3, 1]})
+        write_point(tmp_path, "nf4", emulation={"links": links | {CHAIN[0]: links[CHAIN[1]]}, "slowdown": []})
+        results = read_results([tmp_path])
     (tmp_path / "report.html").write_text(html_page(results, Outlook()), encoding="utf-8")
     framed = f'<iframe id="frame" src="report.html" style="width:{width}px;height:900px;border:0"></iframe>'
     script = """<script>
     const frame = document.getElementById("frame");
     frame.addEventListener("load", () => {
       const page = frame.contentDocument, width = page.documentElement.clientWidth;
-      const parts = page.querySelectorAll("main > *, main > section > *, figure, svg text");
+      const parts = page.querySelectorAll("main > *, main > section > *, figure, svg text, select");
       const wide = [...parts].filter((element) => {
         const box = element.getBoundingClientRect();
         return box.width > 0 && (box.right > width + 0.5 || box.left < -0.5);

@@ -37,9 +37,13 @@ for (const point of document.querySelectorAll(".point")) {
 }
 
 // Prediction: the terms of pipeline/report/prediction.py, embedded in the page, for a network of the reader's. A term is
-// linear in what the network costs; prefill takes as long as the largest one, decoding as all together.
-function evaluate(terms, bitsPerS, rttS) {
-  const seconds = terms.map((term) => term.seconds + term.bits / bitsPerS + term.round_trips * rttS);
+// linear in what the network costs; prefill takes as long as the largest one, decoding as all together. `way` of a link
+// is its bits per second, or null for as fast as the machine, and the seconds from one end to the other.
+function evaluate(terms, way) {
+  const sum = (costs, each) => Object.entries(costs).reduce((total, [link, cost]) => total + each(cost, way(link)), 0);
+  const seconds = terms.map((term) => term.seconds
+    + sum(term.bits, (bits, [bitsPerS]) => (bitsPerS === null ? 0 : bits / bitsPerS))
+    + sum(term.hops, (hops, [, delayS]) => hops * delayS));
   const longest = Math.max(...seconds);
   const total = seconds.reduce((sum, value) => sum + value, 0);
   return { longest, total, binds: terms[seconds.indexOf(longest)].name };
@@ -59,22 +63,33 @@ const form = document.getElementById("network");
 if (form) {
   const points = JSON.parse(document.getElementById("costs").textContent);
   const rows = new Map([...document.querySelectorAll("#own-link tbody tr")].map((row) => [row.dataset.point, row]));
+  const networks = JSON.parse(document.getElementById("networks")?.textContent ?? "[]");
+  const chosen = form.elements.network;
   const fill = (cell, value, binds) => {
-    cell.dataset.value = value;
-    cell.textContent = significant(value);
+    cell.dataset.value = value ?? "";
+    cell.textContent = value === null ? "–" : significant(value);
     cell.nextElementSibling.textContent = cell.nextElementSibling.dataset.value = binds;
   };
   const update = () => {
     const mbits = Number(form.elements.bandwidth.value), rttMs = Number(form.elements.rtt.value);
     const valid = mbits > 0 && rttMs >= 0 && Number.isFinite(mbits) && Number.isFinite(rttMs);
-    form.elements.problem.value = valid ? "" : "bandwidth must be above 0, the round trip 0 or more";
-    if (!valid) return;
+    const links = chosen?.value ? networks[chosen.value] : null;
+    form.elements.bandwidth.disabled = form.elements.rtt.disabled = links !== null;
+    form.elements.problem.value = valid || links ? "" : "bandwidth must be above 0, the round trip 0 or more";
+    if (!valid && !links) return;
+    const way = links ? (link) => links[link] : () => [mbits * 1e6, rttMs / 2e3];
     points.forEach((terms, index) => {
       const [, , prefillCell, , decodeCell] = rows.get(String(index)).cells;
-      const prefill = evaluate(terms.prefill, mbits * 1e6, rttMs / 1e3);
+      const missing = terms.prefill.some((term) => Object.keys(term.hops).some((link) => !way(link)));
+      if (missing) { // a point with other links than this network
+        fill(prefillCell, null, "");
+        if (terms.decode.length) fill(decodeCell, null, "");
+        return;
+      }
+      const prefill = evaluate(terms.prefill, way);
       fill(prefillCell, 1 / prefill.longest, prefill.binds);
       if (terms.decode.length === 0) return; // not measured
-      const decode = evaluate(terms.decode, mbits * 1e6, rttMs / 1e3);
+      const decode = evaluate(terms.decode, way);
       fill(decodeCell, 1e3 * decode.total, decode.binds);
     });
   };
