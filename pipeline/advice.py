@@ -164,7 +164,7 @@ def _measured_codec(point: MeasuredPoint, objective: str) -> _Codec | None:
         encode_s = sum(stage.compress_s + stage.importance_s for stage in times) / tokens
         decode_s = sum(stage.decompress_s for stage in times) / tokens
     elif record.one_token is not None and costs.one_token is not None:
-        nbytes = costs.one_token.nbytes
+        nbytes = sum(costs.one_token.link_bytes.values())
         encode_s = sum(stage.compress_s for stage in record.one_token.stages.values())
         decode_s = sum(stage.decompress_s for stage in record.one_token.stages.values())
     else:
