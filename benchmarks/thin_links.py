@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rates", default="1mbit,10mbit,100mbit")
     parser.add_argument("--delays", default="1ms,20ms,50ms")
     parser.add_argument("--calibration", type=path_option, required=True, help="of klt, for this model and plan")
-    parser.add_argument("--step", type=float, default=1.4, help="of klt")
+    parser.add_argument("--step", type=float, default=1.1, help="of klt")
     parser.add_argument("--tokens", type=int, default=8, help="new tokens of every sequence")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=path_option, default=Path("build/thin_links.json"))
