@@ -30,6 +30,7 @@ __all__ = [
     "GenerationRecord",
     "GenerationResults",
     "GenerationSchedule",
+    "Interruptions",
     "RequestFigures",
     "Spread",
 ]
@@ -98,10 +99,22 @@ class GenerationSchedule(Part):
     receives_ahead: Count
 
 
+class Interruptions(Part):
+    """How often the ring was formed again, for how long no pass could go around, and positions computed once more.
+
+    `started_again`: rank 0's process itself was, and what was so before it is not counted.
+    """
+
+    count: Count
+    pause_s: Amount
+    tokens_prefilled_again: Count
+    started_again: bool
+
+
 class GenerationRecord(Part):
     """One session of requests. Links and stages are named as in the plan; `codecs_decode` are of sampled tokens."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     kind: Literal["thinwire generation"] = GENERATION_KIND
     run_id: str
     digest: str
@@ -116,6 +129,7 @@ class GenerationRecord(Part):
     stages: Mapping[str, StageSeconds]
     ranks: tuple[GenerationRank, ...]
     schedule: GenerationSchedule
+    interruptions: Interruptions | None
     backend: str
     model: Model
     notes: tuple[Words, ...]

@@ -41,7 +41,7 @@ __all__ = [
     "check_plan",
 ]
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 RUN_KIND: Final = "thinwire run"
 
 Perplexity = Annotated[float, Field(ge=0.5)]  # 1 at best, but for rounding
@@ -268,7 +268,7 @@ class RunRecord(Part):
     `environment` in records that are older than these.
     """
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     kind: Literal["thinwire run"] = RUN_KIND
     run_id: str
     digest: str

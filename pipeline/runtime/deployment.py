@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ from pipeline.runtime.text import (
 )
 from pipeline.runtime.timing import time_one_token
 
-__all__ = ["Deployment", "deploy"]
+__all__ = ["Deployment", "LoadedStages", "deploy"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,15 @@ class Deployment:
     one_token_compute_s: dict[int, float]
 
 
+@dataclass
+class LoadedStages:
+    """What of a deployment serves the next one, when the ring is formed again: this rank's weights."""
+
+    checkpoint_digest: str = ""
+    stages: dict[int, Stage] = field(default_factory=dict)
+    one_token_compute_s: dict[int, float] = field(default_factory=dict)
+
+
 def deploy(
     config: RunConfig,
     control: Control,
@@ -95,10 +104,12 @@ def deploy(
     claim: Callable[[str], None] | None = None,
     *,
     with_text: bool = True,
+    loaded: LoadedStages | None = None,
 ) -> Deployment:
     """Agree, resolve, plan, tokenise, check codecs and load this rank's stages.
 
-    Without a text to score, codecs are those of generation.
+    Without a text to score, codecs are those of generation. `loaded` is filled, or taken over if the checkpoint is the
+    same.
 
     `check(plan, model_config)` may raise where they do not serve what is to be done, and `claim(digest)`, on rank 0,
     where the run with this digest cannot be recorded. Raises ValueError (ConfigError,
@@ -127,7 +138,8 @@ def deploy(
     checkpoint_digest = checkpoint_fingerprint(model_dir)
     control.agree("checkpoint", {"fingerprint": checkpoint_digest})
     notes = read_checkpoint(model_dir, model_config).notes
-    if world.rank == 0:
+    loaded = loaded or LoadedStages()
+    if world.rank == 0 and not loaded.stages:
         for note in notes:
             logger.warning("%s", note)
     if with_text:
@@ -137,15 +149,14 @@ def deploy(
     environment = gather_environment(control, devices, threads)
     gpus, backend, channels = _open_channels(config, control, plan, devices)
     control.report("loading weights")
-    stages = _load_stages(config, plan, model_dir, model_config, devices)
+    if loaded.checkpoint_digest != checkpoint_digest:
+        loaded.stages.clear()
+        loaded.one_token_compute_s.clear()
+        loaded.stages.update(_load_stages(config, plan, model_dir, model_config, devices))
+        loaded.checkpoint_digest = checkpoint_digest
     control.barrier()
     control.report("timing a token")
-    one_token_compute_s = control.in_turn(
-        lambda: {
-            index: time_one_token(stage, model_config.hidden_size, TORCH_DTYPES[model.dtype])
-            for index, stage in stages.items()
-        }
-    )
+    control.in_turn(lambda: _time_one_token(loaded, model_config.hidden_size, TORCH_DTYPES[model.dtype]))
     return Deployment(
         control=control,
         plan=plan,
@@ -155,15 +166,20 @@ def deploy(
         notes=notes,
         text=text,
         codecs=codecs,
-        stages=stages,
+        stages=loaded.stages,
         devices=devices,
         gpus=gpus,
         backend=backend,
         channels=channels,
         threads=threads,
         environment=environment,
-        one_token_compute_s=one_token_compute_s,
+        one_token_compute_s=loaded.one_token_compute_s,
     )
+
+
+def _time_one_token(loaded: LoadedStages, hidden_size: int, dtype: torch.dtype) -> None:
+    for index in loaded.stages.keys() - loaded.one_token_compute_s.keys():
+        loaded.one_token_compute_s[index] = time_one_token(loaded.stages[index], hidden_size, dtype)
 
 
 def _load_stages(
