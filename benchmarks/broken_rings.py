@@ -187,8 +187,9 @@ def summary(events: Sequence[str], folder: Path, wall_s: float) -> str:
     assert told is not None
     return (
         f"{len(events)} events in {wall_s:.1f} s. The last session's record: {told.count} interruptions, "
-        f"{told.pause_s:.1f} s of pauses, {told.tokens_prefilled_again} tokens prefilled again, {record.results.num_requests} answers and "
-        f"{record.results.num_taken_over} taken over, rank 0 started again: {told.started_again}"
+        f"{told.pause_s:.1f} s of pauses, {told.tokens_prefilled_again} tokens prefilled again, "
+        f"{record.results.num_requests} answers and {record.results.num_taken_over} taken over, "
+        f"rank 0 started again: {told.started_again}"
     )
 
 

@@ -24,7 +24,7 @@ SAMPLES = Path(__file__).parent / "records"
 
 def test_what_the_first_release_wrote():
     record = read_record(SAMPLES / "first_release.json")
-    assert (record.schema_version, record.kind) == (2, "thinwire run")
+    assert (record.schema_version, record.kind) == (3, "thinwire run")
     assert record.results.avg_ppl == pytest.approx(22.7599)
     assert record.traffic_totals.total_bytes == 2 * 56 * 580 and record.traffic_per_link.keys() == record.codecs.keys()
     # What was not measured is null, what did not exist took no time, what was fixed is said.
@@ -57,6 +57,7 @@ def test_the_last_of_version_1_keeps_all_that_it_has():
 def test_generation_and_failed_points_of_version_1():
     value = json.loads((SAMPLES / "generation_1.json").read_text())
     record = read_generation(SAMPLES / "generation_1.json")
+    assert record.interruptions is None
     assert record.requests[0].tpot_s.p95 == pytest.approx(0.11826, rel=1e-3)
     _check_kept(value, record.model_dump(mode="json"))
     failure = read_failure(SAMPLES / "failed_point_1.json")
@@ -102,7 +103,7 @@ def test_a_record_without_a_time_of_its_end_is_the_oldest(tmp_path):
 def test_a_record_that_was_lifted_is_written_as_the_newest(tmp_path):
     record = read_record(SAMPLES / "first_release.json")
     path = write_record(tmp_path, record, {})
-    assert json.loads(path.read_text())["schema_version"] == 2
+    assert json.loads(path.read_text())["schema_version"] == 3
     assert read_record(path).model_copy(update={"per_token_file": record.per_token_file}) == record
     assert setting_key(read_record(path)) == setting_key(record) != setting_key(make_record())
 
@@ -112,4 +113,4 @@ def test_a_record_that_was_lifted_is_written_as_the_newest(tmp_path):
 def test_what_stands_where_it_should_not_is_left_for_the_models(key, value):
     damaged = json.loads((SAMPLES / "first_release.json").read_text()) | {key: value}
     lifted = lift(damaged)
-    assert lifted["schema_version"] == 2 and lifted.keys() == RunRecord.model_fields.keys()
+    assert lifted["schema_version"] == 3 and lifted.keys() == RunRecord.model_fields.keys()
