@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--longest_s", type=float, default=3.0, help="between two events")
     parser.add_argument("--rejoin_s", type=float, default=120.0, help="runtime.rejoin_s of the run")
+    parser.add_argument("--timeout_s", type=float, default=600.0, help="of the whole run")
     parser.add_argument("--keep_rank_0", action="store_true", help="never kill rank 0")
     parser.add_argument("--by_torchrun", action="store_true")
     arguments = parser.parse_args(argv)
@@ -97,8 +98,12 @@ def disturb_ranks(words: Sequence[str], arguments: argparse.Namespace) -> list[s
     with store_process() as (_, env), start_ranks([list(words)] * NUM_RANKS, env=env) as ranks:
         _wait_until(lambda: "tokens/s" in ranks.rank_stderr(0), ranks)
         due_s, num_formed = time.monotonic(), 0
+        end_s = time.monotonic() + arguments.timeout_s
         while pids := ranks.rank_pids():
             ranks.restart_failed()
+            if time.monotonic() > end_s:
+                told = "\n".join(f"rank {rank}: {ranks.rank_stderr(rank)[-1500:]}" for rank in range(NUM_RANKS))
+                raise TimeoutError(f"the run did not end within {arguments.timeout_s} s; {sorted(pids)} live\n{told}")
             time.sleep(0.02)
             if num_formings(ranks) > num_formed:
                 num_formed = num_formings(ranks)
@@ -135,8 +140,8 @@ def disturb_torchrun(words: Sequence[str], arguments: argparse.Namespace) -> lis
 
 
 def num_formings(ranks: Ranks) -> int:
-    """By the count of the rank that has seen most."""
-    return max(ranks.rank_stderr(rank).count("the ring goes on") for rank in range(NUM_RANKS))
+    """By all ranks' count together."""
+    return sum(ranks.rank_stderr(rank).count("the ring goes on") for rank in range(NUM_RANKS))
 
 
 def kill(chance: random.Random, pids: Mapping[int, int], arguments: argparse.Namespace) -> str:

@@ -98,7 +98,7 @@ class Control:
         self._connections = Connections()
         self._broken_s: float | None = None
         self._last_progress: int | None = 0
-        self._num_fruitless = 0
+        self._num_fruitless, self._last_error = 0, ""
         self._first_epoch: int | None = None
         if world.world_size == 1:
             return
@@ -107,11 +107,16 @@ class Control:
         self._watch_root = self._connect(is_host=False)
         if rejoin_s > 0:
             self.watchdog.on_over = self._connections.break_all
+            self.watchdog.over_limit_s = load_timeout_s
 
     @property
     def was_restarted(self) -> bool:
         """Whether torchrun has started this process in the place of one that had joined the others."""
         return self.world.attempt > 0 or bool(self._first_epoch)
+
+    @property
+    def _is_formed_again(self) -> bool:
+        return bool(self._rejoin_time) and self._epoch.number > 0
 
     def form(self) -> None:
         """Connect all ranks.
@@ -130,7 +135,9 @@ class Control:
         watch = dist.PrefixStore("watch", dist.PrefixStore(number, self._watch_root))
         self.watchdog.join(watch, Epoch(self._watch_root, self._epoch.number))
         if self._num_fruitless > _MAX_FRUITLESS:
-            raise PipelineError(f"the ring was formed {_MAX_FRUITLESS} times in a row, and nothing came of it")
+            raise PipelineError(
+                f"the ring was formed {_MAX_FRUITLESS} times in a row without a new token; at last: {self._last_error}"
+            )
         self._meet()
         self._form_group()
 
@@ -156,7 +163,7 @@ class Control:
         if self.world.rank == 0:
             is_fruitless = progress is not None and progress == self._last_progress
             self._num_fruitless = self._num_fruitless + 1 if is_fruitless else 0
-            self._last_progress = progress
+            self._last_progress, self._last_error = progress, str(error)
         self.report("forming the ring again", waiting=True)
         tell(f"rank {self.world.rank}: {error}; the ring is formed again\n")
         self._epoch.end()
@@ -223,7 +230,7 @@ class Control:
             return
         end_s = time.monotonic() + timeout.total_seconds()
         while True:
-            if self.watchdog.epoch_is_over:
+            if self.watchdog.epoch_is_over and not self._store.check(keys):
                 raise RingBroken("another rank has lost its connection, or was started again")
             try:
                 self._store.wait(keys, min(_SLICE, timeout))
@@ -361,7 +368,7 @@ class Control:
             try:
                 reach_all(here, [Endpoint(**other) for other in self.gather(endpoint)])
             except NetworkError as e:
-                if not self.num_interruptions:
+                if not self._is_formed_again:
                     raise
                 raise RingBroken(str(e)) from e  # who has just come may be gone again
             self.barrier()
@@ -373,7 +380,7 @@ class Control:
             with self._connections.taking(but_port=int(os.environ["MASTER_PORT"])):
                 self._init_group()
         except RuntimeError as e:
-            if self.num_interruptions:
+            if self._is_formed_again:
                 raise RingBroken(f"the ranks cannot connect to each other: {_first_line(e)}") from e
             used = os.environ.get("GLOO_SOCKET_IFNAME", "the default")
             raise LinkError(

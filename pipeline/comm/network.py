@@ -151,11 +151,11 @@ class Connections:
     @contextlib.contextmanager
     def taking(self, *, but_port: int) -> Iterator[None]:
         """Take down what is connected meanwhile in this process, but for connections to and from this port."""
-        before = _socket_descriptors()
+        before = _open_sockets()
         try:
             yield
         finally:
-            for descriptor in _socket_descriptors() - before:
+            for descriptor, _ in _open_sockets() - before:
                 self._hold(descriptor, but_port)
 
     def break_all(self) -> None:
@@ -185,12 +185,14 @@ class Connections:
             self._held.append(own)
 
 
-def _socket_descriptors() -> set[int]:
+def _open_sockets() -> set[tuple[int, int]]:
+    """Descriptor and inode of each: a descriptor may have become another socket's."""
     found = set()
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                found.add(int(name))
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode):
+                found.add((int(name), status.st_ino))
     return found
 
 

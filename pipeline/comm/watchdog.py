@@ -100,7 +100,8 @@ class Watchdog:
     to watch, and `abort` only prints. Must be made on the main thread.
 
     `epoch_is_over` once another forming of the ring is due. `on_over` is called then, on another thread; without it a
-    ring is formed once, and the end of its epoch is that of the run.
+    ring is formed once, and the end of its epoch is that of the run. What the main thread is at then, such as loading,
+    may take `over_limit_s` to its end.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
@@ -108,7 +109,9 @@ class Watchdog:
         self.waiting = False
         self.advice = ""
         self.on_over: Callable[[], None] | None = None
+        self.over_limit_s = timeout_s
         self.epoch_is_over = False
+        self._over_s = 0.0
         self._world, self._timeout_s = world, timeout_s
         self._interval_s = min(0.25, timeout_s / 8)
         self._store: Any = None
@@ -223,6 +226,7 @@ class Watchdog:
             received = set(self._reader.recv(64)) if ready else set()
             passed_s = clock.tick()
             self._unanswered_s += passed_s if self._heart.is_alive() else 0.0
+            self._over_s = self._over_s + passed_s if self.epoch_is_over else 0.0
             num_moves = self._num_moves
             is_still = self._is_due and num_moves == self._num_moves_seen
             self._still_s, self._num_moves_seen = self._still_s + passed_s if is_still else 0.0, num_moves
@@ -244,7 +248,11 @@ class Watchdog:
             return self._cause
         if self.epoch_is_over and self.on_over is None:
             return f"{self.place}: a rank was started again, for which this run does not wait (runtime.rejoin_s is 0)"
-        silent = self._beats.silent(self._timeout_s)
+        if self._over_s > self.over_limit_s:
+            return f"{self.place}: at it for {self.over_limit_s:g} s, while the others form the ring again"
+        if self._unanswered_s > self._timeout_s:
+            return f"{self._store_in_words()} has not answered for {self._timeout_s:g} s"
+        silent = [] if self.epoch_is_over else self._beats.silent(self._timeout_s)
         if silent and self.on_over is not None:
             self._end_epoch()
             return None
@@ -256,8 +264,6 @@ class Watchdog:
                 self._end_epoch()
                 return None
             return self._publish(self._why_still())
-        if self._unanswered_s > self._timeout_s:
-            return f"{self._store_in_words()} has not answered for {self._timeout_s:g} s"
         return None
 
     def _end_epoch(self) -> None:
