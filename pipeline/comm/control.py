@@ -165,7 +165,7 @@ class Control:
             self._num_fruitless = self._num_fruitless + 1 if is_fruitless else 0
             self._last_progress, self._last_error = progress, str(error)
         self.report("forming the ring again", waiting=True)
-        tell(f"rank {self.world.rank}: {error}; the ring is formed again\n")
+        tell(f"\nrank {self.world.rank}: {error}; the ring is formed again\n")
         self._epoch.end()
         self.break_connections()
         if dist.is_initialized():

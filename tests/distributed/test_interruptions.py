@@ -41,16 +41,6 @@ def wait_until(condition, timeout_s=60):
         time.sleep(0.01)
 
 
-def carry_on(ranks, restarts=True, timeout_s=120):
-    """Until all ranks have ended, those that fail being started again."""
-    deadline = time.monotonic() + allowed_s(timeout_s)
-    while ranks.rank_pids() and time.monotonic() < deadline:
-        if restarts:
-            ranks.restart_failed()
-        time.sleep(0.02)
-    return ranks.wait(1)
-
-
 def the_record(folder):
     (path,) = folder.glob("*-generation-*.json")
     return read_generation(path)
@@ -75,7 +65,7 @@ def test_answers_go_on(what, undisturbed, tmp_path):
             os.kill(before[1], signal.SIGCONT)
         if what == "rank 2":
             wait_until(lambda: ranks.restart_failed() == [2])
-        for one in carry_on(ranks, restarts=False):
+        for one in ranks.wait(180):
             one.check()
     assert differences(undisturbed, tmp_path, NUM_PROMPTS) == []
     record = the_record(tmp_path)
@@ -93,7 +83,7 @@ def test_rank_0_is_started_again(undisturbed, tmp_path):
         os.kill(before[0], signal.SIGKILL)
         wait_until(lambda: ranks.restart_failed() == [0])
         assert {rank: pid for rank, pid in ranks.rank_pids().items() if rank} == {r: before[r] for r in (1, 2, 3)}
-        for one in carry_on(ranks, restarts=False):
+        for one in ranks.wait(180):
             one.check()
     assert differences(undisturbed, tmp_path, NUM_PROMPTS) == []
     record = the_record(tmp_path)
@@ -108,7 +98,7 @@ def test_a_rank_that_does_not_come_back_ends_the_run(undisturbed, tmp_path):
     ) as ranks:
         wait_until(has_answers(tmp_path))
         os.kill(ranks.rank_pids()[3], signal.SIGKILL)
-        ended = carry_on(ranks, restarts=False, timeout_s=30)
+        ended = ranks.wait(90)
     for one in ended[:3]:
         assert one.returncode == 1 and "rank 3 (not started) did not come within 2 s (runtime.rejoin_s)" in one.stderr
         assert len(re.findall(r"^rank \d stops: ", one.stderr, re.MULTILINE)) == 1
@@ -120,7 +110,7 @@ def test_ctrl_c_during_the_pause(undisturbed, tmp_path):
         os.kill(ranks.rank_pids()[3], signal.SIGKILL)
         wait_until(lambda: "formed again" in ranks.rank_stderr(0))
         os.kill(ranks.rank_pids()[0], signal.SIGINT)
-        ended = carry_on(ranks, restarts=False, timeout_s=30)
+        ended = ranks.wait(90)
     assert ended[0].returncode == 130
     assert all("interrupted" in one.stderr for one in ended[:3])
 
@@ -135,7 +125,7 @@ def test_a_rank_that_comes_back_with_another_config_ends_the_run(undisturbed, tm
         config.write_text("compressor: bf16\n")
         os.kill(ranks.rank_pids()[2], signal.SIGKILL)
         wait_until(lambda: ranks.restart_failed() == [2])
-        ended = carry_on(ranks, restarts=False, timeout_s=60)
+        ended = ranks.wait(120)
     assert all(one.returncode == 1 and "was started with another config: compressor" in one.stderr for one in ended)
 
 
