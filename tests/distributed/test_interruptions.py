@@ -75,6 +75,21 @@ def test_answers_go_on(what, undisturbed, tmp_path):
     assert any("formed again 1 times" in note for note in record.notes)
 
 
+def test_answers_go_on_with_a_lossy_codec(undisturbed, tmp_path):
+    """It treats a token alike in any frame: what is sent again in a prompt is what was sent alone."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for one in run_ranks([[*words(undisturbed, whole), "--compressor", "hadamard(int4)"]] * NUM_RANKS):
+        one.check()
+    given = [*words(undisturbed, broken), "--compressor", "hadamard(int4)"]
+    with store_process() as (_, env), start_ranks([given] * NUM_RANKS, env=env) as ranks:
+        wait_until(has_answers(broken))
+        assert break_connection(Random(0), ranks.rank_pids(), env)
+        for one in ranks.wait(180):
+            one.check()
+    assert differences(whole, broken, NUM_PROMPTS) == []
+    assert differences(undisturbed, broken, NUM_PROMPTS) != [] and the_record(broken).interruptions.count == 1
+
+
 def test_rank_0_is_started_again(undisturbed, tmp_path):
     """It takes over the file of answers; the others keep their weights."""
     with store_process() as (_, env), start_ranks([words(undisturbed, tmp_path)] * NUM_RANKS, env=env) as ranks:
@@ -127,6 +142,20 @@ def test_a_rank_that_comes_back_with_another_config_ends_the_run(undisturbed, tm
         wait_until(lambda: ranks.restart_failed() == [2])
         ended = ranks.wait(120)
     assert all(one.returncode == 1 and "was started with another config: compressor" in one.stderr for one in ended)
+
+
+@pytest.mark.slow
+def test_a_ring_that_breaks_again_and_again_without_a_token_ends_the_run(undisturbed, tmp_path):
+    given = words(undisturbed, tmp_path, "model.dtype=fp32", "compressor=tests.helpers.bad_codecs:Dying(rank=2)")
+    num_deaths = 0
+    with store_process() as (_, env), start_ranks([given] * NUM_RANKS, env=env) as ranks:
+        while 0 in ranks.rank_pids():
+            if list(ranks.rank_pids()) == [0, 1, 3]:
+                num_deaths += ranks.restart_failed() == [2]
+            time.sleep(0.02)
+        ended = ranks.wait(180)
+    assert "the ring was formed 5 times in a row without a new token; at last: link " in ended[0].stderr
+    assert [one.returncode for one in ended[:2]] == [1, 1] and num_deaths in (5, 6)
 
 
 @pytest.mark.slow
