@@ -176,8 +176,8 @@ class Control:
         """Whatever waits for another rank's bytes gets an error, on both ends."""
         self._connections.break_all()
 
-    def resume(self) -> None:
-        """Passes can go around again; ends a pause."""
+    def end_pause(self) -> None:
+        """Passes can go around, again or for the first time."""
         if self._broken_s is not None:
             pause_s = time.monotonic() - self._broken_s
             self.pause_s, self._broken_s = self.pause_s + pause_s, None

@@ -107,7 +107,7 @@ class GenerationRing:
         if scheduler is not None:
             scheduler.wake = ends.wake
         control.barrier()
-        control.resume()
+        control.end_pause()
         start_s = time.perf_counter()
         try:
             Engine(self._worker, ends, control.report, source=scheduler, credits=self.credits).run()

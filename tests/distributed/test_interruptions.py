@@ -107,6 +107,26 @@ def test_rank_0_is_started_again(undisturbed, tmp_path):
     assert not list(tmp_path.glob("*.old*"))
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_text_that_is_shown(rank, undisturbed, tmp_path):
+    """It goes on where it was, or, where rank 0 is lost, a line says that it begins anew."""
+    given = words(undisturbed, tmp_path, "generation.max_new_tokens=200", "generation.temperature=0.8")
+    given[given.index("--generate") + 1] = "the lock"
+    with store_process() as (_, env), start_ranks([given] * NUM_RANKS, env=env) as ranks:
+        wait_until(lambda: len(ranks.rank_stdout(0)) > 60)
+        os.kill(ranks.rank_pids()[rank], signal.SIGKILL)
+        wait_until(lambda: ranks.restart_failed() == [rank])
+        for one in ranks.wait(180):
+            one.check()
+        shown = ranks.rank_stdout(0)
+    (answer,) = read_answers(tmp_path)
+    assert len(answer["token_ids"]) == 200
+    line = "[rank 0 was started again; an answer that was not finished begins anew]\n"
+    before, marker, after = shown.rpartition(line)
+    assert bool(marker) == (rank == 0) and after.startswith(f"the lock{answer['text']}\n")
+    assert before.rstrip("\n") == before[:-1] and f"the lock{answer['text']}".startswith(before[:-1])
+
+
 def test_a_rank_that_does_not_come_back_ends_the_run(undisturbed, tmp_path):
     with store_process() as (_, env), start_ranks(
         [words(undisturbed, tmp_path, rejoin_s=2.0)] * NUM_RANKS, env=env

@@ -239,6 +239,9 @@ class Ranks:
         """What a rank has written to stderr so far."""
         return self._read(rank, "stderr")
 
+    def rank_stdout(self, rank: int) -> str:
+        return self._read(rank, "stdout")
+
     def wait(self, timeout_s: float) -> list[Finished]:
         """Wait for all ranks to end."""
         ended_s: dict[int, float] = {}
