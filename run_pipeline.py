@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +25,8 @@ from pipeline.runtime.launch import on_deployment
 
 if TYPE_CHECKING:
     from pipeline.evaluation.sweep import SweepResult
-    from pipeline.generation.generate import Generated
+    from pipeline.generation.chat import ChatJob
+    from pipeline.generation.generate import Generated, GenerationJob
     from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
     from pipeline.runtime.deployment import Deployment
 
@@ -132,8 +134,7 @@ def run(config: RunConfig, *, resume: bool) -> int:
         from pipeline.evaluation.evaluation import Evaluation
 
         # torchrun --max_restarts repeats the command as it was, and means to go on.
-        restarted = deployment.control.world.attempt > 0
-        return Evaluation(config, deployment).run(resume=resume or restarted)
+        return Evaluation(config, deployment).run(resume=resume or deployment.control.was_restarted)
 
     def claim(digest: str) -> None:
         from pipeline.records.journal import Journal
@@ -149,11 +150,13 @@ def run(config: RunConfig, *, resume: bool) -> int:
 
 
 def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
-    """Returns 3 on rank 0 when requests have failed."""
+    """Returns 3 on rank 0 when requests have failed, unless torchrun would then begin anew, which mends none."""
     is_file = prompts == "-" or prompts.endswith(".jsonl")
 
+    job: GenerationJob | None = None
+
     def answer(deployment: Deployment) -> Generated | None:
-        from pipeline.generation.generate import generate
+        from pipeline.generation.generate import GenerationJob
         from pipeline.generation.requests import read_requests
 
         def requests(maker: RequestMaker) -> Iterable[Request | RefusedRequest]:
@@ -161,9 +164,15 @@ def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
                 return read_requests(prompts, maker)  # as they come
             return list(read_requests(prompts, maker)) if is_file else [maker.make({"prompt": prompts})]
 
-        return generate(config, deployment, requests, resume=resume, shown=None if is_file else prompts)
+        nonlocal job
+        if job is None:
+            job = GenerationJob(config, requests, resume=resume, shown=None if is_file else prompts)
+        return job.run(deployment)
 
-    result = on_deployment(config, Path(config.exp_dir), answer, with_text=False)
+    def progress() -> int | None:
+        return 0 if job is None else job.progress
+
+    result = on_deployment(config, Path(config.exp_dir), answer, with_text=False, progress=progress)
     if result is None:
         return 0
     from pipeline.report.summary import print_summary
@@ -174,7 +183,13 @@ def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
         print(f"failed: {place}{line['error'].removeprefix(place)}", file=sys.stderr)
     print_summary([result.record])
     print(f"answers: {result.answers}")
-    return EXIT_POINTS_FAILED if result.failed else 0
+    return _status(bool(result.failed))
+
+
+def _status(has_failures: bool) -> int:
+    """Of rank 0 once all is done; torchrun takes any but 0 for a crash, and with --max_restarts would start over."""
+    may_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    return EXIT_POINTS_FAILED if has_failures and not may_restart else 0
 
 
 def _is_rank_0() -> bool:
@@ -206,12 +221,19 @@ def _prompts_problem(prompts: str) -> str | None:
 
 
 def run_chat(config: RunConfig) -> int:
+    job: ChatJob | None = None
+
     def talk(deployment: Deployment) -> None:
-        from pipeline.generation.chat import chat
+        from pipeline.generation.chat import ChatJob
 
-        chat(config, deployment)
+        nonlocal job
+        job = job or ChatJob(config)
+        job.run(deployment)
 
-    on_deployment(config, Path(config.exp_dir), talk, with_text=False)
+    def progress() -> int | None:
+        return 0 if job is None else job.progress
+
+    on_deployment(config, Path(config.exp_dir), talk, with_text=False, progress=progress)
     return 0
 
 
@@ -226,7 +248,7 @@ def run_sweep(sweep: Sweep, config: RunConfig) -> int:
     result = on_deployment(sweep.deployed(config), Path(config.exp_dir), run_points)
     if result.records or result.failures:
         show_sweep(sweep, config, result)
-    return EXIT_POINTS_FAILED if result.failures else 0
+    return _status(bool(result.failures))
 
 
 def show_sweep(sweep: Sweep, config: RunConfig, result: SweepResult) -> None:

@@ -217,6 +217,7 @@ def serve(connection: Connection, config: RunConfig, master_port: int, names: Se
         interface=runtime.interface,
     )
     try:
+        control.form()
         baselines = _load(config, control, names)
         connection.send(None)
         while (name := connection.recv()) is not None:

@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             world, timeout_s=runtime.timeout_s, load_timeout_s=runtime.load_timeout_s, interface=runtime.interface
         )
         try:
+            control.form()
             _benchmark(config, control, arguments)
             control.close()
         except (Exception, KeyboardInterrupt) as e:

@@ -14,18 +14,29 @@ import datetime
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from pipeline.comm.epochs import Epoch
 from pipeline.comm.mailbox import LinkError
-from pipeline.comm.network import SEVERAL_MACHINES, Endpoint, bind_links, listen, reach_all, reach_store
-from pipeline.comm.watchdog import Watchdog
+from pipeline.comm.network import (
+    SEVERAL_MACHINES,
+    Connections,
+    Endpoint,
+    NetworkError,
+    bind_links,
+    listen,
+    reach_all,
+    reach_store,
+)
+from pipeline.comm.watchdog import PipelineError, RunFinished, Watchdog, tell
 from pipeline.comm.world import World
 
-__all__ = ["AgreementError", "Control"]
+__all__ = ["AgreementError", "Control", "RingBroken"]
 
 T = TypeVar("T")
 
@@ -33,6 +44,13 @@ _MAX_TOKENS = 2**30
 _LEAVING_TIME = datetime.timedelta(seconds=5)
 # torchrun starts all ranks at once; what is left is the import of torch on the slowest machine.
 _JOIN_TIME = datetime.timedelta(seconds=120)
+_FINISHED = "finished"
+_MAX_FRUITLESS = 5  # formings of the ring in a row without any progress
+_SLICE = datetime.timedelta(seconds=0.5)
+
+
+class RingBroken(LinkError):
+    """The ring of this epoch is over, or could not be formed: another forming may be due."""
 
 
 class AgreementError(ValueError):
@@ -42,13 +60,19 @@ class AgreementError(ValueError):
 class Control:
     """Start and end of a run's process group, agreement between ranks, and the watch over them.
 
-    With one process it does none of that.
+    With one process it does none of that. `form` connects the ranks; where that has come to an end and
+    `may_form_again`, `leave_ring` and `form` do so anew, and all that ranks have agreed on is to be agreed on again.
 
     Args:
         timeout_s: of a frame, and of another rank's silence.
         load_timeout_s: for ranks that wait for each other while they load.
         interface: network interface of the links; None for loopback where all ranks are on one machine.
         watchdog: where one was started before this module's imports.
+        rejoin_s: how long a lost rank is waited for; 0: what is lost ends the run.
+
+    Attributes:
+        num_interruptions: how often this process has formed the ring again.
+        pause_s: for how long no passes could go around meanwhile.
     """
 
     def __init__(
@@ -59,21 +83,112 @@ class Control:
         load_timeout_s: float,
         interface: str | None,
         watchdog: Watchdog | None = None,
+        rejoin_s: float = 0.0,
     ) -> None:
         self.world = world
         self.host = socket.gethostname()
         self.timeout_s = timeout_s
         self.watchdog = watchdog or Watchdog(world, timeout_s)
+        self.num_interruptions, self.pause_s = 0, 0.0
         self._load_timeout = datetime.timedelta(seconds=load_timeout_s)
+        self._rejoin_time = datetime.timedelta(seconds=rejoin_s)
+        self._interface = interface
         self._rounds = 0
         self._posted: dict[str, Any] = {}  # with one process
+        self._connections = Connections()
+        self._broken_s: float | None = None
+        self._last_progress: int | None = 0
+        self._num_fruitless, self._last_error = 0, ""
+        self._first_epoch: int | None = None
         if world.world_size == 1:
             return
-        self._store = self._connect(is_host=world.hosts_store)
+        self._root = self._connect(is_host=world.hosts_store)
         # A client of its own: a blocking call of the main thread must not hold up the heartbeats.
-        self.watchdog.join(dist.PrefixStore("watch", self._connect(is_host=False)))
-        self._meet(interface)
+        self._watch_root = self._connect(is_host=False)
+        if rejoin_s > 0:
+            self.watchdog.on_over = self._connections.break_all
+            self.watchdog.over_limit_s = load_timeout_s
+
+    @property
+    def was_restarted(self) -> bool:
+        """Whether torchrun has started this process in the place of one that had joined the others."""
+        return self.world.attempt > 0 or bool(self._first_epoch)
+
+    @property
+    def _is_formed_again(self) -> bool:
+        return bool(self._rejoin_time) and self._epoch.number > 0
+
+    def form(self) -> None:
+        """Connect all ranks.
+
+        Raises LinkError naming who has not come, NetworkError where there is no way to a rank, and RunFinished.
+        """
+        if self.world.world_size == 1:
+            return
+        if self._root.check([_FINISHED]):
+            raise RunFinished
+        self._epoch = Epoch.enter(self._root, self.world.rank)
+        if self._first_epoch is None:
+            self._first_epoch = self._epoch.number
+        number = str(self._epoch.number)
+        self._store, self._rounds = dist.PrefixStore(number, self._root), 0
+        watch = dist.PrefixStore("watch", dist.PrefixStore(number, self._watch_root))
+        self.watchdog.join(watch, Epoch(self._watch_root, self._epoch.number))
+        if self._num_fruitless > _MAX_FRUITLESS:
+            raise PipelineError(
+                f"the ring was formed {_MAX_FRUITLESS} times in a row without a new token; at last: {self._last_error}"
+            )
+        self._meet()
         self._form_group()
+
+    def may_form_again(self, error: LinkError) -> bool:
+        """Whether the loss of a rank or a connection is no reason to end the run: no rank has told a cause for one."""
+        if not self._rejoin_time or self.world.world_size == 1:
+            return False
+        if error.peer is None and not isinstance(error, RingBroken):
+            return False
+        try:
+            return not self._store.check(["watch/cause"])
+        except RuntimeError:
+            return False
+
+    def leave_ring(self, error: LinkError, progress: int | None) -> None:
+        """End the epoch for all ranks, and what connects this one to the others.
+
+        `progress` is rank 0's: if it has not grown several times in a row, `form` ends the run. None: nothing was due.
+        """
+        if self._broken_s is None:
+            self._broken_s = time.monotonic()
+            self.num_interruptions += 1
+        if self.world.rank == 0:
+            is_fruitless = progress is not None and progress == self._last_progress
+            self._num_fruitless = self._num_fruitless + 1 if is_fruitless else 0
+            self._last_progress, self._last_error = progress, str(error)
+        self.report("forming the ring again", waiting=True)
+        tell(f"\nrank {self.world.rank}: {error}; the ring is formed again\n")
+        self._epoch.end()
+        self.break_connections()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._connections.forget()
+
+    def break_connections(self) -> None:
+        """Whatever waits for another rank's bytes gets an error, on both ends."""
+        self._connections.break_all()
+
+    def end_pause(self) -> None:
+        """Passes can go around, again or for the first time."""
+        if self._broken_s is not None:
+            pause_s = time.monotonic() - self._broken_s
+            self.pause_s, self._broken_s = self.pause_s + pause_s, None
+            tell(f"rank {self.world.rank}: the ring goes on after {pause_s:.1f} s\n")
+
+    def came_before(self, what: str) -> bool:
+        """Whether a process under this torchrun has asked so before; for rank 0."""
+        if self.world.world_size == 1:
+            return self.world.attempt > 0
+        own = os.urandom(16).hex()
+        return self._root.compare_set(f"first/{what}", "", own) != own.encode()
 
     def report(self, where: str, *, waiting: bool = False, due: bool = False) -> str:
         """Take down what this rank does and whether it waits for another; returns it with the rank's name.
@@ -98,13 +213,31 @@ class Control:
         self.watchdog.waiting = True
         try:
             self._store.set(keys[self.world.rank], json.dumps(value))
-            self._store.wait(keys, timeout)
+            self._wait(keys, timeout)
             values = [json.loads(text) for text in self._store.multi_get(keys)]
+        except RingBroken:
+            raise
         except RuntimeError as e:
             why = self._why_no_gather(keys, e, f"{timeout.total_seconds():g} s {limit}")
             raise LinkError(f"waiting for the other ranks: {why}") from e
         self.watchdog.waiting = False
         return values
+
+    def _wait(self, keys: list[str], timeout: datetime.timedelta) -> None:
+        """Raises RuntimeError after the timeout, and RingBroken once the epoch is over."""
+        if not self._rejoin_time:
+            self._store.wait(keys, timeout)
+            return
+        end_s = time.monotonic() + timeout.total_seconds()
+        while True:
+            if self.watchdog.epoch_is_over and not self._store.check(keys):
+                raise RingBroken("another rank has lost its connection, or was started again")
+            try:
+                self._store.wait(keys, min(_SLICE, timeout))
+                return
+            except dist.DistStoreError:
+                if time.monotonic() > end_s:
+                    raise
 
     def post(self, key: str, value: Any) -> None:
         """Leave a JSON value for a rank that will `take` it; does not wait. Keys are valid until the next `gather`."""
@@ -122,10 +255,12 @@ class Control:
             return [self._posted.pop(key) for key in keys]
         stored = [f"post/{self._rounds}/{key}" for key in keys]
         try:
-            self._store.wait(stored, self._load_timeout)
+            self._wait(stored, self._load_timeout)
             values = [json.loads(text) for text in self._store.multi_get(stored)]
             for key in stored:
                 self._store.delete_key(key)
+        except RingBroken:
+            raise
         except RuntimeError as e:
             raise LinkError(f"waiting for what other ranks post: {_first_line(e)}") from e
         return values
@@ -203,8 +338,11 @@ class Control:
             return
         self.report("ending", waiting=True)
         self.barrier()
+        with contextlib.suppress(RuntimeError):
+            self._root.set(_FINISHED, "")
         self.watchdog.stop()
         dist.destroy_process_group()
+        self._connections.forget()
         # Rank 0 may host the store, so it goes last. A rank that is lost now takes nothing with it.
         with contextlib.suppress(RuntimeError):
             if self.world.rank != 0:
@@ -212,7 +350,7 @@ class Control:
             else:
                 self._store.wait([f"left/{rank}" for rank in range(1, self.world.world_size)], _LEAVING_TIME)
 
-    def _meet(self, interface: str | None) -> None:
+    def _meet(self) -> None:
         """Wait until all ranks have started, and try the connections that Gloo will make.
 
         Gloo itself waits no longer than for a frame, and ranks may start far apart unless torchrun starts them.
@@ -220,31 +358,44 @@ class Control:
         timeout, limit = self._load_timeout, "(runtime.load_timeout_s)"
         if self.world.store_host is None and timeout > _JOIN_TIME:
             timeout, limit = _JOIN_TIME, "(torchrun starts all ranks at once)"
-        if self.world.local_world_size < self.world.world_size:
+        if self.num_interruptions:
+            timeout, limit = self._rejoin_time, "(runtime.rejoin_s)"
+        elif self.world.local_world_size < self.world.world_size:
             limit += f"; see what their machines print; {SEVERAL_MACHINES}"
         self._gather(None, timeout, limit)
-        here = bind_links(interface, self.world)
+        here = bind_links(self._interface, self.world)
         with listen(here, self.world.world_size) as endpoint:
-            reach_all(here, [Endpoint(**other) for other in self.gather(endpoint)])
+            try:
+                reach_all(here, [Endpoint(**other) for other in self.gather(endpoint)])
+            except NetworkError as e:
+                if not self._is_formed_again:
+                    raise
+                raise RingBroken(str(e)) from e  # who has just come may be gone again
             self.barrier()
 
     def _form_group(self) -> None:
         """Connect all ranks by Gloo."""
         self.report("connecting", waiting=True)
         try:
-            dist.init_process_group(
-                "gloo",
-                store=dist.PrefixStore("group", self._store),
-                rank=self.world.rank,
-                world_size=self.world.world_size,
-                timeout=datetime.timedelta(seconds=self.timeout_s),
-            )
+            with self._connections.taking(but_port=int(os.environ["MASTER_PORT"])):
+                self._init_group()
         except RuntimeError as e:
+            if self._is_formed_again:
+                raise RingBroken(f"the ranks cannot connect to each other: {_first_line(e)}") from e
             used = os.environ.get("GLOO_SOCKET_IFNAME", "the default")
             raise LinkError(
                 f"the ranks cannot connect to each other through interface {used} (runtime.interface): {_first_line(e)}"
             ) from e
         self.report("starting")
+
+    def _init_group(self) -> None:
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("group", self._store),
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            timeout=datetime.timedelta(seconds=self.timeout_s),
+        )
 
     def _connect(self, *, is_host: bool) -> dist.Store:
         """A client of the rendezvous store, and on its host, if that is a rank, the store itself."""
@@ -256,8 +407,7 @@ class Control:
         except RuntimeError as e:
             doing = "opened" if is_host else "reached"
             raise LinkError(f"the rendezvous store {address}:{port} cannot be {doing}: {_first_line(e)}") from e
-        # The store's values outlive an attempt when torchrun restarts the ranks.
-        return dist.PrefixStore(f"thinwire/{self.world.attempt}", store)
+        return dist.PrefixStore("thinwire", store)
 
     def _why_no_gather(self, keys: Sequence[str], error: RuntimeError, limit: str) -> str:
         try:

@@ -82,6 +82,10 @@ class Heartbeats:
         """Other ranks whose heartbeats have moved within `limit_s`."""
         return [rank for rank, beat in self._others() if beat.silent_s < limit_s]
 
+    def busy(self) -> list[int]:
+        """Other ranks that wait for nobody."""
+        return [rank for rank, beat in self._others() if not beat.is_waiting]
+
     def last_known(self, *ranks: int) -> str:
         """`rank 2 (last at stage 2, micro-batch 5)`, or that it has not started; several of them joined."""
         return " and ".join(map(self._last_known, ranks))
@@ -91,7 +95,7 @@ class Heartbeats:
         gone = self.silent(_GONE_AFTER_S)
         if gone:
             return f"lost {self.last_known(*([peer] if peer in gone else gone))}: {symptom}"
-        busy = [rank for rank, beat in self._others() if not beat.is_waiting]
+        busy = self.busy()
         if busy:
             who = self.last_known(*busy)
             return f"the others wait for {who}, or runtime.timeout_s is too short for it: {symptom}"

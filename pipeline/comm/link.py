@@ -307,3 +307,7 @@ class FrameReceiver:
     def close(self) -> None:
         """After END: leave nothing behind."""
         self._inbox.close()
+
+    def abandon(self) -> None:
+        """The connection is broken: nothing waits for it when this returns."""
+        self._inbox.abandon()

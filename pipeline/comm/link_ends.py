@@ -133,6 +133,11 @@ class LinkEnds:
         for sender in self.senders.values():
             sender.flush()
 
+    def abandon(self) -> None:
+        """The connections are broken: nothing waits for them when this returns."""
+        for receiver in self.receivers.values():
+            receiver.abandon()
+
 
 def open_links(
     hops: Sequence[Hop],

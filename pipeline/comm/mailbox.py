@@ -52,6 +52,7 @@ __all__ = [
 T = TypeVar("T")
 
 _POLL_S = 1e-4
+_ABANDON_S = 5.0  # a receive over a broken connection ends at once
 _WITHOUT_LIMIT = datetime.timedelta(days=3650)
 
 
@@ -187,6 +188,9 @@ class Inbox(Protocol):
         Raises LinkError or BadFrame when that cannot be.
         """
 
+    def abandon(self) -> None:
+        """The connection is broken: wait until nothing waits for it."""
+
 
 class Loopback:
     """Outbox and inbox in one, for stages of one process."""
@@ -211,6 +215,9 @@ class Loopback:
         self._free.append(buffer)
 
     def close(self) -> None:
+        pass
+
+    def abandon(self) -> None:
         pass
 
 
@@ -298,7 +305,7 @@ class PeerInbox:
     ) -> None:
         self._link_index, self._address, self._channel, self._arrivals = link_index, address, memory.channel, arrivals
         self._depth, self._wire = depth, wire
-        self._posted: queue.SimpleQueue[tuple[FrameBuffer, dist.Work]] = queue.SimpleQueue()
+        self._posted: queue.SimpleQueue[tuple[FrameBuffer, dist.Work] | None] = queue.SimpleQueue()
         self._failure: PipelineError | None = None
         for _ in range(depth):
             self.recycle(memory.allocate())
@@ -326,12 +333,19 @@ class PeerInbox:
         if self._failure is not None:
             raise self._failure
 
+    def abandon(self) -> None:
+        self._posted.put(None)
+        self._thread.join(_ABANDON_S)
+
     def _receive(self) -> None:
         """The thread: hands over all frames up to the first END."""
         num_ends = 0
         try:
             while num_ends < self._depth:
-                buffer, work = self._posted.get()
+                posted = self._posted.get()
+                if posted is None:
+                    return
+                buffer, work = posted
                 self._guard(functools.partial(work.wait, _WITHOUT_LIMIT))
                 if self._wire is not None and buffer.stamped is not None:
                     self._wire.hold(buffer.stamped)

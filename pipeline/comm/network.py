@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,16 @@ import psutil
 
 from pipeline.comm.world import World
 
-__all__ = ["SEVERAL_MACHINES", "Endpoint", "NetworkError", "bind_links", "listen", "reach_all", "reach_store"]
+__all__ = [
+    "SEVERAL_MACHINES",
+    "Connections",
+    "Endpoint",
+    "NetworkError",
+    "bind_links",
+    "listen",
+    "reach_all",
+    "reach_store",
+]
 
 # Enough for four tries of a connection whose packets get lost.
 CONNECT_S = 15.0
@@ -126,6 +136,64 @@ def reach_all(here: Endpoint, ranks: Sequence[Endpoint]) -> None:
                 f"no connection from {here} to rank {rank} at {endpoint}: {e}. This machine has "
                 f"{_interfaces_in_words()}; {SEVERAL_MACHINES}"
             ) from e
+
+
+class Connections:
+    """TCP connections of a library that gives no hold on them, so that they can be broken below it.
+
+    Whatever waits for one of them then gets an error, on both of its ends. Each is held by a descriptor of its own:
+    what is broken is never another's.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[socket.socket] = []
+
+    @contextlib.contextmanager
+    def taking(self, *, but_port: int) -> Iterator[None]:
+        """Take down what is connected meanwhile in this process, but for connections to and from this port."""
+        before = _open_sockets()
+        try:
+            yield
+        finally:
+            for descriptor, _ in _open_sockets() - before:
+                self._hold(descriptor, but_port)
+
+    def break_all(self) -> None:
+        """From any thread, and more than once."""
+        for held in self._held:
+            with contextlib.suppress(OSError):  # the other end was first
+                held.shutdown(socket.SHUT_RDWR)
+
+    def forget(self) -> None:
+        held, self._held = self._held, []
+        for one in held:
+            one.close()
+
+    def _hold(self, descriptor: int, but_port: int) -> None:
+        try:
+            own = socket.socket(fileno=os.dup(descriptor))
+        except OSError:
+            return  # closed meanwhile
+        try:
+            ports = {own.getsockname()[1], own.getpeername()[1]}
+        except (OSError, IndexError):  # it listens: to shut it down would end the process
+            own.close()
+            return
+        if but_port in ports:
+            own.close()
+        else:
+            self._held.append(own)
+
+
+def _open_sockets() -> set[tuple[int, int]]:
+    """Descriptor and inode of each: a descriptor may have become another socket's."""
+    found = set()
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode):
+                found.add((int(name), status.st_ino))
+    return found
 
 
 def _address(interface: str) -> str:

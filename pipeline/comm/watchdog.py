@@ -17,6 +17,10 @@ within the timeout, whether it computes, sends or waits.
 
 Whom the heartbeats make a rank blame is decided in `heartbeats.py`.
 
+Where the ring may be formed again (`on_over`), a silent rank, or a standstill that no rank is busy in, ends the epoch
+(`epochs.py`) and not the run. The heartbeat sees that an epoch is over, whoever ended it, and breaks the connections,
+so that the main thread does not go on waiting for what will not come.
+
 No torch here, so that the watch begins before torch is imported; the store is handed in later.
 """
 
@@ -34,10 +38,11 @@ import traceback
 from collections.abc import Callable, Container
 from typing import Any, NoReturn
 
+from pipeline.comm.epochs import Epoch
 from pipeline.comm.heartbeats import Clock, Heartbeats, heartbeat
 from pipeline.comm.world import World
 
-__all__ = ["PipelineError", "Watchdog", "bounded", "tell"]
+__all__ = ["PipelineError", "RunFinished", "Watchdog", "bounded", "tell"]
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -58,6 +63,10 @@ class PipelineError(RuntimeError):
     is_symptom = False
     names_place = False
     peer: int | None = None
+
+
+class RunFinished(Exception):
+    """This process was started again after the others had finished the run."""
 
 
 def bounded(work: Callable[[], object], wait_s: float = _TELL_S) -> None:
@@ -89,15 +98,27 @@ class Watchdog:
     `where` is this rank's position in words and `waiting` whether it waits for another rank; whoever drives
     the run keeps them up to date by `move`. `advice` stands behind the last message. With one process there is nothing
     to watch, and `abort` only prints. Must be made on the main thread.
+
+    `epoch_is_over` once another forming of the ring is due. `on_over` is called then, on another thread; without it a
+    ring is formed once, and the end of its epoch is that of the run. What the main thread is at then, such as loading,
+    may take `over_limit_s` to its end.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
         self.where = "starting"
         self.waiting = False
         self.advice = ""
+        self.on_over: Callable[[], None] | None = None
+        self.over_limit_s = timeout_s
+        self.epoch_is_over = False
+        self._over_s = 0.0
         self._world, self._timeout_s = world, timeout_s
         self._interval_s = min(0.25, timeout_s / 8)
         self._store: Any = None
+        self._epoch: Epoch | None = None
+        self._next: tuple[Any, Epoch | None] | None = None
+        self._has_turned = threading.Event()
+        self._ends_epoch = False
         self._beats = Heartbeats(world)
         self._own_cause: str | None = None
         self._cause: str | None = None
@@ -130,13 +151,20 @@ class Watchdog:
         self.where, self.waiting, self._is_due = where, waiting, due
         self._num_moves += 1
 
-    def join(self, store: Any) -> None:
-        """Watch the other ranks and be watched.
+    def join(self, store: Any, epoch: Epoch | None = None) -> None:
+        """Watch the other ranks and be watched; again in each epoch.
 
-        `store` is a `torch.distributed.Store`: a client of the rendezvous store for this object alone.
+        `store` is a `torch.distributed.Store`: a client of the rendezvous store for this object alone, and `epoch` its
+        view of the epoch whose keys are meant.
         """
-        self._store = store
-        self._heart.start()
+        self._next = (store, epoch)
+        self._has_turned.clear()
+        if self._heart.ident is None:
+            self._turn()
+            self._heart.start()
+        else:
+            self._wake_heart.set()
+            self._has_turned.wait(self._timeout_s)
 
     def stop(self) -> None:
         """End the watch; signals get the meaning back that they had before."""
@@ -198,6 +226,7 @@ class Watchdog:
             received = set(self._reader.recv(64)) if ready else set()
             passed_s = clock.tick()
             self._unanswered_s += passed_s if self._heart.is_alive() else 0.0
+            self._over_s = self._over_s + passed_s if self.epoch_is_over else 0.0
             num_moves = self._num_moves
             is_still = self._is_due and num_moves == self._num_moves_seen
             self._still_s, self._num_moves_seen = self._still_s + passed_s if is_still else 0.0, num_moves
@@ -211,19 +240,35 @@ class Watchdog:
             time.sleep(0.5)  # the main thread raises KeyboardInterrupt, unless it is blocked
             self._exit_code = EXIT_INTERRUPTED
             return self._publish(f"{self.place}: interrupted")
+        if signal.SIGTERM in received and self.on_over is not None:
+            return self._cause or self._guess_cause()  # the others wait for this rank to be started again
         if signal.SIGTERM in received:
             return self._wait_for_cause(_SEARCH_S) or self._publish(self._guess_cause())
         if self._cause is not None:
             return self._cause
-        silent = self._beats.silent(self._timeout_s)
+        if self.epoch_is_over and self.on_over is None:
+            return f"{self.place}: a rank was started again, for which this run does not wait (runtime.rejoin_s is 0)"
+        if self._over_s > self.over_limit_s:
+            return f"{self.place}: at it for {self.over_limit_s:g} s, while the others form the ring again"
+        if self._unanswered_s > self._timeout_s:
+            return f"{self._store_in_words()} has not answered for {self._timeout_s:g} s"
+        silent = [] if self.epoch_is_over else self._beats.silent(self._timeout_s)
+        if silent and self.on_over is not None:
+            self._end_epoch()
+            return None
         if silent:
             who = self._beats.last_known(*silent)
             return self._publish(f"no sign of life from {who} for {self._timeout_s:g} s")
         if self._still_s > self._timeout_s:
+            if self.on_over is not None and self.waiting and not self._beats.busy():
+                self._end_epoch()
+                return None
             return self._publish(self._why_still())
-        if self._unanswered_s > self._timeout_s:
-            return f"{self._store_in_words()} has not answered for {self._timeout_s:g} s"
         return None
+
+    def _end_epoch(self) -> None:
+        self._ends_epoch = True
+        self._wake_heart.set()
 
     def _why_still(self) -> str:
         if not self.waiting:
@@ -260,6 +305,8 @@ class Watchdog:
         count, clock = 0, Clock(self._interval_s)
         try:
             while not self._stopping.is_set():
+                if self._next is not None:
+                    self._turn()
                 count += 1
                 beat = heartbeat(count, is_waiting=self.waiting, where=self.where)
                 self._store.set(f"beat/{self._world.rank}", beat)
@@ -268,12 +315,31 @@ class Watchdog:
                     self._exchange_cause()
                 elif self._world.hosts_store and self._store.check(self._keys_of_told()):
                     self._all_told.set()
+                self._look_at_epoch()
                 self._unanswered_s = 0.0
                 self._wake_heart.wait(0.05 if self._cause else self._interval_s)
                 self._wake_heart.clear()
         except (RuntimeError, OSError):
             if not self._stopping.is_set():
                 self._cause = self._cause or self._own_cause or f"{self._store_in_words()} has ended"
+
+    def _turn(self) -> None:
+        """Begin with the next epoch: on the heartbeat's thread, which so never mixes two."""
+        assert self._next is not None
+        (self._store, self._epoch), self._next = self._next, None
+        self._beats, self._cause, self._own_cause = Heartbeats(self._world), None, None
+        self.epoch_is_over = self._ends_epoch = False
+        self._has_turned.set()
+
+    def _look_at_epoch(self) -> None:
+        if self._epoch is None or self.epoch_is_over:
+            return
+        if self._ends_epoch:
+            self._epoch.end()
+        if self._epoch.is_over():
+            self.epoch_is_over = True
+            if self.on_over is not None:
+                self.on_over()
 
     def _read_beats(self, passed_s: float) -> None:
         started = [rank for rank in range(self._world.world_size) if self._has_started(rank)]

@@ -343,6 +343,8 @@ def _check_together(config: RunConfig) -> None:
             f"{' less the window BOS' if dataset.bos == 'window' else ''}), got {dataset.stride}: "
             "tokens between windows would be skipped"
         )
+    if config.runtime.rejoin_s and config.runtime.backend == "nccl":
+        raise ConfigError("runtime.rejoin_s needs links over Gloo: leave it 0, or set runtime.backend to gloo")
     if partition.nodes and len(partition.nodes) != partition.num_nodes:
         raise ConfigError(
             f"partition.nodes has {len(partition.nodes)} entries, partition.num_nodes is {partition.num_nodes}; "

@@ -242,6 +242,14 @@ class RuntimeConfig:
     load_timeout_s: float = _key(
         "the same while ranks download, convert and load", 1800.0, above=0, maximum=MAX_TIMEOUT_S
     )
+    rejoin_s: float = _key(
+        "while prompts are answered: how long a rank that is lost, or whose connection broke, is waited for until it "
+        "is back and the ring is formed again (torchrun's `--max_restarts` starts it anew); long enough for a start of "
+        "its program. 0: it ends the run. Not with `runtime.backend` `nccl`",
+        0.0,
+        minimum=0,
+        maximum=MAX_TIMEOUT_S,
+    )
     in_flight: int = _key(
         "passes between rank 0's first and last stage; 0: `num_nodes` + 2, or what the links hold",
         0,

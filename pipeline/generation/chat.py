@@ -20,37 +20,54 @@ from pipeline.generation.ring import GenerationRing
 from pipeline.generation.scheduler import Scheduler
 from pipeline.runtime.deployment import Deployment
 
-__all__ = ["Conversation", "chat"]
+__all__ = ["ChatJob", "Conversation"]
 
 GREETING = "Write to the model; an empty line or the end of input (Ctrl-D) ends the conversation."
 
 
-def chat(config: RunConfig, deployment: Deployment) -> None:
-    """Talk until the input ends; every rank calls it."""
-    control = deployment.control
-    ring = GenerationRing(config, deployment)
+class ChatJob:
+    """A conversation until the input ends; `run` is called again where the ring was formed again."""
 
-    def prepare() -> tuple[tuple[Scheduler, RequestMaker] | None, None]:
-        if control.world.rank != 0:
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._scheduler: Scheduler | None = None
+        self._conversation: Conversation | None = None
+
+    @property
+    def progress(self) -> int | None:
+        """On rank 0, as `Scheduler.progress`."""
+        return self._scheduler.progress if self._scheduler else 0
+
+    def run(self, deployment: Deployment) -> None:
+        """Every rank calls it."""
+        ring = GenerationRing(self._config, deployment)
+
+        def prepare() -> tuple[None, None]:
+            if deployment.control.world.rank == 0:
+                self._prepare(ring)
             return None, None
+
+        deployment.control.together(prepare)
+        if self._conversation is not None and not self._conversation.has_begun:
+            self._conversation.begin()
+        ring.run(self._scheduler)
+        ring.close()
+        if self._conversation is not None and self._conversation.problem is not None:
+            raise self._conversation.problem
+
+    def _prepare(self, ring: GenerationRing) -> None:
+        if self._scheduler is not None:
+            self._scheduler.begin_again()
+            return
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 costs its turn, not the conversation
         maker = make_request_maker(ring)
         maker.make({"messages": [{"role": "user", "content": "Hello"}]})  # without a template, say so now
-        return (make_scheduler(ring), maker), None
-
-    prepared, _ = control.together(prepare)
-    if prepared is None:
-        ring.run(None)
-    else:
-        scheduler, maker = prepared
-        links = [link.name for link in deployment.plan.links]
-        conversation = Conversation(scheduler, maker, links, sys.stdin)
-        threading.Thread(target=conversation.run, name="conversation", daemon=True).start()
-        ring.run(scheduler)
-        if conversation.problem is not None:
-            raise conversation.problem
-    ring.close()
+        if ring.deployment.control.came_before("conversation"):
+            show("\n[rank 0 was started again; the conversation so far is lost]\n")
+        self._scheduler = make_scheduler(ring)
+        links = [link.name for link in ring.deployment.plan.links]
+        self._conversation = Conversation(self._scheduler, maker, links, sys.stdin)
 
 
 class Conversation:
@@ -64,6 +81,11 @@ class Conversation:
         self._source = source
         self.problem: Exception | None = None
         self._messages: list[dict[str, str]] = []
+        self.has_begun = False
+
+    def begin(self) -> None:
+        self.has_begun = True
+        threading.Thread(target=self.run, name="conversation", daemon=True).start()
 
     def run(self) -> None:
         """Until the input ends; then the scheduler is closed."""

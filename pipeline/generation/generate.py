@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,22 @@ from tqdm import tqdm
 
 from compressors.console import show
 from pipeline.comm.watchdog import bounded
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.text import load_tokenizer
 from pipeline.generation.answer import Answer, refusal_line
 from pipeline.generation.answers_file import AnswersFile
-from pipeline.generation.record import generation_record
+from pipeline.generation.record import Session, generation_record
 from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
 from pipeline.generation.ring import GenerationRing
 from pipeline.generation.scheduler import Scheduler
 from pipeline.records.files import RecordError
+from pipeline.records.generation_record import Interruptions
 from pipeline.records.identity import digest_of
 from pipeline.records.store import write_generation
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.placement import balanced_layers
 
-__all__ = ["Generated", "generate", "make_request_maker", "make_scheduler"]
+__all__ = ["Generated", "GenerationJob", "make_request_maker", "make_scheduler"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class _Batch:
         tokenizer: Any,
         *,
         resume: bool,
-        shown: str | None,
+        is_shown: bool,
     ) -> None:
         config, deployment = ring.config, ring.deployment
         known = requests if isinstance(requests, list) else None
@@ -99,7 +100,7 @@ class _Batch:
         self.scheduler = make_scheduler(ring)
         self.lines: list[dict[str, Any]] = []
         self.answers: list[Answer] = []
-        self._tokenizer, self._shows = tokenizer, shown is not None
+        self._tokenizer, self._shows = tokenizer, is_shown
         self._links = [link.name for link in deployment.plan.links]
         self._bar = tqdm(
             total=None if known is None else len(known),
@@ -160,39 +161,89 @@ class _Batch:
             self._bar.update()
 
 
-def generate(
-    config: RunConfig,
-    deployment: Deployment,
-    read: Callable[[RequestMaker], Iterable[Request | RefusedRequest]],
-    *,
-    resume: bool,
-    shown: str | None = None,
-) -> Generated | None:
-    """Answer requests; None on other ranks than 0. With `shown`, the answer is printed behind it while it comes.
+class GenerationJob:
+    """Requests to be answered, on whatever ring there is: `run` is called again where it was formed again.
 
-    `read`, called on rank 0, gives the requests: a list, or what gives them as they come, which cannot be resumed.
+    With `shown`, the answer is printed behind it while it comes. `read`, called on rank 0, gives the requests: a list,
+    or what gives them as they come, which cannot be resumed.
     """
-    control = deployment.control
-    ring = GenerationRing(config, deployment)
 
-    def prepare() -> tuple[_Batch | None, None]:
+    def __init__(
+        self,
+        config: RunConfig,
+        read: Callable[[RequestMaker], Iterable[Request | RefusedRequest]],
+        *,
+        resume: bool,
+        shown: str | None = None,
+    ) -> None:
+        self._config, self._read, self._resume, self._shown = config, read, resume, shown
+        self._batch: _Batch | None = None
+        self._result: Generated | None = None
+        self._first_start_s: float | None = None
+        self._was_started_again = False
+
+    @property
+    def progress(self) -> int | None:
+        """On rank 0, as `Scheduler.progress`."""
+        return self._batch.scheduler.progress if self._batch else 0
+
+    def run(self, deployment: Deployment) -> Generated | None:
+        """Answer what is left; None on other ranks than 0."""
+        control = deployment.control
+        ring = GenerationRing(self._config, deployment)
+        control.report("reading prompts")
+        batch, _ = control.together(lambda: (self._prepare(ring), None))
+        start_s = time.perf_counter()
+        self._first_start_s = self._first_start_s or start_s
+        reports = ring.run(batch.scheduler if batch else None)
+        ring.close()
+        if batch is not None and self._result is None:
+            self._result = self._finish(batch, ring, reports, earlier_s=start_s - self._first_start_s)
+        return self._result
+
+    def _finish(
+        self, batch: _Batch, ring: GenerationRing, reports: Sequence[Mapping[str, Any]], *, earlier_s: float
+    ) -> Generated:
+        batch.close()
+        control = ring.deployment.control
+        session = Session(
+            digest=batch.digest,
+            lines=batch.lines,
+            answers=batch.answers,
+            num_taken_over=len(batch.file.done),
+            earlier_s=earlier_s,
+            interruptions=Interruptions(
+                count=control.num_interruptions,
+                pause_s=control.pause_s,
+                tokens_prefilled_again=batch.scheduler.num_prefilled_again,
+                started_again=self._was_started_again,
+            ),
+        )
+        path = write_generation(Path(self._config.exp_dir), generation_record(ring, session, reports))
+        return Generated(path, batch.file.path, [line for line in batch.lines if line["error"] is not None])
+
+    def _prepare(self, ring: GenerationRing) -> _Batch | None:
+        control = ring.deployment.control
         if control.world.rank != 0:
-            return None, None
+            return None
+        if self._batch is not None:
+            self._batch.scheduler.begin_again()
+            return self._batch
         maker = make_request_maker(ring)
-        return _Batch(ring, read(maker), maker.tokenizer, resume=resume, shown=shown), None
-
-    control.report("reading prompts")
-    batch, _ = control.together(prepare)
-    if shown is not None and batch is not None:
-        show(shown)
-    reports = ring.run(batch.scheduler if batch else None)
-    ring.close()
-    if batch is None:
-        return None
-    batch.close()
-    record = generation_record(ring, batch.lines, batch.answers, len(batch.file.done), reports, batch.digest)
-    path = write_generation(Path(config.exp_dir), record)
-    return Generated(path, batch.file.path, [line for line in batch.lines if line["error"] is not None])
+        self._was_started_again = control.came_before("requests")
+        requests = self._read(maker)
+        if self._was_started_again and not isinstance(requests, list):
+            raise ConfigError(
+                "rank 0 was started again, and cannot read standard input once more: lines that had been read and have "
+                f"no answer in {self._config.exp_dir} are lost; write prompts to a .jsonl file, which is gone on with"
+            )
+        resume = self._resume or self._was_started_again
+        self._batch = _Batch(ring, requests, maker.tokenizer, resume=resume, is_shown=self._shown is not None)
+        if self._shown is not None:
+            if self._was_started_again:
+                show("\n[rank 0 was started again; an answer that was not finished begins anew]\n")
+            show(self._shown)
+        return self._batch
 
 
 def _ignore(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.generation.answer import Answer, quantile
@@ -15,6 +16,7 @@ from pipeline.records.generation_record import (
     GenerationRecord,
     GenerationResults,
     GenerationSchedule,
+    Interruptions,
     RequestFigures,
     Spread,
 )
@@ -23,26 +25,34 @@ from pipeline.records.labels import model_label
 from pipeline.records.run_record import Args
 from pipeline.runtime.record_parts import codec_configs, emulation, planned_stages, recorded_model, stage_seconds
 
-__all__ = ["generation_record"]
+__all__ = ["Session", "generation_record"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What came of requests: `lines` of the file of answers, and the `answers` of those that could be tried.
+
+    `digest` is of all that decides over the answers. `earlier_s` passed from the first forming of the ring to the last.
+    """
+
+    digest: str
+    lines: Sequence[Mapping[str, Any]]
+    answers: Sequence[Answer]
+    num_taken_over: int
+    earlier_s: float
+    interruptions: Interruptions
 
 
 def generation_record(
-    ring: GenerationRing,
-    lines: Sequence[Mapping[str, Any]],
-    answers: Sequence[Answer],
-    num_taken_over: int,
-    reports: Sequence[Mapping[str, Any]],
-    digest: str,
+    ring: GenerationRing, session: Session, reports: Sequence[Mapping[str, Any]]
 ) -> GenerationRecord:
-    """Of this session: `lines` of the file of answers, and the `answers` of requests that could be tried.
-
-    Bytes are what the senders counted.
-    """
+    """Of this session; `reports` are what the ranks tell at its end. Bytes are what the senders counted."""
     config, deployment, plan = ring.config, ring.deployment, ring.deployment.plan
+    lines, answers, digest = session.lines, session.answers, session.digest
     gaps = [gap for answer in answers for gap in answer.token_gaps_s]
     ttft = [line["ttft_s"] for line in lines if line["ttft_s"] is not None]
     num_generated = sum(len(line["token_ids"]) for line in lines)
-    run_s = max(report["run_s"] for report in reports)
+    run_s = max(report["run_s"] for report in reports) + session.earlier_s
     sent = {name: traffic for report in reports for name, traffic in report["sent"].items()}
     codec_names = sorted({codec.name for codec in ring.codecs.facts}) or ["unsplit"]
     return GenerationRecord(
@@ -52,7 +62,7 @@ def generation_record(
         results=GenerationResults(
             num_requests=len(lines),
             num_failed=sum(line["error"] is not None for line in lines),
-            num_taken_over=num_taken_over,
+            num_taken_over=session.num_taken_over,
             prompt_tokens=sum(line["num_prompt_tokens"] for line in lines),
             generated_tokens=num_generated,
             tokens_per_s=num_generated / run_s,
@@ -80,10 +90,25 @@ def generation_record(
         backend=deployment.backend,
         emulation=emulation(config, plan, ring.emulated_links),
         model=recorded_model(deployment),
-        notes=(*deployment.model.notes, *ring.notes),
+        interruptions=session.interruptions,
+        notes=(*deployment.model.notes, *ring.notes, *_interruption_notes(session.interruptions)),
         versions=software_versions(),
         environment=dict(deployment.environment),
     )
+
+
+def _interruption_notes(interruptions: Interruptions) -> list[str]:
+    notes = []
+    if interruptions.count:
+        notes.append(
+            f"the ring was formed again {interruptions.count} times: bytes and frames of links and seconds of stages "
+            "are those since the last time"
+        )
+    if interruptions.started_again:
+        notes.append(
+            "rank 0 was started again: answers that were not finished before began anew, which no figure here has"
+        )
+    return notes
 
 
 def _link(sent: Mapping[str, int]) -> GenerationLink:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.comm.link import LinkSpec
 from pipeline.comm.link_ends import forward_hops, open_links
+from pipeline.comm.mailbox import LinkError
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.generation.scheduler import Scheduler
 from pipeline.models.loading import TORCH_DTYPES, WeightFormat
@@ -112,8 +113,15 @@ class GenerationRing:
         if scheduler is not None:
             scheduler.wake = ends.wake
         control.barrier()
+        control.end_pause()
         start_s = time.perf_counter()
-        Engine(self._worker, ends, control.report, source=scheduler, credits=self.credits).run()
+        try:
+            Engine(self._worker, ends, control.report, source=scheduler, credits=self.credits).run()
+        except LinkError as e:
+            if control.may_form_again(e):
+                control.break_connections()
+                ends.abandon()
+            raise
         run_s = time.perf_counter() - start_s
         report = rank_report(deployment, self._worker.times, ends)
         return control.gather({**report, "run_s": run_s, "cache_bytes": self.cache_nbytes})

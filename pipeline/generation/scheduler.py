@@ -101,6 +101,7 @@ class _Sequence:
     is_under_way: bool = False  # its last position is, so that a token is due
     is_alone: bool = False
     has_begun: bool = False
+    num_lost: int = 0  # positions that were computed before the ring was formed again
 
     @property
     def num_prompt(self) -> int:
@@ -117,13 +118,17 @@ class _Sequence:
 
 @dataclass(eq=False)
 class _Waiting:
-    """A request without a slot. `prefix`: of which sequence it wants more than so many positions first, and its epoch.
+    """A request without a slot, or one that has lost it when the ring was formed again: `prompt` then has the tokens of
+    its answer, too, and `num_lost` positions of it had been computed.
+
+    `prefix`: of which sequence it wants more than so many positions first, and its epoch.
 
     While that is on its way, prompts need not be compared.
     """
 
     answering: Answering
     prompt: np.ndarray
+    num_lost: int | None = None
     prefix: tuple[_Sequence, int, int] | None = None
 
     @property
@@ -163,6 +168,9 @@ class Scheduler:
         shares_answers: whether sampled tokens in it may; not where they have another codec than prompts.
         shares_passes: whether sequences may decode together; not where the model lets them change each other's tokens.
         wake: called when there is something new to do, from whatever thread `submit` is.
+
+    Attributes:
+        num_prefilled_again: positions that were computed once more because the ring was formed again.
     """
 
     def __init__(
@@ -191,6 +199,8 @@ class Scheduler:
         self._num_decodes = 0
         self._prefilled_last = False
         self._next_look_s = 0.0
+        self._num_tokens = 0
+        self.num_prefilled_again = 0
 
     def submit(self, answering: Answering) -> None:
         """Answer one more request."""
@@ -203,6 +213,32 @@ class Scheduler:
         """No more requests will come."""
         self._is_closed = True
         self.wake()
+
+    def begin_again(self) -> None:
+        """The ring was formed again: slots are empty, and nothing that was under way will come.
+
+        Sequences go on where they are, once prompt and answer so far have been computed again.
+        """
+        again = [
+            _Waiting(s.answering, np.array(s.ids, np.int32), num_lost=max(s.sent, s.num_lost))
+            for s in self._active
+            if not s.answering.is_finished
+        ]
+        with self._lock:
+            self._queue.extendleft(reversed(again))
+            for waiting in self._queue:
+                waiting.prefix = None
+        num_slots = len(self._held)
+        self._free = deque(range(num_slots))
+        self._held = [_Held(self._slot_length) for _ in range(num_slots)]
+        self._active.clear()
+        self._under_way.clear()
+        self._num_decodes = 0
+
+    @property
+    def progress(self) -> int | None:
+        """How many tokens have come; None where there is nothing to do until more requests come."""
+        return self._num_tokens if self._is_closed or self._queue or self._active else None
 
     @property
     def is_done(self) -> bool:
@@ -277,10 +313,13 @@ class Scheduler:
                 self._free.remove(slot)
             else:
                 slot = self._free.popleft()
-            sequence = _Sequence(answering, slot, waiting.prompt, list(answering.prompt_ids), sent=shared)
+            is_new = waiting.num_lost is None
+            sequence = _Sequence(answering, slot, waiting.prompt, waiting.prompt.tolist(), sent=shared)
+            sequence.num_lost = waiting.num_lost or 0
             sequence.source = source if shared else None
             self._active.append(sequence)
-            answering.begin()
+            if is_new:
+                answering.begin()
 
     def _unqueue(self, waiting: _Waiting) -> None:
         with self._lock:
@@ -308,6 +347,7 @@ class Scheduler:
         start = sequence.sent
         chunk = sequence.prompt[start : start + self._chunk]
         sequence.sent += len(chunk)
+        self.num_prefilled_again += max(0, min(sequence.sent, sequence.num_lost) - start)
         is_last = not sequence.is_prefilling
         sequence.is_under_way = is_last
         note, source, held, kept = b"", None, self._held[sequence.slot], start
@@ -356,6 +396,7 @@ class Scheduler:
         answering = sequence.answering
         if not answering.is_finished:
             sequence.ids.append(token.token_id)
+            self._num_tokens += 1
             answering.take(token)
             if not answering.is_finished and len(sequence.ids) > self._slot_length:
                 answering.finish("length")

@@ -33,6 +33,7 @@ __all__ = [
     "GenerationRecord",
     "GenerationResults",
     "GenerationSchedule",
+    "Interruptions",
     "RequestFigures",
     "Spread",
 ]
@@ -101,6 +102,18 @@ class GenerationSchedule(Part):
     receives_ahead: Count
 
 
+class Interruptions(Part):
+    """How often the ring was formed again, for how long no pass could go around, and positions computed once more.
+
+    `started_again`: rank 0's process itself was, and what was so before it is not counted.
+    """
+
+    count: Count
+    pause_s: Amount
+    tokens_prefilled_again: Count
+    started_again: bool
+
+
 class GenerationRecord(Part):
     """One session of requests. Links and stages are named as in the plan; `codecs_decode` are of sampled tokens.
     Null `emulation`: nothing was emulated.
@@ -121,6 +134,7 @@ class GenerationRecord(Part):
     stages: Mapping[str, StageSeconds]
     ranks: tuple[GenerationRank, ...]
     schedule: GenerationSchedule
+    interruptions: Interruptions | None
     backend: str
     emulation: Emulation | None
     model: Model

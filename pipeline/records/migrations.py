@@ -4,7 +4,8 @@ Before the models see a file (`store`). A figure that an older version did not h
 would have been. What stands where it should not is left for the models to refuse.
 
 Version 1 is every file from the first release on that says so: it grew, and run records had no `kind`. Version 2 is
-that of the models: all keys are there, with null for what is not known or does not apply. Version 3 has `emulation`.
+that of the models: all keys are there, with null for what is not known or does not apply. Version 3 added what was
+emulated, and how often the ring was formed again while prompts were answered.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ def lift(value: Any) -> dict[str, Any]:
         kind = value.setdefault("kind", RUN_KIND)
         if isinstance(kind, str) and kind in _FROM_1:
             _FROM_1[kind](value)
-    if version <= 2 and value.get("kind") in (RUN_KIND, GENERATION_KIND):
+    if version < 3 and value.get("kind") in (RUN_KIND, GENERATION_KIND):
         _add(value, emulation=None)
+    if version < 3 and value.get("kind") == GENERATION_KIND:
+        _add(value, interruptions=None)
     value["schema_version"] = SCHEMA_VERSION
     return value
 

@@ -25,7 +25,8 @@ __all__ = ["GeneratedRun"]
 class GeneratedRun:
     """One record. `ttft_s`, `tpot_s` and `tpot_p95_s` (seconds to the first token, between tokens) are None where no
     request came that far, bytes per token of a link where nothing crossed one, predictions where nothing was emulated
-    or the record does not tell enough. `network` and `slowdown` are empty where nothing was emulated.
+    or the record does not tell enough, and what interruptions cost where an older record does not tell. `network` and
+    `slowdown` are empty where nothing was emulated.
     """
 
     label: str
@@ -43,6 +44,9 @@ class GeneratedRun:
     slowdown: str
     payload_bytes_per_token: float | None
     header_bytes_per_token: float | None
+    num_interruptions: int | None
+    pause_s: float | None
+    tokens_prefilled_again: int | None
     cache_bytes: int
     max_rows: int
     passes: int
@@ -51,6 +55,7 @@ class GeneratedRun:
 
     @classmethod
     def of(cls, record: GenerationRecord) -> GeneratedRun:
+        interruptions = record.interruptions
         results, links, schedule = record.results, record.traffic_per_link.values(), record.schedule
         crossings, chain = sum(link.tokens for link in links), chain_names(record)
         return cls(
@@ -69,6 +74,9 @@ class GeneratedRun:
             slowdown=slowdown_text(record.emulation),
             payload_bytes_per_token=sum(link.payload_bytes for link in links) / crossings if crossings else None,
             header_bytes_per_token=sum(link.header_bytes for link in links) / crossings if crossings else None,
+            num_interruptions=interruptions.count if interruptions else None,
+            pause_s=interruptions.pause_s if interruptions else None,
+            tokens_prefilled_again=interruptions.tokens_prefilled_again if interruptions else None,
             cache_bytes=sum(rank.cache_bytes for rank in record.ranks),
             max_rows=schedule.max_slots,
             passes=schedule.passes,

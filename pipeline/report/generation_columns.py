@@ -131,6 +131,25 @@ COLUMNS: tuple[Column[GeneratedRun], ...] = (
         form=number(",.1f"),
     ),
     Column(
+        key="num_interruptions",
+        heading="breaks",
+        meaning="how often the ring was formed again",
+        value=lambda r: r.num_interruptions,
+    ),
+    Column(
+        key="pause_s",
+        heading="pauses, s",
+        meaning="while it was, in all",
+        value=lambda r: r.pause_s,
+        form=number(".1f"),
+    ),
+    Column(
+        key="tokens_prefilled_again",
+        heading="tokens again",
+        meaning="computed once more after a break",
+        value=lambda r: r.tokens_prefilled_again,
+    ),
+    Column(
         key="cache_mib",
         heading="cache, MiB",
         meaning="keys and values on all ranks together",

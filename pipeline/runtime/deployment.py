@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ from pipeline.runtime.text import (
 )
 from pipeline.runtime.timing import time_one_token
 
-__all__ = ["DeployedModel", "Deployment", "deploy"]
+__all__ = ["DeployedModel", "Deployment", "LoadedStages", "deploy"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,16 @@ class Deployment:
     one_token_compute_s: dict[int, float]
 
 
+@dataclass
+class LoadedStages:
+    """What of a deployment serves the next one, when the ring is formed again: this rank's weights, of a plan."""
+
+    checkpoint_digest: str = ""
+    plan: Plan | None = None
+    stages: dict[int, Stage] = field(default_factory=dict)
+    one_token_compute_s: dict[int, float] = field(default_factory=dict)
+
+
 def deploy(
     config: RunConfig,
     control: Control,
@@ -109,12 +119,14 @@ def deploy(
     claim: Callable[[str], None] | None = None,
     *,
     with_text: bool = True,
+    loaded: LoadedStages | None = None,
 ) -> Deployment:
     """Agree, resolve, plan, tokenise, check codecs and load this rank's stages.
 
     Without a text to score, codecs are those of generation. `check(plan, model_config)` may raise where they do not
-    serve what is to be done, and `claim(digest)`, on rank 0, where the run with this digest cannot be recorded. Raises
-    ValueError (ConfigError, PlanError, ModelError, ...) with a message for the user.
+    serve what is to be done, and `claim(digest)`, on rank 0, where the run with this digest cannot be recorded.
+    `loaded` is filled, or taken over where checkpoint and plan are the same. Raises ValueError (ConfigError, PlanError,
+    ModelError, ...) with a message for the user.
     """
     world = control.world
     check_world_size(config, world)
@@ -129,7 +141,8 @@ def deploy(
     if check is not None:
         check(plan, model_config)
     devices = stage_devices(config, plan, world)
-    model = _identify(control, directory, model_config)
+    loaded = loaded or LoadedStages()
+    model = _identify(control, directory, model_config, is_told=not loaded.stages)
     if with_text:
         text, codecs = _prepare_text(config, control, plan, model, claim)
     else:
@@ -137,29 +150,28 @@ def deploy(
     environment = gather_environment(control, devices, threads)
     gpus, backend, channels = _open_channels(config, control, plan, devices)
     control.report("loading weights")
-    stages = _load_stages(config, plan, model, devices)
+    if (loaded.checkpoint_digest, loaded.plan) != (model.checkpoint_digest, plan):
+        loaded.stages.clear()
+        loaded.one_token_compute_s.clear()
+        loaded.stages.update(_load_stages(config, plan, model, devices))
+        loaded.checkpoint_digest, loaded.plan = model.checkpoint_digest, plan
     control.barrier()
     control.report("timing a token")
-    one_token_compute_s = control.in_turn(
-        lambda: {
-            index: time_one_token(stage, model_config.hidden_size, TORCH_DTYPES[config.model.dtype])
-            for index, stage in stages.items()
-        }
-    )
+    control.in_turn(lambda: _time_one_token(loaded, model_config.hidden_size, TORCH_DTYPES[config.model.dtype]))
     return Deployment(
         control=control,
         plan=plan,
         model=model,
         text=text,
         codecs=codecs,
-        stages=stages,
+        stages=loaded.stages,
         devices=devices,
         gpus=gpus,
         backend=backend,
         channels=channels,
         threads=threads,
         environment=environment,
-        one_token_compute_s=one_token_compute_s,
+        one_token_compute_s=loaded.one_token_compute_s,
     )
 
 
@@ -175,12 +187,14 @@ def _resolve(model: ModelConfig, control: Control) -> tuple[Path, PretrainedConf
     return directory, load_model_config(directory, model.architecture, trust_remote_code=model.trust_remote_code)
 
 
-def _identify(control: Control, directory: Path, model_config: PretrainedConfig) -> DeployedModel:
-    """The checkpoint that all ranks have, every tensor of it accounted for."""
+def _identify(
+    control: Control, directory: Path, model_config: PretrainedConfig, *, is_told: bool
+) -> DeployedModel:
+    """The checkpoint that all ranks have, every tensor of it accounted for; what is odd about it `is_told`."""
     digest = checkpoint_fingerprint(directory)
     control.agree("checkpoint", {"fingerprint": digest})
     notes = read_checkpoint(directory, model_config).notes
-    if control.world.rank == 0:
+    if control.world.rank == 0 and is_told:
         for note in notes:
             logger.warning("%s", note)
     return DeployedModel(directory=directory, config=model_config, checkpoint_digest=digest, notes=notes)
@@ -194,6 +208,9 @@ def _plan(config: RunConfig, model_config: PretrainedConfig, control: Control) -
     if config.partition.plan == "balanced" and control.world.rank == 0:
         tell(f"balanced plan: layers by node {balanced_layers(config, plan)}\n")
     return plan
+def _time_one_token(loaded: LoadedStages, hidden_size: int, dtype: torch.dtype) -> None:
+    for index in loaded.stages.keys() - loaded.one_token_compute_s.keys():
+        loaded.one_token_compute_s[index] = time_one_token(loaded.stages[index], hidden_size, dtype)
 
 
 def _load_stages(

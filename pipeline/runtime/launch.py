@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.comm.watchdog import Watchdog
+from pipeline.comm.watchdog import RunFinished, Watchdog, tell
 from pipeline.comm.world import World
 from pipeline.config.schema import RunConfig
 
@@ -32,12 +32,17 @@ def on_deployment(
     claim: Callable[[str], None] | None = None,
     *,
     with_text: bool = True,
+    progress: Callable[[], int | None] | None = None,
 ) -> T:
     """`work(deployment)` on every rank of the config's model, and its result.
 
     Rank 0 checks first that `folder` can be written to; `check(plan, model_config)` raises, before weights load, where
     the work cannot be done, and so does `claim(digest)`, on rank 0, where the run cannot be recorded. The config's text
     is read unless `with_text` is false.
+
+    With `progress`, which tells on rank 0 how far the work has come, and `runtime.rejoin_s`, the loss of a rank or a
+    connection does not end the run: the ring is formed again, and `work` called with what was deployed anew, weights
+    being kept. It must then go on from where it was.
     A failure ends the process, with its message and a non-zero status, on every rank.
     """
     try:
@@ -47,7 +52,11 @@ def on_deployment(
         sys.exit(2)
     watchdog = Watchdog(world, config.runtime.timeout_s)
     try:
-        return _work(config, world, watchdog, folder, work, check, claim, with_text)
+        return _work(config, world, watchdog, folder, work, check, claim, with_text, progress)
+    except RunFinished:
+        watchdog.stop()
+        tell(f"rank {world.rank}: the run has come to its end meanwhile\n")
+        sys.exit(0)
     except BaseException as e:  # a panic of a library in Rust is no Exception
         watchdog.abort(e)
 
@@ -61,6 +70,7 @@ def _work(
     check: Callable[[Plan, Any], None] | None,
     claim: Callable[[str], None] | None,
     with_text: bool,
+    progress: Callable[[], int | None] | None,
 ) -> T:
     # Torch's C++ stacks for a lost connection would bury the message that names the lost rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -68,6 +78,7 @@ def _work(
         # Loaded at its first launch, a kernel may wait for the whole device, and so for a send that no one has met.
         os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     from pipeline.comm.control import Control
+    from pipeline.comm.mailbox import LinkError
 
     # Joined before the imports of seconds: from here on, what goes wrong on one rank is known to all.
     runtime = config.runtime
@@ -77,16 +88,27 @@ def _work(
         load_timeout_s=runtime.load_timeout_s,
         interface=runtime.interface,
         watchdog=watchdog,
+        rejoin_s=0.0 if progress is None else runtime.rejoin_s,
     )
-    from pipeline.records.files import check_writable
-    from pipeline.runtime.deployment import deploy
-    from pipeline.runtime.memory import keep_freed_memory, return_freed_memory
+    loaded = None
+    while True:
+        try:
+            control.form()
+            from pipeline.records.files import check_writable
+            from pipeline.runtime.deployment import LoadedStages, deploy
+            from pipeline.runtime.memory import keep_freed_memory, return_freed_memory
 
-    if world.rank == 0:
-        check_writable(folder)
-    return_freed_memory()
-    deployment = deploy(config, control, check, claim, with_text=with_text)
-    keep_freed_memory()
-    result = work(deployment)
-    control.close()
-    return result
+            if loaded is None:
+                loaded = LoadedStages()
+                if world.rank == 0:
+                    check_writable(folder)
+            return_freed_memory()
+            deployment = deploy(config, control, check, claim, with_text=with_text, loaded=loaded)
+            keep_freed_memory()
+            result = work(deployment)
+            control.close()
+            return result
+        except LinkError as e:
+            if progress is None or not control.may_form_again(e):
+                raise
+            control.leave_ring(e, progress())

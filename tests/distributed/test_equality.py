@@ -43,6 +43,7 @@ def evaluate_all(rank: int, cases: dict[str, dict]) -> None:
     from pipeline.runtime.deployment import deploy
 
     control = Control(World.from_environment(), timeout_s=60, load_timeout_s=120, interface=None)
+    control.form()
     score = Stage.score
     for case in cases.values():
         config = load_config(None, list(case.items()))

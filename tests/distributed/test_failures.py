@@ -6,7 +6,6 @@
 import contextlib
 import json
 import fcntl
-import multiprocessing
 import os
 import re
 import resource
@@ -18,7 +17,7 @@ import pytest
 from benchmarks.kill_ranks import Bench, Kill
 from pipeline.records.store import read_per_token, read_record
 from tests.helpers.bad_codecs import DUE
-from tests.helpers.launch import call_on_ranks, run_alone, run_ranks, start_ranks, start_torchrun
+from tests.helpers.launch import call_on_ranks, run_alone, run_ranks, start_ranks, start_torchrun, store_process
 from tests.helpers.patience import allowed_s
 from tests.helpers.tiny_models import tiny_arguments
 
@@ -282,8 +281,7 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(rank, more, tmp_p
 @pytest.mark.parametrize("signal_name", ["SIGSTOP", "SIGKILL"])
 def test_the_process_that_hosts_the_store_is_lost(signal_name, tmp_path):
     """As when torchrun itself is stopped or killed: its ranks are in sessions of their own and live on."""
-    with store_process() as (host, port):
-        env = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(port)}
+    with store_process() as (host, env):
         with start_ranks([arguments(tmp_path)] * NUM_RANKS, env=env) as ranks:
             wait_until(lambda: num_finished(tmp_path) > 0)
             os.kill(host.pid, signal.Signals[signal_name])
@@ -294,28 +292,6 @@ def test_the_process_that_hosts_the_store_is_lost(signal_name, tmp_path):
     for message, one in zip(last_messages([one.stderr for one in ended]), ended, strict=True):
         assert re.search(rf"rank (\d) stops: rank \1, .*: torchrun's rendezvous store {cause}", message)
         assert one.returncode == 1
-
-
-@contextlib.contextmanager
-def store_process():
-    """A process that hosts a rendezvous store, as torchrun's agent does."""
-    context = multiprocessing.get_context("forkserver")
-    reader, writer = context.Pipe(duplex=False)
-    host = context.Process(target=host_store, args=(writer,), daemon=True)
-    host.start()
-    try:
-        yield host, reader.recv()
-    finally:
-        host.kill()
-        host.join()
-
-
-def host_store(writer):
-    import torch.distributed as dist
-
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    writer.send(store.port)
-    time.sleep(600)
 
 
 @pytest.mark.parametrize(

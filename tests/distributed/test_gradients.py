@@ -35,6 +35,7 @@ def pass_on_rank(rank, arguments, objective, out):
     """What one rank sees, to a file of its own: `link/micro-batch/...` tensors and the objective's sum."""
     config = load_config(None, [parse_override(text) for text in arguments])
     control = Control(World.from_environment(), timeout_s=20, load_timeout_s=60, interface=None)
+    control.form()
     deployment = deploy(config, control)
     windows = make_windows(deployment.text.ids.numel(), config.dataset.max_length, config.dataset.stride)
     seen, finished = {}, []

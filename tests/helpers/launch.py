@@ -39,6 +39,7 @@ __all__ = [
     "run_torchrun",
     "start_ranks",
     "start_torchrun",
+    "store_process",
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,15 +90,15 @@ class Torchrun:
         return self._processes[rank].exitcode
 
     def rank_stderr(self, rank: int) -> str:
-        """What a rank has written to stderr so far."""
-        for path in self._logs.glob(f"*/attempt_0/{rank}/stderr.log"):
-            return path.read_text(errors="replace")
-        return ""
+        """What a rank has written to stderr so far, in all attempts."""
+        return self._read(rank, "stderr")
 
     def rank_stdout(self, rank: int) -> str:
-        for path in self._logs.glob(f"*/attempt_0/{rank}/stdout.log"):
-            return path.read_text(errors="replace")
-        return ""
+        return self._read(rank, "stdout")
+
+    def _read(self, rank: int, name: str) -> str:
+        """Of all attempts."""
+        return "".join(path.read_text(errors="replace") for path in sorted(self._logs.glob(f"**/{rank}/{name}.log")))
 
     def interrupt(self) -> None:
         """Ctrl-C: SIGINT to the foreground process group, in which the ranks are not."""
@@ -124,8 +125,13 @@ class Torchrun:
 
 
 @contextlib.contextmanager
-def start_torchrun(num_ranks: int, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Torchrun]:
-    """Start `run_pipeline.py` on `num_ranks` ranks of this machine; whatever is left at the end is killed."""
+def start_torchrun(
+    num_ranks: int, *arguments: str, env: Mapping[str, str] | None = None, more: Sequence[str] = ()
+) -> Iterator[Torchrun]:
+    """Start `run_pipeline.py` on `num_ranks` ranks of this machine; whatever is left at the end is killed.
+
+    `more` goes to torchrun.
+    """
     with tempfile.TemporaryDirectory(prefix="torchrun_") as logs:
         command = [
             sys.executable,
@@ -133,6 +139,7 @@ def start_torchrun(num_ranks: int, *arguments: str, env: Mapping[str, str] | Non
             "torch.distributed.run",
             "--standalone",
             f"--nproc_per_node={num_ranks}",
+            *more,
         ]
         process = subprocess.Popen(
             [*command, "--log-dir", logs, "--redirects", "3", "run_pipeline.py", *arguments],
@@ -212,11 +219,21 @@ def start_ranks(
 
 
 class Ranks:
-    """Forked ranks that may still be going on."""
+    """Forked ranks that may still be going on. `start(rank, attempt)` starts the process of one of them."""
 
-    def __init__(self, processes: Sequence[Any], folder: Path) -> None:
-        self._processes, self._folder = processes, folder
+    def __init__(self, num_ranks: int, start: Callable[[int, int], Any], folder: Path) -> None:
+        self._start, self._folder = start, folder
+        self._processes = [start(rank, 0) for rank in range(num_ranks)]
+        self._attempts = [0] * num_ranks
         self._start_s = time.monotonic()
+
+    def restart_failed(self) -> list[int]:
+        """Start again whoever has ended with a failure, as a torchrun of its own would; returns these ranks."""
+        failed = [rank for rank, process in enumerate(self._processes) if process.exitcode not in (None, 0)]
+        for rank in failed:
+            self._attempts[rank] += 1
+            self._processes[rank] = self._start(rank, self._attempts[rank])
+        return failed
 
     def rank_pids(self) -> dict[int, int]:
         """Process ids of the ranks that have not ended, by rank."""
@@ -229,6 +246,9 @@ class Ranks:
     def rank_stderr(self, rank: int) -> str:
         """What a rank has written to stderr so far."""
         return self._read(rank, "stderr")
+
+    def rank_stdout(self, rank: int) -> str:
+        return self._read(rank, "stdout")
 
     def wait(self, timeout_s: float) -> list[Finished]:
         """Wait for all ranks to end."""
@@ -276,9 +296,9 @@ def _fork(
     context.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
         port = _free_port()
-        processes = []
-        for rank in range(num_ranks):
-            variables = dict(_ENVIRONMENT)
+
+        def start(rank: int, attempt: int) -> Any:
+            variables = {**_ENVIRONMENT, "TORCHELASTIC_RESTART_COUNT": str(attempt)}
             if distributed:
                 variables |= {
                     "RANK": str(rank),
@@ -291,12 +311,36 @@ def _fork(
             variables |= env or {}
             process = context.Process(target=_enter_rank, args=(rank, folder, variables, function, arguments))
             process.start()
-            processes.append(process)
-        ranks = Ranks(processes, Path(folder))
+            return process
+
+        ranks = Ranks(num_ranks, start, Path(folder))
         try:
             yield ranks
         finally:
             ranks.kill()
+
+
+@contextlib.contextmanager
+def store_process() -> Iterator[tuple[Any, dict[str, str]]]:
+    """A process that hosts a rendezvous store, as torchrun's agent does, and the variables that tell ranks of it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    reader, writer = context.Pipe(duplex=False)
+    host = context.Process(target=_host_store, args=(writer,), daemon=True)
+    host.start()
+    try:
+        yield host, {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(reader.recv())}
+    finally:
+        host.kill()
+        host.join()
+
+
+def _host_store(writer: Any) -> None:
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    writer.send(store.port)
+    time.sleep(3600)
 
 
 def _enter_rank(

@@ -162,6 +162,7 @@ def write_generation_point(folder, run_id, **changes):
             "in_flight": 6,
             "receives_ahead": 2,
         },
+        "interruptions": {"count": 2, "pause_s": 9.5, "tokens_prefilled_again": 77, "started_again": False},
         "backend": "gloo",
         "emulation": None,
         "model": _MODEL,

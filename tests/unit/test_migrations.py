@@ -57,6 +57,7 @@ def test_the_last_of_version_1_keeps_all_that_it_has():
 def test_generation_and_failed_points_of_version_1():
     value = json.loads((SAMPLES / "generation_1.json").read_text())
     record = read_generation(SAMPLES / "generation_1.json")
+    assert record.interruptions is None
     assert record.requests[0].tpot_s.p95 == pytest.approx(0.11826, rel=1e-3)
     _check_kept(value, record.model_dump(mode="json"))
     failure = read_failure(SAMPLES / "failed_point_1.json")

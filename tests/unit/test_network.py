@@ -4,7 +4,7 @@ import time
 import pytest
 
 from pipeline.comm import network
-from pipeline.comm.network import NetworkError, bind_links, listen, reach_all, reach_store
+from pipeline.comm.network import Connections, NetworkError, bind_links, listen, reach_all, reach_store
 from pipeline.comm.world import World
 from tests.helpers.patience import allowed_s
 
@@ -79,3 +79,43 @@ def test_ranks_reach_each_other(monkeypatch):
         NetworkError, match=r"no connection from 127\.0\.0\.1 \(lo of .*\) to rank 0 at 127\.0\.0\.1 \(lo"
     ):
         reach_all(here, ranks)
+
+
+def connected():
+    """A listener and both ends of a connection to it."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    here = socket.create_connection(listener.getsockname())
+    return listener, here, listener.accept()[0]
+
+
+def test_connections_are_broken_below_whoever_opened_them():
+    connections, (_, before, before_far) = Connections(), connected()
+    with connections.taking(but_port=1):
+        listener, here, far = connected()
+    with connections.taking(but_port=listener.getsockname()[1]):  # as of the rendezvous store
+        spared = socket.create_connection(listener.getsockname())
+        spared_far = listener.accept()[0]
+    for one in (here, far, spared, spared_far):
+        one.settimeout(5)
+    connections.break_all()
+    connections.break_all()
+    assert here.recv(1) == far.recv(1) == b""
+    spared.sendall(b"x")
+    before.sendall(b"y")
+    assert (spared_far.recv(1), before_far.recv(1)) == (b"x", b"y")
+    socket.create_connection(listener.getsockname()).close()  # what listens goes on
+    connections.forget()
+    connections.break_all()
+
+
+def test_a_descriptor_that_has_become_another_sockets_is_taken():
+    connections, (listener, old, _) = Connections(), connected()
+    with connections.taking(but_port=1):
+        descriptor = old.fileno()
+        old.close()
+        here = socket.create_connection(listener.getsockname())
+        assert here.fileno() == descriptor
+    connections.break_all()
+    here.settimeout(5)
+    assert here.recv(1) == b""
+    connections.forget()

@@ -288,7 +288,7 @@ def some_options(rng):
     )
 
 
-def simulate(plan, seed, *, failing, cancels):
+def simulate(plan, seed, *, failing, cancels, breaks=0.0):
     rng = random.Random(seed)
     num_slots, slot_length = rng.choice([1, 2, 3, 5]), rng.choice([24, 48])
     scheduler = Scheduler(
@@ -298,7 +298,13 @@ def simulate(plan, seed, *, failing, cancels):
         passes=rng.choice([1, 2, 4, 7]),
     )
     credits = rng.choice([1, 2, 5, 9])
-    ring = Ring(plan, rng, scheduler, num_slots=num_slots, slot_length=slot_length, credits=credits, failing=failing)
+
+    def form():
+        return Ring(
+            plan, rng, scheduler, num_slots=num_slots, slot_length=slot_length, credits=credits, failing=failing
+        )
+
+    ring = form()
     prompts, everyone = some_prompts(rng, slot_length), []
     left = 30
     while left or not scheduler.is_done or ring.in_flight:
@@ -322,6 +328,11 @@ def simulate(plan, seed, *, failing, cancels):
                     chosen.finish("cancelled")
                 else:
                     chosen.expires_s = 0
+        elif 0.5 <= what < 0.5 + breaks:
+            num_failed, ring = ring.num_failed, form()
+            ring.num_failed = num_failed
+            scheduler.begin_again()
+            ring.start()
         else:
             for _ in range(rng.choice([1, 1, 20])):
                 if not ring.step():
@@ -351,8 +362,38 @@ def test_every_answer_is_that_of_its_prompt(plan, failing, cancels):
     assert num_errors <= num_failed and bool(num_failed) == bool(failing)
 
 
-def make_ring(plan, **options):
-    scheduler = Scheduler(num_slots=2, slot_length=48, prefill_chunk=48, **options)
+@pytest.mark.parametrize("plan", PLANS)
+def test_answers_go_on_where_they_are_in_a_ring_that_was_formed_again(plan):
+    for seed in range(3):
+        everyone, _ = simulate(PLANS[plan], seed, failing=0, cancels=0, breaks=0.03)
+        assert len(everyone) == 30
+        for asked in everyone:
+            assert asked.ids == expected(PLANS[plan], asked, len(asked.ids)), seed
+            assert asked.reason == "length" and asked.error is None
+
+
+@pytest.mark.parametrize("num_breaks", [1, 2])
+def test_what_is_prefilled_again_is_counted(num_breaks):
+    scheduler, ring = make_ring("ring", passes=1)
+    asked = Asked(range(10), SamplingOptions(temperature=1.0), 12)
+    scheduler.submit(asked)
+    scheduler.close()
+    ring.start()
+    while len(asked.ids) < 5:
+        assert ring.step()
+    assert scheduler.progress == 5 and scheduler.num_prefilled_again == 0
+    for count in range(num_breaks):
+        scheduler.begin_again()
+        _, ring = make_ring("ring", passes=1, scheduler=scheduler)
+        ring.start()
+        assert scheduler.num_prefilled_again == 15 * (count + 1)  # 10 of the prompt, 5 of the answer, one under way
+    while ring.step():
+        pass
+    assert scheduler.is_done and asked.ids == expected(PLANS["ring"], asked, 12)
+
+
+def make_ring(plan, scheduler=None, **options):
+    scheduler = scheduler or Scheduler(num_slots=2, slot_length=48, prefill_chunk=48, **options)
     return scheduler, Ring(PLANS[plan], random.Random(0), scheduler, num_slots=2, slot_length=48, credits=1, failing=0)
 
 

@@ -1,0 +1,41 @@
+"""Which forming of the ring a rank takes part in, agreed through the rendezvous store.
+
+The ring is formed once at the start, and again when a connection breaks or a rank is started again. Each forming is an
+epoch: its number is in the store, and all keys of it lie under that number, so that nothing of an earlier one is read.
+A rank takes its place in an epoch once. Who finds its place taken is a process that was started again, and who has lost
+a connection cannot go on: both end the epoch, which has an effect once, and go to the next. Others see the number
+change. No torch: a store is handed in.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+__all__ = ["Epoch"]
+
+_NUMBER = "epoch"
+
+
+class Epoch:
+    """One epoch, as a client of the rendezvous store sees it: `number`, and whether it is over."""
+
+    def __init__(self, store: Any, number: int) -> None:
+        self.number = number
+        self._store = store
+
+    @classmethod
+    def enter(cls, store: Any, rank: int) -> Epoch:
+        """Take the rank's place in the epoch that the store tells; in the next where another process has taken it."""
+        token = os.urandom(16).hex()
+        number = int(store.compare_set(_NUMBER, "", "0"))
+        while store.compare_set(f"{number}/member/{rank}", "", token) != token.encode():
+            number = cls(store, number).end()
+        return cls(store, number)
+
+    def is_over(self) -> bool:
+        return int(self._store.get(_NUMBER)) != self.number
+
+    def end(self) -> int:
+        """End it for all ranks, unless that was done; returns the number of the one that goes on."""
+        return int(self._store.compare_set(_NUMBER, str(self.number), str(self.number + 1)))

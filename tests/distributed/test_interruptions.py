@@ -1,0 +1,200 @@
+"""Rings that break while they generate and are formed again: answers are those of a ring that did not.
+
+`benchmarks/broken_rings.py` does it at random moments and many times; here are a few chosen ones. Ranks are started
+again as a torchrun of each rank's own would.
+"""
+
+import os
+import re
+import signal
+import time
+from random import Random
+
+import pytest
+
+from benchmarks.broken_rings import NUM_RANKS, break_connection, command, differences, read_answers, write_prompts
+from pipeline.records.store import read_generation
+from tests.helpers.launch import run_ranks, start_ranks, start_torchrun, store_process
+from tests.helpers.patience import allowed_s
+
+NUM_PROMPTS, NUM_TOKENS = 12, 40
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    prompts = write_prompts(folder / "prompts.jsonl", NUM_PROMPTS, NUM_TOKENS)
+    for one in run_ranks([command(folder, prompts, rejoin_s=0)] * NUM_RANKS):
+        one.check()
+    return folder
+
+
+def words(undisturbed, exp_dir, *more, rejoin_s=60.0):
+    given = command(exp_dir, undisturbed / "prompts.jsonl", rejoin_s=rejoin_s)
+    return [*given, *(word for setting in more for word in ("--set", setting))]
+
+
+def wait_until(condition, timeout_s=60):
+    deadline = time.monotonic() + allowed_s(timeout_s)
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def the_record(folder):
+    (path,) = folder.glob("*-generation-*.json")
+    return read_generation(path)
+
+
+def has_answers(folder):
+    return lambda: bool(read_answers(folder))
+
+
+@pytest.mark.parametrize("what", ["a connection", "rank 2", "rank 1 stopped"])
+def test_answers_go_on(what, undisturbed, tmp_path):
+    more = ["runtime.timeout_s=3"] if "stopped" in what else []
+    with store_process() as (_, env), start_ranks([words(undisturbed, tmp_path, *more)] * NUM_RANKS, env=env) as ranks:
+        wait_until(has_answers(tmp_path))
+        before = ranks.rank_pids()
+        if what == "a connection":
+            assert break_connection(Random(0), before, env)
+        else:
+            os.kill(before[2 if what == "rank 2" else 1], signal.SIGKILL if what == "rank 2" else signal.SIGSTOP)
+        if "stopped" in what:  # it counts as lost, and is back when it goes on
+            wait_until(lambda: "formed again" in ranks.rank_stderr(0))
+            os.kill(before[1], signal.SIGCONT)
+        if what == "rank 2":
+            wait_until(lambda: ranks.restart_failed() == [2])
+        for one in ranks.wait(180):
+            one.check()
+    assert differences(undisturbed, tmp_path, NUM_PROMPTS) == []
+    record = the_record(tmp_path)
+    assert (record.interruptions.count, record.interruptions.started_again) == (1, False)
+    assert record.interruptions.tokens_prefilled_again > 0 and 0 < record.interruptions.pause_s < record.time_run_s
+    assert record.results.num_requests == NUM_PROMPTS
+    assert any("formed again 1 times" in note for note in record.notes)
+
+
+def test_answers_go_on_with_a_lossy_codec(undisturbed, tmp_path):
+    """It treats a token alike in any frame: what is sent again in a prompt is what was sent alone."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for one in run_ranks([[*words(undisturbed, whole), "--compressor", "hadamard(int4)"]] * NUM_RANKS):
+        one.check()
+    given = [*words(undisturbed, broken), "--compressor", "hadamard(int4)"]
+    with store_process() as (_, env), start_ranks([given] * NUM_RANKS, env=env) as ranks:
+        wait_until(has_answers(broken))
+        assert break_connection(Random(0), ranks.rank_pids(), env)
+        for one in ranks.wait(180):
+            one.check()
+    assert differences(whole, broken, NUM_PROMPTS) == []
+    assert differences(undisturbed, broken, NUM_PROMPTS) != [] and the_record(broken).interruptions.count == 1
+
+
+def test_rank_0_is_started_again(undisturbed, tmp_path):
+    """It takes over the file of answers; the others keep their weights."""
+    with store_process() as (_, env), start_ranks([words(undisturbed, tmp_path)] * NUM_RANKS, env=env) as ranks:
+        wait_until(has_answers(tmp_path))
+        before = ranks.rank_pids()
+        os.kill(before[0], signal.SIGKILL)
+        wait_until(lambda: ranks.restart_failed() == [0])
+        assert {rank: pid for rank, pid in ranks.rank_pids().items() if rank} == {r: before[r] for r in (1, 2, 3)}
+        for one in ranks.wait(180):
+            one.check()
+    assert differences(undisturbed, tmp_path, NUM_PROMPTS) == []
+    record = the_record(tmp_path)
+    assert record.interruptions.started_again and record.results.num_taken_over > 0
+    assert record.results.num_requests + record.results.num_taken_over == NUM_PROMPTS
+    assert not list(tmp_path.glob("*.old*"))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_text_that_is_shown(rank, undisturbed, tmp_path):
+    """It goes on where it was, or, where rank 0 is lost, a line says that it begins anew."""
+    given = words(undisturbed, tmp_path, "generation.max_new_tokens=200", "generation.temperature=0.8")
+    given[given.index("--generate") + 1] = "the lock"
+    with store_process() as (_, env), start_ranks([given] * NUM_RANKS, env=env) as ranks:
+        wait_until(lambda: len(ranks.rank_stdout(0)) > 60)
+        os.kill(ranks.rank_pids()[rank], signal.SIGKILL)
+        wait_until(lambda: ranks.restart_failed() == [rank])
+        for one in ranks.wait(180):
+            one.check()
+        shown = ranks.rank_stdout(0)
+    (answer,) = read_answers(tmp_path)
+    assert len(answer["token_ids"]) == 200
+    line = "[rank 0 was started again; an answer that was not finished begins anew]\n"
+    before, marker, after = shown.rpartition(line)
+    assert bool(marker) == (rank == 0) and after.startswith(f"the lock{answer['text']}\n")
+    assert before.rstrip("\n") == before[:-1] and f"the lock{answer['text']}".startswith(before[:-1])
+
+
+def test_a_rank_that_does_not_come_back_ends_the_run(undisturbed, tmp_path):
+    with store_process() as (_, env), start_ranks(
+        [words(undisturbed, tmp_path, rejoin_s=2.0)] * NUM_RANKS, env=env
+    ) as ranks:
+        wait_until(has_answers(tmp_path))
+        os.kill(ranks.rank_pids()[3], signal.SIGKILL)
+        ended = ranks.wait(90)
+    for one in ended[:3]:
+        assert one.returncode == 1 and "rank 3 (not started) did not come within 2 s (runtime.rejoin_s)" in one.stderr
+        assert len(re.findall(r"^rank \d stops: ", one.stderr, re.MULTILINE)) == 1
+
+
+def test_ctrl_c_during_the_pause(undisturbed, tmp_path):
+    with store_process() as (_, env), start_ranks([words(undisturbed, tmp_path)] * NUM_RANKS, env=env) as ranks:
+        wait_until(has_answers(tmp_path))
+        os.kill(ranks.rank_pids()[3], signal.SIGKILL)
+        wait_until(lambda: "formed again" in ranks.rank_stderr(0))
+        os.kill(ranks.rank_pids()[0], signal.SIGINT)
+        ended = ranks.wait(90)
+    assert ended[0].returncode == 130
+    assert all("interrupted" in one.stderr for one in ended[:3])
+
+
+def test_a_rank_that_comes_back_with_another_config_ends_the_run(undisturbed, tmp_path):
+    """What ranks agree on at the start is agreed on again."""
+    config = tmp_path / "config.yaml"
+    config.write_text("compressor: none\n")
+    commands = [["--config", str(config), *words(undisturbed, tmp_path)]] * NUM_RANKS
+    with store_process() as (_, env), start_ranks(commands, env=env) as ranks:
+        wait_until(has_answers(tmp_path))
+        config.write_text("compressor: bf16\n")
+        os.kill(ranks.rank_pids()[2], signal.SIGKILL)
+        wait_until(lambda: ranks.restart_failed() == [2])
+        ended = ranks.wait(120)
+    assert all(one.returncode == 1 and "was started with another config: compressor" in one.stderr for one in ended)
+
+
+@pytest.mark.slow
+def test_a_ring_that_breaks_again_and_again_without_a_token_ends_the_run(undisturbed, tmp_path):
+    given = words(undisturbed, tmp_path, "model.dtype=fp32", "compressor=tests.helpers.bad_codecs:Dying(rank=2)")
+    num_deaths = 0
+    with store_process() as (_, env), start_ranks([given] * NUM_RANKS, env=env) as ranks:
+        while 0 in ranks.rank_pids():
+            if list(ranks.rank_pids()) == [0, 1, 3]:
+                num_deaths += ranks.restart_failed() == [2]
+            time.sleep(0.02)
+        ended = ranks.wait(180)
+    assert "the ring was formed 5 times in a row without a new token; at last: link " in ended[0].stderr
+    assert [one.returncode for one in ended[:2]] == [1, 1] and num_deaths in (5, 6)
+
+
+@pytest.mark.slow
+def test_one_torchrun_starts_all_ranks_again(undisturbed, tmp_path):
+    with start_torchrun(NUM_RANKS, *words(undisturbed, tmp_path), more=["--max_restarts=3"]) as torchrun:
+        wait_until(has_answers(tmp_path), timeout_s=120)
+        before = read_answers(tmp_path)
+        os.kill(torchrun.rank_pids()[1], signal.SIGKILL)
+        torchrun.wait(240).check()
+    assert differences(undisturbed, tmp_path, NUM_PROMPTS) == []
+    assert read_answers(tmp_path)[: len(before)] == before
+    assert the_record(tmp_path).interruptions.started_again
+
+
+def test_standard_input_is_not_lost_without_a_word(undisturbed, tmp_path):
+    """As torchrun starts the same command again: the store knows that there was one before."""
+    given = [*words(undisturbed, tmp_path)[:-1], "-"]
+    with store_process() as (_, env):
+        ended = [run_ranks([given] * NUM_RANKS, env=env)[0] for _ in range(2)]
+    assert "there is no line in it" in ended[0].stderr  # forked ranks have an empty one
+    assert "cannot read standard input once more" in ended[1].stderr
+    assert [one.returncode for one in ended] == [1, 1]
