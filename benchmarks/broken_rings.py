@@ -21,7 +21,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from typing import Any
 
 import psutil
 
+from compressors.console import run_command
 from pipeline.records.store import read_generation
 from tests.helpers.launch import Ranks, Torchrun, run_ranks, start_ranks, start_torchrun, store_process
 from tests.helpers.tiny_models import tiny_model
@@ -207,4 +207,4 @@ def _wait_until(condition: Any, run: Ranks | Torchrun, timeout_s: float = 300.0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
