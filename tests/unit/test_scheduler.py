@@ -362,6 +362,7 @@ def test_every_answer_is_that_of_its_prompt(plan, failing, cancels):
     assert num_errors <= num_failed and bool(num_failed) == bool(failing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_answers_go_on_where_they_are_in_a_ring_that_was_formed_again(plan):
     for seed in range(3):
