@@ -84,16 +84,18 @@ def advise_with_records(
     run.check_order()
     outlook = Outlook(max_ppl_increase=max_ppl_increase)
     setting = _setting(run, folder)
-    points = [point for point in setting.points if within_budget(point, outlook) and _is_uniform(point.record)]
+    usable = [point for point in setting.points if _is_usable(point.record)]
+    points = [point for point in usable if within_budget(point, outlook)]
     objective = run.config.partition.objective
     codecs = [codec for point in points if (codec := _measured_codec(point, objective)) is not None]
     budget = f"within +{100 * max_ppl_increase:g}% perplexity"
     if not codecs:
-        raise ConfigError(f"{folder}: no codec of {setting.title} was measured {budget}, on all links alike")
+        where = "on all links alike and without slowdown"
+        raise ConfigError(f"{folder}: no codec of {setting.title} was measured {budget}, {where}")
     base = planner_problem(run.config, run.model_config, run.measured)
     origin = "node costs as measured before"
     if run.measured is None:
-        base = dataclasses.replace(base, costs=_costs_of(base.costs, _costs_record(setting), objective))
+        base = dataclasses.replace(base, costs=_costs_of(base.costs, _costs_record(usable), objective))
         origin = f"node costs of speed 1 as in {folder}"
     tried = [(codec, _best(base, codec, network)) for codec in codecs]
     codec, (plan, made) = min(tried, key=lambda one: (one[1][1].s_per_token, one[0].ppl_ratio))
@@ -146,9 +148,11 @@ def _setting(run: PlannedRun, folder: Path) -> Setting:
     return alike[0]
 
 
-def _is_uniform(record: RunRecord) -> bool:
-    config = record.args.config
-    return not config.compressor_per_link and config.compressor_decode is None
+def _is_usable(record: RunRecord) -> bool:
+    """Whether one codec was on all links, and seconds are the nodes' own, not those of an emulated `slowdown`."""
+    config, emulation = record.args.config, record.emulation
+    is_slowed = emulation is not None and any(times != 1 for times in emulation.slowdown)
+    return not config.compressor_per_link and config.compressor_decode is None and not is_slowed
 
 
 def _measured_codec(point: MeasuredPoint, objective: str) -> _Codec | None:
@@ -178,11 +182,11 @@ def _measured_codec(point: MeasuredPoint, objective: str) -> _Codec | None:
     )
 
 
-def _costs_record(setting: Setting) -> RunRecord:
+def _costs_record(points: Sequence[MeasuredPoint]) -> RunRecord:
     """Of the uncompressed point, whose stages are disturbed least."""
     return next(
-        (p.record for p in setting.points if p.uncompressed and p.costs is not None),
-        next(p.record for p in setting.points if p.costs is not None),
+        (p.record for p in points if p.uncompressed and p.costs is not None),
+        next(p.record for p in points if p.costs is not None),
     )
 
 

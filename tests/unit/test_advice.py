@@ -227,6 +227,21 @@ def test_losses_return_over_a_link_of_their_own():
     assert advised.links_per_link == {"result:node3->node0": {"delay": "30ms"}}
 
 
+def test_a_token_waits_for_the_way_of_results_too(folder):
+    decode = [("partition.wrap", False), ("partition.plan", "balanced"), ("partition.objective", "decode")]
+    run = plan_run(make_config(*decode, ("links_per_link", {"result:node3->node0": {"delay": "30s"}})))
+    found = advise_with_records(run, run.network, folder, 0.02)
+    assert "3.001e+04 ms a token, most of it delays" in found.text
+
+
+def test_seconds_of_slowed_nodes_are_not_taken_for_their_own(tmp_path):
+    emulation = {"links": {}, "slowdown": [1, 1, 3, 1]}
+    for codec in ("none", "int8"):
+        write_point(tmp_path, codec, stages=stage_times(0, 0), model=MODEL, emulation=emulation)
+    with pytest.raises(ConfigError, match="no codec of .* on all links alike and without slowdown"):
+        advice(make_config(), tmp_path, 1e6)
+
+
 def test_links_change_no_plan_of_nodes_that_are_alike():
     for objective, in_flight in [("prefill", 0), ("prefill", 1), ("decode", 0)]:
         balanced = [("partition.plan", "balanced"), ("partition.objective", objective)]
