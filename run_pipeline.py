@@ -11,7 +11,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +24,13 @@ from pipeline.config.units import parse_duration, parse_rate
 from pipeline.runtime.launch import on_deployment
 
 if TYPE_CHECKING:
+    from pipeline.comm.emulation import Conditions
     from pipeline.evaluation.sweep import SweepResult
     from pipeline.generation.chat import ChatJob
     from pipeline.generation.generate import Generated, GenerationJob
     from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
     from pipeline.runtime.deployment import Deployment
+    from pipeline.runtime.plan_report import PlannedRun
 
 EXIT_POINTS_FAILED = 3
 
@@ -47,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--chat", action="store_true", help="talk with the model in the terminal")
     parser.add_argument("--plan", action="store_true", help="print stages, links, bytes and memory; load nothing")
     planning = parser.add_argument_group("with --plan")
-    planning.add_argument("--link_rate", metavar="RATE", help="of every link, such as 10mbit; prints a config for it")
+    planning.add_argument("--link_rate", metavar="RATE", help="of every link, such as 10mbit, in place of the config's")
     planning.add_argument("--link_delay", metavar="TIME", help="of every link, one way, such as 20ms")
     planning.add_argument("--records", metavar="DIR", type=path_option, help="of a sweep: chooses a codec per link")
     planning.add_argument("--max_ppl_increase", metavar="SHARE", type=float, help="default 0.01, +1%%")
@@ -95,8 +97,8 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
     planning = [name for name in options if getattr(arguments, name) is not None]
     if planning and not arguments.plan:
         return f"--{planning[0]} belongs to --plan"
-    if planning and arguments.link_rate is None:
-        return f"--{planning[0]} needs --link_rate, the links' rate, such as 10mbit"
+    if arguments.link_delay is not None and arguments.link_rate is None:
+        return "--link_delay needs --link_rate, the links' rate, such as 10mbit"
     if arguments.max_ppl_increase is not None and arguments.records is None:
         return "--max_ppl_increase needs --records, a folder with the records of a sweep"
     if arguments.chat and arguments.resume:
@@ -107,26 +109,50 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
 
 
 def show_plan(config: RunConfig, arguments: argparse.Namespace) -> int:
-    from pipeline.advice import Line, advise, advise_with_records
+    from pipeline.comm.emulation import Conditions
     from pipeline.runtime.plan_report import plan_run, plan_text
 
     try:
         run = plan_run(config)
-        if arguments.link_rate is None:
+        network = run.network
+        if arguments.link_rate is not None:
+            rate, delay_s = parse_rate(arguments.link_rate), parse_duration(arguments.link_delay or "0")
+            network = (Conditions(bits_per_s=rate, delay_s=delay_s),) * len(run.plan.chain_names)
+        if network is not None:
+            print("\n".join(_advice(run, network, arguments)))
+        elif arguments.records is None:
             print(plan_text(run))
-            return 0
-        line = Line(bits_per_s=parse_rate(arguments.link_rate), delay_s=parse_duration(arguments.link_delay or "0"))
-        if arguments.records is None:
-            advice = advise(run, line)
         else:
-            increase = 0.01 if arguments.max_ppl_increase is None else arguments.max_ppl_increase
-            advice = advise_with_records(run, line, arguments.records, increase)
-        print(plan_text(run, run.link_figures(line.bits_per_s, line.delay_s)))
-        print(advice.text)
+            raise ConfigError("--records needs --link_rate, the links' rate, or a config with links")
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     return 0
+
+
+def _advice(run: PlannedRun, network: Sequence[Conditions], arguments: argparse.Namespace) -> Iterator[str]:
+    """The plan and a config; only the plan where a config's own links do not allow one, and nobody asked for it."""
+    from pipeline.advice import advise, advise_with_records
+    from pipeline.runtime.plan_report import plan_text
+
+    figures = None
+    try:
+        figures = run.link_figures(network)
+        if arguments.records is None:
+            advice = advise(run, network)
+        else:
+            increase = 0.01 if arguments.max_ppl_increase is None else arguments.max_ppl_increase
+            advice = advise_with_records(run, network, arguments.records, increase)
+    except ValueError as e:
+        if arguments.link_rate is not None or arguments.records is not None:
+            raise
+        yield plan_text(run, figures)
+        yield f"note: no config for these links: {e}"
+        return
+    yield plan_text(run, figures)
+    if run.network not in (None, network):
+        yield "note: reckoned with --link_rate; the config below still has links of its own, and runs under those"
+    yield advice.text
 
 
 def run(config: RunConfig, *, resume: bool) -> int:

@@ -13,31 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.comm.emulation import Conditions
 from pipeline.config.reading import with_overrides
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.config.writing import config_yaml
 from pipeline.partition.plan import Plan
 from pipeline.planner.forecast import Forecast, cuts_of, forecast
-from pipeline.planner.problem import LayerCosts, LinkFigures, Problem
+from pipeline.planner.problem import LayerCosts, Problem
 from pipeline.records.run_record import RunRecord
 from pipeline.report.columns import percent
 from pipeline.report.measured_point import MeasuredPoint
 from pipeline.report.results import Setting, read_results
 from pipeline.report.recommendation import Outlook, within_budget
 from pipeline.runtime.balance import balanced_plan, planner_problem
+from pipeline.runtime.emulation import planned_link
 from pipeline.runtime.placement import config_with_plan
 from pipeline.runtime.plan_comparison import layers_in_words, rate_in_words
 from pipeline.runtime.plan_report import PlannedRun
 
-__all__ = ["Advice", "Line", "advise", "advise_with_records"]
+__all__ = ["Advice", "advise", "advise_with_records"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """Every link: its rate, and its delay one way."""
-
-    bits_per_s: float
-    delay_s: float
+# Of a token's time with one codec on all links: what a milder one on a link may add to it (objective decode).
+_DECODE_SLACK = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,43 +61,46 @@ class _Codec:
     decode_s: float
 
 
-def advise(run: PlannedRun, line: Line) -> Advice:
-    """The balanced plan for these links, with the config's codecs.
+def advise(run: PlannedRun, network: Sequence[Conditions]) -> Advice:
+    """The balanced plan for these links of the chain, that of results included, with the config's codecs.
 
-    Raises PlannerError where the nodes' memory holds no plan.
+    Raises PlannerError where the nodes' memory holds no plan, ConfigError for another order of nodes.
     """
-    problem = planner_problem(
-        run.config, run.model_config, run.measured, links=run.link_figures(line.bits_per_s, line.delay_s)
-    )
+    problem = planner_problem(run.config, run.model_config, run.measured, links=run.link_figures(network))
     plan = balanced_plan(problem)
-    if run.config.compressor_per_link and [link.name for link in plan.links] != [link.name for link in run.plan.links]:
-        raise ConfigError("compressor_per_link names links of another plan than the balanced one; leave it out")
-    return Advice(lines=(), config=config_with_plan(run.config, plan))
+    codecs = _renamed(run.config.compressor_per_link, run.plan, plan)
+    return Advice(lines=(), config=_with_plan(run, plan, [("compressor_per_link", codecs)]))
 
 
-def advise_with_records(run: PlannedRun, line: Line, folder: Path, max_ppl_increase: float) -> Advice:
+def advise_with_records(
+    run: PlannedRun, network: Sequence[Conditions], folder: Path, max_ppl_increase: float
+) -> Advice:
     """Of the codecs that a sweep's records in `folder` measured within the budget, the fastest on all links, and then
-    on every link the mildest that makes nothing slower.
+    on every link the mildest that makes nothing slower or, for `decode`, a token by 1% at most.
 
-    Raises ConfigError where the records are of another model, or none is within the budget.
+    Raises ConfigError where the records are of another model, none is within the budget, or for another order of nodes
+    than the planner's.
     """
+    run.check_order()
     outlook = Outlook(max_ppl_increase=max_ppl_increase)
     setting = _setting(run, folder)
-    points = [point for point in setting.points if within_budget(point, outlook) and _is_uniform(point.record)]
+    usable = [point for point in setting.points if _is_usable(point.record)]
+    points = [point for point in usable if within_budget(point, outlook)]
     objective = run.config.partition.objective
     codecs = [codec for point in points if (codec := _measured_codec(point, objective)) is not None]
     budget = f"within +{100 * max_ppl_increase:g}% perplexity"
     if not codecs:
-        raise ConfigError(f"{folder}: no codec of {setting.title} was measured {budget}, on all links alike")
+        where = "on all links alike and without slowdown"
+        raise ConfigError(f"{folder}: no codec of {setting.title} was measured {budget}, {where}")
     base = planner_problem(run.config, run.model_config, run.measured)
     origin = "node costs as measured before"
     if run.measured is None:
-        base = dataclasses.replace(base, costs=_costs_of(base.costs, _costs_record(setting), objective))
+        base = dataclasses.replace(base, costs=_costs_of(base.costs, _costs_record(usable), objective))
         origin = f"node costs of speed 1 as in {folder}"
-    tried = [(codec, _best(base, codec, line)) for codec in codecs]
+    tried = [(codec, _best(base, codec, network)) for codec in codecs]
     codec, (plan, made) = min(tried, key=lambda one: (one[1][1].s_per_token, one[0].ppl_ratio))
-    chosen = _milder(base, plan, [codec] * len(plan.links), codecs, line)
-    problem = _problem(base, chosen, line)
+    chosen = _milder(base, plan, [codec] * len(plan.links), codecs, network)
+    problem = _problem(base, chosen, network)
     lines = [
         "",
         f"codecs {budget}, from {setting.title} ({origin}):",
@@ -108,14 +108,15 @@ def advise_with_records(run: PlannedRun, line: Line, folder: Path, max_ppl_incre
         f"layers: {'; '.join(f'node {n} {layers_in_words(plan, n)}' for n in range(plan.num_nodes))}",
     ]
     per_link = {link.name: own.spec for link, own in zip(plan.links, chosen, strict=True) if own is not codec}
+    price = "no token takes longer" if objective == "prefill" else f"costs at most {100 * _DECODE_SLACK:g}% of a token"
     for link, own in zip(plan.links, chosen, strict=True):
-        lines.append(f"{link.name:<25}  {own.label}{'' if own is codec else ', milder: no token takes longer'}")
+        lines.append(f"{link.name:<25}  {own.label}{'' if own is codec else f', milder: {price}'}")
     if per_link:
         mixed = forecast(problem, cuts_of(problem, plan))
         lines.append(f"so mixed: {rate_in_words(base, mixed)}")
         lines.append("This mixture was not measured, nor was its perplexity: run it before you rely on it.")
-    config = config_with_plan(_with_codecs(run.config, codec.spec, per_link), plan)
-    return Advice(lines=tuple(lines), config=config)
+    codecs_set = [("compressor", codec.spec), ("compressor_per_link", per_link), ("compressor_decode", None)]
+    return Advice(lines=tuple(lines), config=_with_plan(run, plan, codecs_set))
 
 
 def _setting(run: PlannedRun, folder: Path) -> Setting:
@@ -147,9 +148,11 @@ def _setting(run: PlannedRun, folder: Path) -> Setting:
     return alike[0]
 
 
-def _is_uniform(record: RunRecord) -> bool:
-    config = record.args.config
-    return not config.compressor_per_link and config.compressor_decode is None
+def _is_usable(record: RunRecord) -> bool:
+    """Whether one codec was on all links, and seconds are the nodes' own, not those of an emulated `slowdown`."""
+    config, emulation = record.args.config, record.emulation
+    is_slowed = emulation is not None and any(times != 1 for times in emulation.slowdown)
+    return not config.compressor_per_link and config.compressor_decode is None and not is_slowed
 
 
 def _measured_codec(point: MeasuredPoint, objective: str) -> _Codec | None:
@@ -179,11 +182,11 @@ def _measured_codec(point: MeasuredPoint, objective: str) -> _Codec | None:
     )
 
 
-def _costs_record(setting: Setting) -> RunRecord:
+def _costs_record(points: Sequence[MeasuredPoint]) -> RunRecord:
     """Of the uncompressed point, whose stages are disturbed least."""
     return next(
-        (p.record for p in setting.points if p.uncompressed and p.costs is not None),
-        next(p.record for p in setting.points if p.costs is not None),
+        (p.record for p in points if p.uncompressed and p.costs is not None),
+        next(p.record for p in points if p.costs is not None),
     )
 
 
@@ -213,7 +216,7 @@ def _costs_of(costs: LayerCosts, record: RunRecord, objective: str) -> LayerCost
     )
 
 
-def _problem(base: Problem, codecs: Sequence[_Codec], line: Line) -> Problem:
+def _problem(base: Problem, codecs: Sequence[_Codec], network: Sequence[Conditions]) -> Problem:
     """With these codecs on the links, and their work at the nodes."""
     fixed = [0.0] * len(base.nodes)
     for index, codec in enumerate(codecs):
@@ -223,29 +226,32 @@ def _problem(base: Problem, codecs: Sequence[_Codec], line: Line) -> Problem:
     return dataclasses.replace(
         base,
         nodes=tuple(dataclasses.replace(n, fixed_s=s) for n, s in zip(base.nodes, fixed, strict=True)),
-        links=tuple(LinkFigures(s_per_token=c.bits / line.bits_per_s, delay_s=line.delay_s) for c in codecs),
-        return_delay_s=line.delay_s,
+        links=tuple(planned_link(link, codec.bits) for link, codec in zip(network[: len(codecs)], codecs, strict=True)),
+        return_delay_s=sum(link.delay_s for link in network[len(codecs) :]),
     )
 
 
-def _best(base: Problem, codec: _Codec, line: Line) -> tuple[Plan, Forecast]:
-    problem = _problem(base, [codec] * len(base.links), line)
+def _best(base: Problem, codec: _Codec, network: Sequence[Conditions]) -> tuple[Plan, Forecast]:
+    problem = _problem(base, [codec] * len(base.links), network)
     plan = balanced_plan(problem)
     return plan, forecast(problem, cuts_of(problem, plan))
 
 
 def _milder(
-    base: Problem, plan: Plan, chosen: list[_Codec], codecs: Sequence[_Codec], line: Line
+    base: Problem, plan: Plan, chosen: list[_Codec], codecs: Sequence[_Codec], network: Sequence[Conditions]
 ) -> list[_Codec]:
-    """Link by link the codec with the least perplexity with which no token takes longer."""
+    """Link by link the codec with the least perplexity that is free: with which no token takes longer or, for
+    `decode`, where every second counts, longer by `_DECODE_SLACK` at most.
+    """
     chosen = list(chosen)
 
     def s_per_token(mixture: Sequence[_Codec]) -> float:
-        problem = _problem(base, mixture, line)
+        problem = _problem(base, mixture, network)
         return forecast(problem, cuts_of(problem, plan)).s_per_token
 
-    allowed_s = s_per_token(chosen) * (1 + 1e-9)
+    slack_s = s_per_token(chosen) * (_DECODE_SLACK if base.objective == "decode" else 1e-9)
     for index, current in enumerate(chosen):
+        allowed_s = s_per_token(chosen) + slack_s
         for codec in sorted(codecs, key=lambda c: c.ppl_ratio):
             if codec.ppl_ratio >= current.ppl_ratio:
                 break
@@ -256,7 +262,13 @@ def _milder(
     return chosen
 
 
-def _with_codecs(config: RunConfig, codec: str | Mapping[str, Any], per_link: Mapping[str, Any]) -> RunConfig:
-    return with_overrides(
-        config, [("compressor", codec), ("compressor_per_link", dict(per_link)), ("compressor_decode", None)]
-    )
+def _with_plan(run: PlannedRun, plan: Plan, codecs: Sequence[tuple[str, Any]]) -> RunConfig:
+    """The run's config with a plan's layers and these keys of codecs; what it says of links stays with their places."""
+    links = _renamed(run.config.links_per_link, run.plan, plan)
+    return with_overrides(config_with_plan(run.config, plan), [("links_per_link", links), *codecs])
+
+
+def _renamed(per_link: Mapping[str, Any], before: Plan, after: Plan) -> dict[str, Any]:
+    """By the names that the links have in another plan, place by place in the chain."""
+    names = dict(zip(before.chain_names, after.chain_names, strict=True)) if per_link else {}
+    return {names[name]: own for name, own in per_link.items()}

@@ -72,28 +72,29 @@ def planner_problem(
     *,
     links: Sequence[LinkFigures] | None = None,
 ) -> Problem:
-    """What the planner is asked. Without `links`, which are those of the chain in its order, they cost nothing.
+    """What the planner is asked. Without `links`, they cost nothing.
 
-    Where the head is not on node 0, losses return with the last link's delay.
+    `links` are those of the chain in its order and, where the head is not on node 0, the one that losses return over.
     """
     partition, objective = config.partition, config.partition.objective
     plan = default_plan(model_config.num_hidden_layers, partition.num_nodes, wrap=partition.wrap)
     if links is None:
-        links = (LinkFigures(),) * len(plan.links)
+        links = (LinkFigures(),) * len(plan.chain_names)
+    num_links = len(plan.links)
     costs, speeds = _sizes(config, model_config, objective), [1.0] * partition.num_nodes
     if measured is not None:
         costs, speeds = _with_measured(costs, measured, layer_kinds(model_config), head_node(config), objective)
     return Problem(
         costs=costs,
         nodes=_nodes(config, speeds),
-        links=tuple(links),
+        links=tuple(links[:num_links]),
         wrap=partition.wrap,
         objective=objective,
         microbatch_tokens=config.batch_size * config.dataset.max_length,
         in_flight=passes_in_flight(
             plan, config.runtime.in_flight, receives_ahead=config.runtime.receives_ahead, world_size=1
         ),
-        return_delay_s=links[-1].delay_s if links else 0.0,
+        return_delay_s=sum(link.delay_s for link in links[num_links:]),
     )
 
 

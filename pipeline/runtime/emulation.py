@@ -9,8 +9,9 @@ from pipeline.comm.world import World
 from pipeline.config.schema import ConfigError, LinkConfig, RunConfig
 from pipeline.config.units import parse_duration, parse_rate
 from pipeline.partition.plan import Plan
+from pipeline.planner.problem import LinkFigures
 
-__all__ = ["check_emulation", "emulated_links", "receives_ahead_of", "slowdown_of"]
+__all__ = ["check_emulation", "emulated_links", "planned_link", "receives_ahead_of", "slowdown_of"]
 
 
 def check_emulation(config: RunConfig, world: World) -> None:
@@ -40,6 +41,12 @@ def emulated_links(config: RunConfig, plan: Plan) -> dict[int, Conditions]:
         )
     links = {index: config.link_of(name) for index, name in enumerate(plan.chain_names)}
     return {index: _conditions(link) for index, link in links.items() if link.is_emulated}
+
+
+def planned_link(conditions: Conditions, bits: float) -> LinkFigures:
+    """As the planner takes a link that `bits` cross for each token. Jitter is as often a gain, and left out."""
+    s_per_token = 0.0 if conditions.bits_per_s is None else bits / conditions.bits_per_s
+    return LinkFigures(s_per_token=s_per_token, delay_s=conditions.delay_s)
 
 
 def slowdown_of(config: RunConfig, world: World) -> float:

@@ -71,7 +71,7 @@ def comparison_lines(
     lines.append(_row(what, [f"{'':<16}  {1e3 * c.forecast.lap_s:<8.4g}" for c in columns]))
     lines += [f"{c.name}: {rate_in_words(problem, c.forecast)}" for c in columns]
     if links is None:
-        lines.append("links were taken as free; --link_rate and --link_delay say what they cost")
+        lines.append("links were taken as free; `links` of a config or --link_rate and --link_delay say what they cost")
     return lines + problems
 
 

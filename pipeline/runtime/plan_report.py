@@ -7,7 +7,7 @@ allocator's slack and the interpreter come on top. Then the default plan beside 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from compressors import Compressor
+from pipeline.comm.emulation import Conditions
 from pipeline.comm.link_ends import SEND_DEPTH
 from pipeline.comm.mailbox import FrameMemory
 from pipeline.comm.wire import WireFormat, header_nbytes
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.models.cache import cache_bytes_per_token
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.loading import (
@@ -29,11 +30,12 @@ from pipeline.models.loading import (
     stage_parameter_bytes,
 )
 from pipeline.models.stage import MAX_LOGITS_NBYTES
-from pipeline.partition.plan import Plan
+from pipeline.partition.plan import Plan, default_plan
 from pipeline.planner.problem import LinkFigures
 from pipeline.records.node_costs import NodeCosts
 from pipeline.runtime.balance import is_measured
 from pipeline.runtime.codecs import codec_requests, make_codec, window_tokens
+from pipeline.runtime.emulation import emulated_links, planned_link
 from pipeline.runtime.measured_nodes import kept_nodes
 from pipeline.runtime.placement import make_plan
 from pipeline.runtime.plan_comparison import comparison_lines, gib
@@ -44,7 +46,9 @@ __all__ = ["PlannedRun", "plan_run", "plan_text"]
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """A config with what its model's headers say; `measured` are costs of nodes that an earlier run has left."""
+    """A config with what its model's headers say; `measured` are costs of nodes that an earlier run has left, and
+    `emulated` what the config says of links, by index in the chain.
+    """
 
     config: RunConfig
     model_config: Any
@@ -52,6 +56,24 @@ class PlannedRun:
     measured: NodeCosts | None
     plan: Plan
     codecs: tuple[Compressor, ...]
+    emulated: Mapping[int, Conditions]
+
+    @property
+    def network(self) -> tuple[Conditions, ...] | None:
+        """Of each link of the chain, that of results included; None where the config says nothing of any."""
+        if not self.emulated:
+            return None
+        return tuple(self.emulated.get(index, Conditions()) for index in range(len(self.plan.chain_names)))
+
+    def check_order(self) -> None:
+        """Raise ConfigError unless nodes come in the planner's order, so that links are those of its plans."""
+        ring = default_plan(self.plan.num_layers, self.plan.num_nodes, wrap=self.config.partition.wrap)
+        own, known = ([stage.node for stage in plan.stages] for plan in (self.plan, ring))
+        if own != known:
+            raise ConfigError(
+                f"the layers of partition.nodes pass nodes {own}, links are reckoned with for {known} only: leave the "
+                "layers out, or set partition.wrap to what they are"
+            )
 
     @property
     def frame_shape(self) -> tuple[int, int, int]:
@@ -63,13 +85,18 @@ class PlannedRun:
         bounds = [codec.max_nbytes(self.frame_shape) for codec in self.codecs[:link_index]]
         return header_nbytes(is_indexed=True, trail=bounds)
 
-    def link_figures(self, bits_per_s: float, delay_s: float) -> list[LinkFigures]:
-        """Of each link of the plan, at this rate and delay: payload, at most, and header."""
+    def link_figures(self, network: Sequence[Conditions]) -> list[LinkFigures]:
+        """Of each link of the chain under these conditions: payload, at most, and header; of results only the delay.
+
+        Raises ConfigError for another order of nodes than the planner's.
+        """
+        self.check_order()
         bits = [
             8 * (codec.max_nbytes(self.frame_shape) + self.header_nbytes(index)) / window_tokens(self.config)
             for index, codec in enumerate(self.codecs)
         ]
-        return [LinkFigures(s_per_token=b / bits_per_s, delay_s=delay_s) for b in bits]
+        results = [0.0] * (len(network) - len(bits))
+        return [planned_link(link, own) for link, own in zip(network, [*bits, *results], strict=True)]
 
 
 def plan_run(config: RunConfig) -> PlannedRun:
@@ -93,6 +120,7 @@ def plan_run(config: RunConfig) -> PlannedRun:
         measured=measured,
         plan=plan,
         codecs=tuple(make_codec(request) for request in requests),
+        emulated=emulated_links(config, plan),
     )
 
 

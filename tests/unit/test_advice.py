@@ -1,9 +1,12 @@
 """`--plan` with figures of links: plans beside each other, codecs from records, and a config that can be run."""
 
+import json
+
 import pytest
 
 import run_pipeline
-from pipeline.advice import Line, advise, advise_with_records
+from pipeline.advice import advise, advise_with_records
+from pipeline.comm.emulation import Conditions
 from pipeline.config.reading import load_config
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.config.writing import config_yaml
@@ -58,8 +61,13 @@ def folder(tmp_path):
 MODEL = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 8}
 
 
+def alike(rate, delay_s=0.0):
+    """Four links."""
+    return (Conditions(bits_per_s=rate, delay_s=delay_s),) * 4
+
+
 def advice(config, folder, rate, *, delay_s=0.0, budget=0.02):
-    return advise_with_records(plan_run(config), Line(bits_per_s=rate, delay_s=delay_s), folder, budget)
+    return advise_with_records(plan_run(config), alike(rate, delay_s), folder, budget)
 
 
 def test_both_plans_stand_side_by_side_with_what_binds():
@@ -69,13 +77,13 @@ def test_both_plans_stand_side_by_side_with_what_binds():
     assert "default" in head and "balanced" in head
     assert rows[0].startswith("0") and rows[3].startswith("3")
     assert "default: " in text and "node 0 binds" in text and "links were taken as free" in text
-    slow = plan_text(run, run.link_figures(1e4, 0.0))
+    slow = plan_text(run, run.link_figures(alike(1e4)))
     assert "link 3" in slow and "balanced: " in slow and "link 3 binds" in slow
 
 
 def test_figures_of_links_are_payload_and_header_over_the_rate():
     run = plan_run(make_config(("compressor", "int8")))
-    figures = run.link_figures(1e6, 0.25)
+    figures = run.link_figures(alike(1e6, 0.25))
     frame = run.codecs[0].max_nbytes((1, 100, 64)) + run.header_nbytes(0)
     assert figures[0].s_per_token == pytest.approx(8 * frame / 100 / 1e6) and figures[0].delay_s == 0.25
 
@@ -87,8 +95,9 @@ def test_the_printed_config_gives_the_balanced_plan(objective, tmp_path):
         ("partition.plan", "balanced"), ("partition.objective", objective), ("partition.nodes", nodes)
     )
     run = plan_run(balanced)
-    advice = advise(run, Line(bits_per_s=1e7, delay_s=0.02))
-    best = balanced_plan(planner_problem(balanced, run.model_config, links=run.link_figures(1e7, 0.02)))
+    network = alike(1e7, 0.02)
+    advice = advise(run, network)
+    best = balanced_plan(planner_problem(balanced, run.model_config, links=run.link_figures(network)))
     path = tmp_path / "advice.yaml"
     path.write_text(config_yaml(advice.config))
     loaded = load_config(path)
@@ -149,6 +158,110 @@ def test_a_milder_codec_comes_where_it_costs_nothing_and_is_called_unmeasured(tm
     assert without.config.compressor == "none" and "mixture" not in without.text
 
 
+NAMES = ["layer:0:node0->node1", "layer:2:node1->node2", "layer:4:node2->node3", "layer:6:node3->node0"]  # by default
+
+
+def uneven(*overrides):
+    """Links of 1 Tbit/s but for the last, which binds with every codec."""
+    links = [("links.rate", "1000gbit"), ("links_per_link", {NAMES[3]: {"rate": "100kbit"}})]
+    return make_config(*links, *overrides)
+
+
+def printed(advice, tmp_path):
+    """The config on the screen, read again, and the plan that it makes."""
+    path = tmp_path / "printed.yaml"
+    path.write_text(advice.text[advice.text.index("# the config") :])
+    config = load_config(path)
+    return config, make_plan(config, plan_run(make_config()).model_config)
+
+
+def test_the_one_thin_link_gets_the_strong_codec_and_the_others_the_mildest(folder, tmp_path):
+    run = plan_run(uneven())
+    found = advise_with_records(run, run.network, folder, 0.02)
+    config, plan = printed(found, tmp_path)
+    names = plan.chain_names
+    assert names[3] != NAMES[3] and [name[-12:] for name in names] == [name[-12:] for name in NAMES]
+    assert config.links_per_link == {names[3]: {"rate": "100kbit"}} and config.links.rate == "1000gbit"
+    assert [config.codec_of(name) for name in names] == ["none", "none", "none", "int8"]
+    rate = 1e5 / (8 * (64 + 60 / 100))  # payload, and the header of a window of 100 tokens
+    assert f"int8, perplexity +0.90%: {rate:,.4g} tokens/s, link 3 binds" in found.text
+    assert f"so mixed: {rate:,.4g} tokens/s, link 3 binds" in found.text
+    assert plan_run(config).network == run.network
+
+
+def test_for_one_token_a_milder_codec_costs_at_most_a_hundredth_of_it(folder, tmp_path):
+    """None takes 1536 bits more than int8: 15 ms on the thinnest, 0.3 ms and 0.08 ms elsewhere, of about 21 ms."""
+    decode = [("partition.plan", "balanced"), ("partition.objective", "decode")]
+    names = plan_run(make_config(*decode)).plan.chain_names
+    rates = dict(zip(names, ["5mbit", "20mbit", "100kbit", None], strict=True))
+    run = plan_run(make_config(*decode, ("links_per_link", {name: {"rate": rate} for name, rate in rates.items()})))
+    found = advise_with_records(run, run.network, folder, 0.02)
+    config, plan = printed(found, tmp_path)
+    assert [config.codec_of(name) for name in plan.chain_names] == ["int8", "none", "int8", "none"]
+    assert [config.link_of(name).rate for name in plan.chain_names] == list(rates.values())
+    assert "none, milder: costs at most 1% of a token" in found.text and "no token takes longer" not in found.text
+
+
+def test_without_a_rate_a_link_is_free_but_for_its_delay():
+    config = make_config(("links.rate", "1mbit"), ("links_per_link", {NAMES[1]: {"rate": None, "delay": "20ms"}}))
+    run = plan_run(config)
+    figures = run.link_figures(run.network)
+    assert (figures[1].s_per_token, figures[1].delay_s) == (0.0, 0.02)
+    assert figures[0] == run.link_figures(alike(1e6))[0]
+
+
+def test_codecs_of_links_move_with_their_places(tmp_path):
+    run = plan_run(uneven(("compressor_per_link", {NAMES[2]: "int4", NAMES[0]: "nf4"})))
+    config, plan = printed(advise(run, run.network), tmp_path)
+    assert plan.chain_names != tuple(NAMES)
+    assert [config.codec_of(name) for name in plan.chain_names] == ["nf4", "none", "int4", "none"]
+
+
+def test_losses_return_over_a_link_of_their_own():
+    names = plan_run(make_config(("partition.wrap", False))).plan.chain_names
+    links = [("links.rate", "1mbit"), ("links_per_link", {names[3]: {"delay": "30ms"}})]
+    run = plan_run(make_config(("partition.wrap", False), *links))
+    problem = planner_problem(run.config, run.model_config, links=run.link_figures(run.network))
+    assert len(problem.links) == 3 and problem.delays_s == problem.return_delay_s == 0.03
+    advised = advise(run, run.network).config
+    assert advised.links_per_link == {"result:node3->node0": {"delay": "30ms"}}
+
+
+def test_a_token_waits_for_the_way_of_results_too(folder):
+    decode = [("partition.wrap", False), ("partition.plan", "balanced"), ("partition.objective", "decode")]
+    run = plan_run(make_config(*decode, ("links_per_link", {"result:node3->node0": {"delay": "30s"}})))
+    found = advise_with_records(run, run.network, folder, 0.02)
+    assert "3.001e+04 ms a token, most of it delays" in found.text
+
+
+def test_seconds_of_slowed_nodes_are_not_taken_for_their_own(tmp_path):
+    emulation = {"links": {}, "slowdown": [1, 1, 3, 1]}
+    for codec in ("none", "int8"):
+        write_point(tmp_path, codec, stages=stage_times(0, 0), model=MODEL, emulation=emulation)
+    with pytest.raises(ConfigError, match="no codec of .* on all links alike and without slowdown"):
+        advice(make_config(), tmp_path, 1e6)
+
+
+def test_links_change_no_plan_of_nodes_that_are_alike():
+    for objective, in_flight in [("prefill", 0), ("prefill", 1), ("decode", 0)]:
+        balanced = [("partition.plan", "balanced"), ("partition.objective", objective)]
+        run = plan_run(make_config(*balanced, ("runtime.in_flight", in_flight)))
+        network = [Conditions(bits_per_s=rate, delay_s=0.02) for rate in (1e12, 1e5, 1e4, 1e12)]
+        links = (None, run.link_figures(network))
+        problems = [planner_problem(run.config, run.model_config, links=figures) for figures in links]
+        free, thin = [balanced_plan(problem) for problem in problems]
+        assert free == thin and problems[0] != problems[1]
+
+
+def test_another_order_of_nodes_is_not_reckoned_with():
+    nodes = [{"layers": [[0, 1], [7, 8]]}, {"layers": [[3, 5]]}, {"layers": [[1, 3]]}, {"layers": [[5, 7]]}]
+    run = plan_run(make_config(("partition.nodes", nodes), ("links.rate", "1mbit")))
+    with pytest.raises(ConfigError, match=r"pass nodes \[0, 2, 1, 3, 0\], links are reckoned with for \[0, 1, 2, 3, 0"):
+        run.link_figures(run.network)
+    with pytest.raises(ConfigError, match="links are reckoned with"):
+        advise_with_records(run, run.network, ".", 0.02)
+
+
 def test_records_of_another_model_are_refused(folder, tmp_path):
     other = make_config(("model.architecture", ARCHITECTURE | {"hidden_size": 128}))
     with pytest.raises(ConfigError, match="no records of this model .llama, 8 layers, hidden size 128"):
@@ -192,3 +305,36 @@ def test_the_screen_ends_with_a_config_that_loads(capsys, tmp_path):
     path.write_text(screen[screen.index("# the config") :])
     loaded = load_config(path)
     assert loaded != RunConfig() and all(node.layers for node in loaded.partition.nodes)
+
+
+THIN = {"links": {"rate": "10mbit"}, "links_per_link": {"layer:10:node1->node2": {"rate": "1mbit"}}}
+
+
+def screen_of(capsys, *words, links=THIN):
+    sets = [f"{key}={json.dumps(value)}" for key, value in links.items()]
+    assert run_pipeline.main(["--config", "demo.yaml", "--plan", *(w for s in sets for w in ("--set", s)), *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_plan_takes_the_links_of_the_config(capsys, tmp_path):
+    screen = screen_of(capsys)
+    assert "link 1 binds" in screen and "note: " not in screen
+    path = tmp_path / "printed.yaml"
+    path.write_text(screen[screen.index("# the config") :])
+    assert load_config(path).links_per_link == {"layer:9:node1->node2": {"rate": "1mbit"}}
+
+
+def test_link_rate_goes_over_the_links_of_the_config(capsys):
+    screen = screen_of(capsys, "--link_rate", "100kbit")
+    rows = [line.split() for line in screen.splitlines() if line.startswith("link ")]
+    assert len({row[2] for row in rows[1:]}) == 1  # the first row is the head of a table
+    assert "note: reckoned with --link_rate; the config below still has links of its own" in screen
+    assert "layer:9:node1->node2: {rate: 1mbit}" in screen
+
+
+def test_a_config_whose_links_allow_no_advice_is_still_shown(capsys):
+    nodes = json.dumps([{"layers": [[0, 10]]}, {"layers": [[10, 20]]}, {"layers": [[20, 25]]}, {"layers": [[25, 30]]}])
+    links = {"links": {"rate": "10mbit"}}
+    screen = screen_of(capsys, "--set", f"partition.nodes={nodes}", links=links)
+    assert "rank  weights" in screen and "# the config" not in screen
+    assert "note: no config for these links: the layers of partition.nodes pass nodes [0, 1, 2, 3]" in screen

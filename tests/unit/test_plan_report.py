@@ -1,6 +1,8 @@
 import pytest
 
+from pipeline.comm.emulation import Conditions
 from pipeline.config.reading import find_config, load_config
+from pipeline.config.schema import ConfigError
 from pipeline.runtime.plan_report import plan_run, plan_text
 
 
@@ -23,3 +25,16 @@ def test_the_plan_says_that_sliding_layers_keep_whole_sequences():
         architecture = {"model_type": "mistral", "sliding_window": window, "vocab_size": 64, "head_dim": 8} | sizes
         overrides = [("model.name", "some/model"), ("model.architecture", architecture), ("partition.num_nodes", 1)]
         assert (words in plan_text(plan_run(load_config(find_config("demo.yaml"), overrides)))) is is_said
+
+
+def test_the_network_of_a_config_is_that_of_its_own_links():
+    def network(**own):
+        links = [("links.delay", "20ms"), ("links_per_link", own)] if own else []
+        return plan_run(load_config(find_config("demo.yaml"), links)).network
+
+    assert network() is None
+    far = Conditions(delay_s=0.02)
+    thin = Conditions(bits_per_s=1e6, delay_s=0.02)
+    assert network(**{"layer:10:node1->node2": {"rate": "1mbit"}}) == (far, thin, far, far)
+    with pytest.raises(ConfigError, match="links_per_link has 'layer:9:node1->node2'; this plan's links are: layer:2"):
+        network(**{"layer:9:node1->node2": {"rate": "1mbit"}})
