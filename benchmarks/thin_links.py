@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import json
 import os
 import statistics
 import sys
@@ -226,16 +227,17 @@ def write(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """As docs/thin_links.md has it."""
     lines = [
-        "| link | codec | bytes/token/link | first token of 512, s | ms/token | predicted | tokens/s of four "
+        "| link, codec | bytes/token/link | first token of 512, s | ms/token | predicted | tokens/s of four "
         "| prompt tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         link = f"{row['rate']}, {row['delay']}" if row["rate"] else "loopback"
         prefill = "" if row["prompt_tokens_per_s"] is None else f"{row['prompt_tokens_per_s']:.0f}"
         cells = [
-            *(link, f"`{row['codec']}`", f"{row['bytes_per_token_per_link']:.0f}", f"{row['ttft_s']:.2f}"),
+            *(f"{link}, `{row['codec']}`", f"{row['bytes_per_token_per_link']:.0f}", f"{row['ttft_s']:.2f}"),
             *(f"{1e3 * row['tpot_s']:.0f}", f"{1e3 * row['predicted_tpot_s']:.0f}"),
             *(f"{row['tokens_per_s_of_four']:.2f}", prefill),
         ]
@@ -243,17 +245,53 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """First token against rate, at the middle delay, and a token against delay, at the lowest rate."""
+    from matplotlib.figure import Figure
+
+    from pipeline.config.units import parse_duration, parse_rate
+
+    over = [row for row in rows if row["rate"]]
+    rates = sorted({row["rate"] for row in over}, key=parse_rate)
+    delays = sorted({row["delay"] for row in over}, key=parse_duration)
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    prompt, token = figure.subplots(1, 2)
+    for color, codec in enumerate(dict.fromkeys(row["codec"] for row in over)):
+        cells = {(row["rate"], row["delay"]): row for row in over if row["codec"] == codec}
+        middle = delays[len(delays) // 2]
+        seconds = [cells[rate, middle]["ttft_s"] for rate in rates]
+        prompt.plot([parse_rate(rate) / 1e6 for rate in rates], seconds, "o-", color=f"C{color}", label=codec)
+        far = [cells[rates[0], delay] for delay in delays]
+        ms = [1e3 * parse_duration(delay) for delay in delays]
+        for key, style, kind in (("tpot_s", "o", "measured"), ("predicted_tpot_s", "-", "predicted")):
+            token.plot(ms, [1e3 * row[key] for row in far], style, color=f"C{color}", label=f"{codec}, {kind}")
+    prompt.set(xscale="log", yscale="log", xlabel="rate of each link, Mbit/s", ylabel="first token, s")
+    prompt.set_title(f"first token of a prompt of 512 tokens, {middle} one way", fontsize=10)
+    token.set(xlabel="delay of each link, one way, ms", ylabel="ms a token", ylim=(0, None))
+    token.set_title(f"one sequence over {rates[0]}", fontsize=10)
+    for axes in (prompt, token):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(file, dpi=120)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OptionParser(description=__doc__.partition("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_options(parser)
     parser.add_argument("--rates", default="1mbit,10mbit,100mbit")
     parser.add_argument("--delays", default="1ms,20ms,50ms")
-    parser.add_argument("--calibration", type=path_option, required=True, help="of klt, for this model and plan")
+    parser.add_argument("--calibration", type=path_option, help="of klt, for this model and plan")
     parser.add_argument("--step", type=float, default=1.1, help="of klt")
     parser.add_argument("--tokens", type=int, default=8, help="new tokens of every sequence")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=path_option, default=Path("build/thin_links.json"))
+    parser.add_argument("--draw", type=path_option, metavar="PNG", help="measure nothing: draw what --out has")
     arguments = parser.parse_args(argv)
+    if arguments.draw is not None:
+        draw(json.loads(arguments.out.read_text())["rows"], arguments.draw)
+        return 0
+    if arguments.calibration is None:
+        parser.error("--calibration is missing")
     own = [("generation.max_slots", NUM_SEQUENCES), ("generation.max_length", PROMPT_TOKENS + 64)]
     try:
         config = with_overrides(read_config(arguments), [("runtime.threads", 1), *own])

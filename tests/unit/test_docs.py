@@ -124,7 +124,7 @@ def figures(paths: list[str]) -> Figures:
     known: Figures = defaultdict(dict)
     for path in paths:
         record = json.loads((ROOT / path).read_text())
-        kinds = {"columns": of_publication, "points": of_importance, "T=1024": of_costs}
+        kinds = {"conditions": of_thin_links, "columns": of_publication, "points": of_importance, "T=1024": of_costs}
         kinds |= {"new_tokens": of_generated_text, "runs": of_generation_speed, "rows": of_codecs}
         read = next(kind for key, kind in kinds.items() if key in record)
         for label, by_heading in read(record).items():
@@ -211,6 +211,27 @@ def of_generated_text(record: dict) -> Figures:
         }
         for row in record["rows"]
     }
+
+
+def of_thin_links(record: dict) -> Figures:
+    """By codec and link, and by codec alone for links of 20 ms."""
+    known: Figures = defaultdict(dict)
+    for row in record["rows"]:
+        link = f"{row['rate']}, {row['delay']}" if row["rate"] else "loopback"
+        known[f"{link}, {row['codec']}"] = {
+            "bytes/token/link": [row["bytes_per_token_per_link"]],
+            "first token of 512, s": [row["ttft_s"]],
+            "ms/token": [1e3 * row["tpot_s"]],
+            "predicted": [1e3 * row["predicted_tpot_s"]],
+            "tokens/s of four": [row["tokens_per_s_of_four"]],
+            "prompt tokens/s": [] if row["prompt_tokens_per_s"] is None else [row["prompt_tokens_per_s"]],
+        }
+        if row["delay"] == "20ms":
+            own = known[row["codec"]]
+            own["bytes/token/link"] = [row["bytes_per_token_per_link"]]
+            own[f"first token over {row['rate']}, s"] = [row["ttft_s"]]
+            own[f"ms/token over {row['rate']}"] = [1e3 * row["tpot_s"]]
+    return known
 
 
 def of_generation_speed(record: dict) -> Figures:
