@@ -21,7 +21,7 @@ from pipeline.runtime.codecs import (
     window_tokens,
 )
 from pipeline.runtime.deployment import Deployment
-from pipeline.runtime.emulation import emulated_links, receives_ahead_of
+from pipeline.runtime.emulation import check_emulation, emulated_links, receives_ahead_of
 from pipeline.runtime.head import max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import Workload, id_nbytes, link_specs
 from pipeline.runtime.placement import credits_of
@@ -43,6 +43,7 @@ class Job:
     def __init__(self, config: RunConfig, deployment: Deployment) -> None:
         self.config, self.deployment = config, deployment
         self.plan, self.control = deployment.plan, deployment.control
+        check_emulation(config, self.control.world)  # a sweep's points have links of their own
         self.emulated_links = emulated_links(config, self.plan)
         self.hidden_size = deployment.model.config.hidden_size
         self.text = text = deployment.text.cut(config.dataset.first_k_tokens)

@@ -145,3 +145,14 @@ def test_one_process_does_not_pretend(tmp_path):
     outcome = run_alone(*tiny_arguments(tmp_path, "--set", "links.rate=1mbit"), timeout_s=60)
     assert outcome.returncode != 0
     assert "links emulates nodes apart, but one process plays all 4: start torchrun with" in outcome.stderr
+
+
+def test_one_process_does_not_pretend_in_a_sweep_either(tmp_path):
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(json.dumps({"points": [{"compressor": "none"}, {"links": {"rate": "1mbit"}}]}))
+    outcome = run_alone(*tiny_arguments(tmp_path / "out", "--sweep", str(sweep), num_tokens=300), timeout_s=60)
+    assert outcome.returncode == 3
+    (record,) = (read_record(path) for path in (tmp_path / "out").glob("*.json") if "failed" not in path.name)
+    assert record.emulation is None
+    (failure,) = (tmp_path / "out").glob("failed*.json")
+    assert "links emulates nodes apart" in json.loads(failure.read_text())["error"]
