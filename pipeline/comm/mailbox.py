@@ -290,7 +290,7 @@ class PeerInbox:
     """Receives from one rank, posted `depth` deep so that no frame waits a round trip for its receive.
 
     The sender repeats END for each of them. Frames that have crossed an emulated `wire` are handed over when they are
-    due.
+    due, and END behind the last of them: it is not part of what is timed.
     """
 
     def __init__(
@@ -347,9 +347,10 @@ class PeerInbox:
                     return
                 buffer, work = posted
                 self._guard(functools.partial(work.wait, _WITHOUT_LIMIT))
-                if self._wire is not None and buffer.stamped is not None:
+                has_ended = is_end(buffer.host)
+                if self._wire is not None and buffer.stamped is not None and not has_ended:
                     self._wire.hold(buffer.stamped)
-                if is_end(buffer.host):
+                if has_ended:
                     num_ends += 1
                 elif num_ends:
                     raise BadFrame(f"link {self._address.name}: something else than END has come behind END")

@@ -84,6 +84,29 @@ def test_a_thousand_frames_each_way_in_order_and_none_too_early():
     assert [o.returncode for o in outcomes] == [0, 0], "\n".join(o.stderr for o in outcomes)
 
 
+def end_at_once(rank):
+    """END alone, over a delay that a loaded machine does not reach."""
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    world = World(rank=rank, world_size=2, local_world_size=2)
+    emulated = dict.fromkeys((0, 1), Conditions(delay_s=5.0))
+    specs = {i: spec(i) for i in (0, 1)}
+    ends = open_links([Hop(0, 1), Hop(1, 0)], specs, world, receives_ahead=3, emulated=emulated)
+    dist.barrier()
+    start_s = time.monotonic()
+    ends.senders[rank].end()
+    assert ends.take().frame is None
+    ends.receivers[1 - rank].close()
+    assert time.monotonic() - start_s < 4
+    ends.flush()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_the_end_is_not_held_back_or_runs_would_seem_a_lap_longer():
+    outcomes = call_on_ranks(2, end_at_once, timeout_s=120)
+    assert [o.returncode for o in outcomes] == [0, 0], "\n".join(o.stderr for o in outcomes)
+
+
 def test_results_are_bit_equal_and_the_record_says_what_was_emulated(tmp_path):
     sweep = tmp_path / "sweep.yaml"
     links = {"rate": "20mbit", "delay": "15ms", "jitter": "5ms"}
