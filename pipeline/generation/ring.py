@@ -20,7 +20,7 @@ from pipeline.models.stage import TokenWindows
 from pipeline.runtime.codecs import CodecFacts, make_decode_codecs
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.devices import available_cores
-from pipeline.runtime.emulation import emulated_links, receives_ahead_of, slowdown_of
+from pipeline.runtime.emulation import check_emulation, emulated_links, receives_ahead_of, slowdown_of
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.head import Head, max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import generation_workload, id_nbytes, link_specs
@@ -67,6 +67,7 @@ class GenerationRing:
         for facts in (*self.codecs.facts, *self.decode_codecs.facts):
             _check_codec(facts)
         self.credits = credits_of(config, plan, control.world)
+        check_emulation(config, control.world)  # the deployment's config may have had other links
         self.emulated_links = emulated_links(config, plan)
         self.receives_ahead = receives_ahead_of(config, self.emulated_links, credits=self.credits)
         self.passes = min(self.credits, generation.passes or self._num_working_at_once())
