@@ -65,7 +65,7 @@ def send_and_receive(rank: int, exchange: Exchange, folder: Path) -> None:
     memory = FrameMemory(nbytes - BASE_NBYTES, 0, stamped=wire is not None)
     address = PeerAddress("shaped", 1 - rank, 3)
     if rank == 0:
-        outbox = PeerOutbox(address, memory, depth=2)
+        outbox = PeerOutbox(address, memory, depth=2, wire=wire)
         dist.barrier()
         for _ in range(count):
             buffer = outbox.acquire()
@@ -77,7 +77,7 @@ def send_and_receive(rank: int, exchange: Exchange, folder: Path) -> None:
         outbox.flush()
     else:
         arrivals = Arrivals()
-        inbox = PeerInbox(0, address, memory, arrivals, depth=8, wire=wire)
+        inbox = PeerInbox(0, address, memory, arrivals, depth=8)
         dist.barrier()
         times = []
         for _ in range(count):

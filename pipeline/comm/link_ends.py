@@ -181,13 +181,14 @@ def open_links(
             loopback = Loopback(index, memory(None), arrivals)
             senders[index], receivers[index] = FrameSender(spec, loopback), FrameReceiver(spec, loopback)
         elif src == world.rank:
-            outbox = PeerOutbox(PeerAddress(spec.name, dst, index), memory(hop.src_device), depth=SEND_DEPTH)
+            wire = None
+            if conditions is not None:
+                wire = wires.setdefault((dst, conditions), EmulatedWire(conditions, seed=index))
+            address = PeerAddress(spec.name, dst, index)
+            outbox = PeerOutbox(address, memory(hop.src_device), depth=SEND_DEPTH, wire=wire)
             senders[index] = FrameSender(spec, outbox, apart=apart, receives_ahead=receives_ahead)
         else:
             address = PeerAddress(spec.name, src, index)
-            wire = None
-            if conditions is not None:
-                wire = wires.setdefault((src, conditions), EmulatedWire(conditions, seed=index))
-            inbox = PeerInbox(index, address, memory(hop.dst_device), arrivals, depth=receives_ahead, wire=wire)
+            inbox = PeerInbox(index, address, memory(hop.dst_device), arrivals, depth=receives_ahead)
             receivers[index] = FrameReceiver(spec, inbox, apart=apart)
     return LinkEnds(senders, receivers, arrivals, len(hops))

@@ -31,7 +31,7 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.comm.emulation import STAMP_NBYTES, EmulatedWire, write_stamp
+from pipeline.comm.emulation import STAMP_NBYTES, EmulatedWire, hold, write_stamp
 from pipeline.comm.watchdog import PipelineError
 from pipeline.comm.wire import BASE_NBYTES, MAX_NOTE_NBYTES, BadFrame, is_end
 
@@ -245,11 +245,14 @@ class PeerAddress:
 class PeerOutbox:
     """Non-blocking sends to one rank out of a pool of buffers.
 
-    `isend` reads the live buffer until its handle is waited on, so a buffer is reused only after that.
+    `isend` reads the live buffer until its handle is waited on, so a buffer is reused only after that. With an emulated
+    `wire`, which takes `stamped` memory, a frame says when it is due.
     """
 
-    def __init__(self, address: PeerAddress, memory: FrameMemory, *, depth: int) -> None:
-        self._address, self._channel = address, memory.channel
+    def __init__(
+        self, address: PeerAddress, memory: FrameMemory, *, depth: int, wire: EmulatedWire | None = None
+    ) -> None:
+        self._address, self._channel, self._wire = address, memory.channel, wire
         self._free = deque(memory.allocate() for _ in range(depth))
         self._pending: deque[tuple[FrameBuffer, dist.Work, dist.Work | None]] = deque()
 
@@ -262,7 +265,8 @@ class PeerOutbox:
         peer, tag, moving = self._address.peer, self._address.tag, None
         message = buffer.host[:nbytes]
         if buffer.stamped is not None:
-            write_stamp(buffer.stamped, nbytes)
+            assert self._wire is not None
+            write_stamp(buffer.stamped, self._wire.arrival_ns(time.monotonic_ns(), nbytes))
             message = buffer.stamped[: STAMP_NBYTES + nbytes]
         sending = self._guard(lambda: _started(dist.isend(message, peer, tag=tag)))
         if device_nbytes:
@@ -289,7 +293,7 @@ class PeerOutbox:
 class PeerInbox:
     """Receives from one rank, posted `depth` deep so that no frame waits a round trip for its receive.
 
-    The sender repeats END for each of them. Frames that have crossed an emulated `wire` are handed over when they are
+    The sender repeats END for each of them. Frames that have crossed an emulated wire are handed over when they are
     due, and END behind the last of them: it is not part of what is timed.
     """
 
@@ -301,10 +305,9 @@ class PeerInbox:
         arrivals: Arrivals,
         *,
         depth: int,
-        wire: EmulatedWire | None = None,
     ) -> None:
         self._link_index, self._address, self._channel, self._arrivals = link_index, address, memory.channel, arrivals
-        self._depth, self._wire = depth, wire
+        self._depth = depth
         self._posted: queue.SimpleQueue[tuple[FrameBuffer, dist.Work] | None] = queue.SimpleQueue()
         self._failure: PipelineError | None = None
         for _ in range(depth):
@@ -348,8 +351,8 @@ class PeerInbox:
                 buffer, work = posted
                 self._guard(functools.partial(work.wait, _WITHOUT_LIMIT))
                 has_ended = is_end(buffer.host)
-                if self._wire is not None and buffer.stamped is not None and not has_ended:
-                    self._wire.hold(buffer.stamped)
+                if buffer.stamped is not None and not has_ended:
+                    hold(buffer.stamped)
                 if has_ended:
                     num_ends += 1
                 elif num_ends:

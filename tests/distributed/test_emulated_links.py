@@ -84,6 +84,44 @@ def test_a_thousand_frames_each_way_in_order_and_none_too_early():
     assert [o.returncode for o in outcomes] == [0, 0], "\n".join(o.stderr for o in outcomes)
 
 
+def share_a_wire(rank):
+    """Two links from rank 0 to rank 1; a frame of the one that is sent late does not hold up those of the other."""
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    world = World(rank=rank, world_size=2, local_world_size=2)
+    emulated = dict.fromkeys((0, 1), Conditions(bits_per_s=1e6, delay_s=4.0))
+    specs = {i: spec(i) for i in (0, 1)}
+    ends = open_links([Hop(0, 1), Hop(0, 1)], specs, world, receives_ahead=3, emulated=emulated)
+    dist.barrier()
+    start_s = time.monotonic()
+    data = torch.zeros(64, dtype=torch.uint8)
+    if rank == 0:
+        ends.senders[0].send(Pass(kind=PassKind.SCORE, microbatch_index=0), Payload(data, (1, 1, 16)), ())
+        second = Payload(data.repeat(LENGTHS[1]), (1, LENGTHS[1], 16))
+        ends.senders[0].send(Pass(kind=PassKind.SCORE, microbatch_index=1), second, ())
+        time.sleep(3)  # the first frame is still held back
+        ends.senders[1].send(Pass(kind=PassKind.SCORE, microbatch_index=0), Payload(data, (1, 1, 16)), ())
+        for sender in ends.senders.values():
+            sender.end()
+    else:
+        came_s = {}
+        while len(came_s) < 3:
+            arrival = ends.take()
+            if arrival.frame is not None:
+                came_s[arrival.link_index, arrival.frame.work.microbatch_index] = time.monotonic() - start_s
+                ends.release(arrival)
+        assert 3.5 < came_s[0, 0] < 6 and 3.5 < came_s[0, 1] < 6 and came_s[1, 0] > 6.5
+        for receiver in ends.receivers.values():
+            receiver.close()
+    ends.flush()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_frames_of_two_links_cross_one_wire_in_the_order_in_which_they_were_sent():
+    outcomes = call_on_ranks(2, share_a_wire, timeout_s=120)
+    assert [o.returncode for o in outcomes] == [0, 0], "\n".join(o.stderr for o in outcomes)
+
+
 def end_at_once(rank):
     """END alone, over a delay that a loaded machine does not reach."""
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
