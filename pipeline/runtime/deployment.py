@@ -6,6 +6,7 @@ and only then weights.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import logging
 from collections.abc import Callable, Mapping
@@ -137,7 +138,7 @@ def deploy(
     directory, model_config = _resolve(config.model, control)
     if with_text:
         check_max_length(config, model_config)
-    plan = _plan(config, model_config, control)
+    plan = _plan(config, directory, model_config, control)
     if check is not None:
         check(plan, model_config)
     devices = stage_devices(config, plan, world)
@@ -200,12 +201,17 @@ def _identify(
     return DeployedModel(directory=directory, config=model_config, checkpoint_digest=digest, notes=notes)
 
 
-def _plan(config: RunConfig, model_config: PretrainedConfig, control: Control) -> Plan:
+def _plan(config: RunConfig, directory: Path, model_config: PretrainedConfig, control: Control) -> Plan:
     """The plan that the config asks for, or comes to. Raises ConfigError for links that it does not have, too."""
     measured = measured_nodes(config, model_config, control) if is_measured(config) else None
+    is_balanced = config.partition.plan == "balanced"
+    if is_balanced:  # what nodes have room for is a matter of the tensors; config.json may tie ends that differ
+        is_tied = read_checkpoint(directory, model_config).is_tied
+        model_config = copy.copy(model_config)
+        model_config.tie_word_embeddings = is_tied
     plan = make_plan(config, model_config, measured)
     emulated_links(config, plan)
-    if config.partition.plan == "balanced" and control.world.rank == 0:
+    if is_balanced and control.world.rank == 0:
         tell(f"balanced plan: layers by node {balanced_layers(config, plan)}\n")
     return plan
 def _time_one_token(loaded: LoadedStages, hidden_size: int, dtype: torch.dtype) -> None:

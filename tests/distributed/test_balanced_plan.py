@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
 from pipeline.records.store import read_per_token, read_record
 from tests.helpers.launch import run_alone, run_ranks
-from tests.helpers.tiny_models import tiny_arguments
+from tests.helpers.tiny_models import tiny_arguments, tiny_model
 
 BALANCED = ("--set", "partition.plan=balanced", "--set", "partition.num_nodes=3")
 
@@ -105,3 +106,14 @@ def test_memory_that_cannot_hold_the_model_ends_the_run_before_weights_load(tmp_
     found = run_ranks([tiny_arguments(tmp_path, *BALANCED, "--set", nodes)] * 3)
     assert all(one.returncode for one in found)
     assert "bytes of memory: 4 of 6 layers find no room" in found[0].stderr
+
+
+def test_ends_that_differ_take_memory_twice_whatever_the_model_s_config_says(tmp_path):
+    model = shutil.copytree(tiny_model(), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    one_end = 4 * 258 * 64
+    nodes = f"partition.nodes=[{{speed: 1, memory: {one_end * 3 // 2}B}}, {{}}, {{}}]"
+    words = tiny_arguments(tmp_path / "out", *BALANCED, "--set", nodes, "--model_name", str(model))
+    for found in (run_alone(*words), run_alone(*words, "--plan")):
+        assert found.returncode and "node 0 lacks" in found.stderr
