@@ -20,6 +20,7 @@ from pipeline.config.writing import config_yaml
 from pipeline.partition.plan import Plan
 from pipeline.planner.forecast import Forecast, cuts_of, forecast
 from pipeline.planner.problem import LayerCosts, Problem
+from pipeline.records.identity import digest_of
 from pipeline.records.run_record import RunRecord
 from pipeline.report.columns import percent
 from pipeline.report.measured_point import MeasuredPoint
@@ -51,10 +52,11 @@ class Advice:
 
 @dataclass(frozen=True, kw_only=True)
 class _Codec:
-    """What a record measured of one codec, as a mean over links: bits and seconds at both ends, per token."""
+    """What a record measured of one codec on `links`, as a mean over them: bits and seconds at both ends, per token."""
 
     spec: str | Mapping[str, Any]
     label: str
+    links: tuple[str, ...]
     ppl_ratio: float
     bits: float
     encode_s: float
@@ -84,13 +86,13 @@ def advise_with_records(
     run.check_order()
     outlook = Outlook(max_ppl_increase=max_ppl_increase)
     setting = _setting(run, folder)
-    usable = [point for point in setting.points if _is_usable(point.record)]
+    usable = [point for point in setting.points if _is_usable(point.record, run.config)]
     points = [point for point in usable if within_budget(point, outlook)]
     objective = run.config.partition.objective
     codecs = [codec for point in points if (codec := _measured_codec(point, objective)) is not None]
     budget = f"within +{100 * max_ppl_increase:g}% perplexity"
     if not codecs:
-        where = "on all links alike and without slowdown"
+        where = "on all links alike, without slowdown and, where it needs importance, with this config's importance"
         raise ConfigError(f"{folder}: no codec of {setting.title} was measured {budget}, {where}")
     base = planner_problem(run.config, run.model_config, run.measured)
     origin = "node costs as measured before"
@@ -115,6 +117,8 @@ def advise_with_records(
         mixed = forecast(problem, cuts_of(problem, plan))
         lines.append(f"so mixed: {rate_in_words(base, mixed)}")
         lines.append("This mixture was not measured, nor was its perplexity: run it before you rely on it.")
+    if any(own.links != tuple(link.name for link in plan.links) for own in chosen):
+        lines.append("Perplexities were measured with links behind other layers: run it before you rely on them.")
     codecs_set = [("compressor", codec.spec), ("compressor_per_link", per_link), ("compressor_decode", None)]
     return Advice(lines=tuple(lines), config=_with_plan(run, plan, codecs_set))
 
@@ -136,6 +140,7 @@ def _setting(run: PlannedRun, folder: Path) -> Setting:
         for setting in of_model
         for args in [setting.points[0].record.args]
         if (args.dtype, args.load_in_8bit, args.load_in_4bit) == precision
+        and setting.points[0].record.protocol.mode == "window"  # whose seconds are those of a long text
     ]
     if not alike:
         raise ConfigError(
@@ -148,9 +153,13 @@ def _setting(run: PlannedRun, folder: Path) -> Setting:
     return alike[0]
 
 
-def _is_usable(record: RunRecord) -> bool:
-    """Whether one codec was on all links, and seconds are the nodes' own, not those of an emulated `slowdown`."""
+def _is_usable(record: RunRecord, own: RunConfig) -> bool:
+    """Whether one codec was on all links, with the importance that it would have in the own config, if it needs any,
+    and seconds are the nodes' own, not those of an emulated `slowdown`.
+    """
     config, emulation = record.args.config, record.emulation
+    if record.importance and digest_of(config.importance.model_dump()) != digest_of(dataclasses.asdict(own.importance)):
+        return False
     is_slowed = emulation is not None and any(times != 1 for times in emulation.slowdown)
     return not config.compressor_per_link and config.compressor_decode is None and not is_slowed
 
@@ -174,7 +183,8 @@ def _measured_codec(point: MeasuredPoint, objective: str) -> _Codec | None:
         return None
     return _Codec(
         spec=record.args.config.compressor,
-        label=point.label,
+        label=point.codecs,
+        links=tuple(record.traffic_per_link),
         ppl_ratio=point.quality.ppl_ratio,
         bits=8 * nbytes / num_links,
         encode_s=encode_s / num_links,

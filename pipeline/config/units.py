@@ -22,10 +22,10 @@ _NUMBER = re.compile(r"([0-9]{1,16}(?:\.[0-9]{1,16})?) ?([A-Za-z]*)")
 
 
 def parse_rate(text: str) -> float:
-    """Bits per second of `10mbit`, or of a plain number of them. Raises ConfigError for other text, and for zero."""
+    """Bits per second of `10mbit`, or of a plain number of them. Raises ConfigError for other text, and below 1."""
     rate = _parse(text, _RATES, "a rate", "10mbit; a number alone is bit/s", alone=1.0)
-    if rate <= 0:
-        raise ConfigError(f"a rate must be above 0, got {text!r}")
+    if rate < 1:
+        raise ConfigError(f"a rate must be at least 1 bit/s, got {text!r}")
     return rate
 
 

@@ -160,7 +160,7 @@ def codec_requests(
     Raises ConfigError for a link that the plan does not have.
     """
     names = [link.name for link in plan.links]
-    unknown = sorted(config.compressor_per_link.keys() - set(names))
+    unknown = sorted(config.compressor_per_link.keys() - set(names), key=str)
     if unknown:
         raise ConfigError(
             f"compressor_per_link has {unknown[0]!r}; this plan's links are: {', '.join(names) or 'none'}"

@@ -34,7 +34,7 @@ def check_emulation(config: RunConfig, world: World) -> None:
 
 def emulated_links(config: RunConfig, plan: Plan) -> dict[int, Conditions]:
     """By index in the chain, the link of results included. Raises ConfigError for the name of no link."""
-    unknown = sorted(config.links_per_link.keys() - set(plan.chain_names))
+    unknown = sorted(config.links_per_link.keys() - set(plan.chain_names), key=str)
     if unknown:
         raise ConfigError(
             f"links_per_link has {unknown[0]!r}; this plan's links are: {', '.join(plan.chain_names) or 'none'}"

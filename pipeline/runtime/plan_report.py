@@ -31,11 +31,12 @@ from pipeline.models.loading import (
 )
 from pipeline.models.stage import MAX_LOGITS_NBYTES
 from pipeline.partition.plan import Plan, default_plan
+from pipeline.partition.schedule import passes_in_flight
 from pipeline.planner.problem import LinkFigures
 from pipeline.records.node_costs import NodeCosts
 from pipeline.runtime.balance import is_measured
 from pipeline.runtime.codecs import codec_requests, make_codec, window_tokens
-from pipeline.runtime.emulation import emulated_links, planned_link
+from pipeline.runtime.emulation import emulated_links, planned_link, receives_ahead_of
 from pipeline.runtime.measured_nodes import kept_nodes
 from pipeline.runtime.placement import make_plan
 from pipeline.runtime.plan_comparison import comparison_lines, gib
@@ -86,17 +87,29 @@ class PlannedRun:
         return header_nbytes(is_indexed=True, trail=bounds)
 
     def link_figures(self, network: Sequence[Conditions]) -> list[LinkFigures]:
-        """Of each link of the chain under these conditions: payload, at most, and header; of results only the delay.
+        """Of each link of the chain under these conditions: payload, at most, and header, of a long text's tokens or,
+        where `partition.objective` is `decode`, of one that was sampled and has a frame of its own; of results only
+        the delay.
 
         Raises ConfigError for another order of nodes than the planner's.
         """
         self.check_order()
-        bits = [
-            8 * (codec.max_nbytes(self.frame_shape) + self.header_nbytes(index)) / window_tokens(self.config)
-            for index, codec in enumerate(self.codecs)
-        ]
-        results = [0.0] * (len(network) - len(bits))
-        return [planned_link(link, own) for link, own in zip(network, [*bits, *results], strict=True)]
+        if self.config.partition.objective == "decode":
+            nbytes: list[float] = [*self._one_token_nbytes()]
+        else:
+            frames = [codec.max_nbytes(self.frame_shape) for codec in self.codecs]
+            nbytes = [(n + self.header_nbytes(i)) / window_tokens(self.config) for i, n in enumerate(frames)]
+        results = [0.0] * (len(network) - len(nbytes))
+        return [planned_link(link, 8 * own) for link, own in zip(network, [*nbytes, *results], strict=True)]
+
+    def _one_token_nbytes(self) -> list[int]:
+        """Of a sampled token's frame on each link, at most."""
+        hidden_size = self.model_config.hidden_size
+        requests = codec_requests(
+            self.config, self.plan, hidden_size=hidden_size, max_tokens=window_tokens(self.config), decode=True
+        )
+        payloads = [make_codec(request).max_nbytes((1, 1, hidden_size)) for request in requests]
+        return [n + header_nbytes(num_rows=1, trail=payloads[:i]) for i, n in enumerate(payloads)]
 
 
 def plan_run(config: RunConfig) -> PlannedRun:
@@ -198,13 +211,16 @@ def _memory_lines(run: PlannedRun, weights: Sequence[int]) -> list[str]:
 
 def _buffer_bytes(run: PlannedRun) -> list[int]:
     """Of link buffers, by node."""
+    config, runtime = run.config, run.config.runtime
+    credits = passes_in_flight(run.plan, runtime.in_flight, receives_ahead=runtime.receives_ahead, world_size=1)
+    ahead = receives_ahead_of(config, run.emulated, credits=credits)
     buffers = [0] * run.plan.num_nodes
     for link, codec in zip(run.plan.links, run.codecs, strict=True):
         wire = WireFormat(link_index=link.index, num_trail=link.index, codec_ids=())
-        tail = wire.max_tail_nbytes(max_rows=0, max_ids=window_tokens(run.config))
+        tail = wire.max_tail_nbytes(max_rows=0, max_ids=window_tokens(config))
         frame = FrameMemory(codec.max_nbytes(run.frame_shape), tail).host_nbytes
         buffers[link.src_node] += SEND_DEPTH * frame
-        buffers[link.dst_node] += run.config.runtime.receives_ahead * frame
+        buffers[link.dst_node] += ahead * frame
     return buffers
 
 

@@ -7,13 +7,14 @@ import pytest
 import run_pipeline
 from pipeline.advice import advise, advise_with_records
 from pipeline.comm.emulation import Conditions
+from pipeline.comm.wire import header_nbytes
 from pipeline.config.reading import load_config
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.config.writing import config_yaml
 from pipeline.runtime.balance import balanced_plan, planner_problem
 from pipeline.runtime.placement import make_plan
 from pipeline.runtime.plan_report import plan_run, plan_text
-from tests.helpers.records import losses, write_point
+from tests.helpers.records import PLAN, losses, write_point
 
 # The model of tests.helpers.records: 8 layers, hidden size 64.
 ARCHITECTURE = {
@@ -88,6 +89,14 @@ def test_figures_of_links_are_payload_and_header_over_the_rate():
     assert figures[0].s_per_token == pytest.approx(8 * frame / 100 / 1e6) and figures[0].delay_s == 0.25
 
 
+def test_a_sampled_token_has_a_frame_and_a_codec_of_its_own():
+    given = [("partition.plan", "balanced"), ("partition.objective", "decode"), ("partition.nodes", [{"speed": 1}] * 4)]
+    run = plan_run(make_config(*given, ("model.dtype", "fp32"), ("compressor", "int8"), ("compressor_decode", "none")))
+    for index, link in enumerate(run.link_figures(alike(1e6))):
+        frame = 4 * 64 + header_nbytes(num_rows=1, trail=[4 * 64] * index)
+        assert link.s_per_token == pytest.approx(8 * frame / 1e6)
+
+
 @pytest.mark.parametrize("objective", ["prefill", "decode"])
 def test_the_printed_config_gives_the_balanced_plan(objective, tmp_path):
     nodes = [{"speed": 2, "device": "cpu"}, {"memory": "1MiB"}, {"slowdown": 3}, {}]
@@ -128,6 +137,36 @@ def test_slow_links_get_the_smallest_codec_within_the_budget(folder):
     assert slow.config.compressor == "int8" and slow.config.compressor_per_link == {}
     assert "fastest on all links: int8, perplexity +0.90%" in slow.text and "link 0 binds" in slow.text
     assert advice(make_config(), folder, 1e5, budget=0.1).config.compressor == "int4"
+
+
+def test_codecs_are_named_without_the_network_that_they_were_measured_on(folder):
+    links = {name: {"bits_per_s": 1e6, "delay_s": 0.02, "jitter_s": 0.0} for name in PLAN.chain_names}
+    emulation = {"links": links, "slowdown": []}
+    write_point(
+        folder, "int3", loss=losses(0.001), nbytes=24, stages=stage_times(0, 0), model=MODEL, emulation=emulation
+    )
+    found = advice(make_config(), folder, 1e5)
+    text = "\n".join(found.lines)
+    assert "fastest on all links: int3, perplexity" in text and "Mbit/s" not in text
+
+
+def test_links_that_move_to_other_layers_are_said_to_be_unmeasured(folder, tmp_path):
+    moved = "Perplexities were measured with links behind other layers: run it before you rely on them."
+    assert moved in advice(make_config(), folder, 1e12).lines
+    (tmp_path / "even").mkdir()
+    even = stage_times(0.0, 0.0, compute_s=(0.4, 0.8, 0.8, 0.8, 0.4))  # a free head: the default plan is best
+    write_point(tmp_path / "even", "none", loss=losses(), nbytes=256, stages=even, model=MODEL)
+    assert moved not in advice(make_config(), tmp_path / "even", 1e12).lines
+
+
+def test_a_codec_is_advised_with_the_importance_that_it_was_measured_with(folder):
+    metrics = dict.fromkeys((link.name for link in PLAN.links), {"name": "random"})
+    args = {"config": {"importance": {"seed": 7}}}
+    figures = {"loss": losses(0.001), "nbytes": 24, "stages": stage_times(0, 0), "model": MODEL}
+    write_point(folder, "int3", **figures, importance=metrics, args=args)
+    assert advice(make_config(), folder, 1e5).config.compressor == "int8"
+    seeded = advice(make_config(("importance.seed", 7)), folder, 1e5).config
+    assert (seeded.compressor, seeded.importance.seed) == ("int3", 7)
 
 
 def test_fast_links_get_none(folder):

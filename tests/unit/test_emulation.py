@@ -111,7 +111,7 @@ def test_nothing_is_emulated_by_default():
     ("overrides", "message"),
     [
         ([("links.rate", "ten")], "links.rate: 'ten' is not a rate"),
-        ([("links.rate", "0mbit")], "links.rate: a rate must be above 0"),
+        ([("links.rate", "0mbit")], "links.rate: a rate must be at least 1 bit/s"),
         ([("links.delay", "20")], "links.delay: '20' is not a time"),
         ([("links.delay", "2000s")], "links.delay must be at most 60 s"),
         ([("links.jiter", "2ms")], "unknown key links.jiter; did you mean links.jitter?"),

@@ -38,3 +38,13 @@ def test_the_network_of_a_config_is_that_of_its_own_links():
     assert network(**{"layer:10:node1->node2": {"rate": "1mbit"}}) == (far, thin, far, far)
     with pytest.raises(ConfigError, match="links_per_link has 'layer:9:node1->node2'; this plan's links are: layer:2"):
         network(**{"layer:9:node1->node2": {"rate": "1mbit"}})
+
+
+def test_emulated_links_have_room_for_all_passes_and_names_of_the_plan():
+    def buffers(*overrides):
+        text = plan_text(plan_run(load_config(find_config("demo.yaml"), overrides)))
+        return float(text[text.index("rank  ") :].splitlines()[2].split()[3])
+
+    # Two frames being sent; two received by default, six where a network is emulated: as many as passes
+    large = ("batch_size", 64)
+    assert buffers(("links.delay", "20ms"), large) == pytest.approx(2 * buffers(large), rel=0.1)

@@ -53,7 +53,7 @@ def test_a_number_alone_is_no_time_and_no_size():
 
 
 def test_a_link_without_any_rate_is_refused():
-    with pytest.raises(ConfigError, match="above 0"):
+    with pytest.raises(ConfigError, match="at least 1 bit/s"):
         parse_rate("0mbit")
 
 
