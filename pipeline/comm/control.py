@@ -127,13 +127,14 @@ class Control:
             return
         if self._root.check([_FINISHED]):
             raise RunFinished
-        self._epoch = Epoch.enter(self._root, self.world.rank)
+        root, watch_root = self._of_attempt(self._root), self._of_attempt(self._watch_root)
+        self._epoch = Epoch.enter(root, self.world.rank)
         if self._first_epoch is None:
             self._first_epoch = self._epoch.number
         number = str(self._epoch.number)
-        self._store, self._rounds = dist.PrefixStore(number, self._root), 0
-        watch = dist.PrefixStore("watch", dist.PrefixStore(number, self._watch_root))
-        self.watchdog.join(watch, Epoch(self._watch_root, self._epoch.number))
+        self._store, self._rounds = dist.PrefixStore(number, root), 0
+        watch = dist.PrefixStore("watch", dist.PrefixStore(number, watch_root))
+        self.watchdog.join(watch, Epoch(watch_root, self._epoch.number))
         if self._num_fruitless > _MAX_FRUITLESS:
             raise PipelineError(
                 f"the ring was formed {_MAX_FRUITLESS} times in a row without a new token; at last: {self._last_error}"
@@ -408,6 +409,14 @@ class Control:
             doing = "opened" if is_host else "reached"
             raise LinkError(f"the rendezvous store {address}:{port} cannot be {doing}: {_first_line(e)}") from e
         return dist.PrefixStore("thinwire", store)
+
+    def _of_attempt(self, root: dist.Store) -> dist.Store:
+        """Where no rank waits for another to come back, torchrun starts all of them again, and the store's values
+        outlive that: a rank that had not joined before must not find its place beside those that have ended.
+        """
+        if self._rejoin_time or self.world.attempt == 0:
+            return root
+        return dist.PrefixStore(f"attempt/{self.world.attempt}", root)
 
     def _why_no_gather(self, keys: Sequence[str], error: RuntimeError, limit: str) -> str:
         try:

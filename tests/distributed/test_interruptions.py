@@ -11,8 +11,10 @@ import time
 from random import Random
 
 import pytest
+import torch.distributed as dist
 
 from benchmarks.broken_rings import NUM_RANKS, break_connection, command, differences, read_answers, write_prompts
+from pipeline.comm.epochs import Epoch
 from pipeline.records.store import read_generation
 from tests.helpers.launch import run_ranks, start_ranks, start_torchrun, store_process
 from tests.helpers.patience import allowed_s
@@ -162,6 +164,19 @@ def test_a_rank_that_comes_back_with_another_config_ends_the_run(undisturbed, tm
         wait_until(lambda: ranks.restart_failed() == [2])
         ended = ranks.wait(120)
     assert all(one.returncode == 1 and "was started with another config: compressor" in one.stderr for one in ended)
+
+
+def test_a_rank_that_had_not_joined_before_all_were_started_again(undisturbed, tmp_path):
+    """Without `rejoin_s`: it is no member of an epoch of those that have ended, whose cause it must not read either."""
+    with store_process() as (_, env):
+        store = dist.TCPStore("127.0.0.1", int(env["MASTER_PORT"]), is_master=False)
+        left_over = dist.PrefixStore("thinwire", store)
+        Epoch.enter(left_over, 0)  # the rank of a first attempt that the others never met
+        dist.PrefixStore("watch", dist.PrefixStore("0", left_over)).set("cause", "of the first attempt")
+        again = {**env, "TORCHELASTIC_RESTART_COUNT": "1"}
+        for one in run_ranks([words(undisturbed, tmp_path, rejoin_s=0)] * NUM_RANKS, env=again):
+            one.check()
+    assert differences(undisturbed, tmp_path, NUM_PROMPTS) == []
 
 
 @pytest.mark.slow
