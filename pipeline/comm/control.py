@@ -225,7 +225,9 @@ class Control:
         return values
 
     def _wait(self, keys: list[str], timeout: datetime.timedelta) -> None:
-        """Raises RuntimeError after the timeout, and RingBroken once the epoch is over."""
+        """Raises RuntimeError after the timeout, RingBroken once the epoch is over, and RunFinished for those who have
+        left it for the next one while the last that the run waited for came.
+        """
         if not self._rejoin_time:
             self._store.wait(keys, timeout)
             return
@@ -237,6 +239,8 @@ class Control:
                 self._store.wait(keys, min(_SLICE, timeout))
                 return
             except dist.DistStoreError:
+                if self._root.check([_FINISHED]) and not self._store.check(keys):
+                    raise RunFinished from None
                 if time.monotonic() > end_s:
                     raise
 

@@ -179,6 +179,19 @@ def test_a_rank_that_had_not_joined_before_all_were_started_again(undisturbed, t
     assert differences(undisturbed, tmp_path, NUM_PROMPTS) == []
 
 
+def test_who_has_left_the_ring_while_the_run_ended_does_not_wait_for_it(undisturbed, tmp_path):
+    """The last rank may find all others at the end although one of them has been started again since."""
+    with store_process() as (_, env):
+        store = dist.PrefixStore("thinwire", dist.TCPStore("127.0.0.1", int(env["MASTER_PORT"]), is_master=False))
+        env |= {"WORLD_SIZE": str(NUM_RANKS), "LOCAL_WORLD_SIZE": str(NUM_RANKS)}
+        with start_ranks([words(undisturbed, tmp_path)] * (NUM_RANKS - 1), env=env) as ranks:
+            wait_until(lambda: store.check([f"0/gather/1/{rank}" for rank in range(NUM_RANKS - 1)]))
+            store.set("finished", "")
+            for one in ranks.wait(30):
+                one.check()
+                assert "the run has come to its end meanwhile" in one.stderr
+
+
 @pytest.mark.slow
 def test_a_ring_that_breaks_again_and_again_without_a_token_ends_the_run(undisturbed, tmp_path):
     given = words(undisturbed, tmp_path, "model.dtype=fp32", "compressor=tests.helpers.bad_codecs:Dying(rank=2)")
