@@ -391,6 +391,8 @@ class Control:
             raise LinkError(
                 f"the ranks cannot connect to each other through interface {used} (runtime.interface): {_first_line(e)}"
             ) from e
+        if self._rejoin_time and self.watchdog.epoch_is_over:  # told when there was no connection yet to be broken
+            raise RingBroken("the ring was to be formed again before it was whole")
         self.report("starting")
 
     def _init_group(self) -> None:
