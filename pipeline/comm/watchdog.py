@@ -157,8 +157,8 @@ class Watchdog:
         `store` is a `torch.distributed.Store`: a client of the rendezvous store for this object alone, and `epoch` its
         view of the epoch whose keys are meant.
         """
-        self._next = (store, epoch)
         self._has_turned.clear()
+        self._next = (store, epoch)
         if self._heart.ident is None:
             self._turn()
             self._heart.start()
@@ -327,7 +327,7 @@ class Watchdog:
         """Begin with the next epoch: on the heartbeat's thread, which so never mixes two."""
         assert self._next is not None
         (self._store, self._epoch), self._next = self._next, None
-        self._beats, self._cause, self._own_cause = Heartbeats(self._world), None, None
+        self._beats = Heartbeats(self._world)
         self.epoch_is_over = self._ends_epoch = False
         self._has_turned.set()
 
