@@ -363,7 +363,7 @@ class Control:
         timeout, limit = self._load_timeout, "(runtime.load_timeout_s)"
         if self.world.store_host is None and timeout > _JOIN_TIME:
             timeout, limit = _JOIN_TIME, "(torchrun starts all ranks at once)"
-        if self.num_interruptions:
+        if self.num_interruptions or (self._is_formed_again and timeout < self._rejoin_time):
             timeout, limit = self._rejoin_time, "(runtime.rejoin_s)"
         elif self.world.local_world_size < self.world.world_size:
             limit += f"; see what their machines print; {SEVERAL_MACHINES}"

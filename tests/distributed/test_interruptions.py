@@ -141,6 +141,18 @@ def test_a_rank_that_does_not_come_back_ends_the_run(undisturbed, tmp_path):
         assert len(re.findall(r"^rank \d stops: ", one.stderr, re.MULTILINE)) == 1
 
 
+def test_who_is_back_first_waits_for_other_lost_ranks_as_long_as_all(undisturbed, tmp_path):
+    with store_process() as (_, env):
+        store = dist.PrefixStore("thinwire", dist.TCPStore("127.0.0.1", int(env["MASTER_PORT"]), is_master=False))
+        for rank in range(NUM_RANKS):
+            Epoch.enter(store, rank)  # all have been there before
+        env |= {"WORLD_SIZE": str(NUM_RANKS), "LOCAL_WORLD_SIZE": str(NUM_RANKS)}
+        given = words(undisturbed, tmp_path, "runtime.load_timeout_s=3", rejoin_s=5.0)
+        for one in run_ranks([given] * (NUM_RANKS - 1), env=env):
+            assert one.returncode == 1
+            assert "rank 3 (not started) did not come within 5 s (runtime.rejoin_s)" in one.stderr
+
+
 def test_ctrl_c_during_the_pause(undisturbed, tmp_path):
     with store_process() as (_, env), start_ranks([words(undisturbed, tmp_path)] * NUM_RANKS, env=env) as ranks:
         wait_until(has_answers(tmp_path))
