@@ -14,9 +14,11 @@ import pytest
 import torch.distributed as dist
 
 from benchmarks.broken_rings import NUM_RANKS, break_connection, command, differences, read_answers, write_prompts
+from pipeline.comm.control import Control, RingBroken
 from pipeline.comm.epochs import Epoch
+from pipeline.comm.world import World
 from pipeline.records.store import read_generation
-from tests.helpers.launch import run_ranks, start_ranks, start_torchrun, store_process
+from tests.helpers.launch import call_on_ranks, run_ranks, start_ranks, start_torchrun, store_process
 from tests.helpers.patience import allowed_s
 
 NUM_PROMPTS, NUM_TOKENS = 12, 40
@@ -151,6 +153,31 @@ def test_who_is_back_first_waits_for_other_lost_ranks_as_long_as_all(undisturbed
         for one in run_ranks([given] * (NUM_RANKS - 1), env=env):
             assert one.returncode == 1
             assert "rank 3 (not started) did not come within 5 s (runtime.rejoin_s)" in one.stderr
+
+
+def end_while_connecting(rank):
+    control = Control(World.from_environment(), timeout_s=20, load_timeout_s=60, interface=None, rejoin_s=60.0)
+    init = dist.init_process_group
+
+    def init_and_end(*arguments, **named):
+        init(*arguments, **named)
+        store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
+        dist.PrefixStore("thinwire", store).compare_set("epoch", "0", "1")
+        wait_until(lambda: control.watchdog.epoch_is_over)
+
+    dist.init_process_group = init_and_end
+    with pytest.raises(RingBroken, match="before it was whole") as broken:
+        control.form()
+    dist.init_process_group = init
+    control.leave_ring(broken.value, None)
+    control.form()
+    control.close()
+
+
+def test_an_epoch_that_ends_while_ranks_connect():
+    """Its end is told once, and might find no connection to be broken."""
+    for one in call_on_ranks(2, end_while_connecting):
+        one.check()
 
 
 def test_ctrl_c_during_the_pause(undisturbed, tmp_path):
