@@ -382,8 +382,11 @@ class Control:
         """Connect all ranks by Gloo."""
         self.report("connecting", waiting=True)
         try:
-            with self._connections.taking(but_port=int(os.environ["MASTER_PORT"])):
+            if not self._rejoin_time:  # a second descriptor would keep open what Gloo closes
                 self._init_group()
+            else:
+                with self._connections.taking(but_port=int(os.environ["MASTER_PORT"])):
+                    self._init_group()
         except RuntimeError as e:
             if self._is_formed_again:
                 raise RingBroken(f"the ranks cannot connect to each other: {_first_line(e)}") from e
