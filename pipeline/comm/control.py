@@ -382,6 +382,8 @@ class Control:
         """Connect all ranks by Gloo."""
         self.report("connecting", waiting=True)
         try:
+            if self._is_formed_again:
+                _forget_failed_groups()
             if not self._rejoin_time:  # a second descriptor would keep open what Gloo closes
                 self._init_group()
             else:
@@ -434,6 +436,14 @@ class Control:
             return f"the rendezvous store has ended: {_first_line(error)}"
         names = " and ".join(map(self.watchdog.last_known, missing))
         return f"{names} did not come within {limit}" if missing else _first_line(error)
+
+
+def _forget_failed_groups() -> None:
+    """Torch numbers the groups of a process, a failed one too, looks for the other ranks under that number, and begins
+    anew when a group is destroyed: ranks of which only some could connect would never meet again.
+    """
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.destroy_process_group()
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import time
+from datetime import timedelta
 from random import Random
 
 import pytest
@@ -177,6 +178,22 @@ def end_while_connecting(rank):
 def test_an_epoch_that_ends_while_ranks_connect():
     """Its end is told once, and might find no connection to be broken."""
     for one in call_on_ranks(2, end_while_connecting):
+        one.check()
+
+
+def connect_after_a_failure(rank):
+    control = Control(World.from_environment(), timeout_s=10, load_timeout_s=60, interface=None, rejoin_s=60.0)
+    control.form()
+    control.leave_ring(RingBroken("broken"), None)
+    if rank == 0:
+        with pytest.raises(RuntimeError):  # nobody comes
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=2, timeout=timedelta(seconds=1))
+    control.form()
+    control.close()
+
+
+def test_ranks_of_which_some_could_not_connect_meet_again():
+    for one in call_on_ranks(2, connect_after_a_failure):
         one.check()
 
 
