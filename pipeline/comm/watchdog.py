@@ -241,7 +241,8 @@ class Watchdog:
             self._exit_code = EXIT_INTERRUPTED
             return self._publish(f"{self.place}: interrupted")
         if signal.SIGTERM in received and self.on_over is not None:
-            return self._cause or self._guess_cause()  # the others wait for this rank to be started again
+            # The others wait for this rank to be started again, unless one has told a cause that is still on its way.
+            return self._wait_for_cause(4 * self._interval_s) or self._guess_cause()
         if signal.SIGTERM in received:
             return self._wait_for_cause(_SEARCH_S) or self._publish(self._guess_cause())
         if self._cause is not None:

@@ -90,6 +90,25 @@ def test_a_cause_that_is_told_between_two_epochs_reaches_the_next(monkeypatch):
     assert second.get("cause") == b"rank 1, starting: interrupted"
 
 
+def test_sigterm_does_not_come_before_the_cause_where_a_ring_may_be_formed_again(monkeypatch):
+    """One torchrun of several ranks ends the others at once when one has failed and told why."""
+    store, told = Store(), []
+    store.answers.set()
+    dog = Watchdog(WORLD, timeout_s=20.0)
+    dog.on_over = lambda: None
+    monkeypatch.setattr(dog, "leave", told.append)
+    dog.join(store, Epoch(store, 0))
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+    assert told == []
+    store["cause"] = b"rank 2 has failed"
+    deadline = time.monotonic() + 10
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.01)
+    dog.stop()
+    assert told[0] == "rank 2 has failed"
+
+
 def test_one_process_keeps_its_signals():
     before = signal.getsignal(signal.SIGTERM)
     Watchdog(World(), timeout_s=2.0)
