@@ -184,6 +184,7 @@ def test_an_epoch_that_ends_while_ranks_connect():
 def connect_after_a_failure(rank):
     control = Control(World.from_environment(), timeout_s=10, load_timeout_s=60, interface=None, rejoin_s=60.0)
     control.form()
+    control.barrier()
     control.leave_ring(RingBroken("broken"), None)
     if rank == 0:
         with pytest.raises(RuntimeError):  # nobody comes
