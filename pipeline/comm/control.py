@@ -127,13 +127,14 @@ class Control:
             return
         if self._root.check([_FINISHED]):
             raise RunFinished
-        self._epoch = Epoch.enter(self._root, self.world.rank)
+        root, watch_root = self._of_attempt(self._root), self._of_attempt(self._watch_root)
+        self._epoch = Epoch.enter(root, self.world.rank)
         if self._first_epoch is None:
             self._first_epoch = self._epoch.number
         number = str(self._epoch.number)
-        self._store, self._rounds = dist.PrefixStore(number, self._root), 0
-        watch = dist.PrefixStore("watch", dist.PrefixStore(number, self._watch_root))
-        self.watchdog.join(watch, Epoch(self._watch_root, self._epoch.number))
+        self._store, self._rounds = dist.PrefixStore(number, root), 0
+        watch = dist.PrefixStore("watch", dist.PrefixStore(number, watch_root))
+        self.watchdog.join(watch, Epoch(watch_root, self._epoch.number))
         if self._num_fruitless > _MAX_FRUITLESS:
             raise PipelineError(
                 f"the ring was formed {_MAX_FRUITLESS} times in a row without a new token; at last: {self._last_error}"
@@ -224,7 +225,9 @@ class Control:
         return values
 
     def _wait(self, keys: list[str], timeout: datetime.timedelta) -> None:
-        """Raises RuntimeError after the timeout, and RingBroken once the epoch is over."""
+        """Raises RuntimeError after the timeout, RingBroken once the epoch is over, and RunFinished for those who have
+        left it for the next one while the last that the run waited for came.
+        """
         if not self._rejoin_time:
             self._store.wait(keys, timeout)
             return
@@ -236,6 +239,8 @@ class Control:
                 self._store.wait(keys, min(_SLICE, timeout))
                 return
             except dist.DistStoreError:
+                if self._root.check([_FINISHED]) and not self._store.check(keys):
+                    raise RunFinished from None
                 if time.monotonic() > end_s:
                     raise
 
@@ -358,7 +363,7 @@ class Control:
         timeout, limit = self._load_timeout, "(runtime.load_timeout_s)"
         if self.world.store_host is None and timeout > _JOIN_TIME:
             timeout, limit = _JOIN_TIME, "(torchrun starts all ranks at once)"
-        if self.num_interruptions:
+        if self.num_interruptions or (self._is_formed_again and timeout < self._rejoin_time):
             timeout, limit = self._rejoin_time, "(runtime.rejoin_s)"
         elif self.world.local_world_size < self.world.world_size:
             limit += f"; see what their machines print; {SEVERAL_MACHINES}"
@@ -377,8 +382,13 @@ class Control:
         """Connect all ranks by Gloo."""
         self.report("connecting", waiting=True)
         try:
-            with self._connections.taking(but_port=int(os.environ["MASTER_PORT"])):
+            if self._is_formed_again:
+                _forget_failed_groups()
+            if not self._rejoin_time:  # a second descriptor would keep open what Gloo closes
                 self._init_group()
+            else:
+                with self._connections.taking(but_port=int(os.environ["MASTER_PORT"])):
+                    self._init_group()
         except RuntimeError as e:
             if self._is_formed_again:
                 raise RingBroken(f"the ranks cannot connect to each other: {_first_line(e)}") from e
@@ -386,6 +396,8 @@ class Control:
             raise LinkError(
                 f"the ranks cannot connect to each other through interface {used} (runtime.interface): {_first_line(e)}"
             ) from e
+        if self._rejoin_time and self.watchdog.epoch_is_over:  # told when there was no connection yet to be broken
+            raise RingBroken("the ring was to be formed again before it was whole")
         self.report("starting")
 
     def _init_group(self) -> None:
@@ -409,6 +421,14 @@ class Control:
             raise LinkError(f"the rendezvous store {address}:{port} cannot be {doing}: {_first_line(e)}") from e
         return dist.PrefixStore("thinwire", store)
 
+    def _of_attempt(self, root: dist.Store) -> dist.Store:
+        """Where no rank waits for another to come back, torchrun starts all of them again, and the store's values
+        outlive that: a rank that had not joined before must not find its place beside those that have ended.
+        """
+        if self._rejoin_time or self.world.attempt == 0:
+            return root
+        return dist.PrefixStore(f"attempt/{self.world.attempt}", root)
+
     def _why_no_gather(self, keys: Sequence[str], error: RuntimeError, limit: str) -> str:
         try:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
@@ -416,6 +436,14 @@ class Control:
             return f"the rendezvous store has ended: {_first_line(error)}"
         names = " and ".join(map(self.watchdog.last_known, missing))
         return f"{names} did not come within {limit}" if missing else _first_line(error)
+
+
+def _forget_failed_groups() -> None:
+    """Torch numbers the groups of a process, a failed one too, looks for the other ranks under that number, and begins
+    anew when a group is destroyed: ranks of which only some could connect would never meet again.
+    """
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.destroy_process_group()
 
 
 def _first_line(error: BaseException) -> str:

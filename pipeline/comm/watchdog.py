@@ -157,8 +157,8 @@ class Watchdog:
         `store` is a `torch.distributed.Store`: a client of the rendezvous store for this object alone, and `epoch` its
         view of the epoch whose keys are meant.
         """
-        self._next = (store, epoch)
         self._has_turned.clear()
+        self._next = (store, epoch)
         if self._heart.ident is None:
             self._turn()
             self._heart.start()
@@ -241,7 +241,8 @@ class Watchdog:
             self._exit_code = EXIT_INTERRUPTED
             return self._publish(f"{self.place}: interrupted")
         if signal.SIGTERM in received and self.on_over is not None:
-            return self._cause or self._guess_cause()  # the others wait for this rank to be started again
+            # The others wait for this rank to be started again, unless one has told a cause that is still on its way.
+            return self._wait_for_cause(4 * self._interval_s) or self._guess_cause()
         if signal.SIGTERM in received:
             return self._wait_for_cause(_SEARCH_S) or self._publish(self._guess_cause())
         if self._cause is not None:
@@ -327,7 +328,7 @@ class Watchdog:
         """Begin with the next epoch: on the heartbeat's thread, which so never mixes two."""
         assert self._next is not None
         (self._store, self._epoch), self._next = self._next, None
-        self._beats, self._cause, self._own_cause = Heartbeats(self._world), None, None
+        self._beats = Heartbeats(self._world)
         self.epoch_is_over = self._ends_epoch = False
         self._has_turned.set()
 

@@ -230,8 +230,8 @@ class GenerationJob:
             self._batch.scheduler.begin_again()
             return self._batch
         maker = make_request_maker(ring)
-        self._was_started_again = control.came_before("requests")
         requests = self._read(maker)
+        self._was_started_again = control.came_before("requests")
         if self._was_started_again and not isinstance(requests, list):
             raise ConfigError(
                 "rank 0 was started again, and cannot read standard input once more: lines that had been read and have "

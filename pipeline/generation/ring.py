@@ -113,10 +113,10 @@ class GenerationRing:
         )
         if scheduler is not None:
             scheduler.wake = ends.wake
-        control.barrier()
-        control.end_pause()
-        start_s = time.perf_counter()
         try:
+            control.barrier()
+            control.end_pause()
+            start_s = time.perf_counter()
             Engine(self._worker, ends, control.report, source=scheduler, credits=self.credits).run()
         except LinkError as e:
             if control.may_form_again(e):

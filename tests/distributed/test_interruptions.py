@@ -8,13 +8,18 @@ import os
 import re
 import signal
 import time
+from datetime import timedelta
 from random import Random
 
 import pytest
+import torch.distributed as dist
 
 from benchmarks.broken_rings import NUM_RANKS, break_connection, command, differences, read_answers, write_prompts
+from pipeline.comm.control import Control, RingBroken
+from pipeline.comm.epochs import Epoch
+from pipeline.comm.world import World
 from pipeline.records.store import read_generation
-from tests.helpers.launch import run_ranks, start_ranks, start_torchrun, store_process
+from tests.helpers.launch import call_on_ranks, run_ranks, start_ranks, start_torchrun, store_process
 from tests.helpers.patience import allowed_s
 
 NUM_PROMPTS, NUM_TOKENS = 12, 40
@@ -139,6 +144,60 @@ def test_a_rank_that_does_not_come_back_ends_the_run(undisturbed, tmp_path):
         assert len(re.findall(r"^rank \d stops: ", one.stderr, re.MULTILINE)) == 1
 
 
+def test_who_is_back_first_waits_for_other_lost_ranks_as_long_as_all(undisturbed, tmp_path):
+    with store_process() as (_, env):
+        store = dist.PrefixStore("thinwire", dist.TCPStore("127.0.0.1", int(env["MASTER_PORT"]), is_master=False))
+        for rank in range(NUM_RANKS):
+            Epoch.enter(store, rank)  # all have been there before
+        env |= {"WORLD_SIZE": str(NUM_RANKS), "LOCAL_WORLD_SIZE": str(NUM_RANKS)}
+        given = words(undisturbed, tmp_path, "runtime.load_timeout_s=3", rejoin_s=5.0)
+        for one in run_ranks([given] * (NUM_RANKS - 1), env=env):
+            assert one.returncode == 1
+            assert "rank 3 (not started) did not come within 5 s (runtime.rejoin_s)" in one.stderr
+
+
+def end_while_connecting(rank):
+    control = Control(World.from_environment(), timeout_s=20, load_timeout_s=60, interface=None, rejoin_s=60.0)
+    init = dist.init_process_group
+
+    def init_and_end(*arguments, **named):
+        init(*arguments, **named)
+        store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
+        dist.PrefixStore("thinwire", store).compare_set("epoch", "0", "1")
+        wait_until(lambda: control.watchdog.epoch_is_over)
+
+    dist.init_process_group = init_and_end
+    with pytest.raises(RingBroken, match="before it was whole") as broken:
+        control.form()
+    dist.init_process_group = init
+    control.leave_ring(broken.value, None)
+    control.form()
+    control.close()
+
+
+def test_an_epoch_that_ends_while_ranks_connect():
+    """Its end is told once, and might find no connection to be broken."""
+    for one in call_on_ranks(2, end_while_connecting):
+        one.check()
+
+
+def connect_after_a_failure(rank):
+    control = Control(World.from_environment(), timeout_s=10, load_timeout_s=60, interface=None, rejoin_s=60.0)
+    control.form()
+    control.barrier()
+    control.leave_ring(RingBroken("broken"), None)
+    if rank == 0:
+        with pytest.raises(RuntimeError):  # nobody comes
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=2, timeout=timedelta(seconds=1))
+    control.form()
+    control.close()
+
+
+def test_ranks_of_which_some_could_not_connect_meet_again():
+    for one in call_on_ranks(2, connect_after_a_failure):
+        one.check()
+
+
 def test_ctrl_c_during_the_pause(undisturbed, tmp_path):
     with store_process() as (_, env), start_ranks([words(undisturbed, tmp_path)] * NUM_RANKS, env=env) as ranks:
         wait_until(has_answers(tmp_path))
@@ -162,6 +221,32 @@ def test_a_rank_that_comes_back_with_another_config_ends_the_run(undisturbed, tm
         wait_until(lambda: ranks.restart_failed() == [2])
         ended = ranks.wait(120)
     assert all(one.returncode == 1 and "was started with another config: compressor" in one.stderr for one in ended)
+
+
+def test_a_rank_that_had_not_joined_before_all_were_started_again(undisturbed, tmp_path):
+    """Without `rejoin_s`: it is no member of an epoch of those that have ended, whose cause it must not read either."""
+    with store_process() as (_, env):
+        store = dist.TCPStore("127.0.0.1", int(env["MASTER_PORT"]), is_master=False)
+        left_over = dist.PrefixStore("thinwire", store)
+        Epoch.enter(left_over, 0)  # the rank of a first attempt that the others never met
+        dist.PrefixStore("watch", dist.PrefixStore("0", left_over)).set("cause", "of the first attempt")
+        again = {**env, "TORCHELASTIC_RESTART_COUNT": "1"}
+        for one in run_ranks([words(undisturbed, tmp_path, rejoin_s=0)] * NUM_RANKS, env=again):
+            one.check()
+    assert differences(undisturbed, tmp_path, NUM_PROMPTS) == []
+
+
+def test_who_has_left_the_ring_while_the_run_ended_does_not_wait_for_it(undisturbed, tmp_path):
+    """The last rank may find all others at the end although one of them has been started again since."""
+    with store_process() as (_, env):
+        store = dist.PrefixStore("thinwire", dist.TCPStore("127.0.0.1", int(env["MASTER_PORT"]), is_master=False))
+        env |= {"WORLD_SIZE": str(NUM_RANKS), "LOCAL_WORLD_SIZE": str(NUM_RANKS)}
+        with start_ranks([words(undisturbed, tmp_path)] * (NUM_RANKS - 1), env=env) as ranks:
+            wait_until(lambda: store.check([f"0/gather/1/{rank}" for rank in range(NUM_RANKS - 1)]))
+            store.set("finished", "")
+            for one in ranks.wait(30):
+                one.check()
+                assert "the run has come to its end meanwhile" in one.stderr
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 
 from pipeline.comm import heartbeats
+from pipeline.comm.epochs import Epoch
 from pipeline.comm.heartbeats import Clock, Heartbeats, heartbeat
 from pipeline.comm.watchdog import PipelineError, Watchdog
 from pipeline.comm.world import World
@@ -42,6 +43,70 @@ def test_signals_mean_after_the_end_what_they_meant_before():
     assert signal.getsignal(signal.SIGTERM) != before[0]
     dog.stop()
     assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)) == before
+
+
+class Store(dict):
+    """As torch.distributed's; who asks for the epoch waits until it `answers`."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_asked, self.answers = threading.Event(), threading.Event()
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def multi_get(self, keys):
+        return [self[key] for key in keys]
+
+    def compare_set(self, key, expected, wanted):
+        return self.setdefault(key, wanted.encode())
+
+    def get(self, key):
+        self.is_asked.set()
+        self.answers.wait()
+        return super().get(key, b"0")
+
+
+def test_a_cause_that_is_told_between_two_epochs_reaches_the_next(monkeypatch):
+    """Ctrl-C while the ring is formed again: the others must not wait for this rank."""
+    first, second, before = Store(), Store(), signal.getsignal(signal.SIGINT)
+    second.answers.set()
+    dog = Watchdog(WORLD, timeout_s=20.0)
+    monkeypatch.setattr(dog, "leave", lambda cause: None)
+    dog.join(first, Epoch(first, 0))
+    assert first.is_asked.wait(5)
+    turning = threading.Thread(target=dog.join, args=(second, Epoch(second, 0)))
+    turning.start()
+    threading.Timer(0.3, first.answers.set).start()
+    try:
+        dog.abort(ValueError("interrupted"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+        turning.join()
+        dog.stop()
+    assert second.get("cause") == b"rank 1, starting: interrupted"
+
+
+def test_sigterm_does_not_come_before_the_cause_where_a_ring_may_be_formed_again(monkeypatch):
+    """One torchrun of several ranks ends the others at once when one has failed and told why."""
+    store, told = Store(), []
+    store.answers.set()
+    dog = Watchdog(WORLD, timeout_s=20.0)
+    dog.on_over = lambda: None
+    monkeypatch.setattr(dog, "leave", told.append)
+    dog.join(store, Epoch(store, 0))
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+    assert told == []
+    store["cause"] = b"rank 2 has failed"
+    deadline = time.monotonic() + 10
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.01)
+    dog.stop()
+    assert told[0] == "rank 2 has failed"
 
 
 def test_one_process_keeps_its_signals():
