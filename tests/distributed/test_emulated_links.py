@@ -46,8 +46,8 @@ def exchange(rank):
     world = World(rank=rank, world_size=2, local_world_size=2)
     specs = {i: spec(i) for i in (0, 1)}
     ends = open_links(hops, specs, world, receives_ahead=64, emulated=emulated)
-    dist.barrier()
     start_s = time.monotonic()
+    dist.barrier()  # so that the other rank sends nothing before
     sender = ends.senders[rank]
 
     def send():

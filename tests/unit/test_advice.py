@@ -277,7 +277,7 @@ def test_seconds_of_slowed_nodes_are_not_taken_for_their_own(tmp_path):
     emulation = {"links": {}, "slowdown": [1, 1, 3, 1]}
     for codec in ("none", "int8"):
         write_point(tmp_path, codec, stages=stage_times(0, 0), model=MODEL, emulation=emulation)
-    with pytest.raises(ConfigError, match="no codec of .* on all links alike and without slowdown"):
+    with pytest.raises(ConfigError, match="no codec of .* on all links alike, without slowdown"):
         advice(make_config(), tmp_path, 1e6)
 
 
