@@ -19,6 +19,9 @@ REFERENCE = torchao>=0.16 hqq>=0.2.7 einops termcolor
 # A file's tests share models and runs, so they stay together.
 SIDE_BY_SIDE = -n logical --maxprocesses 4 --dist loadfile
 
+# The same examples in every run: a property that fails by chance says nothing of the change. A plain pytest draws others.
+SAME_EXAMPLES = --hypothesis-profile=ci
+
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install -q $(PIP_ARGS) $(if $(LATEST),,-c $(CONSTRAINTS))
 NO_NETWORK = { echo "error: pip could not install $(1); is a package index reachable? Nothing else needs a network." >&2; exit 1; }
@@ -33,10 +36,10 @@ demo: $(VENV)/.installed
 	@PATH="$(abspath $(BIN)):$$PATH" sh torchrun_scripts/cpu_demo.sh
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(SAME_EXAMPLES) $(PYTEST_ARGS)
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow and not browser" tests/unit tests/compressors $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(SAME_EXAMPLES) -m "not slow and not browser" tests/unit tests/compressors $(PYTEST_ARGS)
 
 gpu-check: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu_check $(GPU_CHECK_ARGS)

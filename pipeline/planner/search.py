@@ -1,9 +1,10 @@
 """The best placement, found exactly: a dynamic program over layers and nodes under a cap on each node's seconds.
 
-Seconds become integers first, so that placements that cost the same compare as equal. The steps stand in
-docs/planner.md: with a cap, a node can hold layers from i to j for a window of i's that moves on with j, and its
-cost is a difference of prefix sums, so a node's best value for all j takes one pass with a sliding minimum. Node 0 of
-a ring holds both ends; its first range is tried in every length.
+Seconds become integers first, each rounded by itself, so what costs the same differs by at most `slack`: every
+comparison between placements allows for it. The steps stand in docs/planner.md: with a cap, a node can hold layers
+from i to j for a window of i's that moves on with j, and its cost is a difference of prefix sums, so a node's best
+value for all j takes one pass with a sliding minimum. Node 0 of a ring holds both ends; its first range is tried in
+every length.
 """
 
 from __future__ import annotations
@@ -37,15 +38,12 @@ def best_cuts(problem: Problem) -> tuple[int, ...]:
     """
     search = _Search(problem)
     least_cap = search.least_cap()
-    cap = search.best_cap(least_cap)
-    total = search.least_total(cap)
-    assert total is not None
-    if search.least_total(least_cap) == total:
-        cap = least_cap
-    else:
-        cap = _first(search.caps_between(least_cap, cap), lambda c: search.least_total(c) == total)
+    highest = search.best_cap(least_cap)
+    longest = search.least_total(highest) + search.slack
+    caps = search.caps_between(least_cap, highest)
+    cap = _first(caps, lambda c: search.least_total(c) <= longest) + search.slack
     default = cuts_of(problem, default_plan(problem.num_layers, len(problem.nodes), wrap=problem.wrap))
-    return default if search.comes_to(default, cap, total) else search.cuts(cap, total)
+    return default if search.comes_to(default, cap, longest) else search.cuts(cap, longest)
 
 
 def _first(values: Sequence[int], holds: Callable[[int], bool]) -> int:
@@ -110,7 +108,8 @@ class _Search:
         fixed = sum(self._ticks(node.fixed_s) for node in problem.nodes)
         self._rest = self._ticks(problem.microbatch_s) - problem.microbatch_tokens * fixed
         self._links_s = max((self._ticks(link.s_per_token) for link in problem.links), default=0)
-        self._least_totals: dict[int | None, int | None] = {}
+        self.slack = 2 * (self._num_layers + len(nodes))  # half a tick a layer and node of two placements, and room
+        self._least_totals: dict[int | None, int] = {}
 
     def _ticks(self, seconds: float) -> int:
         return round(seconds / self._unit)
@@ -147,9 +146,7 @@ class _Search:
         per_lap = problem.in_flight * problem.microbatch_tokens
 
         def lap(cap: int) -> int:
-            total = self.least_total(cap)
-            assert total is not None
-            return problem.microbatch_tokens * total + self._rest
+            return problem.microbatch_tokens * self.least_total(cap) + self._rest
 
         def bound(cap: int) -> int:
             return per_lap * max(cap, self._links_s)
@@ -159,7 +156,7 @@ class _Search:
         caps = [least_cap, *(cap for cap in self.caps_between(least_cap + 1, highest))]
         crossing = bisect_left(caps, True, key=lambda cap: lap(cap) <= bound(cap))
         best = min(max(lap(cap), bound(cap)) for cap in caps[max(0, crossing - 1) : crossing + 1])
-        return best // per_lap
+        return best // per_lap + self.slack
 
     # Whether and how layers fit under a cap
 
@@ -194,10 +191,10 @@ class _Search:
                 return True
         return False
 
-    def least_total(self, cap: int | None) -> int | None:
-        """The least sum of all nodes' seconds under a cap; None where nothing fits."""
+    def least_total(self, cap: int | None) -> int:
+        """The least sum of all nodes' seconds under a cap that some placement keeps."""
         if cap not in self._least_totals:
-            self._least_totals[cap] = min((total for total, _, _ in self._totals(cap)), default=None)
+            self._least_totals[cap] = min(total for total, _, _ in self._totals(cap))
         return self._least_totals[cap]
 
     def _totals(self, cap: int | None) -> Iterator[tuple[int, int, int]]:
@@ -234,12 +231,12 @@ class _Search:
 
     # The placement itself
 
-    def comes_to(self, cuts: Sequence[int], cap: int, total: int) -> bool:
-        """Whether a placement fits, under the cap and with this sum."""
+    def comes_to(self, cuts: Sequence[int], cap: int, most: int) -> bool:
+        """Whether a placement fits, under the cap and with no more than this sum."""
         if any(self._outer_cuts(cuts) in ((start, end) for end in ends) for start, ends in self._middles(cap)):
             inner = cuts[1:-1] if self._outer else cuts
             parts = zip(self._inner, itertools.pairwise(inner), strict=True)
-            return all(node.reach(a, cap) >= b for node, (a, b) in parts) and self._total(cuts) == total
+            return all(node.reach(a, cap) >= b for node, (a, b) in parts) and self._total(cuts) <= most
         return False
 
     def _outer_cuts(self, cuts: Sequence[int]) -> tuple[int, int]:
@@ -252,10 +249,13 @@ class _Search:
             total += self._outer.s[cuts[1]] + self._outer.s[-1] - self._outer.s[cuts[-2]]
         return self._ends_s + total
 
-    def cuts(self, cap: int, total: int) -> tuple[int, ...]:
-        """An even placement under the cap with this sum; node 0's layers are halved, as by default, if they can be."""
-        found = [(start, end) for own, start, end in self._totals(cap) if own == total]
-        start, end = min(found, key=lambda ends: (self._unevenness(ends[0], ends[1], total), ends))
+    def cuts(self, cap: int, most: int) -> tuple[int, ...]:
+        """An even placement under the cap with no more than this sum.
+
+        Node 0's layers are halved, as by default, if they can be.
+        """
+        found = [(start, end) for own, start, end in self._totals(cap) if own <= most]
+        start, end = min(found, key=lambda ends: (self._unevenness(ends[0], ends[1], most), ends))
         steps: list[dict[int, tuple[int, int, int]]] = [{start: (0, 0, start)}]  # (sum, squares, the node's start)
         for node in self._inner:
             steps.append(self._evenly_behind(node, node.starts(cap), steps[-1], node.reach(max(steps[-1]), cap)))

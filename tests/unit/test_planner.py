@@ -163,6 +163,14 @@ def test_decoding_fills_the_fastest_node_first():
     assert used == (0, 100, 140)
 
 
+def test_of_equal_placements_the_shorter_lap_is_taken_whatever_rounding_says():
+    # Two layers at node 0 or four at node 2 take 4.5 s each; in ticks, half a layer's speed rounds otherwise.
+    nodes = [NodeFigures(speed=0.5, fixed_s=0.5), NodeFigures(speed=0.3), NodeFigures(fixed_s=0.5)]
+    links = (LinkFigures(), LinkFigures(), LinkFigures(delay_s=0.1))
+    problem = make_problem([1.0] * 4, nodes, head_s=1.0, links=links, microbatch_tokens=8, in_flight=2)
+    assert sum(forecast(problem, best_cuts(problem)).node_s) == pytest.approx(7.0)
+
+
 def test_equal_nodes_decode_evenly():
     problem = make_problem([1.0] * 24, [NodeFigures()] * 4, head_s=4.0, objective="decode")
     assert max(forecast(problem, best_cuts(problem)).node_s) == 7.0
