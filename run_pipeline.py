@@ -11,7 +11,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,13 +24,11 @@ from pipeline.config.units import parse_duration, parse_rate
 from pipeline.runtime.launch import on_deployment
 
 if TYPE_CHECKING:
-    from pipeline.comm.emulation import Conditions
     from pipeline.evaluation.sweep import SweepResult
     from pipeline.generation.chat import ChatJob
     from pipeline.generation.generate import Generated, GenerationJob
     from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
     from pipeline.runtime.deployment import Deployment
-    from pipeline.runtime.plan_report import PlannedRun
 
 EXIT_POINTS_FAILED = 3
 
@@ -109,6 +107,7 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
 
 
 def show_plan(config: RunConfig, arguments: argparse.Namespace) -> int:
+    from pipeline.advice import plan_with_advice
     from pipeline.comm.emulation import Conditions
     from pipeline.runtime.plan_report import plan_run, plan_text
 
@@ -119,7 +118,14 @@ def show_plan(config: RunConfig, arguments: argparse.Namespace) -> int:
             rate, delay_s = parse_rate(arguments.link_rate), parse_duration(arguments.link_delay or "0")
             network = (Conditions(bits_per_s=rate, delay_s=delay_s),) * len(run.plan.chain_names)
         if network is not None:
-            print("\n".join(_advice(run, network, arguments)))
+            told = plan_with_advice(
+                run,
+                network,
+                records=arguments.records,
+                max_ppl_increase=arguments.max_ppl_increase,
+                is_asked_for=arguments.link_rate is not None or arguments.records is not None,
+            )
+            print("\n".join(told))
         elif arguments.records is None:
             print(plan_text(run))
         else:
@@ -128,31 +134,6 @@ def show_plan(config: RunConfig, arguments: argparse.Namespace) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     return 0
-
-
-def _advice(run: PlannedRun, network: Sequence[Conditions], arguments: argparse.Namespace) -> Iterator[str]:
-    """The plan and a config; only the plan where a config's own links do not allow one, and nobody asked for it."""
-    from pipeline.advice import advise, advise_with_records
-    from pipeline.runtime.plan_report import plan_text
-
-    figures = None
-    try:
-        figures = run.link_figures(network)
-        if arguments.records is None:
-            advice = advise(run, network)
-        else:
-            increase = 0.01 if arguments.max_ppl_increase is None else arguments.max_ppl_increase
-            advice = advise_with_records(run, network, arguments.records, increase)
-    except ValueError as e:
-        if arguments.link_rate is not None or arguments.records is not None:
-            raise
-        yield plan_text(run, figures)
-        yield f"note: no config for these links: {e}"
-        return
-    yield plan_text(run, figures)
-    if run.network not in (None, network):
-        yield "note: reckoned with --link_rate; the config below still has links of its own, and runs under those"
-    yield advice.text
 
 
 def run(config: RunConfig, *, resume: bool) -> int:

@@ -8,7 +8,7 @@ it was not measured.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from pipeline.runtime.balance import balanced_plan, planner_problem
 from pipeline.runtime.emulation import planned_link
 from pipeline.runtime.placement import config_with_plan
 from pipeline.runtime.plan_comparison import layers_in_words, rate_in_words
-from pipeline.runtime.plan_report import PlannedRun
+from pipeline.runtime.plan_report import PlannedRun, plan_text
 
-__all__ = ["Advice", "advise", "advise_with_records"]
+__all__ = ["Advice", "advise", "advise_with_records", "plan_with_advice"]
+
+_MAX_PPL_INCREASE = 0.01
 
 # Of a token's time with one codec on all links: what a milder one on a link may add to it (objective decode).
 _DECODE_SLACK = 0.01
@@ -61,6 +63,38 @@ class _Codec:
     bits: float
     encode_s: float
     decode_s: float
+
+
+def plan_with_advice(
+    run: PlannedRun,
+    network: Sequence[Conditions],
+    *,
+    records: Path | None,
+    max_ppl_increase: float | None,
+    is_asked_for: bool,
+) -> Iterator[str]:
+    """`--plan`'s text and a config; only the text where links do not allow a config, and nobody asked for one.
+
+    Raises ValueError, where it is asked for, for what allows none.
+    """
+    figures = None
+    try:
+        figures = run.link_figures(network)
+        if records is None:
+            advice = advise(run, network)
+        else:
+            increase = _MAX_PPL_INCREASE if max_ppl_increase is None else max_ppl_increase
+            advice = advise_with_records(run, network, records, increase)
+    except ValueError as e:
+        if is_asked_for:
+            raise
+        yield plan_text(run, figures)
+        yield f"note: no config for these links: {e}"
+        return
+    yield plan_text(run, figures)
+    if run.network not in (None, network):
+        yield "note: reckoned with --link_rate; the config below still has links of its own, and runs under those"
+    yield advice.text
 
 
 def advise(run: PlannedRun, network: Sequence[Conditions]) -> Advice:

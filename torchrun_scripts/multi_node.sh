@@ -2,8 +2,9 @@
 # Several machines, one rank each, meeting at a c10d rendezvous. Start it on every machine, with the same values:
 #   RENDEZVOUS=10.0.0.1:29500 INTERFACE=wg0 NUM_NODES=4 sh torchrun_scripts/multi_node.sh --compressor nf4
 # RENDEZVOUS is an address of one of the machines ([fd00::1]:29500 with IPv6), which is to start within a minute of the
-# others; INTERFACE the network interface that carries the links, RANKS_PER_NODE the ranks on each machine (1). torchrun
-# decides which machine is rank 0; record and journal are written there. Neither the rendezvous nor the links are
+# others; INTERFACE the network interface that carries the links, RANKS_PER_NODE the ranks on each machine (1),
+# MAX_RESTARTS how often torchrun starts lost ranks again (0). torchrun decides which machine is rank 0; record and
+# journal are written there. Neither the rendezvous nor the links are
 # authenticated or encrypted: use a private network (docs/security.md).
 set -eu
 cd "$(dirname "$0")/.."
@@ -57,6 +58,6 @@ export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"  # no warning for eac
 echo "==> $local_addr on $INTERFACE ${is_host:+hosts the rendezvous and }waits for $nodes machines at $RENDEZVOUS"
 exec torchrun --nnodes="$nodes" --nproc_per_node="$ranks" --local_addr="$local_addr" \
     --rdzv_backend=c10d --rdzv_endpoint="$RENDEZVOUS" --rdzv_id="${RUN_ID:-thinwire}" \
-    ${is_host:+--rdzv_conf "$is_host"} \
+    --max_restarts="${MAX_RESTARTS:-0}" ${is_host:+--rdzv_conf "$is_host"} \
     run_pipeline.py --config "${CONFIG:-qwen3_32b.yaml}" --set runtime.interface="$INTERFACE" \
     --set partition.num_nodes="$((nodes * ranks))" "$@"

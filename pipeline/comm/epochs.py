@@ -34,7 +34,7 @@ class Epoch:
         return cls(store, number)
 
     def is_over(self) -> bool:
-        return int(self._store.get(_NUMBER)) != self.number
+        return self._store.get(_NUMBER) != str(self.number).encode()  # or a stranger's word, which is no number
 
     def end(self) -> int:
         """End it for all ranks, unless that was done; returns the number of the one that goes on."""

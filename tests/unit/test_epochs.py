@@ -66,3 +66,10 @@ def test_whatever_chance_does_the_last_of_each_rank_meet():
                     running[rank] = Epoch.enter(store, rank)
         assert len({epoch.number for epoch in running.values()}) == 1, seed
         assert not any(epoch.is_over() for epoch in running.values()), seed
+
+
+def test_a_strangers_word_ends_the_epoch_and_no_thread():
+    store = Store()
+    epoch = Epoch.enter(store, 0)
+    store["epoch"] = b"x"
+    assert epoch.is_over()
