@@ -48,7 +48,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/vermin --quiet --no-tips --target=3.11- --violations run_pipeline.py pipeline compressors benchmarks tests
+	$(BIN)/vermin --quiet --no-tips --no-parse-comments --target=3.11- --violations run_pipeline.py pipeline compressors benchmarks tests
 
 start-check: $(VENV)/.installed
 	$(BIN)/python run_pipeline.py --config demo.yaml --plan
