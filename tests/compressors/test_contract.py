@@ -199,7 +199,7 @@ def test_damaged_payloads(spec, data):
     assert decoded.shape == x.shape
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.bfloat16], DTYPES), ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 7), (1, 4, 129), (3, 5, 100), (1, 64, 576)], ids=str)
 @pytest.mark.parametrize("spec", ROW_CODECS)
 def test_compiled_loops_write_the_bytes_and_floats_of_the_torch_operations(spec, shape, dtype):

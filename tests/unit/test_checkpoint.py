@@ -122,13 +122,13 @@ class TestTying:
         assert check_equal(tmp_path) == ()
         assert read_checkpoint(tmp_path, load_model_config(tmp_path, {})).is_tied
 
-    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize("tied", slow_but([True], [True, False]))
     def test_an_untied_model_says_tied_or_not(self, tmp_path, tied):
         save_model(tmp_path, tie_word_embeddings=False)
         change_config(tmp_path, tie_word_embeddings=tied)
         assert len(check_equal(tmp_path)) == tied
 
-    @pytest.mark.parametrize("model_type", ["llama", "gemma", "gpt_neox"])
+    @pytest.mark.parametrize("model_type", ["llama", "gpt_neox", *slow_but((), ["gemma"])])
     def test_the_only_matrix_has_the_heads_name(self, tmp_path, model_type):
         def rename(stored):
             (name,) = [name for name in stored if "embed" in name]
@@ -209,7 +209,7 @@ class TestTensors:
         change_tensors(tmp_path, lambda stored: stored | {name.format(layer): tensor for layer in range(5)})
         assert check_equal(tmp_path) == ()
 
-    @pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+    @pytest.mark.parametrize("model_type", slow_but(["gpt_neox"], ["llama", "gpt_neox"]))
     @pytest.mark.parametrize("factor", slow_but([4], [1, 4]))
     def test_stored_frequencies_follow_the_config_or_are_noted(self, tmp_path, model_type, factor):
         save_model(tmp_path, model_type)
@@ -414,17 +414,17 @@ class TestLayerFields:
         [
             ("llama", {"layer_types": ["sliding_attention"] * 5, "sliding_window": 8}),
             ("mixtral", {"layer_types": WINDOWS, "sliding_window": 8}),
-            ("mixtral", {"mlp_only_layers": [1]}),
             ("llama", {"embedding_multiplier": 12.0}),
-            *slow_but(
-                (),
-                [
+            *(
+                pytest.param(model_type, fields, marks=pytest.mark.slow)
+                for model_type, fields in [
                     ("llama", {"no_rope_layers": [0, 1, 1, 1, 0]}),
                     ("llama", {"final_logit_softcapping": 3.0}),
                     ("gemma", {"final_logit_softcapping": 3.0}),
                     ("gemma3_text", {"attn_logit_softcapping": 3.0}),
+                    ("mixtral", {"mlp_only_layers": [1]}),
                     ("olmo2", {"clip_qkv": 8.0}),
-                ],
+                ]
             ),
         ],
     )
