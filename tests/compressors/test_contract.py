@@ -156,7 +156,7 @@ def test_codecs_marked_non_causal_are(spec):
 @pytest.mark.parametrize("spec", [s for s in SPECS if not make(s).frame_invariant])
 def test_codecs_that_make_no_claim_for_frames_could_not(spec):
     """`klt` and `klt_fixed`: tests/compressors/test_klt.py."""
-    assert list(dependence_on_frames(Subject(spec)))
+    assert next(dependence_on_frames(Subject(spec)), None)
 
 
 def test_the_codecs_of_a_token_can_generate():
