@@ -1,6 +1,7 @@
 # make demo: four ranks on this machine's CPU, five codecs, a table, a page and a figure.
 # make test: the whole test suite.
-# make check: linters, types and the quick tests that take no ranks, for the work in between.
+# make check: linters, types and the quick tests that take no ranks, for the work in between; to take two minutes on two
+# cores once the kernels are compiled. It leaves out what has the mark slow.
 # make gpu-check: everything that one GPU can show, with a dated JSON; on such a machine: make gpu-check TORCH=torch
 # make lint, make reference: parts of what .ci/run runs.
 # make start-check PYTHON=python3.13 VENV=.venv-3.13: does a run start and end under that Python?
@@ -48,7 +49,7 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/vermin --quiet --no-tips --target=3.11- --violations run_pipeline.py pipeline compressors benchmarks tests
+	$(BIN)/vermin --quiet --no-tips --no-parse-comments --target=3.11- --violations run_pipeline.py pipeline compressors benchmarks tests
 
 start-check: $(VENV)/.installed
 	$(BIN)/python run_pipeline.py --config demo.yaml --plan

@@ -6,6 +6,7 @@ import torch
 
 from compressors import LinkInfo, Payload, make_compressor
 from compressors.check import side_inputs
+from tests.helpers.marks import slow_but
 
 SPECS = [
     "none",
@@ -48,3 +49,8 @@ def round_trip(spec, x, dtype=None):
     payload = compress(make(spec, x.dtype, x.shape[-1]), x)
     received = Payload(payload.data.clone(), payload.shape, payload.meta)
     return make(spec, x.dtype, x.shape[-1]).decompress(received, x.device, dtype or x.dtype)
+
+
+# What takes long is tried with one spec of each class in `make check`, with all in `make test`.
+FIRST_OF_CLASS = list({type(make(spec)): spec for spec in reversed(SPECS)}.values())
+MANY_SLOW_SPECS = slow_but(FIRST_OF_CLASS, SPECS)

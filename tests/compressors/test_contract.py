@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from codec_cases import DTYPES, SPECS, compress, make, round_trip
+from codec_cases import DTYPES, FIRST_OF_CLASS, MANY_SLOW_SPECS, SPECS, compress, make, round_trip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +15,7 @@ from compressors.check import CHECKS, Subject, dependence_on_frames, find_violat
 from compressors.kernels import hadamard as kernels
 from compressors.rows import RowCodec
 from compressors.wrappers import hadamard
+from tests.helpers.marks import slow_but
 
 CPU = torch.device("cpu")
 
@@ -76,9 +77,18 @@ def test_every_builtin_is_tested():
     assert ERROR_BOUNDS.keys() == set(SPECS)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+SLOW_CHECKS = ("round trip", "frame invariance", "extreme values")
+
+
+@pytest.mark.parametrize("check", [check for check in CHECKS if check not in SLOW_CHECKS])
 @pytest.mark.parametrize("spec", SPECS)
 def test_contract(spec, check):
+    assert find_violations(spec, check) == []
+
+
+@pytest.mark.parametrize("check", SLOW_CHECKS)
+@pytest.mark.parametrize("spec", MANY_SLOW_SPECS)
+def test_contract_for_many_inputs(spec, check):
     assert find_violations(spec, check) == []
 
 
@@ -146,7 +156,7 @@ def test_codecs_marked_non_causal_are(spec):
 @pytest.mark.parametrize("spec", [s for s in SPECS if not make(s).frame_invariant])
 def test_codecs_that_make_no_claim_for_frames_could_not(spec):
     """`klt` and `klt_fixed`: tests/compressors/test_klt.py."""
-    assert list(dependence_on_frames(Subject(spec)))
+    assert next(dependence_on_frames(Subject(spec)), None)
 
 
 def test_the_codecs_of_a_token_can_generate():
@@ -157,7 +167,7 @@ def test_the_codecs_of_a_token_can_generate():
         assert make(spec).frame_invariant == (not mixes_tokens), spec
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", MANY_SLOW_SPECS)
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), shape=st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(3, 70)))
 def test_any_bytes_within_the_bound_decode_to_the_right_shape_or_are_corrupt(spec, seed, shape):
@@ -173,7 +183,7 @@ def test_any_bytes_within_the_bound_decode_to_the_right_shape_or_are_corrupt(spe
             assert decoded.shape == shape and decoded.dtype == dtype
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if make(s).max_nbytes((2, 3, 64)) > 4])
+@pytest.mark.parametrize("spec", slow_but(FIRST_OF_CLASS, [s for s in SPECS if make(s).max_nbytes((2, 3, 64)) > 4]))
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_damaged_payloads(spec, data):
@@ -189,7 +199,7 @@ def test_damaged_payloads(spec, data):
     assert decoded.shape == x.shape
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.bfloat16], DTYPES), ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 7), (1, 4, 129), (3, 5, 100), (1, 64, 576)], ids=str)
 @pytest.mark.parametrize("spec", ROW_CODECS)
 def test_compiled_loops_write_the_bytes_and_floats_of_the_torch_operations(spec, shape, dtype):

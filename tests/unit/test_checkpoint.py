@@ -13,6 +13,7 @@ from pipeline.models.families import FAMILIES
 from pipeline.models.loading import ModelError, WeightFormat, load_model_config, load_stage, stage_parameter_bytes
 from pipeline.models.source import checkpoint_fingerprint
 from pipeline.partition.plan import default_plan
+from tests.helpers.marks import slow_but
 from tests.helpers.tiny_models import VOCAB_SIZE, skip_dropped_caps
 from tests.unit.test_hf_model import OWN_SIZES, SIZES
 
@@ -121,13 +122,13 @@ class TestTying:
         assert check_equal(tmp_path) == ()
         assert read_checkpoint(tmp_path, load_model_config(tmp_path, {})).is_tied
 
-    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize("tied", slow_but([True], [True, False]))
     def test_an_untied_model_says_tied_or_not(self, tmp_path, tied):
         save_model(tmp_path, tie_word_embeddings=False)
         change_config(tmp_path, tie_word_embeddings=tied)
         assert len(check_equal(tmp_path)) == tied
 
-    @pytest.mark.parametrize("model_type", ["llama", "gemma", "gpt_neox"])
+    @pytest.mark.parametrize("model_type", ["llama", "gpt_neox", *slow_but((), ["gemma"])])
     def test_the_only_matrix_has_the_heads_name(self, tmp_path, model_type):
         def rename(stored):
             (name,) = [name for name in stored if "embed" in name]
@@ -152,7 +153,7 @@ class TestTying:
         change_tensors(tmp_path, lambda stored: without(stored, EMBEDDING))
         check_refused(tmp_path, f"lacks {EMBEDDING}")
 
-    @pytest.mark.parametrize("model_type", sorted(FAMILIES))
+    @pytest.mark.parametrize("model_type", slow_but(("llama", "gemma3_text", "gpt_neox"), sorted(FAMILIES)))
     def test_every_family_ties_by_default_or_not(self, tmp_path, model_type):
         skip_dropped_caps(model_type)
         save_model(tmp_path, model_type)
@@ -161,8 +162,8 @@ class TestTying:
 
 
 class TestNames:
-    @pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "mixtral", "qwen3_moe"])
-    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize("model_type", ["llama", "gpt_neox", *slow_but((), ["mixtral", "qwen3_moe"])])
+    @pytest.mark.parametrize("tied", slow_but([True], [True, False]))
     def test_without_the_decoders_prefix(self, tmp_path, model_type, tied):
         prefix = f"{FAMILIES[model_type].decoder}."
         save_model(tmp_path, model_type, tie_word_embeddings=tied)
@@ -208,8 +209,8 @@ class TestTensors:
         change_tensors(tmp_path, lambda stored: stored | {name.format(layer): tensor for layer in range(5)})
         assert check_equal(tmp_path) == ()
 
-    @pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
-    @pytest.mark.parametrize("factor", [1, 4])
+    @pytest.mark.parametrize("model_type", slow_but(["gpt_neox"], ["llama", "gpt_neox"]))
+    @pytest.mark.parametrize("factor", slow_but([4], [1, 4]))
     def test_stored_frequencies_follow_the_config_or_are_noted(self, tmp_path, model_type, factor):
         save_model(tmp_path, model_type)
         expected = AutoModelForCausalLM.from_pretrained(tmp_path).base_model.rotary_emb.inv_freq.half() / factor
@@ -267,7 +268,7 @@ class TestTensors:
         change_tensors(tmp_path, quantise)
         check_refused(tmp_path, "weight_scale'", "quantised")
 
-    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+    @pytest.mark.parametrize("dtype", slow_but([torch.float8_e4m3fn], [torch.float8_e4m3fn, torch.float8_e5m2]))
     def test_float8_weights_alone_are_noted(self, tmp_path, dtype):
         save_model(tmp_path)
         change_tensors(tmp_path, lambda stored: {n: t.to(dtype) if "proj" in n else t for n, t in stored.items()})
@@ -281,7 +282,7 @@ class TestTensors:
         change_tensors(tmp_path, lambda stored: stored | {name: stored[name].to(torch.float32).to(dtype)})
         check_refused(tmp_path, repr(name), "unquantised")
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", slow_but([torch.bfloat16], [torch.float64, torch.float16, torch.bfloat16]))
     def test_other_floats_are_cast(self, tmp_path, dtype):
         save_model(tmp_path)
         change_tensors(tmp_path, lambda stored: {name: tensor.to(dtype) for name, tensor in stored.items()})
@@ -413,13 +414,18 @@ class TestLayerFields:
         [
             ("llama", {"layer_types": ["sliding_attention"] * 5, "sliding_window": 8}),
             ("mixtral", {"layer_types": WINDOWS, "sliding_window": 8}),
-            ("llama", {"no_rope_layers": [0, 1, 1, 1, 0]}),
-            ("llama", {"final_logit_softcapping": 3.0}),
-            ("gemma", {"final_logit_softcapping": 3.0}),
-            ("gemma3_text", {"attn_logit_softcapping": 3.0}),
-            ("mixtral", {"mlp_only_layers": [1]}),
             ("llama", {"embedding_multiplier": 12.0}),
-            ("olmo2", {"clip_qkv": 8.0}),
+            *(
+                pytest.param(model_type, fields, marks=pytest.mark.slow)
+                for model_type, fields in [
+                    ("llama", {"no_rope_layers": [0, 1, 1, 1, 0]}),
+                    ("llama", {"final_logit_softcapping": 3.0}),
+                    ("gemma", {"final_logit_softcapping": 3.0}),
+                    ("gemma3_text", {"attn_logit_softcapping": 3.0}),
+                    ("mixtral", {"mlp_only_layers": [1]}),
+                    ("olmo2", {"clip_qkv": 8.0}),
+                ]
+            ),
         ],
     )
     def test_what_transformers_does_not_read_is_noted(self, tmp_path, model_type, fields):

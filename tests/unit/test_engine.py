@@ -16,6 +16,7 @@ from pipeline.partition.plan import default_plan
 from pipeline.partition.schedule import max_in_flight
 from pipeline.runtime.engine import Engine, Failure
 from tests.helpers.adding_stages import PLANS, Adding, Windows, entry, expected, places_of_failure, some_sleep, specs
+from tests.helpers.marks import slow_but
 
 MOST_S = 60  # for what takes milliseconds, on a busy machine
 
@@ -131,7 +132,7 @@ class Ring:
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("depth", [None, 1, 2, 4])
+@pytest.mark.parametrize("depth", slow_but([None, 2], [None, 1, 2, 4]))
 def test_results_come_in_order_and_credits_hold(name, depth):
     plan = PLANS[name]
     credits = 1 if depth is None else max_in_flight(plan, receives_ahead=depth)

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.models.loading import VERIFIED_MODEL_TYPES, ModelError, WeightFormat, load_model_config, load_stage
 from pipeline.partition.plan import default_plan
+from tests.helpers.marks import slow_but
 from tests.helpers.tiny_models import CAPS_ARE_DROPPED, MODEL_TYPES, VOCAB_SIZE, save_tiny_model, skip_dropped_caps
 
 SIZES = {
@@ -32,7 +33,7 @@ OWN_SIZES = {
 
 
 @pytest.mark.parametrize("model_type", sorted(set(VERIFIED_MODEL_TYPES) - set(MODEL_TYPES)))
-@pytest.mark.parametrize("num_nodes", [1, 4])
+@pytest.mark.parametrize("num_nodes", slow_but([4], [1, 4]))
 def test_logits_are_bit_equal(model_type, num_nodes, tmp_path):
     skip_dropped_caps(model_type)
     torch.manual_seed(0)

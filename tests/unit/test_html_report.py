@@ -13,6 +13,7 @@ from jinja2 import UndefinedError
 
 from pipeline.records.files import RecordError
 from pipeline.report import published
+from pipeline.report.__main__ import main
 from pipeline.report.charts import ChartPoint, pareto_front, trade_off_svg
 from pipeline.report.columns import percent, perplexity, shown, significant
 from pipeline.report.generation_columns import SHOWN_COLUMNS
@@ -280,20 +281,19 @@ def test_command_writes_three_files_and_says_what_it_skips(folder):
     "option, value",
     [("--max-ppl-increase", "-1%"), ("--max-ppl-increase", "nan"), ("--mbits", "0"), ("--rtt-ms", "x")],
 )
-def test_command_refuses_bad_values(folder, option, value):
-    command = [sys.executable, "-m", "pipeline.report", folder, f"{option}={value}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and option in done.stderr and value in done.stderr
+def test_command_refuses_bad_values(folder, option, value, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["report", str(folder), f"{option}={value}"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and option in told and value in told
 
 
-def test_command_refuses_a_folder_that_is_not_there(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.report", tmp_path / "nowhere"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "no such file or folder" in done.stderr
+def test_command_refuses_a_folder_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "no such file or folder" in capsys.readouterr().err
 
 
 def chart_point(label, bits, ppl, causal=True):

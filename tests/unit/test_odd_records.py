@@ -461,6 +461,7 @@ def test_an_odd_per_token_file_is_no_verdict(damage, which, tmp_path):
 @given(changes=st.lists(CHANGES, min_size=1, max_size=3))
 @example(changes=[(0, True, None)])
 @example(changes=[(7, False, True)])
+@pytest.mark.slow
 def test_importance_curves_read_on(tmp_path_factory, record, changes):
     mixed = {"name": "token_mixed", "metric": "norm", "fraction": 0.25}
     mixed |= {"high": {"name": "int8"}, "low": {"name": "int4"}}

@@ -23,6 +23,7 @@ from pipeline.report.recommendation import Outlook
 from pipeline.report.results import load_records
 from pipeline.report.summary import write_report
 from tests.compressors.klt_cases import calibrate
+from tests.helpers.marks import slow_but
 from tests.helpers.records import make_record, write_failed_point, write_point
 from tests.helpers.small_files import small_files
 
@@ -95,7 +96,7 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("umask", [0o002, 0o077])
+@pytest.mark.parametrize("umask", slow_but([0o077], [0o002, 0o077]))
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_files_are_for_whom_the_umask_says(write, umask, tmp_path):
     folder = tmp_path / "out"
