@@ -45,7 +45,7 @@ LONG_PROMPT = 1900
 
 
 class Request:
-    """A prompt that is answered with just so many tokens (`scheduler.Answering`)."""
+    """A prompt that is answered with just so many tokens (`sequences.Answering`)."""
 
     expires_s = float("inf")
 

@@ -16,7 +16,7 @@ __all__ = ["Answer", "quantile", "refusal_line"]
 
 
 class Answer:
-    """What comes of a request (`scheduler.Answering`).
+    """What comes of a request (`sequences.Answering`).
 
     Args:
         link_names: of the links of hidden states.

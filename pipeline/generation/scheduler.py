@@ -18,143 +18,32 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from pipeline.models.sampling import Sampled, SamplingOptions
+from pipeline.generation.sequences import (
+    ActiveSequence,
+    Answering,
+    HeldIds,
+    UnderWay,
+    UnderWayRow,
+    WaitingRequest,
+    is_over,
+    shared_length,
+)
+from pipeline.models.sampling import Sampled
 from pipeline.models.stage import Scores
 from pipeline.partition.passes import Pass, PassKind, Row
 from pipeline.runtime.engine import Entry, Failure, Result
 from pipeline.runtime.head import begin_note
 
-__all__ = ["Answering", "Scheduler", "shared_length"]
+__all__ = ["Scheduler"]
 
 MIN_SHARED = 16  # positions of a prefix that are worth a copy
 LOOK_S = 0.1  # between looks at requests that wait
 MAX_LOOK = 64  # requests of them that may overtake one that waits for its prompt to be computed
-
-
-class Answering(Protocol):
-    """A request under way, as the scheduler sees it."""
-
-    @property
-    def prompt_ids(self) -> Sequence[int]:
-        """At least one."""
-
-    @property
-    def options(self) -> SamplingOptions: ...
-
-    @property
-    def expires_s(self) -> float:
-        """By `time.monotonic`; infinity for never."""
-
-    @property
-    def is_finished(self) -> bool: ...
-
-    def begin(self) -> None:
-        """It has a slot."""
-
-    def take(self, token: Sampled) -> None:
-        """The next token."""
-
-    def count(self, payload_bytes: Sequence[float]) -> None:
-        """A pass of its own has crossed the links, with so many bytes on each."""
-
-    def finish(self, reason: str, error: str | None = None) -> None:
-        """No more tokens will come."""
-
-
-class _Held:
-    """Token ids, int32 [n], that the caches have to share in a slot; at most `slot_length`."""
-
-    def __init__(self, slot_length: int) -> None:
-        self._ids = np.empty(slot_length, np.int32)
-        self._length = 0
-
-    @property
-    def ids(self) -> np.ndarray:
-        return self._ids[: self._length]
-
-    def append(self, ids: np.ndarray) -> None:
-        self._ids[self._length : self._length + len(ids)] = ids
-        self._length += len(ids)
-
-    def crop(self, length: int) -> None:
-        self._length = min(self._length, length)
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """A request in a slot. Positions [0, sent) of `ids`, prompt and answer, are in the ring or behind it."""
-
-    answering: Answering
-    slot: int
-    prompt: np.ndarray  # token ids, int32
-    ids: list[int]
-    sent: int = 0
-    source: int | None = None  # the slot that its first positions are taken from
-    epoch: int = 0  # passes of earlier ones no longer count
-    is_under_way: bool = False  # its last position is, so that a token is due
-    is_alone: bool = False
-    has_begun: bool = False
-    num_lost: int = 0  # positions that were computed before the ring was formed again
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.prompt)
-
-    @property
-    def is_prefilling(self) -> bool:
-        return self.sent < self.num_prompt
-
-    @property
-    def is_ready(self) -> bool:
-        return not self.is_prefilling and not self.is_under_way
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """A request without a slot, or one that has lost it when the ring was formed again: `prompt` then has the tokens of
-    its answer, too, and `num_lost` positions of it had been computed.
-
-    `prefix`: of which sequence it wants more than so many positions first, and its epoch.
-
-    While that is on its way, prompts need not be compared.
-    """
-
-    answering: Answering
-    prompt: np.ndarray
-    num_lost: int | None = None
-    prefix: tuple[_Sequence, int, int] | None = None
-
-    @property
-    def must_wait(self) -> bool:
-        if self.prefix is None:
-            return False
-        sequence, epoch, enough = self.prefix
-        return sequence.epoch == epoch and sequence.is_prefilling and sequence.sent <= enough
-
-
-@dataclass
-class _UnderWay:
-    """What a pass was made of."""
-
-    rows: list[_UnderWayRow] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _UnderWayRow:
-    """`held` is what its slot held for the sequence, of which `kept` positions are there if the pass fails."""
-
-    sequence: _Sequence
-    epoch: int
-    start: int
-    held: _Held
-    kept: int
 
 
 class Scheduler:
@@ -189,13 +78,13 @@ class Scheduler:
         self._slot_length, self._chunk, self._passes = slot_length, prefill_chunk, passes
         self._shares_prefixes, self._shares_answers = shares_prefixes, shares_answers
         self._shares_passes = shares_passes
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[WaitingRequest] = deque()
         self._lock = threading.Lock()
         self._is_closed = False
         self._free = deque(range(num_slots))
-        self._held = [_Held(slot_length) for _ in range(num_slots)]
-        self._active: list[_Sequence] = []
-        self._under_way: deque[_UnderWay] = deque()
+        self._held = [HeldIds(slot_length) for _ in range(num_slots)]
+        self._active: list[ActiveSequence] = []
+        self._under_way: deque[UnderWay] = deque()
         self._num_decodes = 0
         self._prefilled_last = False
         self._next_look_s = 0.0
@@ -204,7 +93,7 @@ class Scheduler:
 
     def submit(self, answering: Answering) -> None:
         """Answer one more request."""
-        waiting = _Waiting(answering, np.array(answering.prompt_ids, np.int32))
+        waiting = WaitingRequest(answering, np.array(answering.prompt_ids, np.int32))
         with self._lock:
             self._queue.append(waiting)
         self.wake()
@@ -220,7 +109,7 @@ class Scheduler:
         Sequences go on where they are, once prompt and answer so far have been computed again.
         """
         again = [
-            _Waiting(s.answering, np.array(s.ids, np.int32), num_lost=max(s.sent, s.num_lost))
+            WaitingRequest(s.answering, np.array(s.ids, np.int32), num_lost=max(s.sent, s.num_lost))
             for s in self._active
             if not s.answering.is_finished
         ]
@@ -230,7 +119,7 @@ class Scheduler:
                 waiting.prefix = None
         num_slots = len(self._held)
         self._free = deque(range(num_slots))
-        self._held = [_Held(self._slot_length) for _ in range(num_slots)]
+        self._held = [HeldIds(self._slot_length) for _ in range(num_slots)]
         self._active.clear()
         self._under_way.clear()
         self._num_decodes = 0
@@ -279,7 +168,7 @@ class Scheduler:
 
     def _expire(self) -> None:
         now_s = time.monotonic()
-        for sequence in [s for s in self._active if _is_over(s.answering, now_s)]:
+        for sequence in [s for s in self._active if is_over(s.answering, now_s)]:
             self._leave(sequence)
         if now_s < self._next_look_s:
             return
@@ -287,7 +176,7 @@ class Scheduler:
         with self._lock:
             everyone = list(self._queue)
         for waiting in everyone:
-            if _is_over(waiting.answering, now_s):
+            if is_over(waiting.answering, now_s):
                 self._unqueue(waiting)
 
     def _admit(self) -> None:
@@ -299,7 +188,7 @@ class Scheduler:
             if not self._free:
                 return
             answering = waiting.answering
-            if _is_over(answering, now_s):
+            if is_over(answering, now_s):
                 self._unqueue(waiting)
                 continue
             if waiting.must_wait:
@@ -314,18 +203,18 @@ class Scheduler:
             else:
                 slot = self._free.popleft()
             is_new = waiting.num_lost is None
-            sequence = _Sequence(answering, slot, waiting.prompt, waiting.prompt.tolist(), sent=shared)
+            sequence = ActiveSequence(answering, slot, waiting.prompt, waiting.prompt.tolist(), sent=shared)
             sequence.num_lost = waiting.num_lost or 0
             sequence.source = source if shared else None
             self._active.append(sequence)
             if is_new:
                 answering.begin()
 
-    def _unqueue(self, waiting: _Waiting) -> None:
+    def _unqueue(self, waiting: WaitingRequest) -> None:
         with self._lock:
             self._queue.remove(waiting)
 
-    def _shared_prefix(self, waiting: _Waiting) -> tuple[int, int | None]:
+    def _shared_prefix(self, waiting: WaitingRequest) -> tuple[int, int | None]:
         """(slot, how many positions it holds of a prompt); None for the latter when more of them are on their way."""
         best, longest = self._free[0], 0
         if not self._shares_prefixes:
@@ -341,7 +230,7 @@ class Scheduler:
                 return best, None
         return (best, longest) if longest >= MIN_SHARED else (self._free[0], 0)
 
-    def _prefill(self, sequence: _Sequence) -> Entry:
+    def _prefill(self, sequence: ActiveSequence) -> Entry:
         if not sequence.has_begun:
             self._begin(sequence)
         start = sequence.sent
@@ -356,30 +245,30 @@ class Scheduler:
             source = None if sequence.source == sequence.slot else sequence.source
             sequence.has_begun, kept = True, 0  # what it begins with may not be there
         held.append(chunk)
-        self._under_way.append(_UnderWay([_UnderWayRow(sequence, sequence.epoch, start, held, kept)]))
+        self._under_way.append(UnderWay([UnderWayRow(sequence, sequence.epoch, start, held, kept)]))
         work = Pass(
             kind=PassKind.PREFILL, rows=(Row(sequence.slot, start, source),), num_tokens=len(chunk), samples=is_last
         )
         return Entry(work=work, token_ids=torch.from_numpy(chunk.astype(np.int64))[None], note=note)
 
-    def _begin(self, sequence: _Sequence) -> None:
+    def _begin(self, sequence: ActiveSequence) -> None:
         """Its slot is its own from here on."""
         source, start = sequence.source, sequence.sent
         if source is not None and shared_length(self._held[source].ids, sequence.prompt[:start]) < start:
             sequence.source, sequence.sent = None, 0  # another has the source by now
-        self._held[sequence.slot] = _Held(self._slot_length)
+        self._held[sequence.slot] = HeldIds(self._slot_length)
         self._held[sequence.slot].append(sequence.prompt[: sequence.sent])
 
-    def _decode(self, ready: list[_Sequence]) -> Entry:
+    def _decode(self, ready: list[ActiveSequence]) -> Entry:
         num_decoding = sum(not s.is_prefilling for s in self._active)
         alone = [s for s in ready if s.is_alone]
         at_once = math.ceil(num_decoding / self._passes) if self._shares_passes else 1
         together = alone[:1] or ready[:at_once]
-        rows, under_way = [], _UnderWay()
+        rows, under_way = [], UnderWay()
         for sequence in together:
             rows.append(Row(sequence.slot, sequence.sent))
             held = self._held[sequence.slot]
-            under_way.rows.append(_UnderWayRow(sequence, sequence.epoch, sequence.sent, held, sequence.sent))
+            under_way.rows.append(UnderWayRow(sequence, sequence.epoch, sequence.sent, held, sequence.sent))
             if self._shares_answers:
                 held.append(np.array([sequence.ids[sequence.sent]], np.int32))
             sequence.sent += 1
@@ -391,7 +280,7 @@ class Scheduler:
         work = Pass(kind=PassKind.DECODE, rows=tuple(rows), num_tokens=1, samples=True)
         return Entry(work=work, token_ids=torch.tensor([[s.ids[-1]] for s in together]))
 
-    def _extend(self, sequence: _Sequence, token: Sampled) -> None:
+    def _extend(self, sequence: ActiveSequence, token: Sampled) -> None:
         sequence.is_under_way = False
         answering = sequence.answering
         if not answering.is_finished:
@@ -403,7 +292,7 @@ class Scheduler:
         if answering.is_finished:
             self._leave(sequence)
 
-    def _fail(self, sequence: _Sequence, start: int, cause: str, *, shared: bool) -> None:
+    def _fail(self, sequence: ActiveSequence, start: int, cause: str, *, shared: bool) -> None:
         """Send a sequence back to where the pass began, alone, or a prompt to its beginning without a shared prefix."""
         if sequence.answering.is_finished:
             self._leave(sequence)
@@ -418,22 +307,7 @@ class Scheduler:
             sequence.answering.finish("error", cause)
             self._leave(sequence)
 
-    def _leave(self, sequence: _Sequence) -> None:
+    def _leave(self, sequence: ActiveSequence) -> None:
         sequence.epoch += 1
         self._active.remove(sequence)
         self._free.append(sequence.slot)
-
-
-def _is_over(answering: Answering, now_s: float) -> bool:
-    """Whether no more tokens are to come, which it is told if its time is up."""
-    if not answering.is_finished and answering.expires_s <= now_s:
-        answering.finish("deadline")
-    return answering.is_finished
-
-
-def shared_length(held: np.ndarray, prompt: np.ndarray) -> int:
-    """Length of the longest common prefix of token ids."""
-    length = min(len(held), len(prompt))
-    differs = held[:length] != prompt[:length]
-    place = int(differs.argmax()) if length else 0
-    return place if length and differs[place] else length

@@ -21,7 +21,8 @@ from compressors.base import Payload
 from pipeline.comm.link import Frame
 from pipeline.comm.link_ends import Arrival
 from pipeline.generation import scheduler as module
-from pipeline.generation.scheduler import Scheduler, shared_length
+from pipeline.generation.scheduler import Scheduler
+from pipeline.generation.sequences import shared_length
 from pipeline.models.cache import SlotCache
 from pipeline.models.sampling import Sampler, SamplingOptions
 from pipeline.models.stage import TokenWindows
