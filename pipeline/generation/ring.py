@@ -13,6 +13,7 @@ from pipeline.comm.link import LinkSpec
 from pipeline.comm.link_ends import forward_hops, open_links
 from pipeline.comm.mailbox import LinkError
 from pipeline.config.schema import ConfigError, RunConfig
+from pipeline.drafting.policy import Drafting
 from pipeline.generation.scheduler import Scheduler
 from pipeline.models.loading import TORCH_DTYPES, WeightFormat
 from pipeline.models.sampling import read_generation_defaults
@@ -42,6 +43,7 @@ class GenerationRing:
         passes: of sampled tokens that are worth having under way at once.
         emulated_links: conditions of the network, by index in the chain.
         defaults, eos_ids, notes: what the checkpoint says of generation.
+        drafting: on rank 0, where drafters are configured.
         mixes_tokens: whether the model itself computes a token otherwise beside others, be it those of other sequences.
 
     Raises ConfigError, on all ranks, for codecs that generation cannot use.
@@ -66,6 +68,12 @@ class GenerationRing:
         )
         for facts in (*self.codecs.facts, *self.decode_codecs.facts):
             _check_codec(facts)
+        self.mixes_tokens = WeightFormat.from_config(config.model).mixes_tokens
+        if generation.draft and self.mixes_tokens:
+            raise ConfigError(
+                f"generation.draft is {list(generation.draft)}, but 8-bit weights let the tokens of a pass change "
+                "each other, so drafts would change answers; leave generation.draft out, or load other weights"
+            )
         self.credits = credits_of(config, plan, control.world)
         check_emulation(config, control.world)  # the deployment's config may have had other links
         self.emulated_links = emulated_links(config, plan)
@@ -73,7 +81,6 @@ class GenerationRing:
         self.passes = min(self.credits, generation.passes or self._num_working_at_once())
         defaults = read_generation_defaults(deployment.model.directory, deployment.model.config)
         self.defaults, self.eos_ids, self.notes = defaults, defaults.eos_ids, defaults.notes
-        self.mixes_tokens = WeightFormat.from_config(config.model).mixes_tokens
         dtype = TORCH_DTYPES[config.model.dtype]
         hidden_size = deployment.model.config.hidden_size
         for codecs in dict.fromkeys((self.codecs, self.decode_codecs)):
@@ -90,6 +97,7 @@ class GenerationRing:
             dtype=dtype,
             slowdown=slowdown_of(config, control.world),
         )
+        self.drafting: Drafting | None = None
 
     @property
     def times(self) -> dict[int, StageTimes]:
@@ -143,7 +151,7 @@ class GenerationRing:
             decoding=self.decode_codecs.ends,
             id_nbytes=id_nbytes(deployment.model.config.vocab_size),
             result_bound=lambda work: result_nbytes((), work),
-            max_result_nbytes=max_result_nbytes((), self.workload.max_rows),
+            max_result_nbytes=max_result_nbytes((), self.workload.max_rows, self.workload.max_sampled),
         )
 
     def _num_working_at_once(self) -> int:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pipeline.drafting.policy import Track
 from pipeline.models.sampling import Sampled, SamplingOptions
 
 __all__ = [
@@ -37,23 +38,27 @@ class Answering(Protocol):
         """By `time.monotonic`; infinity for never."""
 
     @property
+    def num_wanted(self) -> int:
+        """How many tokens may still come, at most."""
+
+    @property
     def is_finished(self) -> bool: ...
 
     def begin(self) -> None:
         """It has a slot."""
 
-    def take(self, token: Sampled) -> None:
-        """The next token."""
+    def take(self, token: Sampled, *, was_draft: bool) -> None:
+        """The next token, and whether it had gone ahead as a draft."""
 
-    def count(self, payload_bytes: Sequence[float]) -> None:
-        """A pass of its own has crossed the links, with so many bytes on each."""
+    def count(self, payload_bytes: Sequence[float], *, brings_tokens: bool) -> None:
+        """A pass of its own has crossed the links, with so many bytes on each; its tokens, if any, come next."""
 
     def finish(self, reason: str, error: str | None = None) -> None:
         """No more tokens will come."""
 
 
 class HeldIds:
-    """Token ids, int32 [n], that the caches have to share in a slot; at most `slot_length`."""
+    """Token ids, int32 [n], that the caches of all ranks have in a slot; at most `slot_length`."""
 
     def __init__(self, slot_length: int) -> None:
         self._ids = np.empty(slot_length, np.int32)
@@ -63,9 +68,11 @@ class HeldIds:
     def ids(self) -> np.ndarray:
         return self._ids[: self._length]
 
-    def append(self, ids: np.ndarray) -> None:
-        self._ids[self._length : self._length + len(ids)] = ids
-        self._length += len(ids)
+    def put(self, start: int, ids: Sequence[int] | np.ndarray) -> None:
+        """In place of what there is from position `start` on; nothing where those before are not there."""
+        if start <= self._length:
+            self._ids[start : start + len(ids)] = ids
+            self._length = start + len(ids)
 
     def crop(self, length: int) -> None:
         self._length = min(self._length, length)
@@ -73,19 +80,27 @@ class HeldIds:
 
 @dataclass(eq=False)
 class ActiveSequence:
-    """A request in a slot. Positions [0, sent) of `ids`, prompt and answer, are in the ring or behind it."""
+    """A request in a slot. Positions [0, sent) of `ids` are in the ring or behind it.
+
+    `ids` are those of the prompt and the answer, of which `num_certain`, then drafts that are under way.
+    """
 
     answering: Answering
     slot: int
     prompt: np.ndarray  # token ids, int32
-    ids: list[int]
+    ids: list[int] = field(init=False)
+    num_certain: int = field(init=False)
     sent: int = 0
     source: int | None = None  # the slot that its first positions are taken from
     epoch: int = 0  # passes of earlier ones no longer count
-    is_under_way: bool = False  # its last position is, so that a token is due
+    track: Track | None = None  # where there are drafters
+    drafts: list[int] | None = None  # for its next pass, if they have been asked for
     is_alone: bool = False
     has_begun: bool = False
     num_lost: int = 0  # positions that were computed before the ring was formed again
+
+    def __post_init__(self) -> None:
+        self.ids, self.num_certain = self.prompt.tolist(), len(self.prompt)
 
     @property
     def num_prompt(self) -> int:
@@ -97,7 +112,32 @@ class ActiveSequence:
 
     @property
     def is_ready(self) -> bool:
-        return not self.is_prefilling and not self.is_under_way
+        return not self.is_prefilling and self.sent < self.num_certain
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether sampled tokens are under way, so that a token is due."""
+        return self.sent >= self.num_certain and self.sent > self.num_prompt
+
+    def settle(self, token_id: int) -> bool:
+        """Take the next token for certain; whether it is the draft for its place.
+
+        Where another draft is there, it and what followed it no longer count.
+        """
+        drafts = self.ids[self.num_certain :]
+        is_right = drafts[:1] == [token_id]
+        if not is_right:
+            self.ids[self.num_certain :] = [token_id]
+        self.num_certain += 1
+        if drafts and not is_right:
+            self.go_back()
+        return is_right
+
+    def go_back(self) -> None:
+        """Decode again from the newest certain token on: passes that have gone no longer count."""
+        self.epoch += 1
+        del self.ids[self.num_certain :]
+        self.sent = self.num_certain - 1
 
 
 @dataclass(eq=False)
@@ -123,11 +163,12 @@ class WaitingRequest:
         return sequence.epoch == epoch and sequence.is_prefilling and sequence.sent <= enough
 
 
-@dataclass
+@dataclass(frozen=True)
 class UnderWay:
-    """What a pass was made of."""
+    """What a pass was made of. `is_ahead`: all of it is behind tokens that were not certain."""
 
-    rows: list[UnderWayRow] = field(default_factory=list)
+    rows: list[UnderWayRow]
+    is_ahead: bool = False
 
 
 @dataclass(frozen=True)
