@@ -6,7 +6,6 @@ Rank 0 hands in a source of passes; the others follow frames.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from typing import Any
 
 from pipeline.comm.link import LinkSpec
@@ -20,11 +19,11 @@ from pipeline.models.sampling import read_generation_defaults
 from pipeline.models.stage import TokenWindows
 from pipeline.runtime.codecs import CodecFacts, make_decode_codecs
 from pipeline.runtime.deployment import Deployment
-from pipeline.runtime.devices import available_cores
 from pipeline.runtime.emulation import check_emulation, emulated_links, receives_ahead_of, slowdown_of
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.head import Head, max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import generation_workload, id_nbytes, link_specs
+from pipeline.runtime.pass_costs import ranks_at_once
 from pipeline.runtime.placement import credits_of
 from pipeline.runtime.rank_report import rank_report
 from pipeline.runtime.stage_times import StageTimes
@@ -78,7 +77,7 @@ class GenerationRing:
         check_emulation(config, control.world)  # the deployment's config may have had other links
         self.emulated_links = emulated_links(config, plan)
         self.receives_ahead = receives_ahead_of(config, self.emulated_links, credits=self.credits)
-        self.passes = min(self.credits, generation.passes or self._num_working_at_once())
+        self.passes = min(self.credits, generation.passes or sum(ranks_at_once(deployment).values()))
         defaults = read_generation_defaults(deployment.model.directory, deployment.model.config)
         self.defaults, self.eos_ids, self.notes = defaults, defaults.eos_ids, defaults.notes
         dtype = TORCH_DTYPES[config.model.dtype]
@@ -153,15 +152,6 @@ class GenerationRing:
             result_bound=lambda work: result_nbytes((), work),
             max_result_nbytes=max_result_nbytes((), self.workload.max_rows, self.workload.max_sampled),
         )
-
-    def _num_working_at_once(self) -> int:
-        """Ranks that can compute at the same time: a GPU each, or as many threads as the machine has cores."""
-        control, deployment = self.deployment.control, self.deployment
-        is_gpu = any(device.type == "cuda" for device in deployment.devices.values())
-        told = control.gather([control.host, available_cores() // deployment.threads, is_gpu])
-        by_host = Counter(host for host, _, _ in told)
-        limits = {host: at_once for host, at_once, on_gpu in told if not on_gpu}
-        return sum(max(1, min(count, limits.get(host, count))) for host, count in by_host.items())
 
 
 def _check_codec(facts: CodecFacts) -> None:
