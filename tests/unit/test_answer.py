@@ -14,7 +14,7 @@ from tests.unit.test_text_stream import KINDS, whole
 EURO = (0xE2, 0x82, 0xAC)  # token ids of its bytes
 
 
-def asked(*, stop=(), max_new_tokens=4, **options):
+def asked(*, stop=(), max_new_tokens=4, on_finish=lambda answer: None, **options):
     """Of a tokenizer whose byte tokens have no text before a token of another kind comes."""
     request = Request(
         line=1,
