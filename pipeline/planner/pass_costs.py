@@ -58,12 +58,13 @@ def predicted_rate(
     `acceptance[i]`: how often the draft of depth i + 1 is right where those before it are; the last stands for deeper
     ones, and none for no drafts. `away_s`: of a lap, what is no work of the ranks; `draft_s`: seconds of one draft.
 
-    A run begins with a pass of the newest token and k = `depth` drafts; each pass behind it has k + 1 drafts, the first
-    of which is for the token that follows the pass before it. Pass j of the run starts at t(j), which is t(j - 1) + busy
-    or when pass j - `passes` is back, if that is later, and is back at t(j) + step, where step = lap(k + 1) + away_s +
-    drafting. Where it is reached it brings e(j) = 1 + a1 + a1 a2 + ... tokens, over its k drafts, and the next is reached
-    with the chance c(j) that all of them and the first draft of the next are right. Otherwise the run ends when it is
-    back, or once the ring has begun the last void pass. The rate is the mean of a run's tokens over that of its seconds.
+    A run begins with a pass of the newest token and k = `depth` drafts; each pass behind it has k + 1 drafts, the
+    first of which is for the token that follows the pass before it. Pass j of the run starts at t(j), which is
+    t(j - 1) + busy or when pass j - `passes` is back, if that is later, and is back at t(j) + step, where step =
+    lap(k + 1) + away_s + drafting. Where it is reached it brings e(j) = 1 + a1 + a1 a2 + ... tokens, over its k drafts,
+    and the next is reached with the chance c(j) that all of them and the first draft of the next are right. Otherwise
+    the run ends when it is back, or once the ring has begun the last void pass. The rate is the mean of a run's tokens
+    over that of its seconds.
     """
     num_drafts = depth if acceptance else 0
     passes = passes if num_drafts else 1

@@ -44,7 +44,7 @@ def test_passes_go_ahead_only_where_drafts_are_right(costs):
         _, drafting, _ = world(costs, 0.2, chances).run(DraftLimits(depth=8, passes=8))
         figures = drafting.figures
         in_flight[chances] = sum(n for before, n in figures.in_flight.items() if before) / figures.passes
-    assert in_flight["none"] < 0.05 < 0.5 < in_flight["most"]
+    assert in_flight["none"] < 0.1 < 0.5 < in_flight["most"]  # some go before it is known what drafts are worth
 
 
 def test_a_drafter_that_takes_long_is_asked_where_it_pays():
