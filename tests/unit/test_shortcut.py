@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from compressors.base import LinkInfo
 from compressors.registry import make_compressor
@@ -27,7 +26,7 @@ from pipeline.partition.passes import Pass, PassKind, Row
 from pipeline.partition.plan import default_plan, explicit_plan
 from pipeline.runtime.engine import Entry
 from pipeline.runtime.worker import EndCodecs, StageWorker
-from tests.helpers.tiny_models import EOS_ID, VOCAB_SIZE, save_tiny_model, skip_dropped_caps
+from tests.helpers.tiny_models import EOS_ID, VOCAB_SIZE, pass_on_unchanged, save_tiny_model, skip_dropped_caps
 
 CPU = torch.device("cpu")
 PLAN = default_plan(6, 2)  # [0, 1) and [4, 6) on node 0
@@ -45,16 +44,9 @@ def passing_on(tmp_path_factory):
     @functools.cache
     def make(model_type):
         skip_dropped_caps(model_type)
-        folder = tmp_path_factory.mktemp(model_type)
         caps = {"final_logit_softcapping": 2.0} if model_type == "gemma2" else {}
-        save_tiny_model(folder, model_type, **caps)
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        for layer in model.base_model.layers[1:4]:
-            for name, parameter in layer.named_parameters():
-                if name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
-                    parameter.data.zero_()
-        model.save_pretrained(folder)
-        return folder
+        folder = save_tiny_model(tmp_path_factory.mktemp(model_type), model_type, **caps)
+        return pass_on_unchanged(folder, range(1, 4))
 
     return make
 
