@@ -36,7 +36,7 @@ __all__ = ["Agreement", "LeastSquares", "calibrate_shortcut", "check_hidden_size
 
 MAX_PRODUCTS_NBYTES = 8 * 2**30
 RIDGE = 1e-3  # of each input's own mean square
-NUM_LIKELY = 8192
+NUM_LIKELY = 16384
 MAX_CHECKED = 512  # drafts, a forward of the last layers each
 
 

@@ -24,7 +24,7 @@ from pipeline.drafting.shortcut_file import check_plan, read_shortcut
 from pipeline.models.cache import SlotCache
 from pipeline.partition.passes import Pass, Row
 
-__all__ = ["FIRST_POSITION", "Shortcut", "estimate"]
+__all__ = ["FIRST_POSITION", "MAX_ESTIMATED", "Shortcut", "Trail", "estimate"]
 
 MAX_ESTIMATED = 64  # positions that drafts may stand on without their state having come back
 FIRST_POSITION = 2  # that can be estimated: the state of position 0 is like no other's in most models
@@ -65,8 +65,8 @@ class Shortcut:
         cut_head = self._last.cut_head(likely_ids)
         self._head = self._last.logits if cut_head is None else cut_head
         self._head_ids = None if cut_head is None else likely_ids.tolist()
-        self._sent: dict[int, _Trail] = {}  # x of what the first stage holds, by slot
-        self._returned: dict[int, _Trail] = {}  # y of what the last one holds
+        self._sent: dict[int, Trail] = {}  # x of what the first stage holds, by slot
+        self._returned: dict[int, Trail] = {}  # y of what the last one holds
         self._turns: dict[int, int] = {}  # changes whenever the slot's contents may have
         if context.watch is None:
             raise ValueError("shortcut needs the hidden states of passes, and none will go")
@@ -157,17 +157,17 @@ class Shortcut:
     def _take_returned(self, work: Pass, ids: torch.Tensor, states: torch.Tensor) -> None:
         self._take(self._returned, work, ids, states)
 
-    def _take(self, trails: dict[int, _Trail], work: Pass, ids: torch.Tensor, states: torch.Tensor) -> None:
+    def _take(self, trails: dict[int, Trail], work: Pass, ids: torch.Tensor, states: torch.Tensor) -> None:
         copied = {row.slot: trails[row.from_slot].ids[: row.start] for row in work.rows if row.from_slot in trails}
         for row, own_ids, own_states in zip(work.rows, ids.tolist(), states, strict=True):
-            trail = trails.setdefault(row.slot, _Trail())
+            trail = trails.setdefault(row.slot, Trail())
             if row.from_slot is not None:
                 trail.begin(copied.get(row.slot, array("q")))
             trail.extend(row.start, own_ids, own_states)
             self._begin_turn(row.slot)
 
 
-class _Trail:
+class Trail:
     """What a stage holds of a slot's sequence, as passes have put it there.
 
     Attributes:
@@ -196,7 +196,7 @@ class _Trail:
         self.states |= zip(range(end - len(kept), end), kept, strict=True)
 
 
-def _num_held(trail: _Trail | None, slots: SlotCache, slot: int, ids: Sequence[int]) -> int:
+def _num_held(trail: Trail | None, slots: SlotCache, slot: int, ids: Sequence[int]) -> int:
     """How many positions of a sequence are in its slot: those up to the first where it has another token."""
     if trail is None:
         return 0

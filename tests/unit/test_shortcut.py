@@ -18,7 +18,7 @@ from compressors.registry import make_compressor
 from pipeline.analysis import shortcut_calibration
 from pipeline.analysis.shortcut_calibration import LeastSquares, likely_ids
 from pipeline.drafting.drafter import DrafterContext
-from pipeline.drafting.shortcut import MAX_ESTIMATED, Shortcut
+from pipeline.drafting.shortcut import MAX_ESTIMATED, Shortcut, Trail
 from pipeline.drafting.shortcut_file import FILE, ShortcutMap, read_shortcut, write_shortcut
 from pipeline.models.loading import WeightFormat, load_model_config, load_stage
 from pipeline.models.stage import Stage
@@ -364,12 +364,17 @@ def test_slots_end(llama, drafter):
     assert llama.lengths() == (MAX_LENGTH - 3,) * 2
 
 
-def test_states_of_long_prompts_are_not_kept(llama, drafter):
-    llama.go_around([TEXT], (0, 0))
-    for trails in (drafter._sent, drafter._returned):
-        assert len(trails[0].states) == MAX_ESTIMATED
-        most = 8 * MAX_ESTIMATED * HIDDEN_SIZE
-        assert all(state.untyped_storage().nbytes() <= most for state in trails[0].states.values())
+def test_states_of_long_prompts_are_not_kept():
+    trail = Trail()
+    trail.extend(0, TEXT[:70], torch.arange(70.0)[:, None])
+    trail.extend(70, TEXT[70:], torch.arange(70.0, 80.0)[:, None])
+    assert {position: state.item() for position, state in trail.states.items()} == {p: p for p in range(16, 80)}
+    assert len({state.untyped_storage().data_ptr() for state in trail.states.values()}) == 2
+    assert max(state.untyped_storage().nbytes() for state in trail.states.values()) == 4 * MAX_ESTIMATED
+    trail.extend(75, [1], torch.tensor([[5.0]]))
+    assert trail.ids.tolist() == [*TEXT[:75], 1] and trail.states[75] == 5 and max(trail.states) == 75
+    trail.extend(77, [1], torch.tensor([[5.0]]))  # behind what nobody has told of
+    assert not trail.ids and not trail.states
 
 
 def test_likely_tokens_alone_are_drafted(llama, tmp_path):
@@ -413,13 +418,13 @@ def test_lossy_codecs_and_other_dtypes(passing_on, dtype, tmp_path):
     assert ring.lengths() == (20, 20)
 
 
-def test_a_model_that_makes_no_numbers_is_not_drafted_for(llama, tmp_path):
-    write_map(tmp_path, 1e38 * EXACT, torch.full((HIDDEN_SIZE,), 3e38))
-    drafter = Shortcut(calibration=str(tmp_path), context=llama.context())
-    drafter._bias.fill_(torch.inf)
-    llama.go_around([TEXT[:20]], (0, 0))
+def test_a_model_that_makes_no_numbers_is_not_drafted_for(passing_on, tmp_path):
+    write_map(tmp_path, 1e6 * EXACT)
+    ring = Ring(passing_on("llama"), torch.float16)
+    drafter = Shortcut(calibration=str(tmp_path), context=ring.context())
+    ring.go_around([TEXT[:20]], (0, 0))
     assert list(drafter.draft(0, TEXT[:21])) == []
-    assert llama.lengths() == (20, 20)
+    assert ring.lengths() == (20, 20)
 
 
 @pytest.mark.parametrize(
