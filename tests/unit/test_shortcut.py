@@ -304,6 +304,11 @@ def test_a_generator_that_lies_about_does_no_harm(llama, drafter):
     assert list(later) == []
     assert llama.lengths() == (24, 24)
     check(llama, drafter, TEXT[:25], 24)
+    failed, abandoned = Pass(kind=PassKind.DECODE, rows=(Row(0, 22),), num_tokens=2), drafter.draft(0, TEXT[:25])
+    next(abandoned)
+    llama.worker.drop(1, failed)
+    abandoned.close()
+    assert llama.lengths() == (24, 22)
 
 
 @pytest.mark.parametrize("stage_index", [0, 2])
@@ -335,6 +340,7 @@ def test_a_pass_that_failed(llama, drafter):
     check(llama, drafter, TEXT[:21], 20)
     llama.go_around([TEXT[20:21]], (0, 20))
     check(llama, drafter, TEXT[:22], 21)
+    llama.go_around([TEXT[:22]], (2, 0))
     llama.send([TEXT[20:22]], (2, 20, 0))
     llama.worker.drop(1, llama.in_flight.popleft()[0].work)  # before the copy was made
     assert some(drafter.draft(2, TEXT[:23]), 1) == []
