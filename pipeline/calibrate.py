@@ -1,13 +1,14 @@
-"""Calibrate the codecs `klt` and `klt_fixed` for a model and a plan: one file per link.
+"""Calibrate the codecs `klt` and `klt_fixed`, or the drafter `shortcut`, for a model and a plan.
 
     torchrun --nproc_per_node=4 -m pipeline.calibrate --config smollm2_135m.yaml \\
         --set dataset.split=validation --out calib/
     torchrun --nproc_per_node=4 run_pipeline.py --config smollm2_135m.yaml \\
         --compressor "klt(calibration=calib/, target_bits=1.5)"
 
-Calibration text goes through the model over the ranks, in windows of `dataset.max_length` without overlap, and the
-loss's gradients come back. On several machines, copy the files to the same place on all. Without torchrun one process
-plays all nodes. Use text that you will not score.
+The codecs have one file per link: calibration text goes through the model over the ranks, in windows of
+`dataset.max_length` without overlap, and the loss's gradients come back. On several machines, copy the files to the
+same place on all. With `--shortcut`, the drafter's file is made instead, which takes no gradients and which rank 0
+alone reads; both may be in one folder. Without torchrun one process plays all nodes. Use text that you will not score.
 """
 
 from __future__ import annotations
@@ -50,8 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--no-token-table", action="store_true", help="predict nothing from token ids, which are then not sent"
     )
+    parser.add_argument(
+        "--shortcut", action="store_true", help="make the map of the drafter shortcut, and not the codecs' files"
+    )
     add_config_options(parser, more_names={"first_k_tokens": ["--tokens"]})
     arguments = parser.parse_args(argv)
+    if arguments.shortcut and arguments.no_token_table:
+        parser.error("--no-token-table is about the codecs' files, which --shortcut does not make; leave one out")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         # Any valid stride while max_length is not known; windows that do not overlap follow.
@@ -68,12 +74,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(deployment: Deployment) -> None:
         from pipeline.analysis.calibration import calibrate
+        from pipeline.analysis.shortcut_calibration import calibrate_shortcut
 
+        if arguments.shortcut:
+            calibrate_shortcut(config, deployment, arguments.out)
+            return
         calibrate(config, deployment, arguments.out, use_token_ids=not arguments.no_token_table)
 
     def check(plan: Plan, model_config: Any) -> None:
         if not plan.links:
             raise ConfigError(f"partition.num_nodes is {config.partition.num_nodes}: there is no link to calibrate")
+        if arguments.shortcut:
+            from pipeline.analysis.shortcut_calibration import check_hidden_size
+            from pipeline.drafting.shortcut_file import check_plan
+
+            check_plan(plan)
+            check_hidden_size(model_config.hidden_size)
 
     on_deployment(config, arguments.out, work, check)
     return 0

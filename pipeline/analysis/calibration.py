@@ -1,4 +1,4 @@
-"""What `calibrate.py` does on every rank: statistics of states and gradients at this rank's links, and their files.
+"""What `calibrate.py` does on every rank for `klt`: statistics of states and gradients at its links, and their files.
 
 Each rank sums products of what it sends and of the gradients there (`compressors.klt.fit`), and writes the files of its
 own links. Every sixth micro-batch, up to 8192 tokens, is held out to fit the entropy models and to measure rates.
@@ -23,7 +23,7 @@ from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.gradients import GradientPass
 from pipeline.runtime.text import make_run_windows
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "held_out_microbatches", "whole_windows"]
 
 HELD_OUT_EVERY = 6  # micro-batches
 MAX_HELD_OUT_TOKENS = 8192
@@ -35,8 +35,8 @@ def calibrate(config: RunConfig, deployment: Deployment, out: Path, *, use_token
     Raises ValueError where the text is too short or gives no gradients.
     """
     control, text, plan = deployment.control, deployment.text, deployment.plan
-    microbatches = _whole_windows(make_microbatches(make_run_windows(config, text.ids, text.bos_id), config.batch_size))
-    held_out = _held_out(microbatches)
+    microbatches = whole_windows(make_microbatches(make_run_windows(config, text.ids, text.bos_id), config.batch_size))
+    held_out = held_out_microbatches(microbatches)
     tokens = TokenWindows(text.ids, microbatches, text.bos_id)
     hidden_size, vocab_size = deployment.model.config.hidden_size, deployment.model.config.vocab_size
     counts = torch.zeros(vocab_size, dtype=torch.int64)
@@ -101,14 +101,14 @@ def _write(
     return written
 
 
-def _whole_windows(microbatches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """Without the text's shorter last window, unless it is the only one."""
+def whole_windows(microbatches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """Micro-batches without the text's shorter last window, unless it is the only one."""
     longest = microbatches[0].shape[1]
     return [m for m in microbatches if m.shape[1] == longest]
 
 
-def _held_out(microbatches: Sequence[MicroBatch]) -> set[int]:
-    """Indices of micro-batches that models are fitted on, apart from the statistics; the only one serves for both."""
+def held_out_microbatches(microbatches: Sequence[MicroBatch]) -> set[int]:
+    """Indices of micro-batches that are kept apart from the statistics; the only one serves for both."""
     if len(microbatches) == 1:
         return {0}
     chosen: set[int] = set()

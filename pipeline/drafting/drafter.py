@@ -7,13 +7,14 @@ generation faster or slower, and never other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # or who writes a drafter without a model would wait for torch
     from pipeline.models.stage import Stage
     from pipeline.partition.plan import Plan
+    from pipeline.runtime.worker import Tap
 
 __all__ = ["Draft", "Drafter", "DrafterContext"]
 
@@ -43,10 +44,14 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterContext:
-    """What a drafter may be made from. `stages` are rank 0's, by stage index, with their slots open."""
+    """What a drafter may be made from. `stages` are rank 0's, by stage index, with their slots open.
+
+    `watch` is `StageWorker.watch` of rank 0's worker, for drafters that want to see passes; None where none will go.
+    """
 
     plan: Plan
     stages: Mapping[int, Stage]
     model_config: Any
     checkpoint_digest: str
     eos_ids: tuple[int, ...]
+    watch: Callable[[Tap, Tap], None] | None = None

@@ -93,7 +93,6 @@ class GenerationRing:
         tokens = TokenWindows(deployment.text.ids, (), None)
         result_link = len(plan.links) if plan.last_node != 0 else None
         end_codecs = EndCodecs.make(plan, self.codecs, self.decode_codecs)
-        self.drafting = self._make_drafting(end_codecs, at_once) if generation.draft else None
         self._worker = StageWorker(
             deployment.stages,
             end_codecs,
@@ -102,6 +101,7 @@ class GenerationRing:
             dtype=dtype,
             slowdown=slowdown_of(config, control.world),
         )
+        self.drafting = self._make_drafting(end_codecs, at_once) if generation.draft else None
 
     @property
     def times(self) -> dict[int, StageTimes]:
@@ -159,6 +159,7 @@ class GenerationRing:
                 model_config=model.config,
                 checkpoint_digest=model.checkpoint_digest,
                 eos_ids=self.eos_ids,
+                watch=self._worker.watch,
             )
             return make_drafters(generation.draft, context), None
 

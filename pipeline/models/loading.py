@@ -31,6 +31,7 @@ from pipeline.partition.plan import StagePlan
 
 __all__ = [
     "TORCH_DTYPES",
+    "Head",
     "ModelError",
     "StageModel",
     "StageWeights",
@@ -51,7 +52,33 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 # Model types whose stages the tests compare with the unsplit model, bit for bit.
 VERIFIED_MODEL_TYPES = tuple(FAMILIES)
 
-Head = Callable[[torch.Tensor], torch.Tensor]
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Hidden states [..., H] to logits [..., V]: the model's own projection, then the cap of `_soft_capped`, if any."""
+
+    projection: Callable[[torch.Tensor], torch.Tensor]
+    softcap: float | None
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = self.projection(hidden_states)
+        return logits if self.softcap is None else _soft_capped(logits, self.softcap)
+
+    def cut(self, token_ids: torch.Tensor) -> Head | None:
+        """The head of some tokens alone, int64 [K], to logits [..., K], with a copy of their weights.
+
+        None where the projection is of a kind whose rows cannot be taken (quantised).
+        """
+        projection = self.projection
+        bias: torch.Tensor | None = None
+        if isinstance(projection, functools.partial):
+            weight = projection.keywords["weight"]
+        elif type(projection) is nn.Linear:
+            weight, bias = projection.weight, projection.bias
+        else:
+            return None
+        rows = token_ids.to(weight.device)
+        bias = None if bias is None else bias[rows]
+        return Head(functools.partial(nn.functional.linear, weight=weight[rows], bias=bias), self.softcap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,15 +305,15 @@ def load_stage(
     _check_shapes(model_dir, model_class, stage_config, state_dict)
     options = _load_options(weights, device)
     model = _load(model_dir, stage, model_class, stage_config, state_dict, options)
-    head: Head | None = None
+    projection = None
     if shares_head:
         assert embedding is not None
-        head = functools.partial(nn.functional.linear, weight=embedding.get_parameter("weight"))
+        projection = functools.partial(nn.functional.linear, weight=embedding.get_parameter("weight"))
     elif with_head:
-        head = model.get_output_embeddings()
+        projection = model.get_output_embeddings()
     return StageModel(
         decoder=model.base_model,
-        head=None if head is None else _with_cap(head, family, config),
+        head=None if projection is None else Head(projection, _softcap(family, config)),
         embedding=getattr(model.base_model, family.embedding) if stage.is_first else None,
     )
 
@@ -313,7 +340,7 @@ def random_stage(
     model = _load(Path("random weights"), stage, model_class, stage_config, tensors, options)
     return StageModel(
         decoder=model.base_model,
-        head=_with_cap(model.get_output_embeddings(), family, config) if stage.is_last else None,
+        head=Head(model.get_output_embeddings(), _softcap(family, config)) if stage.is_last else None,
         embedding=getattr(model.base_model, family.embedding) if stage.is_first else None,
     )
 
@@ -380,12 +407,9 @@ def _load(
     return model.eval().requires_grad_(False)
 
 
-def _with_cap(projection: Head, family: Family, config: PretrainedConfig) -> Head:
-    """The head with the cap on logits that Gemma's classes apply behind it."""
-    softcap = config.final_logit_softcapping if family.caps_logits else None
-    if softcap is None:
-        return projection
-    return lambda hidden: _soft_capped(projection(hidden), softcap)
+def _softcap(family: Family, config: PretrainedConfig) -> float | None:
+    """The cap on logits that Gemma's classes apply behind the head."""
+    return config.final_logit_softcapping if family.caps_logits else None
 
 
 def _soft_capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:

@@ -25,7 +25,7 @@ from pipeline.models.attention import (
     check_slots,
 )
 from pipeline.models.cache import SlotCache, SlotError
-from pipeline.models.loading import StageModel
+from pipeline.models.loading import Head, StageModel
 from pipeline.partition.passes import Row
 from pipeline.partition.plan import StagePlan
 
@@ -168,6 +168,11 @@ class Stage:
         """The last stage's output [n, H] to logits [n, V] on its device, both in the model's dtype."""
         assert self._head is not None, "only the last stage has a head"
         return self._head(hidden_states)
+
+    def cut_head(self, token_ids: torch.Tensor) -> Head | None:
+        """The head of some tokens alone (`Head.cut`), int64 [K]: the last stage's output [n, H] to logits [n, K]."""
+        assert self._head is not None, "only the last stage has a head"
+        return self._head.cut(token_ids)
 
     def score(
         self, hidden_states: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor

@@ -25,11 +25,15 @@ from pipeline.runtime.engine import Departure, Engine, Entry, Result, StageError
 from pipeline.runtime.link_specs import gradient_specs
 from pipeline.runtime.sources import MicroBatches
 
-__all__ = ["GradientPass", "OnGradient"]
+__all__ = ["GradientPass", "OnForward", "OnGradient"]
 
 # Called on the rank that sends on a link, once per micro-batch: link index, micro-batch index, hidden states
 # [B, T, H] in the run's dtype and the objective's gradient at them, float32 [B, T, H]; both on the stage's device.
 OnGradient = Callable[[int, int, torch.Tensor, torch.Tensor], None]
+
+# Called on the rank that has a stage, once per micro-batch: stage index, micro-batch index, what goes into the stage's
+# layers (of the first one, embeddings) and what comes out, [B, T, H] in the run's dtype on the stage's device.
+OnForward = Callable[[int, int, torch.Tensor, torch.Tensor], None]
 
 
 class GradientPass:
@@ -40,6 +44,7 @@ class GradientPass:
         microbatches: of the deployment's text.
         objective: what is differentiated, summed over scored positions; None: forward only, for the readers' sake.
         on_gradient: takes hidden states and gradients at this rank's outgoing links.
+        on_forward: takes hidden states at both ends of this rank's stages.
         on_finished: told on node 0 that a micro-batch is done, by its index.
         attention_readers: of stages, by stage index, as `Stage.forward` takes them.
     """
@@ -52,13 +57,14 @@ class GradientPass:
         dtype: torch.dtype,
         objective: Objective | None = Objective.NLL,
         on_gradient: OnGradient = lambda *_: None,
+        on_forward: OnForward = lambda *_: None,
         on_finished: Callable[[int], None] = lambda microbatch_index: None,
         attention_readers: Mapping[int, AttentionReader] = MappingProxyType({}),
     ) -> None:
         text = deployment.text
         self._deployment, self._microbatches = deployment, microbatches
         self._dtype, self._objective = dtype, objective
-        self._on_gradient, self._on_finished = on_gradient, on_finished
+        self._on_gradient, self._on_forward, self._on_finished = on_gradient, on_forward, on_finished
         self._attention_readers = attention_readers
         self._tokens = TokenWindows(text.ids, microbatches, text.bos_id)
         self._num_links = len(deployment.plan.links)
@@ -128,6 +134,7 @@ class GradientPass:
     def _forward(self, index: int, work: Pass, x: torch.Tensor) -> Departure | Result:
         stage = self._deployment.stages[index]
         output = stage.forward(x.requires_grad_(), self._attention_readers.get(index))
+        self._on_forward(index, _index(work), x.detach(), output.detach())
         if not stage.plan.is_last:
             if self._objective is not None:
                 self._graphs[index] = x, output

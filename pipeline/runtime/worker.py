@@ -26,10 +26,14 @@ from pipeline.runtime.head import Head
 from pipeline.runtime.stage_times import StageTimes
 from pipeline.runtime.timing import wait_for_stream
 
-__all__ = ["EndCodecs", "Probe", "StageWorker"]
+__all__ = ["EndCodecs", "Probe", "StageWorker", "Tap"]
 
 # Called at the sending end of a link: micro-batch, hidden states [B, T, H], what the codec made of them, token ids.
 Probe = Callable[[int, torch.Tensor, Payload, torch.Tensor | None], None]
+
+# Called once a stage has computed a pass over slots: the pass, its token ids int64 [B, T], and hidden states [B, T, H]
+# on the stage's device, in inference mode.
+Tap = Callable[[Pass, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,6 +99,13 @@ class StageWorker:
         self.last_tokens: dict[int, torch.Tensor] = {}
         self._stages, self._codecs, self._head, self._tokens, self._dtype = stages, codecs, head, tokens, dtype
         self._metrics, self._probes = metrics, probes
+        self._taps: list[tuple[Tap, Tap]] = []
+
+    def watch(self, sent: Tap, returned: Tap) -> None:
+        """On rank 0: tell `sent` of what the first stage makes of every pass over slots, and `returned` of what has
+        come into the last stage, if it is on this rank.
+        """
+        self._taps.append((sent, returned))
 
     def place(self, link_index: int | None, work: Pass) -> str:
         return f"stage {0 if link_index is None else link_index + 1}, {work}"
@@ -169,6 +180,12 @@ class StageWorker:
         stage, times = self._stages[index], self.times[index]
         with times.measure("compute", stage.device):
             output = stage.forward(inputs, self._attention_reader(index), rows=work.rows or None)
+        if self._taps and work.rows and ids is not None:
+            for sent, returned in self._taps:
+                if stage.plan.is_first:
+                    sent(work, ids, output)
+                elif stage.plan.is_last:
+                    returned(work, ids, inputs)
         if not stage.plan.is_last:
             return self._encode(index, work, output, trail, ids, note)
         with times.measure("head" if work.samples else "compute", stage.device):

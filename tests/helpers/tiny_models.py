@@ -23,6 +23,7 @@ __all__ = [
     "CAPS_ARE_DROPPED",
     "MODEL_TYPES",
     "VOCAB_SIZE",
+    "pass_on_unchanged",
     "save_tiny_model",
     "skip_dropped_caps",
     "tiny_arguments",
@@ -116,6 +117,17 @@ def save_tiny_model(
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     _byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def pass_on_unchanged(folder: Path, layers: range) -> Path:
+    """Let these layers of a saved model (not of `tiny_model`) add nothing to what they get."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for layer in layers:
+        for name, parameter in model.base_model.layers[layer].named_parameters():
+            if name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+                parameter.data.zero_()
+    model.save_pretrained(folder)
     return folder
 
 
