@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.report.columns import Column, Value, dash_if_empty, number
+from pipeline.report.columns import EMULATION_COLUMNS, Column, Value, number
 from pipeline.report.generation import GeneratedRun
 
 __all__ = ["COLUMNS", "SHOWN_COLUMNS"]
@@ -98,24 +98,7 @@ COLUMNS: tuple[Column[GeneratedRun], ...] = (
         form=number(".3f"),
         if_any=True,
     ),
-    Column(
-        key="emulated_network",
-        heading="emulated network",
-        meaning="rate and delay of each way of a link, from one end to the other, on one machine",
-        value=lambda r: r.network,
-        form=dash_if_empty,
-        is_text=True,
-        if_any=True,
-    ),
-    Column(
-        key="emulated_slowdown",
-        heading="emulated slowdown",
-        meaning="how many times as long each node was made to take",
-        value=lambda r: r.slowdown,
-        form=dash_if_empty,
-        is_text=True,
-        if_any=True,
-    ),
+    *EMULATION_COLUMNS,
     Column(
         key="bytes_per_token_per_link",
         heading="bytes/token per link",
