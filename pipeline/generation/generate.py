@@ -218,6 +218,7 @@ class GenerationJob:
                 tokens_prefilled_again=batch.scheduler.num_prefilled_again,
                 started_again=self._was_started_again,
             ),
+            drafting=None,
         )
         path = write_generation(Path(self._config.exp_dir), generation_record(ring, session, reports))
         return Generated(path, batch.file.path, [line for line in batch.lines if line["error"] is not None])

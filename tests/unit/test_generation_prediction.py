@@ -20,7 +20,8 @@ def generated(folder, *, requests=1, prompt=8, rows=1, rate=1e6, delay=0.02, sec
     link |= {"bytes_per_token": 1000.0, "header_bytes_per_token": header * frames / tokens}
     spread = {"median": 0.2, "p95": 0.3}
     request = {"finish_reason": "length", "num_prompt_tokens": prompt, "num_tokens": NUM_PASSES + 1, "queued_s": 0.0}
-    request |= {"ttft_s": 0.5, "tpot_s": spread, "bytes_per_link": {}, "error": None}
+    request |= {"ttft_s": 0.5, "tpot_s": spread, "bytes_per_link": {}, "num_passes": NUM_PASSES}
+    request |= {"num_drafts_accepted": 0, "error": None}
     parts = dict.fromkeys(("compute_s", "head_s", "compress_s", "decompress_s"), seconds * rounds * NUM_PASSES / 4)
     stages = {str(s.stage_index): _IDLE | parts for s in PLAN.stages}
     record = {
