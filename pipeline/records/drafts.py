@@ -76,8 +76,9 @@ class Drafts(Part):
 
     `passes`: rows of sampled tokens that went, `void` of them came back of no use, the others brought `tokens`;
     `tokens_per_pass` is over all of them, null where none went. `rows_by_tokens`: rows of one token, of two, and so on.
-    `rows_by_in_flight`: rows behind none of the sequence's passes under way, behind one, and so on; the first token of
-    those behind any is a draft. `away_s`: of a lap, what is no work of the ranks, at the end.
+    `rows_by_in_flight`: rows that went while none of the sequence's passes was under way, while one was, and so on; the
+    others' first token is a draft, where what is under way still counts. `away_s`: of a lap, what is no work of the
+    ranks, at the end.
     """
 
     drafters: Annotated[tuple[DrafterFigures, ...], Field(min_length=1)]
@@ -101,10 +102,9 @@ class Drafts(Part):
         return sum(at_depth.right for drafter in self.drafters for at_depth in drafter.by_depth)
 
     @property
-    def num_sent(self) -> int:
-        """Drafts that went around the ring."""
-        behind_newest = sum(place * rows for place, rows in enumerate(self.rows_by_tokens))
-        return behind_newest + sum(self.rows_by_in_flight[1:])
+    def were_sent(self) -> bool:
+        """Whether any draft went around the ring."""
+        return any(self.rows_by_tokens[1:]) or any(self.rows_by_in_flight[1:])
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -116,12 +116,14 @@ class Drafts(Part):
                 raise ValueError(f"passes is {self.passes}, the sum over {key} {total}")
         if len(self.rows_by_tokens) > 1 + self.limits.depth or len(self.rows_by_in_flight) > self.limits.passes:
             raise ValueError("rows_by_tokens or rows_by_in_flight is longer than limits allow")
-        for key, most in (
-            ("void", self.passes),
-            ("num_judged", self.num_sent),
-            ("tokens", sum(tokens * rows for tokens, rows in enumerate(self.rows_by_tokens, 1))),
+        num_tokens = sum(tokens * rows for tokens, rows in enumerate(self.rows_by_tokens, 1))
+        num_drafts = num_tokens - sum(self.rows_by_in_flight[:1])
+        for key, count, most in (
+            ("void", self.void, self.passes),
+            ("judged", self.num_judged, num_drafts),
+            ("tokens", self.tokens, num_tokens),
         ):
-            if (count := getattr(self, key)) > most:
-                raise ValueError(f"{key.removeprefix('num_')} is {count}, more than {most}, which the rows allow")
+            if count > most:
+                raise ValueError(f"{key} is {count}, more than {most}, which the rows allow")
         check_ratio("tokens_per_pass", self.tokens_per_pass, self.tokens, self.passes)
         return self

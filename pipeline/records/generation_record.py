@@ -76,7 +76,7 @@ class GenerationLink(Part):
 
 class RequestFigures(Part):
     """One request. Null seconds: it did not come that far. `bytes_per_link` are payload bytes, of passes that it
-    shared its share. `num_passes` of sampled tokens were its own, `num_drafts_accepted` of its tokens had been drafted;
+    shared its share. `num_passes` have brought it tokens, `num_drafts_accepted` of these had gone ahead as drafts;
     null in records that are older than drafts.
     """
 

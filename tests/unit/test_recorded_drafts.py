@@ -37,6 +37,7 @@ def drafting():
 def test_before_anything_went(drafting):
     drafts = recorded_drafts(drafting, ["nothing", "next"])
     assert (drafts.passes, drafts.tokens_per_pass, drafts.rows_by_tokens, drafts.rows_by_in_flight) == (0, None, (), ())
+    assert not drafts.were_sent
     assert [drafter.by_depth for drafter in drafts.drafters] == [(), ()]
     assert drafts.limits.model_dump() == {"depth": 2, "passes": 2, "adapts": False}
     assert (drafts.costs.num_tokens, drafts.costs.busy_s) == ((1, 8), (0.01, 0.015))
@@ -55,7 +56,7 @@ def test_a_pass_one_ahead_and_one_that_came_of_no_use(drafting):
     drafting.came(track, num_tokens=None)
     drafts = recorded_drafts(drafting, ["nothing", "next(step=1)"])
     assert (drafts.passes, drafts.void, drafts.tokens, drafts.tokens_per_pass) == (2, 1, 2, 1.0)
-    assert (drafts.rows_by_tokens, drafts.rows_by_in_flight, drafts.num_sent) == ((0, 1, 1), (1, 1), 4)
+    assert (drafts.rows_by_tokens, drafts.rows_by_in_flight, drafts.were_sent) == ((0, 1, 1), (1, 1), True)
     nothing, following = drafts.drafters
     assert (nothing.name, nothing.spec, nothing.by_depth) == ("nothing", "nothing", ())
     assert (following.name, following.spec) == ("next", "next(step=1)") and following.draft_s > 0
