@@ -45,7 +45,7 @@ LONG_PROMPT = 1900
 
 
 class Request:
-    """A prompt that is answered with just so many tokens (`scheduler.Answering`)."""
+    """A prompt that is answered with just so many tokens (`sequences.Answering`)."""
 
     expires_s = float("inf")
 
@@ -57,17 +57,21 @@ class Request:
         self.is_finished, self.error = False, None
         self.began_s, self.first_s = 0.0, 0.0
 
+    @property
+    def num_wanted(self) -> int:
+        return self.num_tokens - len(self.token_ids)
+
     def begin(self) -> None:
         self.began_s = time.perf_counter()
 
-    def take(self, token: Any) -> None:
+    def take(self, token: Any, *, was_draft: bool) -> None:
         if not self.token_ids:
             self.first_s = time.perf_counter()
         self.token_ids.append(token.token_id)
         if len(self.token_ids) == self.num_tokens:
             self.is_finished = True
 
-    def count(self, payload_bytes: Sequence[float]) -> None:
+    def count(self, payload_bytes: Sequence[float], *, brings_tokens: bool) -> None:
         pass
 
     def finish(self, reason: str, error: str | None = None) -> None:
@@ -154,17 +158,19 @@ class Bench:
             self.times[name].append(requests[0].first_s - requests[0].began_s)
 
     def _run(self, requests: Sequence[Request], passes: int, chunk: int) -> dict[str, float]:
-        from pipeline.generation.scheduler import Scheduler
+        from pipeline.generation.scheduler import Scheduler, SchedulerConfig
 
         scheduler = None
         if self.is_first:
             scheduler = Scheduler(
-                num_slots=self.config.generation.max_slots,
-                slot_length=self.ring.slot_length,
-                prefill_chunk=chunk,
-                passes=passes,
-                shares_prefixes=False,
-                shares_passes=not self.ring.mixes_tokens,
+                SchedulerConfig(
+                    num_slots=self.config.generation.max_slots,
+                    slot_length=self.ring.slot_length,
+                    prefill_chunk=chunk,
+                    passes=passes,
+                    shares_prefixes=False,
+                    shares_passes=not self.ring.mixes_tokens,
+                )
             )
             for request in requests:
                 scheduler.submit(request)

@@ -57,11 +57,11 @@ class TimedRequest(Request):
         self.last_s = 0.0
         self.pass_nbytes: list[float] = []
 
-    def take(self, token: Any) -> None:
-        super().take(token)
+    def take(self, token: Any, *, was_draft: bool) -> None:
+        super().take(token, was_draft=was_draft)
         self.last_s = time.perf_counter()
 
-    def count(self, payload_bytes: Sequence[float]) -> None:
+    def count(self, payload_bytes: Sequence[float], *, brings_tokens: bool) -> None:
         self.pass_nbytes.append(sum(payload_bytes))
 
 
@@ -121,18 +121,20 @@ class Bench:
             self.seconds[cell, "prefill"].append(spent_s / (NUM_SEQUENCES * PROMPT_TOKENS))
 
     def _run(self, ring: Any, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[TimedRequest]:
-        from pipeline.generation.scheduler import Scheduler
+        from pipeline.generation.scheduler import Scheduler, SchedulerConfig
 
         requests = [TimedRequest(prompt, num_tokens) for prompt in prompts] if self.is_first else []
         scheduler = None
         if self.is_first:
             scheduler = Scheduler(
-                num_slots=self.config.generation.max_slots,
-                slot_length=ring.slot_length,
-                prefill_chunk=ring.prefill_chunk,
-                passes=ring.passes,
-                shares_prefixes=False,
-                shares_passes=True,
+                SchedulerConfig(
+                    num_slots=self.config.generation.max_slots,
+                    slot_length=ring.slot_length,
+                    prefill_chunk=ring.prefill_chunk,
+                    passes=ring.passes,
+                    shares_prefixes=False,
+                    shares_passes=True,
+                )
             )
             for request in requests:
                 scheduler.submit(request)

@@ -12,9 +12,8 @@ A spec is one of
     my_package.codecs:Sketch(rank=4)
         a plug-in class, importable on every rank
 
-Values of the short form are YAML scalars, codecs in short form, or lists of either. Codec modules are imported
-when first asked for, so that listing names costs nothing. This module knows nothing of links beyond passing
-`LinkInfo` on.
+`short_form` reads the second. Codec modules are imported when first asked for, so that listing names costs nothing.
+This module knows nothing of links beyond passing `LinkInfo` on.
 """
 
 from __future__ import annotations
@@ -22,13 +21,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from compressors.base import Compressor, LinkInfo, option_names
-from compressors.strict_yaml import MAX_DEPTH, parse_yaml_value
-from compressors.user_files import InputError
+from compressors.short_form import did_you_mean, parse_short_form
 
 __all__ = ["builtin_names", "make_compressor"]
 
@@ -56,9 +53,6 @@ _BUILTINS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "token_graded": ("wrappers.token_mixed", "TokenGraded", {}),
 }
 
-_SHORT_FORM = re.compile(r"\s*(?P<name>[\w.]+(?::\w+)?)\s*(?:\((?P<arguments>.*)\))?\s*", re.DOTALL)
-_NAMED_ARGUMENT = re.compile(r"\s*(?P<key>[A-Za-z_]\w*)\s*=(?P<value>.*)", re.DOTALL)
-
 
 def builtin_names() -> list[str]:
     """Names of the built-in codecs."""
@@ -82,7 +76,7 @@ def make_compressor(spec: str | Mapping[str, Any] | Compressor, link: LinkInfo |
 def _parse(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(name, options) of a spec in either form."""
     if isinstance(spec, str):
-        return _parse_short_form(spec)
+        return parse_short_form(spec, "compressor", unnamed="inner")
     if not isinstance(spec, Mapping):
         raise ValueError(f"compressor is {spec!r}, expected a name, its short form or a mapping with `name`")
     options = {str(key): value for key, value in spec.items()}
@@ -90,50 +84,6 @@ def _parse(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if not isinstance(name, str):
         raise ValueError(f"compressor is {dict(spec)!r}, expected a mapping with `name: <codec>`")
     return name, options
-
-
-def _parse_short_form(text: str) -> tuple[str, dict[str, Any]]:
-    match = _SHORT_FORM.fullmatch(text)
-    if not match:
-        raise ValueError(f"compressor {text!r} is not of the form name or name(option=value, ...)")
-    options: dict[str, Any] = {}
-    for argument in _split_arguments(match["arguments"] or "", text):
-        named = _NAMED_ARGUMENT.fullmatch(argument)
-        key, value = (named["key"], named["value"]) if named else ("inner", argument)
-        if key in options:
-            raise ValueError(f"compressor {text!r}: option {key} is given twice")
-        options[key] = _parse_value(value, f"compressor {text!r}: {key}={value.strip()}")
-    return match["name"], options
-
-
-def _parse_value(text: str, where: str) -> Any:
-    """A YAML scalar, or a list, whose items may be codecs in short form: YAML alone would cut at their commas."""
-    text = text.strip()
-    if text.startswith("[") and text.endswith("]"):
-        return [_parse_value(item, where) for item in _split_arguments(text[1:-1], text)]
-    return parse_yaml_value(text, where)
-
-
-def _split_arguments(arguments: str, text: str) -> list[str]:
-    """Cut at the commas that stand outside all brackets."""
-    parts, depth, start = [], 0, 0
-    for i, character in enumerate(arguments):
-        depth += (character in "([") - (character in ")]")
-        if not 0 <= depth <= MAX_DEPTH:
-            break
-        if character == "," and depth == 0:
-            parts.append(arguments[start:i])
-            start = i + 1
-    if depth > MAX_DEPTH:
-        raise InputError(f"compressor {text[:80]!r}...: nested deeper than {MAX_DEPTH} levels")
-    if depth != 0:
-        raise ValueError(f"compressor {text!r}: brackets do not match")
-    parts.append(arguments[start:])
-    if len(parts) == 1 and not parts[0].strip():
-        return []
-    if not all(part.strip() for part in parts):
-        raise ValueError(f"compressor {text!r}: an argument is empty")
-    return parts
 
 
 def _load(name: str) -> tuple[type[Compressor], dict[str, Any]]:
@@ -145,7 +95,7 @@ def _load(name: str) -> tuple[type[Compressor], dict[str, Any]]:
         return _load_plugin(name), {}
     close = difflib.get_close_matches(name, _BUILTINS, n=3)
     raise ValueError(
-        f"unknown compressor {name!r}{_did_you_mean(close)}; built-in: {', '.join(_BUILTINS)}; "
+        f"unknown compressor {name!r}{did_you_mean(close)}; built-in: {', '.join(_BUILTINS)}; "
         "a class of your own is written package.module:Class"
     )
 
@@ -184,7 +134,7 @@ def _check_options(name: str, cls: type[Compressor], options: dict[str, Any], fi
         if option not in allowed:
             close = difflib.get_close_matches(option, own, n=1)
             raise ValueError(
-                f"compressor {name!r} has no option {option!r} (got {value!r}){_did_you_mean(close)}; "
+                f"compressor {name!r} has no option {option!r} (got {value!r}){did_you_mean(close)}; "
                 f"allowed: {', '.join(own) or 'none'}"
             )
         if option in fixed and value != fixed[option]:
@@ -193,7 +143,3 @@ def _check_options(name: str, cls: type[Compressor], options: dict[str, Any], fi
     for option in own:
         if option not in options and parameters[option].default is inspect.Parameter.empty:
             raise ValueError(f"compressor {name!r} needs option {option!r}; its options: {', '.join(own)}")
-
-
-def _did_you_mean(close: list[str]) -> str:
-    return f", did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compressors.short_form import did_you_mean, parse_short_form
 from compressors.strict_yaml import parse_yaml_value, read_yaml
 from compressors.user_files import InputError, check_characters, user_path
 from pipeline.config.schema import (
+    DRAFTERS,
     ConfigError,
     EvaluationConfig,
     GenerationConfig,
@@ -36,6 +38,7 @@ __all__ = [
     "flat_overrides",
     "generation_with",
     "load_config",
+    "parse_drafters",
     "parse_override",
     "read_mapping",
     "with_overrides",
@@ -283,6 +286,30 @@ def _check_generation(generation: GenerationConfig, prefix: str) -> None:
             f"{prefix}max_length is {generation.max_length} and {prefix}max_new_tokens {generation.max_new_tokens}, "
             "which leaves no position for a prompt"
         )
+    parse_drafters(generation.draft, f"{prefix}draft")
+
+
+def parse_drafters(specs: Sequence[str], key: str = "generation.draft") -> list[tuple[str, dict[str, Any]]]:
+    """(name, options) of each drafter that `key` has. Which options there are, the drafters know.
+
+    Raises ConfigError for a spec that cannot be read, a name that there is not, and one that stands twice.
+    """
+    parsed: list[tuple[str, dict[str, Any]]] = []
+    for spec in specs:
+        try:
+            name, options = parse_short_form(spec, "drafter")
+        except ValueError as e:
+            raise ConfigError(f"{key}: {e}") from e
+        if name not in DRAFTERS and ":" not in name:
+            hint = did_you_mean(difflib.get_close_matches(name, DRAFTERS, n=1))
+            raise ConfigError(
+                f"{key}: unknown drafter {name!r}{hint}; built-in: {', '.join(DRAFTERS)}; a class of your own is "
+                "written package.module:Class"
+            )
+        if any(name == other for other, _ in parsed):
+            raise ConfigError(f"{key}: drafter {name!r} is named twice; its figures could not be told apart")
+        parsed.append((name, options))
+    return parsed
 
 
 def _check_link(link: LinkConfig, key: str) -> None:

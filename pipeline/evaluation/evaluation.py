@@ -241,6 +241,9 @@ class _DecodedWindows:
             self._following += 1
         return self._due.popleft()
 
+    def is_void(self, work: Pass) -> bool:
+        return False
+
     def take(self, work: Pass, result: Result | Failure) -> None:
         assert work.microbatch_index is not None
         if isinstance(result, Failure):

@@ -136,5 +136,5 @@ class Job:
             decoding=self.decode_codecs.ends,
             id_nbytes=id_nbytes(self.deployment.model.config.vocab_size),
             result_bound=lambda work: result_nbytes(windows, work),
-            max_result_nbytes=max_result_nbytes(windows, 0),
+            max_result_nbytes=max_result_nbytes(windows, 0, 0),
         )

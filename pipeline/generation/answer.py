@@ -16,12 +16,16 @@ __all__ = ["Answer", "quantile", "refusal_line"]
 
 
 class Answer:
-    """What comes of a request (`scheduler.Answering`).
+    """What comes of a request (`sequences.Answering`).
 
     Args:
         link_names: of the links of hidden states.
         on_text: told what text is certain and was not before.
         on_finish: told when there will be no more.
+
+    Attributes:
+        num_passes: of its own that have brought tokens.
+        num_drafts_accepted: tokens that had gone ahead as drafts.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Answer:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.error: str | None = None
+        self.num_passes = self.num_drafts_accepted = 0
         self._tokenizer = tokenizer
         self._text: TextStream | None = None  # while tokens come: thousands of answers may wait
         self._pieces: list[str] = []
@@ -60,6 +65,10 @@ class Answer:
     def expires_s(self) -> float:
         limit = self.request.deadline_s
         return math.inf if limit is None else self._submitted_s + limit
+
+    @property
+    def num_wanted(self) -> int:
+        return self.request.max_new_tokens - len(self.token_ids)
 
     @property
     def is_finished(self) -> bool:
@@ -99,10 +108,11 @@ class Answer:
         self._began_s = time.monotonic()
         self._text = TextStream(self._tokenizer, self.request.stop)
 
-    def take(self, token: Sampled) -> None:
+    def take(self, token: Sampled, *, was_draft: bool) -> None:
         assert self._text is not None, "it has not begun, or has ended"
         self._token_times_s.append(time.monotonic())
         self.token_ids.append(token.token_id)
+        self.num_drafts_accepted += was_draft
         if self.request.logprobs is not None:
             self._logprobs.append(token.logprob)
             self._top_logprobs.append(token.top)
@@ -115,7 +125,8 @@ class Answer:
         elif len(self.token_ids) == self.request.max_new_tokens:
             self.finish("length")
 
-    def count(self, payload_bytes: Sequence[float]) -> None:
+    def count(self, payload_bytes: Sequence[float], *, brings_tokens: bool) -> None:
+        self.num_passes += brings_tokens
         self._bytes = [total + nbytes for total, nbytes in zip(self._bytes, payload_bytes, strict=True)]
 
     def finish(self, reason: str, error: str | None = None) -> None:

@@ -57,7 +57,7 @@ class ChatJob:
 
     def _prepare(self, ring: GenerationRing) -> None:
         if self._scheduler is not None:
-            self._scheduler.begin_again()
+            self._scheduler.begin_again(ring.drafting)
             return
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 costs its turn, not the conversation

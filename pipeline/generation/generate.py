@@ -22,7 +22,7 @@ from pipeline.generation.answers_file import AnswersFile
 from pipeline.generation.record import Session, generation_record
 from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
 from pipeline.generation.ring import GenerationRing
-from pipeline.generation.scheduler import Scheduler
+from pipeline.generation.scheduler import Scheduler, SchedulerConfig
 from pipeline.records.files import RecordError
 from pipeline.records.generation_record import Interruptions
 from pipeline.records.identity import digest_of
@@ -44,7 +44,7 @@ class Generated:
 
 def make_scheduler(ring: GenerationRing) -> Scheduler:
     """For rank 0."""
-    return Scheduler(
+    config = SchedulerConfig(
         num_slots=ring.config.generation.max_slots,
         slot_length=ring.slot_length,
         prefill_chunk=ring.prefill_chunk,
@@ -53,6 +53,7 @@ def make_scheduler(ring: GenerationRing) -> Scheduler:
         shares_answers=ring.decode_codecs is ring.codecs,
         shares_passes=not ring.mixes_tokens,
     )
+    return Scheduler(config, ring.drafting)
 
 
 def make_request_maker(ring: GenerationRing) -> RequestMaker:
@@ -228,7 +229,7 @@ class GenerationJob:
         if control.world.rank != 0:
             return None
         if self._batch is not None:
-            self._batch.scheduler.begin_again()
+            self._batch.scheduler.begin_again(ring.drafting)
             return self._batch
         maker = make_request_maker(ring)
         requests = self._read(maker)

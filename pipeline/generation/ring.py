@@ -6,24 +6,24 @@ Rank 0 hands in a source of passes; the others follow frames.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from typing import Any
 
 from pipeline.comm.link import LinkSpec
 from pipeline.comm.link_ends import forward_hops, open_links
 from pipeline.comm.mailbox import LinkError
 from pipeline.config.schema import ConfigError, RunConfig
+from pipeline.drafting.policy import Drafting
 from pipeline.generation.scheduler import Scheduler
 from pipeline.models.loading import TORCH_DTYPES, WeightFormat
 from pipeline.models.sampling import read_generation_defaults
 from pipeline.models.stage import TokenWindows
 from pipeline.runtime.codecs import CodecFacts, make_decode_codecs
 from pipeline.runtime.deployment import Deployment
-from pipeline.runtime.devices import available_cores
 from pipeline.runtime.emulation import check_emulation, emulated_links, receives_ahead_of, slowdown_of
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.head import Head, max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import generation_workload, id_nbytes, link_specs
+from pipeline.runtime.pass_costs import ranks_at_once
 from pipeline.runtime.placement import credits_of
 from pipeline.runtime.rank_report import rank_report
 from pipeline.runtime.stage_times import StageTimes
@@ -42,6 +42,7 @@ class GenerationRing:
         passes: of sampled tokens that are worth having under way at once.
         emulated_links: conditions of the network, by index in the chain.
         defaults, eos_ids, notes: what the checkpoint says of generation.
+        drafting: on rank 0, where drafters are configured.
         mixes_tokens: whether the model itself computes a token otherwise beside others, be it those of other sequences.
 
     Raises ConfigError, on all ranks, for codecs that generation cannot use.
@@ -66,14 +67,19 @@ class GenerationRing:
         )
         for facts in (*self.codecs.facts, *self.decode_codecs.facts):
             _check_codec(facts)
+        self.mixes_tokens = WeightFormat.from_config(config.model).mixes_tokens
+        if generation.draft and self.mixes_tokens:
+            raise ConfigError(
+                f"generation.draft is {list(generation.draft)}, but 8-bit weights let the tokens of a pass change "
+                "each other, so drafts would change answers; leave generation.draft out, or load other weights"
+            )
         self.credits = credits_of(config, plan, control.world)
         check_emulation(config, control.world)  # the deployment's config may have had other links
         self.emulated_links = emulated_links(config, plan)
         self.receives_ahead = receives_ahead_of(config, self.emulated_links, credits=self.credits)
-        self.passes = min(self.credits, generation.passes or self._num_working_at_once())
+        self.passes = min(self.credits, generation.passes or sum(ranks_at_once(deployment).values()))
         defaults = read_generation_defaults(deployment.model.directory, deployment.model.config)
         self.defaults, self.eos_ids, self.notes = defaults, defaults.eos_ids, defaults.notes
-        self.mixes_tokens = WeightFormat.from_config(config.model).mixes_tokens
         dtype = TORCH_DTYPES[config.model.dtype]
         hidden_size = deployment.model.config.hidden_size
         for codecs in dict.fromkeys((self.codecs, self.decode_codecs)):
@@ -90,6 +96,7 @@ class GenerationRing:
             dtype=dtype,
             slowdown=slowdown_of(config, control.world),
         )
+        self.drafting: Drafting | None = None
 
     @property
     def times(self) -> dict[int, StageTimes]:
@@ -143,17 +150,8 @@ class GenerationRing:
             decoding=self.decode_codecs.ends,
             id_nbytes=id_nbytes(deployment.model.config.vocab_size),
             result_bound=lambda work: result_nbytes((), work),
-            max_result_nbytes=max_result_nbytes((), self.workload.max_rows),
+            max_result_nbytes=max_result_nbytes((), self.workload.max_rows, self.workload.max_sampled),
         )
-
-    def _num_working_at_once(self) -> int:
-        """Ranks that can compute at the same time: a GPU each, or as many threads as the machine has cores."""
-        control, deployment = self.deployment.control, self.deployment
-        is_gpu = any(device.type == "cuda" for device in deployment.devices.values())
-        told = control.gather([control.host, available_cores() // deployment.threads, is_gpu])
-        by_host = Counter(host for host, _, _ in told)
-        limits = {host: at_once for host, at_once, on_gpu in told if not on_gpu}
-        return sum(max(1, min(count, limits.get(host, count))) for host, count in by_host.items())
 
 
 def _check_codec(facts: CodecFacts) -> None:

@@ -7,8 +7,13 @@ answer ends, is the answer's business.
 * Prompts go in chunks, of which several are under way at once; passes of sampled tokens and chunks take turns.
 * Sampled tokens of several sequences share a pass: as many as make `passes` of them, so that each pass costs the
   reading of the weights once and as many ranks work as can. A sequence waits for its own token only.
+* With drafters, drafts may go behind a sequence's newest token, and further passes of the sequence behind that, which
+  take them for right (`drafting.policy` says how many). Where one was wrong, all that went behind it is void.
 * What a failed pass has left on the ranks, they undo (`Worker.drop`); a slot that was to begin with a copy then holds
-  nothing. A pass of several rows is tried again row by row.
+  nothing. A pass of several rows, or with drafts, is tried again row by row, without drafts.
+
+Void passes need not be computed to their end: their sequence goes on at or before where they began, and other sequences
+copy, or go on with, what `HeldIds` has: of sampled tokens only those whose passes came back, and were not void.
 """
 
 from __future__ import annotations
@@ -19,184 +24,78 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from pipeline.models.sampling import Sampled, SamplingOptions
+from pipeline.drafting.policy import Drafting
+from pipeline.generation.sequences import (
+    ActiveSequence,
+    Answering,
+    HeldIds,
+    UnderWay,
+    UnderWayRow,
+    WaitingRequest,
+    is_over,
+    shared_length,
+)
+from pipeline.models.sampling import Sampled
 from pipeline.models.stage import Scores
 from pipeline.partition.passes import Pass, PassKind, Row
 from pipeline.runtime.engine import Entry, Failure, Result
 from pipeline.runtime.head import begin_note
 
-__all__ = ["Answering", "Scheduler", "shared_length"]
+__all__ = ["Scheduler", "SchedulerConfig"]
 
 MIN_SHARED = 16  # positions of a prefix that are worth a copy
 LOOK_S = 0.1  # between looks at requests that wait
 MAX_LOOK = 64  # requests of them that may overtake one that waits for its prompt to be computed
 
 
-class Answering(Protocol):
-    """A request under way, as the scheduler sees it."""
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """What a ring has room for, and what its sequences may share.
 
-    @property
-    def prompt_ids(self) -> Sequence[int]:
-        """At least one."""
-
-    @property
-    def options(self) -> SamplingOptions: ...
-
-    @property
-    def expires_s(self) -> float:
-        """By `time.monotonic`; infinity for never."""
-
-    @property
-    def is_finished(self) -> bool: ...
-
-    def begin(self) -> None:
-        """It has a slot."""
-
-    def take(self, token: Sampled) -> None:
-        """The next token."""
-
-    def count(self, payload_bytes: Sequence[float]) -> None:
-        """A pass of its own has crossed the links, with so many bytes on each."""
-
-    def finish(self, reason: str, error: str | None = None) -> None:
-        """No more tokens will come."""
-
-
-class _Held:
-    """Token ids, int32 [n], that the caches have to share in a slot; at most `slot_length`."""
-
-    def __init__(self, slot_length: int) -> None:
-        self._ids = np.empty(slot_length, np.int32)
-        self._length = 0
-
-    @property
-    def ids(self) -> np.ndarray:
-        return self._ids[: self._length]
-
-    def append(self, ids: np.ndarray) -> None:
-        self._ids[self._length : self._length + len(ids)] = ids
-        self._length += len(ids)
-
-    def crop(self, length: int) -> None:
-        self._length = min(self._length, length)
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """A request in a slot. Positions [0, sent) of `ids`, prompt and answer, are in the ring or behind it."""
-
-    answering: Answering
-    slot: int
-    prompt: np.ndarray  # token ids, int32
-    ids: list[int]
-    sent: int = 0
-    source: int | None = None  # the slot that its first positions are taken from
-    epoch: int = 0  # passes of earlier ones no longer count
-    is_under_way: bool = False  # its last position is, so that a token is due
-    is_alone: bool = False
-    has_begun: bool = False
-    num_lost: int = 0  # positions that were computed before the ring was formed again
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.prompt)
-
-    @property
-    def is_prefilling(self) -> bool:
-        return self.sent < self.num_prompt
-
-    @property
-    def is_ready(self) -> bool:
-        return not self.is_prefilling and not self.is_under_way
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """A request without a slot, or one that has lost it when the ring was formed again: `prompt` then has the tokens of
-    its answer, too, and `num_lost` positions of it had been computed.
-
-    `prefix`: of which sequence it wants more than so many positions first, and its epoch.
-
-    While that is on its way, prompts need not be compared.
+    Args:
+        num_slots, slot_length: of the caches.
+        prefill_chunk: tokens of a prompt in one pass.
+        passes: of sampled tokens that are under way at once, passes that take drafts for right not among them.
+        shares_prefixes: whether what a slot holds may serve another prompt.
+        shares_answers: whether sampled tokens in it may; not where they have another codec than prompts.
+        shares_passes: whether sequences may decode together; not where the model lets them change each other's tokens.
     """
 
-    answering: Answering
-    prompt: np.ndarray
-    num_lost: int | None = None
-    prefix: tuple[_Sequence, int, int] | None = None
-
-    @property
-    def must_wait(self) -> bool:
-        if self.prefix is None:
-            return False
-        sequence, epoch, enough = self.prefix
-        return sequence.epoch == epoch and sequence.is_prefilling and sequence.sent <= enough
-
-
-@dataclass
-class _UnderWay:
-    """What a pass was made of."""
-
-    rows: list[_UnderWayRow] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _UnderWayRow:
-    """`held` is what its slot held for the sequence, of which `kept` positions are there if the pass fails."""
-
-    sequence: _Sequence
-    epoch: int
-    start: int
-    held: _Held
-    kept: int
+    num_slots: int
+    slot_length: int
+    prefill_chunk: int
+    passes: int
+    shares_prefixes: bool = True
+    shares_answers: bool = True
+    shares_passes: bool = True
 
 
 class Scheduler:
     """Requests in, passes out.
 
-    Args:
-        num_slots, slot_length: of the caches.
-        prefill_chunk: tokens of a prompt in one pass.
-        passes: of sampled tokens that are under way at once.
-        shares_prefixes: whether what a slot holds may serve another prompt.
-        shares_answers: whether sampled tokens in it may; not where they have another codec than prompts.
-        shares_passes: whether sequences may decode together; not where the model lets them change each other's tokens.
-        wake: called when there is something new to do, from whatever thread `submit` is.
-
     Attributes:
+        drafting: of the ring that there is; None without drafters.
+        wake: called when there is something new to do, from whatever thread `submit` is.
         num_prefilled_again: positions that were computed once more because the ring was formed again.
     """
 
-    def __init__(
-        self,
-        *,
-        num_slots: int,
-        slot_length: int,
-        prefill_chunk: int,
-        passes: int,
-        shares_prefixes: bool = True,
-        shares_answers: bool = True,
-        shares_passes: bool = True,
-        wake: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.wake = wake
-        self._slot_length, self._chunk, self._passes = slot_length, prefill_chunk, passes
-        self._shares_prefixes, self._shares_answers = shares_prefixes, shares_answers
-        self._shares_passes = shares_passes
-        self._queue: deque[_Waiting] = deque()
+    def __init__(self, config: SchedulerConfig, drafting: Drafting | None = None) -> None:
+        self.drafting = drafting
+        self.wake: Callable[[], None] = lambda: None
+        self._config = config
+        self._queue: deque[WaitingRequest] = deque()
         self._lock = threading.Lock()
         self._is_closed = False
-        self._free = deque(range(num_slots))
-        self._held = [_Held(slot_length) for _ in range(num_slots)]
-        self._active: list[_Sequence] = []
-        self._under_way: deque[_UnderWay] = deque()
-        self._num_decodes = 0
+        self._free = deque(range(config.num_slots))
+        self._held = [HeldIds(config.slot_length) for _ in range(config.num_slots)]
+        self._active: list[ActiveSequence] = []
+        self._under_way: deque[UnderWay] = deque()
+        self._num_decodes = 0  # of passes that begin with certain tokens
         self._prefilled_last = False
         self._next_look_s = 0.0
         self._num_tokens = 0
@@ -204,7 +103,7 @@ class Scheduler:
 
     def submit(self, answering: Answering) -> None:
         """Answer one more request."""
-        waiting = _Waiting(answering, np.array(answering.prompt_ids, np.int32))
+        waiting = WaitingRequest(answering, np.array(answering.prompt_ids, np.int32))
         with self._lock:
             self._queue.append(waiting)
         self.wake()
@@ -214,13 +113,21 @@ class Scheduler:
         self._is_closed = True
         self.wake()
 
-    def begin_again(self) -> None:
+    def begin_again(self, drafting: Drafting | None = None) -> None:
         """The ring was formed again: slots are empty, and nothing that was under way will come.
 
-        Sequences go on where they are, once prompt and answer so far have been computed again.
+        Sequences go on where they are, once prompt and answer so far have been computed again. `drafting` is the new
+        ring's, whose figures go on, too.
         """
+        if drafting is not None and self.drafting is not None:
+            drafting.figures = self.drafting.figures
+        self.drafting = drafting
         again = [
-            _Waiting(s.answering, np.array(s.ids, np.int32), num_lost=max(s.sent, s.num_lost))
+            WaitingRequest(
+                s.answering,
+                np.array(s.ids[: s.num_certain], np.int32),
+                num_lost=max(min(s.sent, s.num_certain), s.num_lost),
+            )
             for s in self._active
             if not s.answering.is_finished
         ]
@@ -230,7 +137,7 @@ class Scheduler:
                 waiting.prefix = None
         num_slots = len(self._held)
         self._free = deque(range(num_slots))
-        self._held = [_Held(self._slot_length) for _ in range(num_slots)]
+        self._held = [HeldIds(self._config.slot_length) for _ in range(num_slots)]
         self._active.clear()
         self._under_way.clear()
         self._num_decodes = 0
@@ -249,37 +156,46 @@ class Scheduler:
         self._admit()
         ready = [s for s in self._active if s.is_ready]
         prefilling = [s for s in self._active if s.is_prefilling]
-        can_decode = bool(ready) and self._num_decodes < self._passes
+        can_decode = bool(ready) and self._num_decodes < self._config.passes
         if can_decode and (self._prefilled_last or not prefilling):
             self._prefilled_last = False
             return self._decode(ready)
         if prefilling:
             self._prefilled_last = True
             return self._prefill(prefilling[0])
-        return None
+        return self._decode_ahead() if not ready else None
+
+    def is_void(self, work: Pass) -> bool:
+        """Whether nothing of a DECODE pass counts; a prompt's may serve others, even if its sequence has ended."""
+        rows = self._under_way[0].rows
+        return work.kind is PassKind.DECODE and all(row.epoch != row.sequence.epoch for row in rows)
 
     def take(self, work: Pass, result: Result | Failure) -> None:
         under_way = self._under_way.popleft()
-        self._num_decodes -= work.kind is PassKind.DECODE
+        is_decode = work.kind is PassKind.DECODE
+        self._num_decodes -= is_decode and not under_way.is_ahead
         tokens = result.value if isinstance(result, Result) else None
         assert not isinstance(tokens, Scores)
         for place, row in enumerate(under_way.rows):
-            sequence = row.sequence
+            sequence, num_taken = row.sequence, 0
+            counts = row.epoch == sequence.epoch  # else its sequence has ended, or was sent back
             if isinstance(result, Failure):
                 row.held.crop(row.kept)
-            if row.epoch != sequence.epoch:
-                continue  # of a sequence that has ended, or was sent back
-            if isinstance(result, Failure):
-                self._fail(sequence, row.start, result.cause, shared=len(under_way.rows) > 1)
-                continue
-            sequence.is_alone = False
-            sequence.answering.count([nbytes / len(under_way.rows) for nbytes in result.trail])
-            if tokens is not None:
-                self._extend(sequence, tokens[place])
+                if counts:
+                    self._fail(row, result.cause, is_simple=not is_decode or len(work.rows) == work.num_tokens == 1)
+            else:
+                if not sequence.answering.is_finished:
+                    shares = [nbytes / len(under_way.rows) for nbytes in result.trail]
+                    sequence.answering.count(shares, brings_tokens=counts and tokens is not None)
+                if counts:
+                    sequence.is_alone = False
+                    num_taken = self._extend(row, tokens[place]) if tokens is not None else 0
+            if is_decode and self.drafting is not None and sequence.track is not None:
+                self.drafting.came(sequence.track, num_tokens=num_taken or None)
 
     def _expire(self) -> None:
         now_s = time.monotonic()
-        for sequence in [s for s in self._active if _is_over(s.answering, now_s)]:
+        for sequence in [s for s in self._active if is_over(s.answering, now_s)]:
             self._leave(sequence)
         if now_s < self._next_look_s:
             return
@@ -287,7 +203,7 @@ class Scheduler:
         with self._lock:
             everyone = list(self._queue)
         for waiting in everyone:
-            if _is_over(waiting.answering, now_s):
+            if is_over(waiting.answering, now_s):
                 self._unqueue(waiting)
 
     def _admit(self) -> None:
@@ -299,7 +215,7 @@ class Scheduler:
             if not self._free:
                 return
             answering = waiting.answering
-            if _is_over(answering, now_s):
+            if is_over(answering, now_s):
                 self._unqueue(waiting)
                 continue
             if waiting.must_wait:
@@ -314,21 +230,22 @@ class Scheduler:
             else:
                 slot = self._free.popleft()
             is_new = waiting.num_lost is None
-            sequence = _Sequence(answering, slot, waiting.prompt, waiting.prompt.tolist(), sent=shared)
+            sequence = ActiveSequence(answering, slot, waiting.prompt, sent=shared)
+            sequence.track = self.drafting.track() if self.drafting is not None else None
             sequence.num_lost = waiting.num_lost or 0
             sequence.source = source if shared else None
             self._active.append(sequence)
             if is_new:
                 answering.begin()
 
-    def _unqueue(self, waiting: _Waiting) -> None:
+    def _unqueue(self, waiting: WaitingRequest) -> None:
         with self._lock:
             self._queue.remove(waiting)
 
-    def _shared_prefix(self, waiting: _Waiting) -> tuple[int, int | None]:
+    def _shared_prefix(self, waiting: WaitingRequest) -> tuple[int, int | None]:
         """(slot, how many positions it holds of a prompt); None for the latter when more of them are on their way."""
         best, longest = self._free[0], 0
-        if not self._shares_prefixes:
+        if not self._config.shares_prefixes:
             return best, 0
         prompt = waiting.prompt[:-1]  # its last token is computed in any case, or nothing would come of it
         for slot, held in enumerate(self._held):
@@ -341,99 +258,148 @@ class Scheduler:
                 return best, None
         return (best, longest) if longest >= MIN_SHARED else (self._free[0], 0)
 
-    def _prefill(self, sequence: _Sequence) -> Entry:
+    def _prefill(self, sequence: ActiveSequence) -> Entry:
         if not sequence.has_begun:
             self._begin(sequence)
         start = sequence.sent
-        chunk = sequence.prompt[start : start + self._chunk]
+        chunk = sequence.prompt[start : start + self._config.prefill_chunk]
         sequence.sent += len(chunk)
         self.num_prefilled_again += max(0, min(sequence.sent, sequence.num_lost) - start)
         is_last = not sequence.is_prefilling
-        sequence.is_under_way = is_last
         note, source, held, kept = b"", None, self._held[sequence.slot], start
         if not sequence.has_begun:
             note = begin_note({sequence.slot: sequence.answering.options})
             source = None if sequence.source == sequence.slot else sequence.source
             sequence.has_begun, kept = True, 0  # what it begins with may not be there
-        held.append(chunk)
-        self._under_way.append(_UnderWay([_UnderWayRow(sequence, sequence.epoch, start, held, kept)]))
+        held.put(start, chunk)
+        self._under_way.append(UnderWay([UnderWayRow(sequence, sequence.epoch, start, held, kept)]))
         work = Pass(
             kind=PassKind.PREFILL, rows=(Row(sequence.slot, start, source),), num_tokens=len(chunk), samples=is_last
         )
         return Entry(work=work, token_ids=torch.from_numpy(chunk.astype(np.int64))[None], note=note)
 
-    def _begin(self, sequence: _Sequence) -> None:
+    def _begin(self, sequence: ActiveSequence) -> None:
         """Its slot is its own from here on."""
         source, start = sequence.source, sequence.sent
         if source is not None and shared_length(self._held[source].ids, sequence.prompt[:start]) < start:
             sequence.source, sequence.sent = None, 0  # another has the source by now
-        self._held[sequence.slot] = _Held(self._slot_length)
-        self._held[sequence.slot].append(sequence.prompt[: sequence.sent])
+        self._held[sequence.slot] = HeldIds(self._config.slot_length)
+        self._held[sequence.slot].put(0, sequence.prompt[: sequence.sent])
 
-    def _decode(self, ready: list[_Sequence]) -> Entry:
-        num_decoding = sum(not s.is_prefilling for s in self._active)
+    @property
+    def _num_decoding(self) -> int:
+        return sum(not s.is_prefilling for s in self._active)
+
+    def _decode(self, ready: list[ActiveSequence]) -> Entry:
+        """Rows of one pass have equally many drafts: of those that would have fewer, the next begins a pass."""
+        at_once = math.ceil(self._num_decoding / self._config.passes) if self._config.shares_passes else 1
         alone = [s for s in ready if s.is_alone]
-        at_once = math.ceil(num_decoding / self._passes) if self._shares_passes else 1
-        together = alone[:1] or ready[:at_once]
-        rows, under_way = [], _UnderWay()
+        first, *others = alone[:1] or ready
+        num_drafts, together = len(self._drafts(first)), [first]
+        for sequence in others:
+            if len(together) == at_once:
+                break
+            if len(self._drafts(sequence)) >= num_drafts:
+                together.append(sequence)
         for sequence in together:
-            rows.append(Row(sequence.slot, sequence.sent))
-            held = self._held[sequence.slot]
-            under_way.rows.append(_UnderWayRow(sequence, sequence.epoch, sequence.sent, held, sequence.sent))
-            if self._shares_answers:
-                held.append(np.array([sequence.ids[sequence.sent]], np.int32))
-            sequence.sent += 1
-            sequence.is_under_way = True
+            sequence.ids += self._drafts(sequence)[:num_drafts]
+            sequence.drafts = None
+        self._num_decodes += 1
+        return self._send(together)
+
+    def _drafts(self, sequence: ActiveSequence) -> list[int]:
+        """Behind its newest token, which is certain."""
+        if sequence.drafts is None:
+            sequence.drafts = []
+            if self.drafting is not None and sequence.track is not None:
+                sequence.drafts = self.drafting.behind(
+                    sequence.track,
+                    sequence.slot,
+                    sequence.ids,
+                    room=0 if sequence.is_alone else self._room(sequence),
+                    num_sequences=self._num_decoding,
+                )
+        return sequence.drafts
+
+    def _decode_ahead(self) -> Entry | None:
+        """One more pass of a sequence that has some under way, as if all drafts in them were right."""
+        for sequence in self._active:
+            if self.drafting is None or sequence.track is None or not sequence.is_decoding:
+                continue
+            drafts = self.drafting.ahead(
+                sequence.track,
+                sequence.slot,
+                sequence.ids,
+                room=self._room(sequence),
+                num_sequences=self._num_decoding,
+            )
+            if drafts:
+                sequence.ids += drafts
+                return self._send([sequence], is_ahead=True)
+        return None
+
+    def _room(self, sequence: ActiveSequence) -> int:
+        """Drafts that fit behind its ids, and are not behind the last token that is wanted."""
+        num_assumed = len(sequence.ids) - sequence.num_certain
+        return min(self._config.slot_length - len(sequence.ids), sequence.answering.num_wanted - num_assumed - 1)
+
+    def _send(self, together: list[ActiveSequence], *, is_ahead: bool = False) -> Entry:
+        """A pass of all that the sequences have and have not sent, equally many tokens of each."""
+        rows, ids = [], []
+        for sequence in together:
+            start = sequence.sent
+            rows.append(UnderWayRow(sequence, sequence.epoch, start, self._held[sequence.slot], start))
+            ids.append(sequence.ids[start:])
+            sequence.sent = len(sequence.ids)
+            if self.drafting is not None and sequence.track is not None:
+                self.drafting.sent(sequence.track, start, len(ids[-1]))
             self._active.remove(sequence)
             self._active.append(sequence)  # the others come first next time
-        self._under_way.append(under_way)
-        self._num_decodes += 1
-        work = Pass(kind=PassKind.DECODE, rows=tuple(rows), num_tokens=1, samples=True)
-        return Entry(work=work, token_ids=torch.tensor([[s.ids[-1]] for s in together]))
+        self._under_way.append(UnderWay(rows, is_ahead))
+        work = Pass(
+            kind=PassKind.DECODE,
+            rows=tuple(Row(row.sequence.slot, row.start) for row in rows),
+            num_tokens=len(ids[0]),
+            samples=True,
+        )
+        return Entry(work=work, token_ids=torch.tensor(ids))
 
-    def _extend(self, sequence: _Sequence, token: Sampled) -> None:
-        sequence.is_under_way = False
-        answering = sequence.answering
-        if not answering.is_finished:
-            sequence.ids.append(token.token_id)
+    def _extend(self, row: UnderWayRow, tokens: Sequence[Sampled]) -> int:
+        """Take what the head has chosen, until the answer ends or a draft was another; returns how many tokens."""
+        sequence, answering, num_taken = row.sequence, row.sequence.answering, 0
+        for token in tokens:
+            if answering.is_finished or row.epoch != sequence.epoch:
+                break
+            was_draft = sequence.settle(token.token_id)
+            if self.drafting is not None and sequence.track is not None:
+                self.drafting.certain(sequence.track, sequence.num_certain - 1, token.token_id)
+            num_taken += 1
             self._num_tokens += 1
-            answering.take(token)
-            if not answering.is_finished and len(sequence.ids) > self._slot_length:
+            answering.take(token, was_draft=was_draft)
+            if not answering.is_finished and sequence.num_certain > self._config.slot_length:
                 answering.finish("length")
+        if row.start >= sequence.num_prompt and self._config.shares_answers:
+            row.held.put(row.start, sequence.ids[row.start : row.start + num_taken])
         if answering.is_finished:
             self._leave(sequence)
+        return num_taken
 
-    def _fail(self, sequence: _Sequence, start: int, cause: str, *, shared: bool) -> None:
+    def _fail(self, row: UnderWayRow, cause: str, *, is_simple: bool) -> None:
         """Send a sequence back to where the pass began, alone, or a prompt to its beginning without a shared prefix."""
+        sequence = row.sequence
         if sequence.answering.is_finished:
             self._leave(sequence)
-            return
-        sequence.epoch += 1
-        sequence.is_under_way = False
-        if shared:
-            sequence.is_alone, sequence.sent = True, start
-        elif sequence.source is not None and start < sequence.num_prompt:
+        elif not is_simple:
+            sequence.is_alone = True
+            sequence.go_back()
+        elif sequence.source is not None and row.start < sequence.num_prompt:
+            sequence.epoch += 1
             sequence.source, sequence.sent, sequence.has_begun = None, 0, False
         else:
             sequence.answering.finish("error", cause)
             self._leave(sequence)
 
-    def _leave(self, sequence: _Sequence) -> None:
+    def _leave(self, sequence: ActiveSequence) -> None:
         sequence.epoch += 1
         self._active.remove(sequence)
         self._free.append(sequence.slot)
-
-
-def _is_over(answering: Answering, now_s: float) -> bool:
-    """Whether no more tokens are to come, which it is told if its time is up."""
-    if not answering.is_finished and answering.expires_s <= now_s:
-        answering.finish("deadline")
-    return answering.is_finished
-
-
-def shared_length(held: np.ndarray, prompt: np.ndarray) -> int:
-    """Length of the longest common prefix of token ids."""
-    length = min(len(held), len(prompt))
-    differs = held[:length] != prompt[:length]
-    place = int(differs.argmax()) if length else 0
-    return place if length and differs[place] else length

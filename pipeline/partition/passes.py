@@ -38,8 +38,9 @@ class Row:
 class Pass:
     """A SCORE pass names its micro-batch, the others have rows of `num_tokens` each.
 
-    `samples` asks for a next token after each row's last; `scores` for the losses of a window's tokens, a row's window
-    being that of the micro-batch.
+    `samples` asks for next tokens: of a PREFILL after each row's last token; of a DECODE after each token, up to the
+    first that is not the row's next one, so that the tokens behind a row's first are drafts. `scores` asks for the
+    losses of a window's tokens, a row's window being that of the micro-batch.
     """
 
     kind: PassKind

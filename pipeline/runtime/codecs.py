@@ -280,7 +280,7 @@ def make_link_parts(
             hidden_size=model_config.hidden_size,
             dtype=TORCH_DTYPES[config.model.dtype],
             result_bound=lambda work: result_nbytes(microbatches, work),
-            max_result_nbytes=max_result_nbytes(microbatches, 0),
+            max_result_nbytes=max_result_nbytes(microbatches, 0, 0),
         )
         shapes = {microbatch.shape: microbatch.index for microbatch in microbatches}
         bounds = {

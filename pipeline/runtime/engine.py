@@ -99,6 +99,12 @@ class Source(Protocol):
     def take(self, work: Pass, result: Result | Failure) -> None:
         """Passes come back in the order in which they went."""
 
+    def is_void(self, work: Pass) -> bool:
+        """Whether the pass that is due back is of no use any more, and what it would still leave in slots is not, too.
+
+        It then may come back without a value.
+        """
+
 
 class Worker(Protocol):
     """What a rank computes. What it raises fails the pass, but for PipelineErrors, which end the run."""
@@ -114,6 +120,9 @@ class Worker(Protocol):
 
     def step(self, link_index: int, frame: Frame, inputs: torch.Tensor, entry: Entry | None) -> Departure | Result:
         """Go on with a pass; `entry` is what rank 0 knows of the one that is due back."""
+
+    def spare(self, link_index: int, frame: Frame) -> Result:
+        """End a pass where its last link ends, computing nothing: a result without value."""
 
     def drop(self, link_index: int | None, work: Pass) -> None:
         """A pass has failed where this link leads to, or before: undo there what it has left, and what it replaced."""
@@ -198,6 +207,11 @@ class Engine:
             self._pass_on_failure(link_index, frame.work, frame.failure)
             return
         entry = self._in_flight[0] if link_index == self._ends.last_link and self._in_flight else None
+        if entry is not None and self._source is not None and self._source.is_void(entry.work):
+            result = self._worker.spare(link_index, frame)
+            self._ends.release(arrival)
+            self._finish(frame.work, result)
+            return
 
         def go_on() -> Departure | Result:
             try:

@@ -116,6 +116,9 @@ class GradientPass:
         self._on_gradient(index, _index(frame.work), output.detach(), gradient)
         return self._backward(index, frame.work, gradient.to(output.dtype))
 
+    def spare(self, link_index: int, frame: Frame) -> Result:
+        raise AssertionError("a text's micro-batches are never void")
+
     def drop(self, link_index: int | None, work: Pass) -> None:
         self._graphs.clear()
 

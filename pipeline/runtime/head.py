@@ -16,26 +16,37 @@ from pipeline.config.schema import MAX_LOGPROBS
 from pipeline.data.windows import MicroBatch
 from pipeline.models.sampling import Sampled, Sampler, SamplingOptions
 from pipeline.models.stage import Scores, Stage, TokenWindows
-from pipeline.partition.passes import Pass, PassKind
+from pipeline.partition.passes import Pass, PassKind, Row
 
 __all__ = ["Head", "begin_note", "max_result_nbytes", "result_nbytes"]
 
+_MAX_LOGITS = 256  # rows of logits at once, if one row of the pass has no more
+_COUNT = struct.Struct("<H")
 _TOKEN = struct.Struct("<IdB")
 _CANDIDATE = struct.Struct("<Id")
 
 
 def result_nbytes(microbatches: Sequence[MicroBatch], work: Pass) -> int:
     """Bound of a pass's result in bytes."""
-    nbytes = len(work.rows) * (_TOKEN.size + MAX_LOGPROBS * _CANDIDATE.size) if work.samples else 0
+    nbytes = _sampled_nbytes(len(work.rows), len(work.rows) * _max_sampled(work)) if work.samples else 0
     if work.kind is PassKind.SCORE or work.scores:
         nbytes += 8 * num_scored(microbatches, work)
     return nbytes
 
 
-def max_result_nbytes(microbatches: Sequence[MicroBatch], max_rows: int) -> int:
-    """Of any pass's result."""
+def max_result_nbytes(microbatches: Sequence[MicroBatch], max_rows: int, max_sampled: int) -> int:
+    """Of any pass's result, with at most `max_sampled` tokens chosen in all rows."""
     scored = max((m.num_scored for m in microbatches), default=0)
-    return max(8 * scored, max_rows * (_TOKEN.size + MAX_LOGPROBS * _CANDIDATE.size))
+    return max(8 * scored, _sampled_nbytes(max_rows, max_sampled))
+
+
+def _sampled_nbytes(num_rows: int, num_tokens: int) -> int:
+    return num_rows * _COUNT.size + num_tokens * (_TOKEN.size + MAX_LOGPROBS * _CANDIDATE.size)
+
+
+def _max_sampled(work: Pass) -> int:
+    """Tokens that may be chosen for each row of a pass that samples."""
+    return work.num_tokens if work.kind is PassKind.DECODE else 1
 
 
 def num_scored(microbatches: Sequence[MicroBatch], work: Pass) -> int:
@@ -70,10 +81,11 @@ class Head:
 
     def results(
         self, work: Pass, stage: Stage, output: torch.Tensor, ids: torch.Tensor | None, note: bytes
-    ) -> Scores | list[Sampled] | None:
+    ) -> Scores | list[list[Sampled]] | None:
         """Of hidden states [B, T, H] of a pass; `ids` int64 [B, T] and `note` are what the pass brought.
 
-        Scores of a SCORE pass or one that `scores`, one token a row of one that `samples`, else None.
+        Scores of a SCORE pass or one that `scores`; of one that `samples` tokens, by row: 1, of a DECODE 1 to T (see
+        `Pass`); else None.
         """
         if work.kind is PassKind.SCORE:
             assert work.microbatch_index is not None
@@ -83,22 +95,22 @@ class Head:
         self._follow(work, ids, note)
         return self._sample(work, stage, output) if work.samples else None
 
-    def to_payload(self, value: Scores | list[Sampled] | None) -> Payload:
-        """Losses as they are, then top-1 ids as int32; tokens with their candidates."""
+    def to_payload(self, value: Scores | list[list[Sampled]] | None) -> Payload:
+        """Losses as they are, then top-1 ids as int32; of each row how many tokens, and those with their candidates."""
         if isinstance(value, Scores):
             data = torch.cat([value.loss.view(torch.uint8), value.top1.view(torch.uint8)])
         else:
             data = torch.frombuffer(bytearray(_to_bytes(value or [])), dtype=torch.uint8) if value else _NOTHING
         return Payload(data, ())
 
-    def from_payload(self, work: Pass, data: torch.Tensor) -> Scores | list[Sampled] | None:
+    def from_payload(self, work: Pass, data: torch.Tensor) -> Scores | list[list[Sampled]] | None:
         """Inverse of `to_payload`, from uint8 data. Raises BadFrame for other bytes."""
         if work.kind is PassKind.SCORE or work.scores:
             count = num_scored(self._tokens.microbatches, work)
             if data.numel() != 8 * count:
                 raise BadFrame(f"result of {data.numel()} bytes for {count} scored tokens")
             return Scores(data[: 4 * count].view(torch.float32), data[4 * count :].view(torch.int32))
-        return _from_bytes(bytes(data.numpy()), len(work.rows)) if work.samples else None
+        return _from_bytes(bytes(data.numpy()), work) if work.samples else None
 
     def _scores(self, work: Pass, stage: Stage, output: torch.Tensor) -> Scores:
         assert work.microbatch_index is not None
@@ -119,12 +131,26 @@ class Head:
         for slot, options in json.loads(note or b"{}").items():
             self._samplers[int(slot)] = Sampler(SamplingOptions.from_json(options))
 
-    def _sample(self, work: Pass, stage: Stage, output: torch.Tensor) -> list[Sampled]:
-        logits, tokens = stage.logits(output[:, -1]), []
-        for place, row in enumerate(work.rows):
-            sampler = self._samplers[row.slot]
-            ids = torch.from_numpy(np.array(self._ids[row.slot])) if sampler.reads_ids else _NO_IDS
-            tokens.append(sampler(logits[place], ids, row.start + work.num_tokens))
+    def _sample(self, work: Pass, stage: Stage, output: torch.Tensor) -> list[list[Sampled]]:
+        num_chosen = _max_sampled(work)
+        rows_at_once = max(1, _MAX_LOGITS // num_chosen)
+        tokens = []
+        for first in range(0, len(work.rows), rows_at_once):
+            rows = work.rows[first : first + rows_at_once]
+            chosen = output[first : first + rows_at_once, -num_chosen:]
+            logits = stage.logits(chosen.flatten(0, 1)).unflatten(0, (len(rows), num_chosen))
+            tokens += [self._sample_row(row, work.num_tokens, own) for row, own in zip(rows, logits, strict=True)]
+        return tokens
+
+    def _sample_row(self, row: Row, num_tokens: int, logits: torch.Tensor) -> list[Sampled]:
+        """After each of the row's last tokens, whose logits [n, V] these are, up to the first that is not the next."""
+        sampler, held, end = self._samplers[row.slot], self._ids[row.slot], row.start + num_tokens
+        ids = torch.from_numpy(np.array(held)) if sampler.reads_ids else _NO_IDS
+        tokens: list[Sampled] = []
+        for position, own in enumerate(logits, end - len(logits) + 1):
+            tokens.append(sampler(own, ids[:position], position))
+            if position < end and tokens[-1].token_id != held[position]:
+                break
         return tokens
 
 
@@ -132,25 +158,34 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 _NO_IDS = torch.empty(0, dtype=torch.int64)
 
 
-def _to_bytes(tokens: list[Sampled]) -> bytes:
+def _to_bytes(rows: list[list[Sampled]]) -> bytes:
     parts = []
-    for token in tokens:
-        parts.append(_TOKEN.pack(token.token_id, token.logprob, len(token.top)))
-        parts += [_CANDIDATE.pack(*candidate) for candidate in token.top]
+    for tokens in rows:
+        parts.append(_COUNT.pack(len(tokens)))
+        for token in tokens:
+            parts.append(_TOKEN.pack(token.token_id, token.logprob, len(token.top)))
+            parts += [_CANDIDATE.pack(*candidate) for candidate in token.top]
     return b"".join(parts)
 
 
-def _from_bytes(data: bytes, num_rows: int) -> list[Sampled]:
-    tokens, place = [], 0
+def _from_bytes(data: bytes, work: Pass) -> list[list[Sampled]]:
+    rows: list[list[Sampled]] = []
+    num_rows, most, place = len(work.rows), _max_sampled(work), 0
     try:
         for _ in range(num_rows):
-            token_id, logprob, num_top = _TOKEN.unpack_from(data, place)
-            place += _TOKEN.size
-            top = tuple(_CANDIDATE.unpack_from(data, place + i * _CANDIDATE.size) for i in range(num_top))
-            place += num_top * _CANDIDATE.size
-            tokens.append(Sampled(token_id, logprob, top))
+            (count,) = _COUNT.unpack_from(data, place)
+            if not 1 <= count <= most:
+                raise BadFrame(f"result with {count} tokens of a row; 1 to {most} are possible in {work}")
+            place += _COUNT.size
+            rows.append([])
+            for _ in range(count):
+                token_id, logprob, num_top = _TOKEN.unpack_from(data, place)
+                place += _TOKEN.size
+                top = tuple(_CANDIDATE.unpack_from(data, place + i * _CANDIDATE.size) for i in range(num_top))
+                place += num_top * _CANDIDATE.size
+                rows[-1].append(Sampled(token_id, logprob, top))
     except struct.error as e:
-        raise BadFrame(f"result of {len(data)} bytes for {num_rows} tokens: {e}") from e
+        raise BadFrame(f"result of {len(data)} bytes for {num_rows} rows: {e}") from e
     if place != len(data):
-        raise BadFrame(f"result of {len(data)} bytes for {num_rows} tokens, which take {place}")
-    return tokens
+        raise BadFrame(f"result of {len(data)} bytes for {num_rows} rows, which take {place}")
+    return rows

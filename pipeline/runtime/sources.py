@@ -45,6 +45,9 @@ class MicroBatches:
         self._on_start(index)
         return Entry(work=Pass(kind=PassKind.SCORE, microbatch_index=index), token_ids=self._tokens.input_ids(index))
 
+    def is_void(self, work: Pass) -> bool:
+        return False
+
     def take(self, work: Pass, result: Result | Failure) -> None:
         assert work.microbatch_index is not None
         if isinstance(result, Failure):

@@ -32,6 +32,7 @@ __all__ = [
     "time_decompress",
     "time_microbatch",
     "time_one_token",
+    "time_tokens",
     "wait_for_stream",
 ]
 
@@ -55,12 +56,6 @@ def time_one_token(stage: Stage, hidden_size: int, dtype: torch.dtype, *, least:
     """Median seconds of a stage's forward pass for one token behind `CACHED_TOKENS` in a cache; the last stage's with
     the head. `least`: of more passes the shortest.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def inputs(num_tokens: int) -> torch.Tensor:
-        if stage.plan.is_first:
-            return torch.zeros(1, num_tokens, dtype=torch.int64)
-        return torch.randn(1, num_tokens, hidden_size, generator=generator).to(stage.device, dtype)
 
     def pass_one(token: torch.Tensor) -> None:
         output = stage.forward(token, rows=(Row(0, CACHED_TOKENS),))
@@ -69,12 +64,44 @@ def time_one_token(stage: Stage, hidden_size: int, dtype: torch.dtype, *, least:
 
     stage.open_slots(1, CACHED_TOKENS + 1)
     try:
-        stage.forward(inputs(CACHED_TOKENS), rows=(Row(0, 0),))
-        token = inputs(1)
+        stage.forward(_blank_inputs(stage, CACHED_TOKENS, hidden_size, dtype), rows=(Row(0, 0),))
+        token = _blank_inputs(stage, 1, hidden_size, dtype)
         timed = _least_s if least else _median_s
         return timed(lambda: pass_one(token), stage.device)
     finally:
         stage.close_slots()
+
+
+@torch.inference_mode()
+def time_tokens(stage: Stage, num_tokens: int, hidden_size: int, dtype: torch.dtype, *, max_s: float) -> float:
+    """Seconds of a stage's forward pass for some tokens of one sequence, behind `CACHED_TOKENS` where the slot has
+    room; the last stage's with the head for each of them. The shortest of several that take up to `max_s`.
+
+    The stage's slots are open, and slot 0, which it uses, is empty afterwards.
+    """
+    assert stage.slots is not None
+    num_cached = min(CACHED_TOKENS, stage.slots.max_length - num_tokens)
+
+    def pass_tokens(start: int, inputs: torch.Tensor) -> None:
+        output = stage.forward(inputs, rows=(Row(0, start),))
+        if stage.plan.is_last:
+            stage.logits(output[0])
+
+    try:
+        if num_cached > 0:
+            pass_tokens(0, _blank_inputs(stage, num_cached, hidden_size, dtype))
+        inputs = _blank_inputs(stage, num_tokens, hidden_size, dtype)
+        return min(_times_s(lambda: pass_tokens(num_cached, inputs), stage.device, 4 * REPEATS, max_s))
+    finally:
+        stage.slots.crop(0, 0)
+
+
+def _blank_inputs(stage: Stage, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """What a stage takes for one row: token ids int64 [1, T], or hidden states [1, T, H]."""
+    if stage.plan.is_first:
+        return torch.zeros(1, num_tokens, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, num_tokens, hidden_size, generator=generator).to(stage.device, dtype)
 
 
 @torch.inference_mode()
@@ -146,10 +173,12 @@ def _least_s(operation: Callable[[], Any], device: torch.device) -> float:
     return min(_times_s(operation, device, 4 * REPEATS))
 
 
-def _times_s(operation: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+def _times_s(
+    operation: Callable[[], Any], device: torch.device, repeats: int, max_s: float = MAX_S
+) -> list[float]:
     operation()
     times: list[float] = []
-    while len(times) < repeats and sum(times) < MAX_S:
+    while not times or (len(times) < repeats and sum(times) < max_s):
         wait_for_stream(device)
         start_s = time.perf_counter()
         operation()

@@ -133,6 +133,9 @@ class StageWorker:
             ids, note = entry.token_ids, entry.note
         return self._forward(link_index + 1, frame.work, inputs, frame.trail, ids, note)
 
+    def spare(self, link_index: int, frame: Frame) -> Result:
+        return Result(None, frame.trail if link_index + 1 in self._stages else frame.trail[:-1])
+
     def drop(self, link_index: int | None, work: Pass) -> None:
         # Other stages of this rank are left alone: those before may have gone on with the slot's next sequence.
         stage = self._stages.get(0 if link_index is None else link_index + 1)

@@ -115,6 +115,10 @@ class Adding:
             return Result(inputs.tolist(), frame.trail[:-1])
         return self._go_on(link_index + 1, frame.work, inputs, frame.trail)
 
+    def spare(self, link_index, frame):
+        self._tell("spare", link_index, frame.work.microbatch_index)
+        return Result(None, frame.trail if link_index + 1 < len(self._plan.stages) else frame.trail[:-1])
+
     def drop(self, link_index, work):
         self._tell("drop", self._rank, work.microbatch_index)
 
@@ -165,6 +169,9 @@ class Windows:
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         assert self.credits is None or self.in_flight <= self.credits
         return entry(index)
+
+    def is_void(self, work):
+        return False
 
     def take(self, work, result):
         assert work.microbatch_index == len(self.results)

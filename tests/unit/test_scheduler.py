@@ -21,7 +21,8 @@ from compressors.base import Payload
 from pipeline.comm.link import Frame
 from pipeline.comm.link_ends import Arrival
 from pipeline.generation import scheduler as module
-from pipeline.generation.scheduler import Scheduler, shared_length
+from pipeline.generation.scheduler import Scheduler, SchedulerConfig
+from pipeline.generation.sequences import shared_length
 from pipeline.models.cache import SlotCache
 from pipeline.models.sampling import Sampler, SamplingOptions
 from pipeline.models.stage import TokenWindows
@@ -166,6 +167,9 @@ class Watched:
             self.in_flight.append(entry)
         return entry
 
+    def is_void(self, work):
+        return self._source.is_void(work)
+
     def take(self, work, result):
         self.in_flight.popleft()
         self._source.take(work, result)
@@ -237,22 +241,29 @@ class Asked:
         self.prompt_ids, self.options, self.num_tokens = tuple(prompt), options, num_tokens
         self.ids, self.reason, self.error, self.has_begun = [], None, None, False
         self.expires_s = math.inf
+        self.num_passes = self.num_drafts_accepted = 0
 
     @property
     def is_finished(self):
         return self.reason is not None
 
+    @property
+    def num_wanted(self):
+        return self.num_tokens - len(self.ids)
+
     def begin(self):
         assert not self.has_begun and not self.is_finished
         self.has_begun = True
 
-    def take(self, token):
+    def take(self, token, *, was_draft):
         assert not self.is_finished and self.has_begun
+        self.num_drafts_accepted += was_draft
         self.ids.append(token.token_id)
         if len(self.ids) == self.num_tokens:
             self.finish("length")
 
-    def count(self, payload_bytes):
+    def count(self, payload_bytes, *, brings_tokens):
+        self.num_passes += brings_tokens
         assert all(nbytes > 0 for nbytes in payload_bytes)
 
     def finish(self, reason, error=None):
@@ -291,12 +302,12 @@ def some_options(rng):
 def simulate(plan, seed, *, failing, cancels, breaks=0.0):
     rng = random.Random(seed)
     num_slots, slot_length = rng.choice([1, 2, 3, 5]), rng.choice([24, 48])
-    scheduler = Scheduler(
+    scheduler = Scheduler(SchedulerConfig(
         num_slots=num_slots,
         slot_length=slot_length,
         prefill_chunk=rng.choice([1, 3, 8, slot_length]),
         passes=rng.choice([1, 2, 4, 7]),
-    )
+    ))
     credits = rng.choice([1, 2, 5, 9])
 
     def form():
@@ -394,7 +405,7 @@ def test_what_is_prefilled_again_is_counted(num_breaks):
 
 
 def make_ring(plan, scheduler=None, **options):
-    scheduler = scheduler or Scheduler(num_slots=2, slot_length=48, prefill_chunk=48, **options)
+    scheduler = scheduler or Scheduler(SchedulerConfig(num_slots=2, slot_length=48, prefill_chunk=48, **options))
     return scheduler, Ring(PLANS[plan], random.Random(0), scheduler, num_slots=2, slot_length=48, credits=1, failing=0)
 
 
@@ -452,9 +463,9 @@ def test_a_failed_decode_of_a_shared_prompt_is_no_new_beginning():
 def test_nobody_waits_for_anothers_answer(fails_together):
     """With fewer passes in the ring than are meant to be, and when those of several rows fail."""
     num_slots = 4
-    scheduler = Scheduler(
+    scheduler = Scheduler(SchedulerConfig(
         num_slots=num_slots, slot_length=48, prefill_chunk=48, passes=1 if fails_together else 4, shares_prefixes=False
-    )
+    ))
     rng = random.Random(0)
     ring = Ring(PLANS["ring"], rng, scheduler, num_slots=num_slots, slot_length=48, credits=1, failing=0)
     everyone = [Asked([number], SamplingOptions(), 20) for number in range(num_slots)]
@@ -489,7 +500,7 @@ def test_requests_that_wait_for_a_prompt_are_compared_once(monkeypatch):
     """Not again with each of its chunks: prompts have thousands of tokens, and the ring waits meanwhile."""
     compared = []
     monkeypatch.setattr(module, "shared_length", lambda *ids: compared.append(1) or shared_length(*ids))
-    scheduler = Scheduler(num_slots=4, slot_length=900, prefill_chunk=8, passes=1)
+    scheduler = Scheduler(SchedulerConfig(num_slots=4, slot_length=900, prefill_chunk=8, passes=1))
     ring = Ring(PLANS["ring"], random.Random(0), scheduler, num_slots=4, slot_length=900, credits=1, failing=0)
     system = [number % 11 for number in range(800)]
     everyone = [Asked([*system, number], SamplingOptions(), 1) for number in range(20)]
@@ -507,7 +518,7 @@ def test_requests_that_wait_for_a_prompt_are_compared_once(monkeypatch):
 
 def test_a_shared_beginning_is_waited_for_no_longer_than_it_takes():
     """Of a long prompt whose first tokens it shares, a request wants those alone."""
-    scheduler = Scheduler(num_slots=2, slot_length=900, prefill_chunk=8, passes=1)
+    scheduler = Scheduler(SchedulerConfig(num_slots=2, slot_length=900, prefill_chunk=8, passes=1))
     system = [number % 11 for number in range(40)]
     long, short = Asked([*system, *[5] * 800], SamplingOptions(), 1), Asked([*system, 3, 4], SamplingOptions(), 1)
     for asked in (long, short):
@@ -521,7 +532,7 @@ def test_a_shared_beginning_is_waited_for_no_longer_than_it_takes():
 
 
 def test_where_the_model_mixes_sequences_each_decodes_alone():
-    scheduler = Scheduler(num_slots=4, slot_length=48, prefill_chunk=48, passes=1, shares_passes=False)
+    scheduler = Scheduler(SchedulerConfig(num_slots=4, slot_length=48, prefill_chunk=48, passes=1, shares_passes=False))
     ring = Ring(PLANS["ring"], random.Random(0), scheduler, num_slots=4, slot_length=48, credits=1, failing=0)
     everyone = [Asked([number], SamplingOptions(), 10) for number in range(4)]
     for asked in everyone:

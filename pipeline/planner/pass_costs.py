@@ -1,4 +1,4 @@
-"""What a pass costs, by how many tokens of a sequence it has. Numbers only; `runtime.pass_costs` measures them."""
+"""What a pass costs, by how many tokens of a sequence it has; `runtime.pass_costs` measures it."""
 
 from __future__ import annotations
 

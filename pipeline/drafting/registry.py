@@ -1,0 +1,94 @@
+"""Drafters by name: those that are shipped and `package.module:Class`, with options in brackets as codecs have them.
+
+A spec's name and form are checked when the config is read (`config.reading`); classes are imported here, when first
+asked for. The drafter `name` is the class `Name` of the module `pipeline.drafting.name`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from compressors.short_form import did_you_mean
+from pipeline.config.reading import parse_drafters
+from pipeline.config.schema import DRAFTERS, ConfigError
+from pipeline.drafting.drafter import Drafter, DrafterContext
+
+__all__ = ["check_drafters", "make_drafters"]
+
+
+def check_drafters(specs: Sequence[str]) -> None:
+    """Raise ConfigError for what can be wrong with `generation.draft` before there is a model: names and options."""
+    _load_all(specs)
+
+
+def make_drafters(specs: Sequence[str], context: DrafterContext) -> list[Drafter]:
+    """The drafters of `generation.draft`, in its order.
+
+    Raises ConfigError for an unknown name or option, a bad value, a class that is no drafter, or two of one name; it
+    names the drafter, the option, what was given and what is allowed.
+    """
+    drafters = []
+    for name, cls, options in _load_all(specs):
+        try:
+            drafters.append(cls(context=context, **options))
+        except (ValueError, OSError) as e:
+            raise ConfigError(f"generation.draft: drafter {name!r}: {e}") from e
+    return drafters
+
+
+def _load_all(specs: Sequence[str]) -> list[tuple[str, Any, dict[str, Any]]]:
+    """(name, class, options) of each."""
+    loaded: list[tuple[str, Any, dict[str, Any]]] = []
+    for name, options in parse_drafters(specs):
+        try:
+            cls = _load_plugin(name) if ":" in name else _load(name)
+            _check_options(name, cls, options)
+        except ValueError as e:
+            raise ConfigError(f"generation.draft: {e}") from e
+        if any(cls.name == other.name for _, other, _ in loaded):
+            raise ConfigError(f"generation.draft: two drafters are called {cls.name!r}; each needs a name of its own")
+        loaded.append((name, cls, options))
+    return loaded
+
+
+def _load(name: str) -> Any:
+    return getattr(importlib.import_module(f"pipeline.drafting.{name}"), name.capitalize())
+
+
+def _load_plugin(name: str) -> Any:
+    module_name, _, class_name = name.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except ImportError as e:
+        raise ValueError(f"drafter {name!r}: cannot import module {module_name!r}: {e}") from e
+    except AttributeError as e:
+        raise ValueError(f"drafter {name!r}: module {module_name!r} has no {class_name!r}") from e
+    if not isinstance(cls, type) or not callable(getattr(cls, "draft", None)):
+        raise ValueError(f"drafter {name!r}: {class_name} is not a class with a method draft(slot, ids)")
+    own = getattr(cls, "name", None)
+    if not isinstance(own, str):
+        raise ValueError(f"drafter {name!r}: {class_name} has no class attribute `name`")
+    if own in DRAFTERS:
+        raise ValueError(f"drafter {name!r}: {class_name}.name is {own!r}, which is a shipped one's; choose another")
+    if "context" not in inspect.signature(cls).parameters:
+        raise ValueError(f"drafter {name!r}: {class_name}.__init__ must take the keyword argument context")
+    return cls
+
+
+def _check_options(name: str, cls: Any, options: dict[str, Any]) -> None:
+    """Raise ValueError for an option that the drafter does not take, or lacks."""
+    fixed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    signature = inspect.signature(cls).parameters
+    parameters = {key: p for key, p in signature.items() if key != "context" and p.kind not in fixed}
+    allowed = ", ".join(parameters) or "none"
+    for option, value in options.items():
+        if option not in parameters:
+            hint = did_you_mean(difflib.get_close_matches(option, parameters, n=1))
+            raise ValueError(f"drafter {name!r} has no option {option!r} (got {value!r}){hint}; allowed: {allowed}")
+    for option, parameter in parameters.items():
+        if option not in options and parameter.default is inspect.Parameter.empty:
+            raise ValueError(f"drafter {name!r} needs option {option!r}; its options: {allowed}")

@@ -1,0 +1,197 @@
+"""What the scheduler keeps account of: requests under way and in waiting, what slots hold, what passes are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from pipeline.drafting.policy import Track
+from pipeline.models.sampling import Sampled, SamplingOptions
+
+__all__ = [
+    "ActiveSequence",
+    "Answering",
+    "HeldIds",
+    "UnderWay",
+    "UnderWayRow",
+    "WaitingRequest",
+    "is_over",
+    "shared_length",
+]
+
+
+class Answering(Protocol):
+    """A request under way, as the scheduler sees it."""
+
+    @property
+    def prompt_ids(self) -> Sequence[int]:
+        """At least one."""
+
+    @property
+    def options(self) -> SamplingOptions: ...
+
+    @property
+    def expires_s(self) -> float:
+        """By `time.monotonic`; infinity for never."""
+
+    @property
+    def num_wanted(self) -> int:
+        """How many tokens may still come, at most."""
+
+    @property
+    def is_finished(self) -> bool: ...
+
+    def begin(self) -> None:
+        """It has a slot."""
+
+    def take(self, token: Sampled, *, was_draft: bool) -> None:
+        """The next token, and whether it had gone ahead as a draft."""
+
+    def count(self, payload_bytes: Sequence[float], *, brings_tokens: bool) -> None:
+        """A pass of its own has crossed the links, with so many bytes on each; its tokens, if any, come next."""
+
+    def finish(self, reason: str, error: str | None = None) -> None:
+        """No more tokens will come."""
+
+
+class HeldIds:
+    """Token ids, int32 [n], that the caches of all ranks have in a slot; at most `slot_length`."""
+
+    def __init__(self, slot_length: int) -> None:
+        self._ids = np.empty(slot_length, np.int32)
+        self._length = 0
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self._ids[: self._length]
+
+    def put(self, start: int, ids: Sequence[int] | np.ndarray) -> None:
+        """In place of what there is from position `start` on; nothing where those before are not there."""
+        if start <= self._length:
+            self._ids[start : start + len(ids)] = ids
+            self._length = start + len(ids)
+
+    def crop(self, length: int) -> None:
+        self._length = min(self._length, length)
+
+
+@dataclass(eq=False)
+class ActiveSequence:
+    """A request in a slot. Positions [0, sent) of `ids` are in the ring or behind it.
+
+    `ids` are those of the prompt and the answer, of which `num_certain`, then drafts that are under way.
+    """
+
+    answering: Answering
+    slot: int
+    prompt: np.ndarray  # token ids, int32
+    ids: list[int] = field(init=False)
+    num_certain: int = field(init=False)
+    sent: int = 0
+    source: int | None = None  # the slot that its first positions are taken from
+    epoch: int = 0  # passes of earlier ones no longer count
+    track: Track | None = None  # where there are drafters
+    drafts: list[int] | None = None  # for its next pass, if they have been asked for
+    is_alone: bool = False
+    has_begun: bool = False
+    num_lost: int = 0  # positions that were computed before the ring was formed again
+
+    def __post_init__(self) -> None:
+        self.ids, self.num_certain = self.prompt.tolist(), len(self.prompt)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.sent < self.num_prompt
+
+    @property
+    def is_ready(self) -> bool:
+        return not self.is_prefilling and self.sent < self.num_certain
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether sampled tokens are under way, so that a token is due."""
+        return self.sent >= self.num_certain and self.sent > self.num_prompt
+
+    def settle(self, token_id: int) -> bool:
+        """Take the next token for certain; whether it is the draft for its place.
+
+        Where another draft is there, it and what followed it no longer count.
+        """
+        drafts = self.ids[self.num_certain :]
+        is_right = drafts[:1] == [token_id]
+        if not is_right:
+            self.ids[self.num_certain :] = [token_id]
+        self.num_certain += 1
+        if drafts and not is_right:
+            self.go_back()
+        return is_right
+
+    def go_back(self) -> None:
+        """Decode again from the newest certain token on: passes that have gone no longer count."""
+        self.epoch += 1
+        del self.ids[self.num_certain :]
+        self.sent = self.num_certain - 1
+
+
+@dataclass(eq=False)
+class WaitingRequest:
+    """A request without a slot, or one that has lost it when the ring was formed again: `prompt` then has the tokens of
+    its answer, too, and `num_lost` positions of it had been computed.
+
+    `prefix`: of which sequence it wants more than so many positions first, and its epoch.
+
+    While that is on its way, prompts need not be compared.
+    """
+
+    answering: Answering
+    prompt: np.ndarray
+    num_lost: int | None = None
+    prefix: tuple[ActiveSequence, int, int] | None = None
+
+    @property
+    def must_wait(self) -> bool:
+        if self.prefix is None:
+            return False
+        sequence, epoch, enough = self.prefix
+        return sequence.epoch == epoch and sequence.is_prefilling and sequence.sent <= enough
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """What a pass was made of. `is_ahead`: all of it is behind tokens that were not certain."""
+
+    rows: list[UnderWayRow]
+    is_ahead: bool = False
+
+
+@dataclass(frozen=True)
+class UnderWayRow:
+    """`held` is what its slot held for the sequence, of which `kept` positions are there if the pass fails."""
+
+    sequence: ActiveSequence
+    epoch: int
+    start: int
+    held: HeldIds
+    kept: int
+
+
+def is_over(answering: Answering, now_s: float) -> bool:
+    """Whether no more tokens are to come, which it is told if its time is up."""
+    if not answering.is_finished and answering.expires_s <= now_s:
+        answering.finish("deadline")
+    return answering.is_finished
+
+
+def shared_length(held: np.ndarray, prompt: np.ndarray) -> int:
+    """Length of the longest common prefix of token ids."""
+    length = min(len(held), len(prompt))
+    differs = held[:length] != prompt[:length]
+    place = int(differs.argmax()) if length else 0
+    return place if length and differs[place] else length
