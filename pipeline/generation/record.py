@@ -176,8 +176,8 @@ def _request(line: Mapping[str, Any]) -> RequestFigures:
         ttft_s=line["ttft_s"],
         tpot_s=None if line["tpot_s"] is None else Spread(**line["tpot_s"]),
         bytes_per_link=line["bytes_per_link"],
-        num_passes=line.get("num_passes"),
-        num_drafts_accepted=line.get("num_drafts_accepted"),
+        num_passes=line["num_passes"],
+        num_drafts_accepted=line["num_drafts_accepted"],
         error=line["error"],
     )
 

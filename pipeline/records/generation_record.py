@@ -50,7 +50,9 @@ class Spread(Part):
 
 
 class GenerationResults(Part):
-    """`ttft_s`: from having a slot to the first token; `tpot_s`: between tokens; null where there was none."""
+    """`ttft_s`: from having a slot to the first token; `tpot_s`: between tokens, where those of one
+    pass share its time; null where there was none.
+    """
 
     num_requests: Count
     num_failed: Count

@@ -69,7 +69,7 @@ COLUMNS: tuple[Column[GeneratedRun], ...] = (
     Column(
         key="ms_per_token_median",
         heading="ms/token",
-        meaning="between tokens of one answer, median",
+        meaning="between tokens of one answer, median; those of one pass share its time",
         value=_ms("tpot_s"),
         form=number(".1f"),
     ),

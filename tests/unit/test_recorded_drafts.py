@@ -5,7 +5,7 @@ import pytest
 from pipeline.drafting.drafter import Draft
 from pipeline.drafting.policy import DepthCounts, Drafting, DraftLimits
 from pipeline.generation.record import recorded_drafts
-from pipeline.drafting.costs import PassCosts
+from pipeline.planner.pass_costs import PassCosts
 
 
 class Next:
