@@ -6,13 +6,16 @@ Rank 0 hands in a source of passes; the others follow frames.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.comm.link import LinkSpec
 from pipeline.comm.link_ends import forward_hops, open_links
 from pipeline.comm.mailbox import LinkError
 from pipeline.config.schema import ConfigError, RunConfig
-from pipeline.drafting.policy import Drafting
+from pipeline.drafting.drafter import Drafter, DrafterContext
+from pipeline.drafting.policy import Drafting, DraftLimits
+from pipeline.drafting.registry import make_drafters
 from pipeline.generation.scheduler import Scheduler
 from pipeline.models.loading import TORCH_DTYPES, WeightFormat
 from pipeline.models.sampling import read_generation_defaults
@@ -23,7 +26,7 @@ from pipeline.runtime.emulation import check_emulation, emulated_links, receives
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.head import Head, max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import generation_workload, id_nbytes, link_specs
-from pipeline.runtime.pass_costs import ranks_at_once
+from pipeline.runtime.pass_costs import measure_pass_costs, ranks_at_once
 from pipeline.runtime.placement import credits_of
 from pipeline.runtime.rank_report import rank_report
 from pipeline.runtime.stage_times import StageTimes
@@ -45,7 +48,7 @@ class GenerationRing:
         drafting: on rank 0, where drafters are configured.
         mixes_tokens: whether the model itself computes a token otherwise beside others, be it those of other sequences.
 
-    Raises ConfigError, on all ranks, for codecs that generation cannot use.
+    Raises ConfigError, on all ranks, for codecs and drafters that it cannot use.
     """
 
     def __init__(self, config: RunConfig, deployment: Deployment) -> None:
@@ -77,7 +80,8 @@ class GenerationRing:
         check_emulation(config, control.world)  # the deployment's config may have had other links
         self.emulated_links = emulated_links(config, plan)
         self.receives_ahead = receives_ahead_of(config, self.emulated_links, credits=self.credits)
-        self.passes = min(self.credits, generation.passes or sum(ranks_at_once(deployment).values()))
+        at_once = ranks_at_once(deployment)
+        self.passes = min(self.credits, generation.passes or sum(at_once.values()))
         defaults = read_generation_defaults(deployment.model.directory, deployment.model.config)
         self.defaults, self.eos_ids, self.notes = defaults, defaults.eos_ids, defaults.notes
         dtype = TORCH_DTYPES[config.model.dtype]
@@ -88,15 +92,16 @@ class GenerationRing:
             stage.open_slots(generation.max_slots, self.slot_length)
         tokens = TokenWindows(deployment.text.ids, (), None)
         result_link = len(plan.links) if plan.last_node != 0 else None
+        end_codecs = EndCodecs.make(plan, self.codecs, self.decode_codecs)
+        self.drafting = self._make_drafting(end_codecs, at_once) if generation.draft else None
         self._worker = StageWorker(
             deployment.stages,
-            EndCodecs.make(plan, self.codecs, self.decode_codecs),
+            end_codecs,
             Head(tokens, result_link),
             tokens,
             dtype=dtype,
             slowdown=slowdown_of(config, control.world),
         )
-        self.drafting: Drafting | None = None
 
     @property
     def times(self) -> dict[int, StageTimes]:
@@ -138,6 +143,43 @@ class GenerationRing:
         """Free the slots."""
         for stage in self.deployment.stages.values():
             stage.close_slots()
+
+    def _make_drafting(self, codecs: EndCodecs, at_once: Mapping[str, int]) -> Drafting | None:
+        """With the drafters of the config; None on other ranks than 0. Every rank calls it."""
+        config, deployment, generation = self.config, self.deployment, self.config.generation
+        control, model = deployment.control, deployment.model
+        is_first = control.world.rank == 0
+
+        def make() -> tuple[list[Drafter], None]:
+            if not is_first:
+                return [], None
+            context = DrafterContext(
+                plan=deployment.plan,
+                stages=deployment.stages,
+                model_config=model.config,
+                checkpoint_digest=model.checkpoint_digest,
+                eos_ids=self.eos_ids,
+            )
+            return make_drafters(generation.draft, context), None
+
+        control.report("making drafters")
+        drafters, _ = control.together(make)
+        costs = measure_pass_costs(
+            deployment.stages,
+            codecs,
+            control,
+            at_once=at_once,
+            hidden_size=model.config.hidden_size,
+            dtype=TORCH_DTYPES[config.model.dtype],
+            depth=generation.draft_depth,
+            slowdown=slowdown_of(config, control.world),
+        )
+        limits = DraftLimits(
+            depth=generation.draft_depth,
+            passes=generation.draft_passes or self.credits,
+            adapts=generation.draft_adapts,
+        )
+        return Drafting(drafters, costs, limits) if is_first else None
 
     def _specs(self) -> dict[int, LinkSpec]:
         deployment = self.deployment
