@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -50,6 +51,7 @@ class Answer:
         self._submitted_s = time.monotonic()
         self._began_s: float | None = None
         self._token_times_s: list[float] = []
+        self._pass_starts: list[int] = []  # which tokens are the first of their passes
         self._logprobs: list[float] = []
         self._top_logprobs: list[tuple[tuple[int, float], ...]] = []
 
@@ -88,9 +90,14 @@ class Answer:
 
     @property
     def token_gaps_s(self) -> list[float]:
-        """Seconds between tokens."""
-        times = self._token_times_s
-        return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        """Seconds between tokens; those of one pass come at once, and share the time since the pass before."""
+        spans = itertools.pairwise([*self._pass_starts, len(self._token_times_s)])
+        passes = [(self._token_times_s[start], end - start) for start, end in spans if end > start]
+        return [
+            gap
+            for (earlier, _), (later, num_tokens) in itertools.pairwise(passes)
+            for gap in [(later - earlier) / num_tokens] * num_tokens
+        ]
 
     @property
     def bytes_per_link(self) -> dict[str, float]:
@@ -126,7 +133,9 @@ class Answer:
             self.finish("length")
 
     def count(self, payload_bytes: Sequence[float], *, brings_tokens: bool) -> None:
-        self.num_passes += brings_tokens
+        if brings_tokens:
+            self.num_passes += 1
+            self._pass_starts.append(len(self.token_ids))
         self._bytes = [total + nbytes for total, nbytes in zip(self._bytes, payload_bytes, strict=True)]
 
     def finish(self, reason: str, error: str | None = None) -> None:
@@ -154,6 +163,8 @@ class Answer:
             "ttft_s": self.ttft_s,
             "tpot_s": {"median": statistics.median(gaps), "p95": quantile(gaps, 0.95)} if gaps else None,
             "bytes_per_link": self.bytes_per_link,
+            "num_passes": self.num_passes,
+            "num_drafts_accepted": self.num_drafts_accepted,
             "error": self.error,
         }
 
@@ -177,6 +188,8 @@ def refusal_line(refused: RefusedRequest) -> dict[str, Any]:
         "ttft_s": None,
         "tpot_s": None,
         "bytes_per_link": {},
+        "num_passes": 0,
+        "num_drafts_accepted": 0,
         "error": refused.error,
     }
 

@@ -17,6 +17,7 @@ from compressors.console import show
 from pipeline.comm.watchdog import bounded
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.text import load_tokenizer
+from pipeline.drafting.policy import Drafting
 from pipeline.generation.answer import Answer, refusal_line
 from pipeline.generation.answers_file import AnswersFile
 from pipeline.generation.record import Session, generation_record
@@ -158,7 +159,8 @@ class _Batch:
             self.lines.append(line)
             self.file.add(line)
             rate = self._num_tokens / max(time.monotonic() - self._start_s, 1e-9)
-            self._bar.set_postfix_str(f"{self._num_tokens} tokens, {rate:.1f} tokens/s", refresh=False)
+            words = [f"{self._num_tokens} tokens", f"{rate:.1f} tokens/s", *_worth(self.scheduler.drafting)]
+            self._bar.set_postfix_str(", ".join(words), refresh=False)
             self._bar.update()
 
 
@@ -219,6 +221,7 @@ class GenerationJob:
                 tokens_prefilled_again=batch.scheduler.num_prefilled_again,
                 started_again=self._was_started_again,
             ),
+            drafting=batch.scheduler.drafting,
         )
         path = write_generation(Path(self._config.exp_dir), generation_record(ring, session, reports))
         return Generated(path, batch.file.path, [line for line in batch.lines if line["error"] is not None])
@@ -245,6 +248,18 @@ class GenerationJob:
                 show("\n[rank 0 was started again; an answer that was not finished begins anew]\n")
             show(self._shown)
         return self._batch
+
+
+def _worth(drafting: Drafting | None) -> list[str]:
+    """Of drafts so far, in words."""
+    if drafting is None or not drafting.figures.passes:
+        return []
+    figures = drafting.figures
+    # Copies: requests that are refused are written on a thread of their own, while passes are counted.
+    judged = [counts for by_depth in list(figures.counts.values()) for counts in list(by_depth.values())]
+    num_judged, num_right = sum(counts.judged for counts in judged), sum(counts.right for counts in judged)
+    accepted = [f"{num_right / num_judged:.0%} of drafts right"] if num_judged else []
+    return [f"{figures.tokens / figures.passes:.2f} tokens/pass", *accepted]
 
 
 def _ignore(text: str) -> None:

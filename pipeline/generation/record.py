@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.drafting.policy import DepthCounts, Drafting
 from pipeline.generation.answer import Answer, quantile
 from pipeline.generation.ring import GenerationRing
+from pipeline.records.drafts import (
+    DrafterFigures,
+    Drafts,
+    DraftsAtDepth,
+    RecordedCosts,
+    RecordedLimits,
+    Undrafted,
+)
 from pipeline.records.environment import software_versions
 from pipeline.records.generation_record import (
     GenerationLink,
@@ -25,7 +34,7 @@ from pipeline.records.labels import model_label
 from pipeline.records.run_record import Args
 from pipeline.runtime.record_parts import codec_configs, emulation, planned_stages, recorded_model, stage_seconds
 
-__all__ = ["Session", "generation_record"]
+__all__ = ["Session", "generation_record", "recorded_drafts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,7 @@ class Session:
     num_taken_over: int
     earlier_s: float
     interruptions: Interruptions
+    drafting: Drafting | None
 
 
 def generation_record(
@@ -91,10 +101,41 @@ def generation_record(
         emulation=emulation(config, plan, ring.emulated_links),
         model=recorded_model(deployment),
         interruptions=session.interruptions,
+        drafts=recorded_drafts(session.drafting, config.generation.draft) if session.drafting else None,
         notes=(*deployment.model.notes, *ring.notes, *_interruption_notes(session.interruptions)),
         versions=software_versions(),
         environment=dict(deployment.environment),
     )
+
+
+def recorded_drafts(drafting: Drafting, specs: Sequence[str]) -> Drafts:
+    """What came of drafts so far; `specs` are those of the drafters, in their order."""
+    figures = drafting.figures
+    return Drafts(
+        drafters=tuple(
+            DrafterFigures(name=name, spec=spec, draft_s=draft_s, by_depth=_by_depth(figures.counts.get(name, {})))
+            for spec, (name, draft_s) in zip(specs, drafting.draft_s.items(), strict=True)
+        ),
+        passes=figures.passes,
+        void=figures.void,
+        tokens=figures.tokens,
+        tokens_per_pass=_ratio(figures.tokens, figures.passes),
+        rows_by_tokens=_dense(figures.depths),
+        rows_by_in_flight=_dense(figures.in_flight),
+        undrafted=Undrafted(none=figures.undrafted["none"], cost=figures.undrafted["cost"]),
+        limits=RecordedLimits(**asdict(drafting.limits)),
+        costs=RecordedCosts(**asdict(drafting.costs)),
+        away_s=drafting.away_s,
+    )
+
+
+def _by_depth(counts: Mapping[int, DepthCounts]) -> tuple[DraftsAtDepth, ...]:
+    depths = range(1, 1 + max(counts, default=0))
+    return tuple(DraftsAtDepth(**asdict(counts.get(depth, DepthCounts()))) for depth in depths)
+
+
+def _dense(counts: Mapping[int, int]) -> tuple[int, ...]:
+    return tuple(counts.get(number, 0) for number in range(1 + max(counts, default=-1)))
 
 
 def _interruption_notes(interruptions: Interruptions) -> list[str]:
@@ -135,6 +176,8 @@ def _request(line: Mapping[str, Any]) -> RequestFigures:
         ttft_s=line["ttft_s"],
         tpot_s=None if line["tpot_s"] is None else Spread(**line["tpot_s"]),
         bytes_per_link=line["bytes_per_link"],
+        num_passes=line["num_passes"],
+        num_drafts_accepted=line["num_drafts_accepted"],
         error=line["error"],
     )
 

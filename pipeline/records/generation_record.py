@@ -12,6 +12,7 @@ from typing import Final, Literal, Self
 from pydantic import model_validator
 
 from pipeline.records.base import Amount, Count, Part, Positive, Words
+from pipeline.records.drafts import Drafts
 from pipeline.records.run_record import (
     SCHEMA_VERSION,
     Args,
@@ -49,7 +50,9 @@ class Spread(Part):
 
 
 class GenerationResults(Part):
-    """`ttft_s`: from having a slot to the first token; `tpot_s`: between tokens; null where there was none."""
+    """`ttft_s`: from having a slot to the first token; `tpot_s`: between tokens, where those of one
+    pass share its time; null where there was none.
+    """
 
     num_requests: Count
     num_failed: Count
@@ -75,7 +78,8 @@ class GenerationLink(Part):
 
 class RequestFigures(Part):
     """One request. Null seconds: it did not come that far. `bytes_per_link` are payload bytes, of passes that it
-    shared its share.
+    shared its share. `num_passes` have brought it tokens, `num_drafts_accepted` of these had gone ahead as drafts;
+    null in records that are older than drafts.
     """
 
     line: Count
@@ -86,6 +90,8 @@ class RequestFigures(Part):
     ttft_s: Amount | None
     tpot_s: Spread | None
     bytes_per_link: Mapping[str, Amount]
+    num_passes: Count | None
+    num_drafts_accepted: Count | None
     error: Words | None
 
 
@@ -116,10 +122,10 @@ class Interruptions(Part):
 
 class GenerationRecord(Part):
     """One session of requests. Links and stages are named as in the plan; `codecs_decode` are of sampled tokens.
-    Null `emulation`: nothing was emulated.
+    Null `emulation`: nothing was emulated; null `drafts`: there was no drafter.
     """
 
-    schema_version: Literal[3] = SCHEMA_VERSION
+    schema_version: Literal[4] = SCHEMA_VERSION
     kind: Literal["thinwire generation"] = GENERATION_KIND
     run_id: str
     digest: str
@@ -135,6 +141,7 @@ class GenerationRecord(Part):
     ranks: tuple[GenerationRank, ...]
     schedule: GenerationSchedule
     interruptions: Interruptions | None
+    drafts: Drafts | None
     backend: str
     emulation: Emulation | None
     model: Model
@@ -164,6 +171,13 @@ class GenerationRecord(Part):
         for key, over_requests in sums.items():
             if (total := getattr(self.results, key)) != over_requests:
                 raise ValueError(f"results.{key} is {total}, the sum over requests {over_requests}")
+        for request in requests:
+            accepted = request.num_drafts_accepted or 0
+            if accepted > request.num_tokens or (accepted and self.drafts is None):
+                raise ValueError(
+                    f"num_drafts_accepted of line {request.line} is {accepted}, of {request.num_tokens} tokens"
+                    + ("" if self.drafts else " without a drafter")
+                )
         for name, link in self.traffic_per_link.items():
             where = f"traffic_per_link.{name}"
             check_ratio(f"{where}.bytes_per_token", link.bytes_per_token, link.payload_bytes, link.tokens)

@@ -5,7 +5,7 @@ would have been. What stands where it should not is left for the models to refus
 
 Version 1 is every file from the first release on that says so: it grew, and run records had no `kind`. Version 2 is
 that of the models: all keys are there, with null for what is not known or does not apply. Version 3 added what was
-emulated, and how often the ring was formed again while prompts were answered.
+emulated, and how often the ring was formed again while prompts were answered; version 4 what came of drafts.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ def lift(value: Any) -> dict[str, Any]:
         _add(value, emulation=None)
     if version < 3 and value.get("kind") == GENERATION_KIND:
         _add(value, interruptions=None)
+    if version < 4 and value.get("kind") == GENERATION_KIND:
+        _add(value, drafts=None)
+        _add_to_each(value.get("requests"), num_passes=None, num_drafts_accepted=None)
     value["schema_version"] = SCHEMA_VERSION
     return value
 

@@ -46,7 +46,7 @@ __all__ = [
     "check_ratio",
 ]
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 RUN_KIND: Final = "thinwire run"
 RESULT_LINK: Final = "result:"  # how the name of the link begins that results take where the head is not on node 0
 
@@ -289,7 +289,7 @@ class RunRecord(Part):
     `timed_tokens`, `one_token` and `environment` in records that are older than these.
     """
 
-    schema_version: Literal[3] = SCHEMA_VERSION
+    schema_version: Literal[4] = SCHEMA_VERSION
     kind: Literal["thinwire run"] = RUN_KIND
     run_id: str
     digest: str

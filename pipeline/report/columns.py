@@ -1,6 +1,6 @@
 """A column of a table, and how its figures read: once for console, Markdown, CSV and page.
 
-The lists of columns are in `point_columns` and `generation_columns`; nothing here knows what a row is. A missing figure
+The lists of columns are in `point_columns` and `generation_columns`; what both have is here. A missing figure
 is None as a value and a dash as text; one that is not finite says so.
 """
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 __all__ = [
+    "EMULATION_COLUMNS",
     "MISSING",
     "Column",
     "Row",
@@ -27,7 +28,7 @@ __all__ = [
 MISSING = "–"
 NOT_FINITE = "not finite"
 Value = str | float | int | None
-Row = TypeVar("Row")
+Row = TypeVar("Row", contravariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,3 +106,35 @@ def perplexity(value: float | None) -> str:
     if value < 1e3:
         return f"{value:.4f}"
     return f"{value:,.0f}" if value < 1e9 else significant(value)
+
+
+class _Emulated(Protocol):
+    """What ran on a network and on nodes that may have been emulated: in words, empty where they were not."""
+
+    @property
+    def network(self) -> str: ...
+
+    @property
+    def slowdown(self) -> str: ...
+
+
+EMULATION_COLUMNS: tuple[Column[_Emulated], ...] = (
+    Column(
+        key="emulated_network",
+        heading="emulated network",
+        meaning="rate and delay of each way of a link, from one end to the other, on one machine",
+        value=lambda row: row.network,
+        form=dash_if_empty,
+        is_text=True,
+        if_any=True,
+    ),
+    Column(
+        key="emulated_slowdown",
+        heading="emulated slowdown",
+        meaning="how many times as long each node was made to take",
+        value=lambda row: row.slowdown,
+        form=dash_if_empty,
+        is_text=True,
+        if_any=True,
+    ),
+)

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.records.drafts import DrafterFigures, Drafts, DraftsAtDepth
 from pipeline.records.generation_record import GenerationRecord
 from pipeline.records.labels import (
     chain_names,
@@ -16,9 +18,12 @@ from pipeline.records.labels import (
     network_text,
     slowdown_text,
 )
+from pipeline.report.columns import MISSING, number
 from pipeline.report.generation_prediction import predicted_tpot_s, predicted_ttft_s
 
-__all__ = ["GeneratedRun"]
+__all__ = ["GeneratedRun", "drafter_table"]
+
+_SHOWN_DEPTHS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +31,7 @@ class GeneratedRun:
     """One record. `ttft_s`, `tpot_s` and `tpot_p95_s` (seconds to the first token, between tokens) are None where no
     request came that far, bytes per token of a link where nothing crossed one, predictions where nothing was emulated
     or the record does not tell enough, and what interruptions cost where an older record does not tell. `network` and
-    `slowdown` are empty where nothing was emulated.
+    `slowdown` are empty where nothing was emulated; `drafts` is None where there was no drafter.
     """
 
     label: str
@@ -47,6 +52,7 @@ class GeneratedRun:
     num_interruptions: int | None
     pause_s: float | None
     tokens_prefilled_again: int | None
+    drafts: Drafts | None
     cache_bytes: int
     max_rows: int
     passes: int
@@ -77,9 +83,37 @@ class GeneratedRun:
             num_interruptions=interruptions.count if interruptions else None,
             pause_s=interruptions.pause_s if interruptions else None,
             tokens_prefilled_again=interruptions.tokens_prefilled_again if interruptions else None,
+            drafts=record.drafts,
             cache_bytes=sum(rank.cache_bytes for rank in record.ranks),
             max_rows=schedule.max_slots,
             passes=schedule.passes,
             run_id=record.run_id,
             notes=record.notes,
         )
+
+
+def drafter_table(runs: Sequence[GeneratedRun]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row per run and drafter: how often its drafts were right, by depth. No rows without drafters.
+
+    A draft at depth 2 counts where the one before it was right.
+    """
+    drafters = [(run, drafter) for run in runs if run.drafts for drafter in run.drafts.drafters]
+    deepest = max((len(drafter.by_depth) for _, drafter in drafters), default=0)
+    headings = ["codec", "drafter", "ms/draft", *(f"depth {d}" for d in range(1, 1 + min(deepest, _SHOWN_DEPTHS)))]
+    headings += ["deeper"] if deepest > _SHOWN_DEPTHS else []
+    return headings, [
+        [run.label, drafter.spec, number(".2f")(1e3 * drafter.draft_s), *_shares(drafter, len(headings) - 3)]
+        for run, drafter in drafters
+    ]
+
+
+def _shares(drafter: DrafterFigures, num_cells: int) -> list[str]:
+    cells = [[at_depth] for at_depth in drafter.by_depth[:_SHOWN_DEPTHS]]
+    cells += [list(drafter.by_depth[_SHOWN_DEPTHS:])]
+    cells += [[] for _ in range(num_cells - len(cells))]
+    return [_share(cell) for cell in cells[:num_cells]]
+
+
+def _share(counts: Sequence[DraftsAtDepth]) -> str:
+    judged = sum(count.judged for count in counts)
+    return f"{sum(count.right for count in counts) / judged:.1%} of {judged:,}" if judged else MISSING

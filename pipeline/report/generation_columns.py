@@ -1,5 +1,5 @@
 """The columns of a table of runs that generated; all but the run's id are shown everywhere, some where a network was
-emulated.
+emulated or there were drafts.
 
 The counterpart of `point_columns`; `generation` reads what stands in them.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.report.columns import Column, Value, dash_if_empty, number
+from pipeline.records.drafts import Drafts
+from pipeline.report.columns import EMULATION_COLUMNS, MISSING, Column, Value, number
 from pipeline.report.generation import GeneratedRun
 
 __all__ = ["COLUMNS", "SHOWN_COLUMNS"]
@@ -28,6 +29,19 @@ def _ratio(predicted: str, measured: str) -> Callable[[GeneratedRun], Value]:
         return seconds / measured_s if seconds and measured_s else None
 
     return value
+
+
+def _of_drafts(value: Callable[[Drafts], Value]) -> Callable[[GeneratedRun], Value]:
+    return lambda run: None if run.drafts is None else value(run.drafts)
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _first_right(drafts: Drafts) -> float | None:
+    first = [drafter.by_depth[0] for drafter in drafts.drafters if drafter.by_depth]
+    return _share(sum(counts.right for counts in first), sum(counts.judged for counts in first))
 
 
 COLUMNS: tuple[Column[GeneratedRun], ...] = (
@@ -55,7 +69,7 @@ COLUMNS: tuple[Column[GeneratedRun], ...] = (
     Column(
         key="ms_per_token_median",
         heading="ms/token",
-        meaning="between tokens of one answer, median",
+        meaning="between tokens of one answer, median; those of one pass share its time",
         value=_ms("tpot_s"),
         form=number(".1f"),
     ),
@@ -98,22 +112,46 @@ COLUMNS: tuple[Column[GeneratedRun], ...] = (
         form=number(".3f"),
         if_any=True,
     ),
+    *EMULATION_COLUMNS,
     Column(
-        key="emulated_network",
-        heading="emulated network",
-        meaning="rate and delay of each way of a link, from one end to the other, on one machine",
-        value=lambda r: r.network,
-        form=dash_if_empty,
+        key="drafters",
+        heading="drafters",
+        meaning="what guessed tokens that a pass then verified",
+        value=_of_drafts(lambda drafts: ", ".join(drafter.spec for drafter in drafts.drafters)),
+        form=lambda specs: specs or MISSING,
         is_text=True,
         if_any=True,
     ),
     Column(
-        key="emulated_slowdown",
-        heading="emulated slowdown",
-        meaning="how many times as long each node was made to take",
-        value=lambda r: r.slowdown,
-        form=dash_if_empty,
-        is_text=True,
+        key="tokens_per_pass",
+        heading="tokens/pass",
+        meaning="that a pass of sampled tokens has brought a sequence, passes of no use included",
+        value=_of_drafts(lambda drafts: drafts.tokens_per_pass),
+        form=number(".2f"),
+        if_any=True,
+    ),
+    Column(
+        key="first_draft_accepted",
+        heading="first draft right",
+        meaning="share of the drafts behind a certain token that the model chose",
+        value=_of_drafts(_first_right),
+        form=number(".1%"),
+        if_any=True,
+    ),
+    Column(
+        key="drafts_accepted",
+        heading="drafts right",
+        meaning="share of the drafts that were judged, since all before them were right",
+        value=_of_drafts(lambda drafts: _share(drafts.num_right, drafts.num_judged)),
+        form=number(".1%"),
+        if_any=True,
+    ),
+    Column(
+        key="void_passes",
+        heading="void passes",
+        meaning="share of the passes of sampled tokens that were of no use: what they took for granted was wrong",
+        value=_of_drafts(lambda drafts: _share(drafts.void, drafts.passes)),
+        form=number(".1%"),
         if_any=True,
     ),
     Column(

@@ -15,8 +15,8 @@ predict is shown, and nothing where they are more than `MAX_SPREAD` apart.
 
 Nothing is predicted, either, where the sums do not tell what a pass was made of: prompts under way between tokens,
 rows that end at different times, beginnings that were not computed again, failures, answers taken over from an earlier
-session, another codec for tokens than for prompts. TTFT is that of a prompt in one pass and alone on its way.
-The bytes of results, which are few, are left out.
+session, another codec for tokens than for prompts, drafts, with which passes differ in size and in what they bring.
+TTFT is that of a prompt in one pass and alone on its way. The bytes of results, which are few, are left out.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ def _passes(record: GenerationRecord) -> _Passes | None:
     """None where the record does not tell."""
     results, schedule, links = record.results, record.schedule, record.traffic_per_link
     requests, codecs = record.requests, (record.codecs, record.codecs_decode)
+    if record.drafts is not None and record.drafts.were_sent:
+        return None
     if not links or results.num_failed or results.num_taken_over or codecs[0] != codecs[1]:
         return None
     crossed = {(link.frames, link.tokens) for link in links.values()}

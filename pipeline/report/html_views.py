@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from pipeline.report.charts import ChartPoint, trade_off_svg
 from pipeline.report.columns import Column, shown, significant
+from pipeline.report.generation import drafter_table
 from pipeline.report.measured_point import PHASES, MeasuredPoint
 from pipeline.report.point_columns import SHOWN_COLUMNS
 from pipeline.report.prediction import Network, emulated_network
@@ -31,6 +32,7 @@ __all__ = [
     "Panel",
     "bar_title",
     "columns_with_values",
+    "drafters",
     "emulated_networks",
     "facts",
     "generation_notes",
@@ -139,6 +141,11 @@ def columns_with_values(results: Results) -> list[Column[MeasuredPoint]]:
 def without_quality(results: Results) -> list[str]:
     """Which points have no figures of quality, and why."""
     return sorted({f"{point.label}: {point.quality_note}" for point in results.points if point.quality_note})
+
+
+def drafters(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows (`drafter_table`)."""
+    return drafter_table(results.generated)
 
 
 def generation_notes(results: Results) -> list[str]:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.report.columns import MISSING, Column, Value, dash_if_empty, number, percent, perplexity, significant
+from pipeline.report.columns import (
+    EMULATION_COLUMNS,
+    MISSING,
+    Column,
+    Value,
+    number,
+    percent,
+    perplexity,
+    significant,
+)
 from pipeline.report.measured_point import MeasuredPoint
 
 __all__ = ["COLUMNS", "CONSOLE_COLUMNS", "SHOWN_COLUMNS"]
@@ -161,24 +170,7 @@ COLUMNS: tuple[Column[MeasuredPoint], ...] = (
         on_console=True,
         if_any=True,
     ),
-    Column(
-        key="emulated_network",
-        heading="emulated network",
-        meaning="rate and delay of each way of a link, from one end to the other, on one machine",
-        value=lambda p: p.network,
-        form=dash_if_empty,
-        is_text=True,
-        if_any=True,
-    ),
-    Column(
-        key="emulated_slowdown",
-        heading="emulated slowdown",
-        meaning="how many times as long each node was made to take",
-        value=lambda p: p.slowdown,
-        form=dash_if_empty,
-        is_text=True,
-        if_any=True,
-    ),
+    *EMULATION_COLUMNS,
     Column(
         key="note", heading="note", meaning="what a reader must know", value=_note, is_text=True, on_console=True
     ),

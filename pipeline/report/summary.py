@@ -40,7 +40,7 @@ def print_summary(paths: Sequence[Path]) -> None:
     rows = summary_rows(load_records(paths))
     if rows or not generated:
         headings = {column.key: column.heading for column in CONSOLE_COLUMNS}
-        keys = rows[0] if rows else [column.key for column in shown(CONSOLE_COLUMNS, [])]
+        keys = rows[0] if rows else [column.key for column in CONSOLE_COLUMNS if not column.if_any]
         _print_table([headings[key] for key in keys], [list(row.values()) for row in rows])
     if generated:
         columns = shown(generation_columns.SHOWN_COLUMNS, generated)

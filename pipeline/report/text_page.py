@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from pipeline.report import generation_columns, point_columns
 from pipeline.report.columns import Column, Row, Value, shown, significant
+from pipeline.report.generation import drafter_table
 from pipeline.report.printable import escape_controls
 from pipeline.report.recommendation import Outlook, predict, predicted_figure, verdict_text
 from pipeline.report.results import Results, Setting
@@ -22,6 +23,9 @@ def markdown_page(results: Results, outlook: Outlook) -> str:
         parts += _setting(results, setting, outlook)
     if results.generated:
         parts += ["## Generation, measured", _column_table(generation_columns.SHOWN_COLUMNS, results.generated)]
+        headings, rows = drafter_table(results.generated)
+        if rows:
+            parts += ["Drafts that were right, of those judged, by depth:", _table(headings, rows)]
         parts += _list({note for run in results.generated for note in run.notes})
     problems = [
         f"{p.label} ran on something else than the uncompressed point, which may change its losses: {p.elsewhere}"

@@ -128,7 +128,7 @@ def write_generation_point(folder, run_id, **changes):
     link = {"payload_bytes": 2368, "header_bytes": 144, "control_bytes": 12, "frames": 8, "tokens": 37}
     request = {"line": 1, "finish_reason": "length", "num_prompt_tokens": 14, "num_tokens": 6, "queued_s": 0.0}
     answered = request | {"ttft_s": 0.02, "tpot_s": spread, "bytes_per_link": dict.fromkeys(names, 999.5)}
-    answered |= {"error": None}
+    answered |= {"num_passes": 5, "num_drafts_accepted": 0, "error": None}
     record = {
         "run_id": run_id,
         "digest": "d" * 64,
@@ -162,6 +162,7 @@ def write_generation_point(folder, run_id, **changes):
             "in_flight": 6,
             "receives_ahead": 2,
         },
+        "drafts": None,
         "interruptions": {"count": 2, "pause_s": 9.5, "tokens_prefilled_again": 77, "started_again": False},
         "backend": "gloo",
         "emulation": None,
@@ -171,6 +172,28 @@ def write_generation_point(folder, run_id, **changes):
         "environment": {"threads": "1"},
     }
     return write_generation(folder, GenerationRecord.from_plain(record | changes))
+
+
+def make_drafts(**changes):
+    """The part `drafts` of a record: two drafters, ten rows that brought fifteen tokens."""
+    depths = [{"judged": 8, "right": 5}, {"judged": 4, "right": 2}]
+    ngram = {"name": "ngram", "spec": "ngram(longest=4)", "draft_s": 2e-6, "by_depth": depths}
+    shortcut = {"name": "shortcut", "spec": "shortcut(calibration=c)", "draft_s": 0.004}
+    shortcut |= {"by_depth": [{"judged": 2, "right": 1}]}
+    return {
+        "drafters": [ngram, shortcut],
+        "passes": 10,
+        "void": 1,
+        "tokens": 15,
+        "tokens_per_pass": 1.5,
+        "rows_by_tokens": [2, 4, 4],
+        "rows_by_in_flight": [4, 6],
+        "undrafted": {"none": 1, "cost": 1},
+        "limits": {"depth": 8, "passes": 2, "adapts": True},
+        "costs": {"num_tokens": [1, 8], "lap_s": [0.04, 0.06], "busy_s": [0.01, 0.015]},
+        "away_s": 0.16,
+        **changes,
+    }
 
 
 _MODEL = {"model_type": "llama", "hidden_size": HIDDEN_SIZE, "num_hidden_layers": 8}

@@ -32,9 +32,12 @@ def asked(*, stop=(), max_new_tokens=4, on_finish=lambda answer: None, **options
     return answer
 
 
-def give(answer, ids):
-    for token_id in ids:
-        answer.take(Sampled(token_id, -0.5, ((token_id, -0.5), (7, -2.0))), was_draft=False)
+def give(answer, ids, *, tokens_per_pass=1):
+    for place, token_id in enumerate(ids):
+        was_draft = place % tokens_per_pass > 0
+        if not was_draft:
+            answer.count([0, 0], brings_tokens=True)
+        answer.take(Sampled(token_id, -0.5, ((token_id, -0.5), (7, -2.0))), was_draft=was_draft)
 
 
 LETTER = KINDS["gemma"]().convert_tokens_to_ids("a")
@@ -66,6 +69,22 @@ def test_times_by_hand(monkeypatch):
     line = answer.as_line()
     assert (line["queued_s"], line["ttft_s"]) == (1.0, 2.5)
     assert answer.token_gaps_s == [0.5, 2.0, 0.5] and line["tpot_s"] == {"median": 0.5, "p95": 2.0}
+    assert (line["num_passes"], line["num_drafts_accepted"]) == (4, 0)
+
+
+def test_tokens_of_one_pass_share_its_time(monkeypatch):
+    """The first token at 3; two at 5, and two at 9."""
+    times = itertools.chain([1.0, 2.0, 3.0, 5.0, 5.0, 9.0, 9.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
+    answer = asked(max_new_tokens=9)
+    give(answer, [LETTER])
+    answer.count([5, 5], brings_tokens=False)
+    give(answer, [LETTER] * 4, tokens_per_pass=2)
+    answer.count([5, 5], brings_tokens=True)  # that another has ended before
+    assert answer.token_gaps_s == [1.0, 1.0, 2.0, 2.0]
+    answer.finish("deadline")
+    line = answer.as_line()
+    assert (line["num_passes"], line["num_drafts_accepted"], line["ttft_s"]) == (4, 2, 1.0)
 
 
 @pytest.mark.parametrize("share, expected", [(0.5, 10), (0.95, 19), (0.951, 20), (1.0, 20), (0.0, 1)])
@@ -83,7 +102,6 @@ def test_bytes_are_added_up_link_by_link():
 def test_passes_and_accepted_drafts_are_counted_before_it_ends():
     told = []
     answer = asked(on_finish=lambda answer: told.append((answer.num_passes, answer.num_drafts_accepted)))
-    answer.count([1, 1], brings_tokens=True)
     give(answer, [LETTER])
     answer.count([1, 1], brings_tokens=True)
     for was_draft in (True, True, False):

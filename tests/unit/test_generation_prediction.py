@@ -5,7 +5,7 @@ import pytest
 from pipeline.records.store import read_any
 from pipeline.report.generation import GeneratedRun
 from pipeline.report.generation_prediction import MAX_SPREAD, predicted_tpot_s, predicted_ttft_s
-from tests.helpers.records import PLAN, write_generation_point
+from tests.helpers.records import PLAN, make_drafts, write_generation_point
 
 NAMES = PLAN.chain_names  # five stages on four nodes, four links
 NUM_PASSES = 200  # of sampled tokens
@@ -20,7 +20,8 @@ def generated(folder, *, requests=1, prompt=8, rows=1, rate=1e6, delay=0.02, sec
     link |= {"bytes_per_token": 1000.0, "header_bytes_per_token": header * frames / tokens}
     spread = {"median": 0.2, "p95": 0.3}
     request = {"finish_reason": "length", "num_prompt_tokens": prompt, "num_tokens": NUM_PASSES + 1, "queued_s": 0.0}
-    request |= {"ttft_s": 0.5, "tpot_s": spread, "bytes_per_link": {}, "error": None}
+    request |= {"ttft_s": 0.5, "tpot_s": spread, "bytes_per_link": {}, "num_passes": NUM_PASSES}
+    request |= {"num_drafts_accepted": 0, "error": None}
     parts = dict.fromkeys(("compute_s", "head_s", "compress_s", "decompress_s"), seconds * rounds * NUM_PASSES / 4)
     stages = {str(s.stage_index): _IDLE | parts for s in PLAN.stages}
     record = {
@@ -107,6 +108,7 @@ def test_passes_overlap_until_a_link_is_full(tmp_path):
     [
         {"emulation": None},
         {"codecs_decode": dict.fromkeys(NAMES, {"name": "int8"})},
+        {"drafts": make_drafts()},
         {"prompt": 200},  # may have cost as much as all tokens
         {"requests": 4, "rows": 2},  # prompts are under way between tokens of others
         {"requests": 2, "schedule": _SCHEDULE | {"max_slots": 2}},  # rows of one pass, but each went alone
@@ -117,6 +119,16 @@ def test_what_the_record_does_not_tell_is_left_out(tmp_path, changes):
     seconds = {} if changes.get("prompt") is None else {"seconds": 0.1}
     assert predicted_tpot_s(generated(tmp_path)) is not None
     assert predicted_tpot_s(generated(tmp_path, **changes, **seconds)) is None
+
+
+def test_a_drafter_without_a_draft_changes_nothing(tmp_path):
+    silent = {"passes": NUM_PASSES, "void": 0, "tokens": NUM_PASSES, "tokens_per_pass": 1.0}
+    silent |= {"rows_by_tokens": [NUM_PASSES], "rows_by_in_flight": [NUM_PASSES]}
+    drafters = [{"name": "ngram", "spec": "ngram", "draft_s": 0.0, "by_depth": []}]
+    record = generated(tmp_path, drafts=make_drafts(drafters=drafters, **silent))
+    assert predicted_tpot_s(record) == predicted_tpot_s(generated(tmp_path)) is not None
+    assert predicted_ttft_s(record) == predicted_ttft_s(generated(tmp_path)) is not None
+    assert predicted_ttft_s(generated(tmp_path, drafts=make_drafts())) is None
 
 
 @pytest.mark.parametrize("key", ["num_taken_over", "num_failed"])

@@ -16,6 +16,7 @@ from pipeline.report import published
 from pipeline.report.__main__ import main
 from pipeline.report.charts import ChartPoint, pareto_front, trade_off_svg
 from pipeline.report.columns import percent, perplexity, shown, significant
+from pipeline.report.generation import drafter_table
 from pipeline.report.generation_columns import SHOWN_COLUMNS
 from pipeline.report.html_page import html_page, templates
 from pipeline.report.published import read_published
@@ -24,7 +25,14 @@ from pipeline.report.recommendation import Outlook, recommendation_text
 from pipeline.report.results import read_results
 from pipeline.report.summary import print_summary, write_report
 from pipeline.report.text_page import csv_table, markdown_page
-from tests.helpers.records import PLAN, losses, write_failed_point, write_generation_point, write_point
+from tests.helpers.records import (
+    PLAN,
+    losses,
+    make_drafts,
+    write_failed_point,
+    write_generation_point,
+    write_point,
+)
 
 ROOT = Path(__file__).parents[2]
 NASTY = "my.codecs:Odd(note=</script><img src=x onerror='alert(1)'>|\"&)"
@@ -145,6 +153,46 @@ def test_runs_that_generated_read_alike_everywhere(folder, capsys):
     capsys.readouterr()
     print_summary([folder])
     assert re.split(" {2,}", capsys.readouterr().out.splitlines()[-2]) == [run.label, *cells]
+
+
+def test_drafts_stand_in_columns_and_by_depth(folder, capsys):
+    drafts = make_drafts()
+    deep = [{"judged": 1, "right": 0}] * 8 + [{"judged": 0, "right": 0}, {"judged": 1, "right": 1}]
+    deep = drafts | {"drafters": [drafts["drafters"][0] | {"by_depth": deep}], "rows_by_tokens": [0, 5, 5]}
+    write_generation_point(folder, "drafted", drafts=drafts)
+    write_generation_point(folder, "undrafted")
+    write_report([folder], folder / "out.html", Outlook())
+    rows = {row["run_id"]: row for row in csv.DictReader((folder / "out.generation.csv").open(encoding="utf-8"))}
+    own = ("drafters", "tokens_per_pass", "first_draft_accepted", "drafts_accepted", "void_passes")
+    assert [rows["undrafted"][key] for key in own] == [""] * 5
+    assert rows["drafted"]["drafters"] == "ngram(longest=4), shortcut(calibration=c)"
+    assert [float(rows["drafted"][key]) for key in own[1:]] == pytest.approx([1.5, 6 / 10, 8 / 14, 0.1])
+    page = (folder / "out.html").read_text(encoding="utf-8")
+    check(page)
+    text = (folder / "out.md").read_text(encoding="utf-8")
+    capsys.readouterr()
+    print_summary([folder])
+    shown_text = ["ngram(longest=4), shortcut(calibration=c)", "1.50", "60.0%", "57.1%", "10.0%"]
+    for told in (page, text, capsys.readouterr().out):
+        assert re.search(r"[^–]*".join(map(re.escape, shown_text)), told)
+    assert "| nf4, decoding int8 | ngram(longest=4) | 0.00 | 62.5% of 8 | 50.0% of 4 |" in text
+    assert "| nf4, decoding int8 | shortcut(calibration=c) | 4.00 | 50.0% of 2 | – |" in text
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page[page.index("<h3>Drafts that were right</h3>") :])
+    assert cells[:4] == ["ngram(longest=4)", "0.00", "62.5% of 8", "50.0% of 4"]
+    write_generation_point(folder, "deep", drafts=deep)
+    headings, table = drafter_table(read_results([folder]).generated)
+    assert headings[-2:] == ["depth 8", "deeper"] and {len(row) for row in table} == {len(headings)}
+    assert table[0][-2:] == ["0.0% of 1", "100.0% of 1"] and table[1][3:6] == ["62.5% of 8", "50.0% of 4", "–"]
+
+
+def test_a_run_that_guessed_nothing_reads_as_ever(folder, capsys):
+    write_generation_point(folder, "generation")
+    write_report([folder], folder / "out.html", Outlook())
+    print_summary([folder])
+    section = (folder / "out.html").read_text(encoding="utf-8").partition('<section id="generation">')[2]
+    text = (folder / "out.md").read_text(encoding="utf-8")
+    for told in (section.partition("</section>")[0], text, capsys.readouterr().out):
+        assert "draft" not in told.lower() and "void" not in told and "tokens/pass" not in told
 
 
 def emulated(rate=1e7, delay=0.02, slowdown=(), **others):

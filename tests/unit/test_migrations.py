@@ -17,14 +17,14 @@ from pipeline.records.store import read_failure, read_generation, read_record, w
 from pipeline.report.html_page import html_page
 from pipeline.report.recommendation import Outlook
 from pipeline.report.results import read_results, setting_key
-from tests.helpers.records import make_record, write_point
+from tests.helpers.records import make_record, write_generation_point, write_point
 
 SAMPLES = Path(__file__).parent / "records"
 
 
 def test_what_the_first_release_wrote():
     record = read_record(SAMPLES / "first_release.json")
-    assert (record.schema_version, record.kind) == (3, "thinwire run")
+    assert (record.schema_version, record.kind) == (4, "thinwire run")
     assert record.results.avg_ppl == pytest.approx(22.7599)
     assert record.traffic_totals.total_bytes == 2 * 56 * 580 and record.traffic_per_link.keys() == record.codecs.keys()
     # What was not measured is null, what did not exist took no time, what was fixed is said.
@@ -57,11 +57,27 @@ def test_the_last_of_version_1_keeps_all_that_it_has():
 def test_generation_and_failed_points_of_version_1():
     value = json.loads((SAMPLES / "generation_1.json").read_text())
     record = read_generation(SAMPLES / "generation_1.json")
-    assert record.interruptions is None
+    assert record.interruptions is record.drafts is None
+    assert {(r.num_passes, r.num_drafts_accepted) for r in record.requests} == {(None, None)}
     assert record.requests[0].tpot_s.p95 == pytest.approx(0.11826, rel=1e-3)
     _check_kept(value, record.model_dump(mode="json"))
     failure = read_failure(SAMPLES / "failed_point_1.json")
     assert (failure.label, failure.args["point"]) == ("nf5", {"compressor": "nf5"})
+
+
+def test_generation_of_version_3_had_no_drafts(tmp_path):
+    path = write_generation_point(tmp_path, "g")
+    newest = json.loads(path.read_text())
+    old = json.loads(path.read_text()) | {"schema_version": 3}
+    del old["drafts"]
+    for request in old["requests"]:
+        del request["num_passes"], request["num_drafts_accepted"]
+    lifted = lift(old)
+    assert lifted["drafts"] is None and lifted.keys() == newest.keys()
+    expected = [r | {"num_passes": None, "num_drafts_accepted": None} for r in newest["requests"]]
+    assert lifted["requests"] == expected
+    path.write_text(json.dumps(lifted))
+    assert read_generation(path).requests[0].num_passes is None
 
 
 def _check_kept(old, new, place=""):
@@ -103,7 +119,7 @@ def test_a_record_without_a_time_of_its_end_is_the_oldest(tmp_path):
 def test_a_record_that_was_lifted_is_written_as_the_newest(tmp_path):
     record = read_record(SAMPLES / "first_release.json")
     path = write_record(tmp_path, record, {})
-    assert json.loads(path.read_text())["schema_version"] == 3
+    assert json.loads(path.read_text())["schema_version"] == 4
     assert read_record(path).model_copy(update={"per_token_file": record.per_token_file}) == record
     assert setting_key(read_record(path)) == setting_key(record) != setting_key(make_record())
 
@@ -113,4 +129,4 @@ def test_a_record_that_was_lifted_is_written_as_the_newest(tmp_path):
 def test_what_stands_where_it_should_not_is_left_for_the_models(key, value):
     damaged = json.loads((SAMPLES / "first_release.json").read_text()) | {key: value}
     lifted = lift(damaged)
-    assert lifted["schema_version"] == 3 and lifted.keys() == RunRecord.model_fields.keys()
+    assert lifted["schema_version"] == 4 and lifted.keys() == RunRecord.model_fields.keys()

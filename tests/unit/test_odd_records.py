@@ -25,7 +25,15 @@ from pipeline.report.recommendation import Outlook, recommendation_text
 from pipeline.report.results import load_files, load_records, read_results, setting_key
 from pipeline.report.summary import print_summary, summary_rows, write_report
 from pipeline.report.text_page import csv_table, markdown_page
-from tests.helpers.records import PLAN, losses, make_record, write_failed_point, write_generation_point, write_point
+from tests.helpers.records import (
+    PLAN,
+    losses,
+    make_drafts,
+    make_record,
+    write_failed_point,
+    write_generation_point,
+    write_point,
+)
 
 MARKUP = "<script>alert(1)</script>"
 LINK = PLAN.links[0].name
@@ -89,7 +97,8 @@ def record(tmp_path_factory):
 @pytest.fixture(scope="module")
 def generation(tmp_path_factory):
     """What is to become odd, too."""
-    return json.loads(write_generation_point(tmp_path_factory.mktemp("odd"), "odd").read_text())
+    path = write_generation_point(tmp_path_factory.mktemp("odd"), "odd", drafts=make_drafts())
+    return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +207,7 @@ def test_a_record_of_generation_of_odd_values(folder, generation, tables, change
 @pytest.mark.parametrize(
     ("place", "value", "told"),
     [
-        (("schema_version",), 4, "schema_version is '4', this program reads 1 to 3"),
+        (("schema_version",), 5, "schema_version is '5', this program reads 1 to 4"),
         (("schema_version",), True, "schema_version is 'True', this"),
         (("results", "tokens_per_s"), 10**400, "results.tokens_per_s is"),
         (("results", "num_requests"), -1, "results.num_requests is '-1': input should be greater than or equal to 0"),
@@ -208,6 +217,20 @@ def test_a_record_of_generation_of_odd_values(folder, generation, tables, change
         (("results", "generated_tokens"), 13, "results.generated_tokens is 13, the sum over requests 12"),
         (("traffic_per_link", LINK, "bytes_per_token"), 6, f"traffic_per_link.{LINK}.bytes_per_token is 6.0, "),
         (("codecs",), {}, "traffic_per_link, codecs and codecs_decode name other links"),
+        (("drafts", "drafters", 0, "by_depth", 1, "right"), 5, "by_depth[1]: right is 5, judged only 4"),
+        (("drafts", "drafters"), [], "drafts.drafters is '[]'"),
+        (("drafts", "drafters", 1, "name"), "ngram", "drafts: a drafter stands twice in drafters"),
+        (("drafts", "rows_by_tokens", 0), 3, "drafts: passes is 10, the sum over rows_by_tokens 11"),
+        (("drafts", "rows_by_in_flight", 1), 5, "drafts: passes is 10, the sum over rows_by_in_flight 9"),
+        (("drafts", "limits", "depth"), 1, "drafts: rows_by_tokens has rows of 3 tokens, limits.depth allows fewer"),
+        (("drafts", "void"), 11, "drafts: void is 11, more than 10"),
+        (("drafts", "drafters", 0, "by_depth", 0, "judged"), 15, "drafts: judged is 21, more than 18"),
+        (("drafts", "tokens"), 23, "drafts: tokens is 23, more than 22"),
+        (("drafts", "tokens_per_pass"), 1.4, "drafts: tokens_per_pass is 1.4, its counts give 1.5"),
+        (("drafts", "costs", "num_tokens", 1), 1, "drafts.costs: num_tokens does not rise"),
+        (("drafts", "costs", "busy_s"), [], "drafts.costs: 2 num_tokens, 2 lap_s, 0 busy_s"),
+        (("requests", 0, "num_drafts_accepted"), 7, "num_drafts_accepted of line 1 is 7, of 6 tokens"),
+        (("drafts",), None, None),
         (("notes",), ["\x1b[2J"], None),
         (("args", "config", "compressor"), {"name": MARKUP}, None),
     ],
