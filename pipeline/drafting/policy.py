@@ -8,35 +8,39 @@ that go and come and of tokens that are certain; seconds are of its clock. docs/
   most E(k) - rate x step(k), which is the choice of the highest rate in the long run.
 * One more pass behind others is right with a chance q, of all that it takes for granted. It then saves the wait for
   them, and else delays what is right by its own work: it goes where q x wait > (1 - q) x work.
-* Where drafts do not pay, they go on being compared with the tokens that come: all those that cost nothing, others
-  every `PROBE_EVERY` tokens.
+* A drafter that costs time is asked where that has been worth it lately, and every `PROBE_EVERY` tokens to see whether
+  it is again. Drafts that are not sent are compared with the tokens that come, too.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import logging
 import math
 import operator
+import statistics
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.drafting.acceptance import Acceptance
-from pipeline.planner.pass_costs import PassCosts
+from pipeline.drafting.away import Away
 from pipeline.drafting.drafter import Draft, Drafter
+from pipeline.drafting.figures import DraftFigures
+from pipeline.planner.pass_costs import PassCosts
 
-__all__ = ["DepthCounts", "DraftFigures", "DraftLimits", "Drafting", "Track"]
+__all__ = ["DraftLimits", "Drafting", "Track"]
+
+logger = logging.getLogger(__name__)
 
 PROBE_EVERY = 16
-_LAPS = 32  # last laps that the way between ranks is told from
-_FADE = 0.8  # of a rate's and a drafter's seconds, at each new one
+_FADE = 0.8  # of a rate's and a drafter's worth, at each new one
 _FREE = 0.01  # a drafter that takes less of a step for a draft is asked always
 _WASTE = 0.125  # of the work that comes to nothing, what is taken for a loss even where nothing waits for it
 
-# Of so many drafts, of which so many are right in the mean, each of which takes so many seconds to make.
-_Value = Callable[[int, float, float], float]
+# Of so many drafts, of which so many are right in the mean.
+_Value = Callable[[int, float], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,65 +52,42 @@ class DraftLimits:
     adapts: bool = True
 
 
-@dataclass
-class DepthCounts:
-    """Of drafts that went around the ring, those that were judged (all before them were right) and those right."""
-
-    judged: int = 0
-    right: int = 0
-
-
-@dataclass
-class DraftFigures:
-    """What came of a ring's drafts. `counts[drafter][depth]`: depth 1 is the token behind the newest certain one.
-
-    `passes`: rows of sampled tokens that went, `void` those that came back of no use, `tokens` what the others brought.
-    `depths` and `in_flight`: rows by their drafts, and by how many passes of the sequence were under way before.
-    `undrafted`: rows without drafts by why: no drafter had one (`none`), or it would not pay (`cost`).
-    """
-
-    passes: int = 0
-    void: int = 0
-    tokens: int = 0
-    counts: dict[str, dict[int, DepthCounts]] = field(default_factory=dict)
-    depths: Counter[int] = field(default_factory=Counter)
-    in_flight: Counter[int] = field(default_factory=Counter)
-    undrafted: Counter[str] = field(default_factory=Counter)
-
-    def count(self, drafter: str, depth: int, *, is_right: bool) -> None:
-        counts = self.counts.setdefault(drafter, {}).setdefault(depth, DepthCounts())
-        counts.judged += 1
-        counts.right += is_right
-
-
 @dataclass(frozen=True)
 class _Proposal:
-    """A draft for a position. `is_sent`: it goes around the ring, and is not only compared."""
+    """A draft for a position. `depth` is counted from what was certain when it was made."""
 
     draft: Draft
     drafter: int
     depth: int
     chance: float
-    is_sent: bool = False
 
 
 @dataclass(eq=False)
 class _UnderWay:
+    """`is_alone`: nothing else of any sequence was under way when it went."""
+
     num_tokens: int
     sent_s: float
+    is_alone: bool
 
 
 class Track:
-    """A sequence: how its drafts have done, and those that wait to be judged, by position."""
+    """A sequence: how its drafts have done, and those that wait to be judged, by position.
+
+    `compared[drafter]` are those of each drafter, `sent` those that go around the ring.
+    """
 
     def __init__(self, acceptances: Sequence[Acceptance], rate: float) -> None:
         self.acceptances = [Acceptance(prior) for prior in acceptances]
+        self.worth = [math.inf] * len(acceptances)  # in tokens, of asking each drafter
+        self.next_probe = [0] * len(acceptances)
         self._tokens, self._seconds = rate, 1.0  # of passes that have begun, faded
-        self.proposals: dict[int, _Proposal] = {}
+        self.compared: list[dict[int, _Proposal]] = [{} for _ in acceptances]
+        self.sent: dict[int, _Proposal] = {}
+        self.chosen: list[_Proposal] = []  # for the next pass
         self.under_way: deque[_UnderWay] = deque()
         self.num_void = 0  # of those under way, the oldest
         self.num_certain = 0
-        self.next_probe = [0] * len(acceptances)
         self.refused: int | None = None  # at this length no further pass pays, while nothing comes
 
     @property
@@ -117,14 +98,54 @@ class Track:
     def learn_rate(self, tokens: float, seconds: float) -> None:
         self._tokens, self._seconds = _FADE * self._tokens + tokens, _FADE * self._seconds + seconds
 
+    def learn_worth(self, drafter: int, tokens: float) -> None:
+        known = self.worth[drafter]
+        self.worth[drafter] = tokens if math.isinf(known) else _FADE * known + (1 - _FADE) * tokens
+
     @property
     def assumed_chance(self) -> float:
         """That all drafts are right that have gone and are not judged."""
-        return math.prod(proposal.chance for proposal in self.proposals.values() if proposal.is_sent)
+        return math.prod(proposal.chance for proposal in self.sent.values())
+
+
+@dataclass(frozen=True)
+class _Load:
+    """`num_sequences` decode at the time, `num_rows` of them in a pass."""
+
+    num_sequences: int
+    num_rows: int
+
+    @property
+    def num_passes(self) -> int:
+        return -(-self.num_sequences // self.num_rows)
+
+
+@dataclass(eq=False)
+class _Asked:
+    """What is known of a drafter: the last seconds of a draft, the first of all left out; whether it has raised."""
+
+    drafter: Drafter
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    times_s: deque[float] = field(default_factory=lambda: deque(maxlen=5))
+    has_begun: bool = False
+    is_broken: bool = False
+
+    @property
+    def draft_s(self) -> float:
+        return statistics.median(self.times_s) if self.times_s else 0.0
+
+    def took(self, seconds: float) -> None:
+        if self.has_begun:
+            self.times_s.append(seconds)
+        self.has_begun = True
 
 
 class Drafting:
     """Rank 0's drafters and what it knows of their worth.
+
+    Args:
+        num_links: that share what a lap takes for a token's bytes.
+        vocab_size: a draft beyond it is none.
 
     Attributes:
         figures: what has come of them.
@@ -136,147 +157,159 @@ class Drafting:
         costs: PassCosts,
         limits: DraftLimits,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        num_links: int = 1,
+        vocab_size: int | None = None,
     ) -> None:
         self.figures = DraftFigures()
         self.costs, self.limits = costs, limits
-        self._drafters, self._clock = drafters, clock
-        self._acceptances = [Acceptance() for _ in drafters]
-        self._draft_s: list[float | None] = [None] * len(drafters)  # of one draft
-        self._away_s: deque[float] = deque(maxlen=_LAPS)
+        self._asked, self._clock = [_Asked(drafter) for drafter in drafters], clock
+        self._num_links, self._vocab_size = max(1, num_links), vocab_size
+        self._away = Away()
+        self._num_under_way = 0
 
     @property
     def away_s(self) -> float:
-        """Of a lap, what is no work of the ranks: the links, as the fastest of the last laps tell."""
-        return min(self._away_s, default=0.0)
+        """Of a lap of one token, what is no work of the ranks."""
+        return self._away.seconds(1)
 
     @property
     def draft_s(self) -> dict[str, float]:
         """Seconds of one draft, by drafter."""
-        return {drafter.name: seconds or 0.0 for drafter, seconds in zip(self._drafters, self._draft_s, strict=True)}
+        return {asked.drafter.name: asked.draft_s for asked in self._asked}
 
     def track(self) -> Track:
         """Of a sequence that begins."""
-        return Track(self._acceptances, 1 / self._step_s(1, 0.0, 1))
+        return Track([asked.acceptance for asked in self._asked], 1 / self._step_s(1, _Load(1, 1)))
 
-    def behind(self, track: Track, slot: int, ids: Sequence[int], *, room: int, num_sequences: int) -> list[int]:
+    def behind(
+        self, track: Track, slot: int, ids: Sequence[int], *, room: int, num_sequences: int, num_rows: int = 1
+    ) -> list[int]:
         """Drafts for a pass behind the newest of `ids`, of which nothing is under way; at most `room`.
 
-        `num_sequences` are those that decode at the time.
+        `num_sequences` are those that decode at the time, `num_rows` of them in a pass.
         """
-        track.num_certain = len(ids)
-        track.num_void = len(track.under_way)
-        track.proposals.clear()
-        limit = min(self.limits.depth, room)
+        track.num_certain, track.num_void = len(ids), len(track.under_way)
+        track.sent.clear()
+        load = _Load(num_sequences, num_rows)
+        limit = max(0, min(self.limits.depth, room))
+        if self.limits.adapts and self._num_under_way == 0 and self._away.needs_plain:
+            limit = 0
 
-        def value(num_drafts: int, num_right: float, draft_s: float) -> float:
-            return 1 + num_right - track.rate * self._step_s(1 + num_drafts, num_drafts * draft_s, num_sequences)
+        def value(num_drafts: int, num_right: float) -> float:
+            return 1 + num_right - track.rate * self._step_s(1 + num_drafts, load)
 
-        best: list[_Proposal] = []
-        compared: list[_Proposal] = []
-        best_value = value(0, 0.0, 0.0)
-        for index in self._in_order():
-            if limit < 1 or not self._is_worth_asking(index, track, limit, value, best_value):
+        track.chosen = []
+        best_value, has_drafts = value(0, 0.0), False
+        for index in self._in_order(load) if limit else ():
+            if not self._is_worth_asking(index, track, load):
                 continue
-            drafts, chosen_value = self._draft(index, track, slot, ids, limit, value)
-            chosen = [proposal for proposal in drafts if proposal.is_sent]
-            if chosen and (chosen_value > best_value or not self.limits.adapts):
-                best, best_value, compared = chosen, chosen_value, drafts
-            elif drafts and not best:
-                compared = drafts
-            if best and not self.limits.adapts:
-                break
-        track.proposals |= {len(ids) + place: proposal for place, proposal in enumerate(compared)}
-        self._learn_rate(track, best, num_sequences)
-        if not best:
-            self.figures.undrafted["cost" if compared else "none"] += 1
-        return [proposal.draft.token_id for proposal in best]
+            drafts, num_sent, its_value = self._draft(index, track, slot, ids, limit, value, load)
+            has_drafts |= bool(drafts)
+            spent = track.rate * len(drafts) * self._asked[index].draft_s
+            track.learn_worth(index, max(0.0, its_value - best_value) - spent)
+            if num_sent and (its_value > best_value or not self.limits.adapts):
+                track.chosen, best_value = drafts[:num_sent], its_value
+                if not self.limits.adapts:
+                    break
+        self._learn_rate(track, load)
+        if limit and not track.chosen:
+            self.figures.undrafted["cost" if has_drafts else "none"] += 1
+        return [proposal.draft.token_id for proposal in track.chosen]
 
     def ahead(self, track: Track, slot: int, ids: Sequence[int], *, room: int, num_sequences: int) -> list[int]:
         """Tokens of one more pass behind those under way, which `ids` takes for granted; none where it does not pay.
 
         At most `room`; the first is a draft like the others.
         """
-        limit, assumed = min(self.limits.depth + 1, room), track.assumed_chance
-        if limit < 1 or len(track.under_way) - track.num_void >= self.limits.passes or track.refused == len(ids):
+        num_live = len(track.under_way) - track.num_void
+        limit = min(self.limits.depth + 1, room)
+        if limit < 1 or num_live < 1 or num_live >= self.limits.passes or track.refused == len(ids):
             return []
+        load, assumed = _Load(num_sequences, 1), track.assumed_chance
 
-        def value(num_drafts: int, num_right: float, draft_s: float) -> float:
-            work_s = num_sequences * (self.costs.busy(max(1, num_drafts)) + num_drafts * draft_s)
-            return assumed * num_right - track.rate * work_s
+        def value(num_drafts: int, num_right: float) -> float:
+            return assumed * num_right - track.rate * load.num_passes * self._busy_s(max(1, num_drafts))
 
-        for index in self._in_order():
-            mean = self._acceptances[index].mean
-            if self.limits.adapts and not self._pays_ahead(track, assumed * mean, 1, index, num_sequences):
-                if not self._is_free(index):
+        for index in self._in_order(load):
+            mean = track.acceptances[index].mean
+            if self.limits.adapts and not self._is_free(index, load):
+                if not self._pays_ahead(track, assumed * mean, 1, index, load):
                     continue
-            drafts, _ = self._draft(index, track, slot, ids, limit, value)
-            chosen = [proposal for proposal in drafts if proposal.is_sent]
-            if not chosen:
+            drafts, num_sent, _ = self._draft(index, track, slot, ids, limit, value, load)
+            if not num_sent:
                 continue
-            chance = assumed * chosen[0].chance
-            if not self.limits.adapts or self._pays_ahead(track, chance, len(chosen), index, num_sequences):
-                track.proposals |= {len(ids) + place: proposal for place, proposal in enumerate(chosen)}
-                return [proposal.draft.token_id for proposal in chosen]
+            chance = assumed * drafts[0].chance
+            if not self.limits.adapts or self._pays_ahead(track, chance, num_sent, index, load):
+                track.chosen = drafts[:num_sent]
+                return [proposal.draft.token_id for proposal in track.chosen]
         track.refused = len(ids)
         return []
 
     def sent(self, track: Track, start: int, num_tokens: int) -> None:
-        """A pass of the sequence goes, with so many tokens, perhaps fewer than were drafted."""
+        """A pass of the sequence goes, with so many tokens from a position on, perhaps fewer than were drafted."""
         figures = self.figures
         figures.passes += 1
         figures.depths[num_tokens - 1] += 1
         figures.in_flight[len(track.under_way)] += 1
-        track.under_way.append(_UnderWay(num_tokens, self._clock()))
+        track.under_way.append(_UnderWay(num_tokens, self._clock(), self._num_under_way == 0))
+        self._num_under_way += 1
         track.refused = None
-        for position in [p for p in track.proposals if p >= start + num_tokens]:
-            track.proposals[position] = dataclasses.replace(track.proposals[position], is_sent=False)
+        num_drafts = num_tokens - (start < track.num_certain)
+        first = start + num_tokens - num_drafts
+        track.sent |= {first + place: proposal for place, proposal in enumerate(track.chosen[:num_drafts])}
+        track.chosen = []
 
     def came(self, track: Track, *, num_tokens: int | None) -> None:
         """The sequence's oldest pass is back, with so many tokens that are certain now; None: it was of no use."""
         under_way = track.under_way.popleft()
+        self._num_under_way -= 1
         track.num_void -= track.num_void > 0
         track.refused = None
         if num_tokens is None:
             self.figures.void += 1
             return
         self.figures.tokens += num_tokens
-        self._away_s.append(max(0.0, self._clock() - under_way.sent_s - self.costs.lap(under_way.num_tokens)))
+        if under_way.is_alone or not self._away.is_known:
+            lap_s = self._clock() - under_way.sent_s
+            self._away.learn(under_way.num_tokens, lap_s - self.costs.lap(under_way.num_tokens))
 
     def certain(self, track: Track, position: int, token_id: int) -> None:
-        """What the head has chosen for a position, which judges the draft for it; those behind a wrong one are gone."""
+        """What the head has chosen for a position, which judges the drafts for it; those behind a wrong one go."""
         track.num_certain = position + 1
-        proposal = track.proposals.pop(position, None)
-        if proposal is None:
-            return
-        is_right = proposal.draft.token_id == token_id
-        track.acceptances[proposal.drafter].learn(proposal.draft.confidence, is_right=is_right)
-        if proposal.is_sent:
-            self.figures.count(self._drafters[proposal.drafter].name, proposal.depth, is_right=is_right)
-        if not is_right:
-            track.proposals.clear()
+        for acceptance, compared in zip(track.acceptances, track.compared, strict=True):
+            if (proposal := compared.pop(position, None)) is not None:
+                is_right = proposal.draft.token_id == token_id
+                acceptance.learn(proposal.draft.confidence, is_right=is_right)
+                if not is_right:
+                    compared.clear()
+        if (proposal := track.sent.pop(position, None)) is not None:
+            is_right = proposal.draft.token_id == token_id
+            self.figures.count(self._asked[proposal.drafter].drafter.name, proposal.depth, is_right=is_right)
+            if not is_right:
+                track.sent.clear()
 
-    def _in_order(self) -> list[int]:
+    def _in_order(self, load: _Load) -> list[int]:
         """Drafters that cost little first; without `adapts`, as the user named them."""
-        order = range(len(self._drafters))
-        return sorted(order, key=lambda i: not self._is_free(i)) if self.limits.adapts else list(order)
+        order = [index for index, asked in enumerate(self._asked) if not asked.is_broken]
+        return sorted(order, key=lambda i: not self._is_free(i, load)) if self.limits.adapts else order
 
-    def _is_free(self, index: int) -> bool:
-        return (self._draft_s[index] or 0.0) < _FREE * self._step_s(1, 0.0, 1)
+    def _is_free(self, index: int, load: _Load) -> bool:
+        return self._asked[index].draft_s < _FREE * self._step_s(1, load)
 
-    def _step_s(self, num_tokens: int, draft_s: float, num_sequences: int) -> float:
-        """Seconds from a sequence's pass to its next, where `num_sequences` take turns."""
-        lap_s = self.costs.lap(num_tokens) + self.away_s + draft_s
-        return max(lap_s, num_sequences * (self.costs.busy(num_tokens) + draft_s), 1e-9)
+    def _busy_s(self, num_tokens: int) -> float:
+        """How far passes are apart at least, on the ranks and on the links."""
+        return max(self.costs.busy(num_tokens), num_tokens * self._away.per_token_s / self._num_links)
 
-    def _is_worth_asking(self, index: int, track: Track, limit: int, value: _Value, best_value: float) -> bool:
-        """Whether drafts as good as this drafter's on average would pay, or it is time to compare some again.
+    def _step_s(self, num_tokens: int, load: _Load) -> float:
+        """Seconds from a sequence's pass to its next, where others take turns with it, or share its passes."""
+        in_all = num_tokens * load.num_rows
+        lap_s = self.costs.lap(in_all) + self._away.seconds(in_all)
+        return max(lap_s, load.num_passes * self._busy_s(in_all), 1e-9)
 
-        A new drafter is asked.
-        """
-        if not self.limits.adapts or self._is_free(index):
-            return True
-        mean, draft_s = track.acceptances[index].mean, self._draft_s[index] or 0.0
-        if any(value(k, right, draft_s) > best_value for k, right in _runs(mean, 1.0, limit)):
+    def _is_worth_asking(self, index: int, track: Track, load: _Load) -> bool:
+        """Whether it has been lately, or it is time to see."""
+        if not self.limits.adapts or self._is_free(index, load) or track.worth[index] > 0:
             return True
         if track.num_certain < track.next_probe[index]:
             return False
@@ -284,57 +317,77 @@ class Drafting:
         return True
 
     def _draft(
-        self, index: int, track: Track, slot: int, ids: Sequence[int], limit: int, value: _Value
-    ) -> tuple[list[_Proposal], float]:
-        """What a drafter gives, at most `limit`, of which the best number is marked to be sent; and its value.
+        self, index: int, track: Track, slot: int, ids: Sequence[int], limit: int, value: _Value, load: _Load
+    ) -> tuple[list[_Proposal], int, float]:
+        """(what a drafter gives, at most `limit`; how many of these are best sent; their value).
 
-        One that costs time is not asked for more once what may still come is not worth it.
+        One that costs time is not asked for more once what may still come is not worth it, nor a new one for a second.
         """
-        acceptance, is_free = track.acceptances[index], self._is_free(index)
+        acceptance, asked = track.acceptances[index], self._asked[index]
         drafts: list[_Proposal] = []
-        values, all_right, num_right = [value(0, 0.0, 0.0)], 1.0, 0.0
-        for draft in self._timed(index, self._drafters[index].draft(slot, ids), limit):
+        values, all_right, num_right = [value(0, 0.0)], 1.0, 0.0
+        for draft in self._drafts(asked, slot, ids, limit if asked.times_s or not self.limits.adapts else 1):
             chance = acceptance.chance(draft.confidence)
             all_right *= chance
             num_right += all_right
-            depth = len(ids) + len(drafts) - track.num_certain + 1
-            drafts.append(_Proposal(draft, index, depth, chance))
-            draft_s, num_drafts = self._draft_s[index] or 0.0, len(drafts)
-            values.append(value(num_drafts, num_right, draft_s))
-            if not self.limits.adapts or is_free:
+            drafts.append(_Proposal(draft, index, len(ids) + len(drafts) - track.num_certain + 1, chance))
+            values.append(value(len(drafts), num_right))
+            if not self.limits.adapts or self._is_free(index, load):
                 continue
-            more = _runs(acceptance.mean, all_right, limit - num_drafts)
-            if max((value(num_drafts + k, num_right + r, draft_s) for k, r in more), default=-math.inf) <= max(values):
+            best, draft_cost = max(values), track.rate * asked.draft_s
+            more = _runs(acceptance.mean, all_right, limit - len(drafts))
+            if not any(value(len(drafts) + k, num_right + r) - k * draft_cost > best for k, r in more):
                 break
+        compared = track.compared[index]
+        for position in [p for p in compared if p >= len(ids)]:
+            del compared[position]
+        compared |= {len(ids) + place: proposal for place, proposal in enumerate(drafts)}
         num_sent = max(range(len(values)), key=values.__getitem__) if self.limits.adapts else len(drafts)
-        sent = [dataclasses.replace(proposal, is_sent=True) for proposal in drafts[:num_sent]]
-        return [*sent, *drafts[num_sent:]], values[num_sent]
+        return drafts, num_sent, values[num_sent]
 
-    def _timed(self, index: int, drafts: Iterator[Draft], limit: int) -> Iterator[Draft]:
-        for _ in range(limit):
-            start_s = self._clock()
-            draft = next(drafts, None)
-            if draft is None:
-                return
-            seconds, known = self._clock() - start_s, self._draft_s[index]
-            self._draft_s[index] = seconds if known is None else _FADE * known + (1 - _FADE) * seconds
-            yield draft
+    def _drafts(self, asked: _Asked, slot: int, ids: Sequence[int], limit: int) -> Iterator[Draft]:
+        """Up to `limit` drafts, timed. A drafter that raises, or gives what is no token, is asked no more."""
+        start_s = self._clock()
+        try:
+            drafts = iter(asked.drafter.draft(slot, ids))
+            try:
+                for _ in range(limit):
+                    draft = next(drafts, None)
+                    asked.took(self._clock() - start_s)
+                    if draft is None:
+                        return
+                    yield _checked(draft, self._vocab_size)
+                    start_s = self._clock()
+            finally:
+                if isinstance(drafts, Generator):
+                    drafts.close()  # now, and not when it is collected: it may have something to put back
+        except Exception:
+            asked.is_broken = True
+            logger.exception("drafter %s raised, and is not asked any more", asked.drafter.name)
 
-    def _pays_ahead(self, track: Track, chance: float, num_tokens: int, index: int, num_sequences: int) -> bool:
+    def _pays_ahead(self, track: Track, chance: float, num_tokens: int, index: int, load: _Load) -> bool:
         """Whether what a pass saves where all that it assumes is right outweighs what it costs where it is not."""
         first, last = track.under_way[track.num_void], track.under_way[-1]
-        wait_s, next_s = self._due_in_s(last, num_sequences), self._due_in_s(first, num_sequences)
-        work_s = num_sequences * (self.costs.busy(num_tokens) + num_tokens * (self._draft_s[index] or 0.0))
+        wait_s, next_s = self._due_in_s(last, load), self._due_in_s(first, load)
+        work_s = load.num_passes * (self._busy_s(num_tokens) + num_tokens * self._asked[index].draft_s)
         return chance * wait_s > (1 - chance) * (max(0.0, work_s - next_s) + _WASTE * work_s)
 
-    def _due_in_s(self, under_way: _UnderWay, num_sequences: int) -> float:
-        return under_way.sent_s + self._step_s(under_way.num_tokens, 0.0, num_sequences) - self._clock()
+    def _due_in_s(self, under_way: _UnderWay, load: _Load) -> float:
+        return under_way.sent_s + self._step_s(under_way.num_tokens, load) - self._clock()
 
-    def _learn_rate(self, track: Track, sent: Sequence[_Proposal], num_sequences: int) -> None:
+    def _learn_rate(self, track: Track, load: _Load) -> None:
         """Tokens a second of the pass that is about to go, as its chances are."""
-        spent_s = sum(self._draft_s[proposal.drafter] or 0.0 for proposal in sent)
-        tokens = 1 + sum(itertools.accumulate((proposal.chance for proposal in sent), operator.mul))
-        track.learn_rate(tokens, self._step_s(1 + len(sent), spent_s, num_sequences))
+        spent_s = sum(self._asked[proposal.drafter].draft_s for proposal in track.chosen)
+        tokens = 1 + sum(itertools.accumulate((proposal.chance for proposal in track.chosen), operator.mul))
+        track.learn_rate(tokens, self._step_s(1 + len(track.chosen), load) + spent_s)
+
+
+def _checked(draft: Draft, vocab_size: int | None) -> Draft:
+    """With a confidence from 0 to 1. Raises ValueError for what is no token id."""
+    token_id, confidence = draft
+    if int(token_id) != token_id or token_id < 0 or (vocab_size is not None and token_id >= vocab_size):
+        raise ValueError(f"{token_id!r} is no token id of a vocabulary of {vocab_size}")
+    return Draft(int(token_id), min(1.0, max(0.0, confidence)) if confidence == confidence else 0.0)
 
 
 def _runs(chance: float, all_right: float, limit: int) -> Iterator[tuple[int, float]]:

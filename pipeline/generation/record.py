@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.drafting.policy import DepthCounts, Drafting
+from pipeline.drafting.figures import DepthCounts
+from pipeline.drafting.policy import Drafting
 from pipeline.generation.answer import Answer, quantile
 from pipeline.generation.ring import GenerationRing
 from pipeline.records.drafts import (

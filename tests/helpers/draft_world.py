@@ -18,6 +18,8 @@ __all__ = ["Clock", "Guesser", "World", "flat_costs", "stepped_costs"]
 
 SLOWEST = 0.28  # of a lap's work, the share of the slowest of four ranks
 
+WRONG = 1_000_000
+
 
 class Clock:
     now_s = 0.0
@@ -48,7 +50,7 @@ class Guesser:
             self.clock.now_s += self.draft_s
             self.num_asked += 1
             is_lost = is_lost or not self.is_right[position]
-            yield Draft(-1 if is_lost else self.truth[position], self.confidence)
+            yield Draft(WRONG if is_lost else self.truth[position], self.confidence)
 
 
 @dataclass

@@ -3,7 +3,8 @@
 import pytest
 
 from pipeline.drafting.drafter import Draft
-from pipeline.drafting.policy import DepthCounts, Drafting, DraftLimits
+from pipeline.drafting.figures import DepthCounts
+from pipeline.drafting.policy import Drafting, DraftLimits
 from pipeline.generation.record import recorded_drafts
 from pipeline.planner.pass_costs import PassCosts
 
