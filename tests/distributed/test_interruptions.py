@@ -95,6 +95,18 @@ def test_answers_go_on_with_a_lossy_codec(undisturbed, tmp_path):
     assert differences(undisturbed, broken, NUM_PROMPTS) != [] and the_record(broken).interruptions.count == 1
 
 
+def test_answers_go_on_with_drafts(undisturbed, tmp_path):
+    """What was assumed is forgotten, and the new ring has drafters of its own."""
+    given = words(undisturbed, tmp_path, "generation.draft=ngram", "generation.draft_adapts=false")
+    with store_process() as (_, env), start_ranks([given] * NUM_RANKS, env=env) as ranks:
+        wait_until(has_answers(tmp_path))
+        assert break_connection(Random(0), ranks.rank_pids(), env)
+        for one in ranks.wait(180):
+            one.check()
+    assert differences(undisturbed, tmp_path, NUM_PROMPTS) == []
+    assert the_record(tmp_path).interruptions.count == 1
+
+
 def test_rank_0_is_started_again(undisturbed, tmp_path):
     """It takes over the file of answers; the others keep their weights."""
     with store_process() as (_, env), start_ranks([words(undisturbed, tmp_path)] * NUM_RANKS, env=env) as ranks:

@@ -267,14 +267,14 @@ def test_what_was_a_draft_serves_a_prompt_only_once_it_is_certain(plan):
 @pytest.mark.parametrize(("failing", "cancels"), [(0, 0), (0.003, 0), (0.003, 0.03)])
 def test_every_answer_is_that_of_its_prompt(plan, failing, cancels, breaks):
     num_void = 0
-    for seed in range(6):
+    for seed in range(3):
         everyone, ring = simulate(PLANS[plan], seed, failing=failing, cancels=cancels, breaks=breaks, drafts=True)
         check_simulated(plan, everyone, ring, failing, cancels)
         num_void += ring.num_spared
-    assert (num_void > 0) == (plan != "one"), "one stage has one pass under way"
+    assert breaks or (num_void > 0) == (plan != "one"), "one stage has one pass under way"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     plan=st.sampled_from(sorted(PLANS)),
     seed=st.integers(0, 2**20),
