@@ -14,7 +14,7 @@ from tests.unit.test_text_stream import KINDS, whole
 EURO = (0xE2, 0x82, 0xAC)  # token ids of its bytes
 
 
-def asked(*, stop=(), max_new_tokens=4, **options):
+def asked(*, stop=(), max_new_tokens=4, on_finish=lambda answer: None, **options):
     """Of a tokenizer whose byte tokens have no text before a token of another kind comes."""
     request = Request(
         line=1,
@@ -27,14 +27,14 @@ def asked(*, stop=(), max_new_tokens=4, **options):
         deadline_s=None,
         **{"logprobs": None, **options},
     )
-    answer = Answer(request, KINDS["gemma"](), link_names=["a", "b"])
+    answer = Answer(request, KINDS["gemma"](), link_names=["a", "b"], on_finish=on_finish)
     answer.begin()
     return answer
 
 
 def give(answer, ids):
     for token_id in ids:
-        answer.take(Sampled(token_id, -0.5, ((token_id, -0.5), (7, -2.0))))
+        answer.take(Sampled(token_id, -0.5, ((token_id, -0.5), (7, -2.0))), was_draft=False)
 
 
 LETTER = KINDS["gemma"]().convert_tokens_to_ids("a")
@@ -75,9 +75,20 @@ def test_a_quantile_is_a_value_that_was_there(share, expected):
 
 def test_bytes_are_added_up_link_by_link():
     answer = asked()
-    answer.count([10, 1])
-    answer.count([2.5, 0.25])
+    answer.count([10, 1], brings_tokens=False)
+    answer.count([2.5, 0.25], brings_tokens=True)
     assert answer.bytes_per_link == {"a": 12.5, "b": 1.25}
+
+
+def test_passes_and_accepted_drafts_are_counted_before_it_ends():
+    told = []
+    answer = asked(on_finish=lambda answer: told.append((answer.num_passes, answer.num_drafts_accepted)))
+    answer.count([1, 1], brings_tokens=True)
+    give(answer, [LETTER])
+    answer.count([1, 1], brings_tokens=True)
+    for was_draft in (True, True, False):
+        answer.take(Sampled(LETTER, -0.5), was_draft=was_draft)
+    assert told == [(2, 2)]
 
 
 def test_log_probabilities_are_told_where_they_are_asked_for():
