@@ -180,7 +180,10 @@ class GenerationRing:
             passes=generation.draft_passes or self.credits,
             adapts=generation.draft_adapts,
         )
-        return Drafting(drafters, costs, limits) if is_first else None
+        if not is_first:
+            return None
+        num_links = len(deployment.plan.links)
+        return Drafting(drafters, costs, limits, num_links=num_links, vocab_size=model.config.vocab_size)
 
     def _specs(self) -> dict[int, LinkSpec]:
         deployment = self.deployment

@@ -182,7 +182,7 @@ class Scheduler:
             if isinstance(result, Failure):
                 row.held.crop(row.kept)
                 if counts:
-                    self._fail(row, result.cause, is_simple=not is_decode or len(work.rows) == work.num_tokens == 1)
+                    self._fail(row, result.cause, work)
             else:
                 if not sequence.answering.is_finished:
                     shares = [nbytes / len(under_way.rows) for nbytes in result.trail]
@@ -290,11 +290,16 @@ class Scheduler:
     def _num_decoding(self) -> int:
         return sum(not s.is_prefilling for s in self._active)
 
+    @property
+    def _rows_at_once(self) -> int:
+        """Of sequences that share a pass."""
+        return math.ceil(self._num_decoding / self._config.passes) if self._config.shares_passes else 1
+
     def _decode(self, ready: list[ActiveSequence]) -> Entry:
         """Rows of one pass have equally many drafts: of those that would have fewer, the next begins a pass."""
-        at_once = math.ceil(self._num_decoding / self._config.passes) if self._config.shares_passes else 1
         alone = [s for s in ready if s.is_alone]
         first, *others = alone[:1] or ready
+        at_once = self._rows_at_once
         num_drafts, together = len(self._drafts(first)), [first]
         for sequence in others:
             if len(together) == at_once:
@@ -316,8 +321,9 @@ class Scheduler:
                     sequence.track,
                     sequence.slot,
                     sequence.ids,
-                    room=0 if sequence.is_alone else self._room(sequence),
+                    room=self._room(sequence),
                     num_sequences=self._num_decoding,
+                    num_rows=self._rows_at_once,
                 )
         return sequence.drafts
 
@@ -340,6 +346,8 @@ class Scheduler:
 
     def _room(self, sequence: ActiveSequence) -> int:
         """Drafts that fit behind its ids, and are not behind the last token that is wanted."""
+        if sequence.is_alone or not sequence.may_draft:
+            return 0
         num_assumed = len(sequence.ids) - sequence.num_certain
         return min(self._config.slot_length - len(sequence.ids), sequence.answering.num_wanted - num_assumed - 1)
 
@@ -384,13 +392,18 @@ class Scheduler:
             self._leave(sequence)
         return num_taken
 
-    def _fail(self, row: UnderWayRow, cause: str, *, is_simple: bool) -> None:
-        """Send a sequence back to where the pass began, alone, or a prompt to its beginning without a shared prefix."""
+    def _fail(self, row: UnderWayRow, cause: str, work: Pass) -> None:
+        """Send a sequence back to where the pass began, alone, or a prompt to its beginning without a shared prefix.
+
+        Where it had drafts, it has none from here on: what cannot take several tokens would fail again and again.
+        """
         sequence = row.sequence
+        is_simple = work.kind is not PassKind.DECODE or len(work.rows) == work.num_tokens == 1
         if sequence.answering.is_finished:
             self._leave(sequence)
         elif not is_simple:
             sequence.is_alone = True
+            sequence.may_draft &= work.num_tokens == 1
             sequence.go_back()
         elif sequence.source is not None and row.start < sequence.num_prompt:
             sequence.epoch += 1

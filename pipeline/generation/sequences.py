@@ -95,6 +95,7 @@ class ActiveSequence:
     epoch: int = 0  # passes of earlier ones no longer count
     track: Track | None = None  # where there are drafters
     drafts: list[int] | None = None  # for its next pass, if they have been asked for
+    may_draft: bool = True
     is_alone: bool = False
     has_begun: bool = False
     num_lost: int = 0  # positions that were computed before the ring was formed again
