@@ -79,7 +79,7 @@ class Bench:
         self.is_first = deployment.control.world.rank == 0
         self.configs = {name: with_overrides(config, [("compressor", spec)]) for name, spec in codecs.items()}
         self.deployments = {
-            name: dataclasses.replace(deployment, codecs=_make_codecs(own, deployment))
+            name: dataclasses.replace(deployment, codecs=make_link_codecs(own, deployment))
             for name, own in self.configs.items()
         }
         ids = AutoTokenizer.from_pretrained(deployment.model.directory)(TEXT * 60)["input_ids"]
@@ -148,7 +148,7 @@ class Bench:
         return requests
 
 
-def _make_codecs(config: RunConfig, deployment: Any) -> Any:
+def make_link_codecs(config: RunConfig, deployment: Any) -> Any:
     from pipeline.runtime.codecs import codec_requests, make_codecs
     from pipeline.runtime.link_specs import generation_workload
 

@@ -1,0 +1,357 @@
+"""What drafts do to tokens a second over far links: measured on emulated links, beside the same answers without them.
+
+    export OMP_WAIT_POLICY=PASSIVE
+    torchrun --nproc_per_node=4 -m benchmarks.drafts --config demo.yaml --set dataset.name=wikitext
+    torchrun --nproc_per_node=4 -m benchmarks.drafts --config demo.yaml --part codecs --calibration results/calibration
+    python -m benchmarks.drafts --config demo.yaml --part acceptance
+
+`ladder`: kinds of text x one-way delays x ways of drafting. `codecs`: codecs on all links, at one delay, all kinds of
+text. Each round takes all cells one after the other, each on a ring of its own that knows nothing yet of its drafts and
+answers the prompts of a kind one by one, greedily. Tokens a second are of whole answers, medians of rounds; ms/token
+are between tokens; acceptance and passes are of all rounds together. `equal` is the share of tokens before the first
+that differs from the answer without drafts (same codec, first delay): in float32 a near-tie may fall otherwise where
+passes have several tokens. `repeated`: the share of the answers' 8-grams that stand there a second time, which is what
+looking up what came before can find.
+
+`acceptance`: drafters on text that people wrote, forced token by token: at each position, how often the drafts are what
+comes next, by depth. No ring, so for drafters that need ids alone.
+
+`--kinds`, `--delays`, `--modes` and `--codecs` take a part of the cells. A table and a JSON are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import os
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.draft_texts import CHAT, KINDS, prompts_of
+from benchmarks.thin_links import make_link_codecs
+from compressors.console import run_command
+from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
+from pipeline.config.reading import with_overrides
+from pipeline.config.schema import ConfigError, RunConfig
+from pipeline.records.drafts import Drafts
+from pipeline.runtime.launch import on_deployment
+
+# What `generation.draft_passes` is; None: no drafts.
+MODES = {"no drafts": None, "one pass": 1, "passes in flight": 0}
+STEPS = (0.42, 0.85)  # of klt: about 2.2 and 1.4 bits a value with this model
+CODECS = ("none", "int8", "nf4", *(f"klt(calibration={{calibration}}, step={step}, temporal=false)" for step in STEPS))
+GRAM = 8
+FORCED_TOKENS = 2048
+
+
+class Cell(NamedTuple):
+    codec: str
+    kind: str
+    delay: str
+    mode: str
+
+
+@dataclass
+class Measured:
+    """Of a cell, by round: tokens a second of whole answers, seconds between tokens; the answers' token ids."""
+
+    tokens_per_s: list[float] = field(default_factory=list)
+    tpot_s: list[float] = field(default_factory=list)
+    predicted: list[float] = field(default_factory=list)
+    drafts: list[Drafts] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
+
+
+class Bench:
+    """One deployment per codec, all with the same loaded stages. Rank 0 alone has answers and times."""
+
+    def __init__(self, config: RunConfig, deployment: Any, codecs: Mapping[str, str], arguments: argparse.Namespace):
+        self.draft, self.is_first = tuple(arguments.draft), deployment.control.world.rank == 0
+        self.configs = {name: with_overrides(config, [("compressor", spec)]) for name, spec in codecs.items()}
+        self.deployments = {
+            name: dataclasses.replace(deployment, codecs=make_link_codecs(own, deployment))
+            for name, own in self.configs.items()
+        }
+        self.prompts = {kind: prompts_of(kind, config.dataset, arguments.prompts) for kind in arguments.kinds}
+        self.cells: defaultdict[Cell, Measured] = defaultdict(Measured)
+
+    def measure(self, cell: Cell) -> None:
+        from pipeline.generation.ring import GenerationRing
+
+        passes = MODES[cell.mode]
+        own: list[tuple[str, Any]] = [("links.delay", cell.delay)]
+        if passes is not None:
+            own += [("generation.draft", list(self.draft)), ("generation.draft_passes", passes)]
+        ring = GenerationRing(with_overrides(self.configs[cell.codec], own), self.deployments[cell.codec])
+        scheduler, answers = self._submit(ring, cell.kind) if self.is_first else (None, [])
+        ring.run(scheduler)
+        ring.close()
+        if self.is_first:
+            self._take(self.cells[cell], answers, ring)
+
+    def _submit(self, ring: Any, kind: str) -> tuple[Any, list[Any]]:
+        from pipeline.generation.answer import Answer
+        from pipeline.generation.generate import make_request_maker, make_scheduler
+
+        maker, scheduler = make_request_maker(ring), make_scheduler(ring)
+        links = [link.name for link in ring.deployment.plan.links]
+        answers = [Answer(maker.make(prompt), maker.tokenizer, link_names=links) for prompt in self.prompts[kind]]
+        for answer in answers:
+            scheduler.submit(answer)
+        scheduler.close()
+        return scheduler, answers
+
+    def _take(self, measured: Measured, answers: Sequence[Any], ring: Any) -> None:
+        from pipeline.generation.record import recorded_drafts
+
+        if errors := [answer.error for answer in answers if answer.error is not None]:
+            raise SystemExit(errors[0])
+        gaps = [gap for answer in answers for gap in answer.token_gaps_s]
+        spent_s = sum(answer.ttft_s for answer in answers) + sum(gaps)
+        measured.tokens_per_s.append(sum(len(answer.token_ids) for answer in answers) / spent_s)
+        measured.tpot_s.append(statistics.mean(gaps))
+        measured.answers = [answer.token_ids for answer in answers]
+        if ring.drafting is not None:
+            measured.drafts.append(recorded_drafts(ring.drafting, self.draft))
+
+
+def run(config: RunConfig, deployment: Any, codecs: Mapping[str, str], arguments: argparse.Namespace) -> None:
+    bench = Bench(config, deployment, codecs, arguments)
+    cells = [Cell(*cell) for cell in itertools.product(codecs, arguments.kinds, arguments.delays, arguments.modes)]
+    bench.measure(cells[0]._replace(delay="0"))  # warms up, and is forgotten
+    bench.cells.clear()
+    for number in range(1, arguments.rounds + 1):
+        for cell in cells:
+            bench.measure(cell)
+        if bench.is_first:
+            print(f"round {number} of {arguments.rounds} done", file=sys.stderr, flush=True)
+            rows = [row_of(cell, bench.cells) for cell in cells]
+            write(arguments, config, deployment.environment, codecs, rows)
+    if bench.is_first:
+        print(table(rows))
+        print(arguments.out)
+
+
+def row_of(cell: Cell, cells: Mapping[Cell, Measured]) -> dict[str, Any]:
+    """What the JSON has of a cell; null where there were no drafts, or nothing to compare with."""
+    measured = cells[cell]
+    alone = [own for own in cells if own[:2] == cell[:2] and MODES[own.mode] is None]
+    first = [drafter.by_depth[0] for drafts in measured.drafts for drafter in drafts.drafters if drafter.by_depth]
+    num_passes = sum(drafts.passes for drafts in measured.drafts)
+    num_judged = sum(drafts.num_judged for drafts in measured.drafts)
+    return {
+        **cell._asdict(),
+        "tokens_per_s": statistics.median(measured.tokens_per_s),
+        "tpot_s": statistics.median(measured.tpot_s),
+        "predicted_tokens_per_s": statistics.median(measured.predicted) if measured.predicted else None,
+        "tokens_per_pass": share(sum(drafts.tokens for drafts in measured.drafts), num_passes),
+        "first_right": share(sum(counts.right for counts in first), sum(counts.judged for counts in first)),
+        "drafts_right": share(sum(drafts.num_right for drafts in measured.drafts), num_judged),
+        "void_share": share(sum(drafts.void for drafts in measured.drafts), num_passes),
+        "equal_share": equal_share(cells[alone[0]].answers, measured.answers) if alone else None,
+        "repeated_share": repeated_share(measured.answers),
+    }
+
+
+def share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def equal_share(expected: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -> float:
+    """Of all tokens, those before the first of an answer that differs."""
+    equal = total = 0
+    for one, other in zip(expected, got, strict=True):
+        equal += sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=True)))
+        total += len(one)
+    return equal / total
+
+
+def repeated_share(answers: Iterable[Sequence[int]]) -> float | None:
+    """Of the 8-grams of all answers, those that stood in the same answer before; None where answers are shorter."""
+    repeated = total = 0
+    for ids in answers:
+        grams = [tuple(ids[start : start + GRAM]) for start in range(len(ids) - GRAM + 1)]
+        repeated, total = repeated + len(grams) - len(set(grams)), total + len(grams)
+    return share(repeated, total)
+
+
+def write(
+    arguments: argparse.Namespace,
+    config: RunConfig,
+    environment: Mapping[str, str],
+    codecs: Mapping[str, str],
+    rows: Sequence[Mapping[str, Any]],
+) -> None:
+    from pipeline.records.environment import software_versions
+    from pipeline.records.files import write_json
+
+    conditions = {
+        "model": config.model.name,
+        "dtype": config.model.dtype,
+        "draft": list(arguments.draft),
+        "draft_depth": config.generation.draft_depth,
+        "rounds": arguments.rounds,
+        "prompts_of_a_kind": arguments.prompts,
+        "generated_tokens": arguments.tokens,
+        "text": config.dataset.name,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "specs": dict(codecs),
+        "versions": software_versions(),
+        "environment": dict(environment),
+    }
+    write_json(arguments.out, {"kind": f"thinwire drafts: {arguments.part}", "conditions": conditions, "rows": rows})
+
+
+HEADINGS = {
+    "tokens/s": ("tokens_per_s", ".2f", 1),
+    "predicted": ("predicted_tokens_per_s", ".2f", 1),
+    "ms/token": ("tpot_s", ".0f", 1e3),
+    "tokens/pass": ("tokens_per_pass", ".2f", 1),
+    "first draft right": ("first_right", ".0%", 1),
+    "drafts right": ("drafts_right", ".0%", 1),
+    "void": ("void_share", ".0%", 1),
+    "equal": ("equal_share", ".0%", 1),
+    "repeated": ("repeated_share", ".0%", 1),
+}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """As docs/drafts.md has it; codecs are named where there are several."""
+    several = len({row["codec"] for row in rows}) > 1
+    lines = [f"| {' | '.join(['text, delay, drafts', *HEADINGS])} |", "|---" * (1 + len(HEADINGS)) + "|"]
+    for row in rows:
+        label = ", ".join([*([f"`{row['codec']}`"] if several else []), row["kind"], row["delay"], row["mode"]])
+        cells = [
+            "" if row[key] is None else format(factor * row[key], form) for key, form, factor in HEADINGS.values()
+        ]
+        lines.append(f"| {' | '.join([label, *cells])} |")
+    return "\n".join(lines)
+
+
+def forced_acceptance(drafter: Any, ids: Sequence[int], *, start: int, depth: int) -> list[tuple[int, int]]:
+    """(judged, right) by depth of a `Drafter`'s drafts at each position of a text, from `start` on."""
+    counts = [[0, 0] for _ in range(depth)]
+    for position in range(start, len(ids)):
+        drafts = itertools.islice(drafter.draft(0, ids[:position]), min(depth, len(ids) - position))
+        for place, draft in enumerate(drafts):
+            is_right = draft.token_id == ids[position + place]
+            counts[place][0] += 1
+            counts[place][1] += is_right
+            if not is_right:
+                break
+    return [(judged, right) for judged, right in counts]
+
+
+def run_acceptance(config: RunConfig, arguments: argparse.Namespace) -> None:
+    from pipeline.data.text import encode, load_tokenizer
+    from pipeline.drafting.drafter import DrafterContext
+    from pipeline.drafting.registry import make_drafters
+    from pipeline.models.source import resolve_model
+    from pipeline.partition.plan import default_plan
+
+    directory = resolve_model(config.model.name, cache_dir=config.model.model_dir, stage_to=None, show_progress=False)
+    tokenizer = load_tokenizer(directory, trust_remote_code=config.model.trust_remote_code)
+    rows = []
+    for kind, text in forced_texts(config.dataset).items():
+        ids = encode(tokenizer, text, f"{kind} cannot be tokenised", add_special_tokens=False)[:FORCED_TOKENS]
+        for spec in arguments.draft:
+            context = DrafterContext(
+                plan=default_plan(1, 1), stages={}, model_config=None, checkpoint_digest="", eos_ids=()
+            )
+            (drafter,) = make_drafters([spec], context)
+            counts = forced_acceptance(drafter, ids, start=1, depth=config.generation.draft_depth)
+            by_depth = [{"judged": judged, "right": right} for judged, right in counts]
+            rows.append({"text": kind, "num_tokens": len(ids), "drafter": spec, "by_depth": by_depth})
+    write(arguments, config, {}, {}, rows)
+    print(acceptance_table(rows))
+    print(arguments.out)
+
+
+def forced_texts(dataset: Any) -> dict[str, str]:
+    """The config's text, the source of a module of Python's library, a conversation."""
+    import argparse as module
+
+    from pipeline.data.text import load_text
+
+    text = load_text(name=dataset.name, path=dataset.path, split=dataset.split).text[:40_000]
+    return {"text": text, "Python": Path(module.__file__).read_text(encoding="utf-8")[:40_000], "chat": CHAT}
+
+
+def acceptance_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    depths = range(1, 1 + max(len(row["by_depth"]) for row in rows))
+    lines = [f"| {' | '.join(['text, drafter', 'drafted', *(f'depth {d}' for d in depths)])} |"]
+    lines.append("|---" * (2 + len(depths)) + "|")
+    for row in rows:
+        shares = [share(at["right"], at["judged"]) for at in row["by_depth"]]
+        drafted = row["by_depth"][0]["judged"] / (row["num_tokens"] - 1)
+        cells = [f"{row['text']}, `{row['drafter']}`", f"{drafted:.0%}"]
+        lines.append(f"| {' | '.join([*cells, *('' if s is None else f'{s:.0%}' for s in shares)])} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = OptionParser(description=__doc__.partition("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_options(parser)
+    parser.add_argument("--part", choices=("ladder", "codecs", "acceptance"), default="ladder")
+    parser.add_argument("--drafter", dest="draft", action="append", help="a spec; may be given several times: ngram")
+    parser.add_argument("--kinds", type=_list, default=list(KINDS), help=", ".join(KINDS))
+    parser.add_argument("--delays", type=_list, help="of each link, one way: 20ms,50ms; of codecs 20ms")
+    parser.add_argument("--modes", type=_list, help=f"{', '.join(MODES)}; of codecs without the second")
+    parser.add_argument("--codecs", type=_list, help="names of those to take, of codecs")
+    parser.add_argument("--calibration", type=path_option, help="of klt, for this model and plan")
+    parser.add_argument("--prompts", type=int, default=3, help="of each kind, at most 3")
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens of every answer")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", type=path_option, default=Path("build/drafts.json"))
+    arguments = parser.parse_args(argv)
+    is_ladder = arguments.part == "ladder"
+    arguments.draft = arguments.draft or ["ngram"]
+    arguments.delays = arguments.delays or (["20ms", "50ms"] if is_ladder else ["20ms"])
+    arguments.modes = arguments.modes or [mode for mode in MODES if is_ladder or MODES[mode] != 1]
+    for key, allowed in (("kinds", KINDS), ("modes", MODES)):
+        if strange := [value for value in getattr(arguments, key) if value not in allowed]:
+            parser.error(f"--{key}: {strange[0]!r} is none of {', '.join(allowed)}")
+    try:
+        config = with_overrides(read_config(arguments), [("runtime.threads", 1), *_own(arguments.tokens)])
+        codecs = {config.compressor: config.compressor} if is_ladder else _codecs(parser, arguments)
+    except ConfigError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.part == "acceptance":
+        run_acceptance(config, arguments)
+        return 0
+    work = lambda deployment: run(config, deployment, codecs, arguments)
+    on_deployment(config, Path(config.exp_dir), work, with_text=False)
+    return 0
+
+
+def _own(num_tokens: int) -> list[tuple[str, Any]]:
+    """One sequence at a time, greedy, of so many tokens."""
+    generation = {"max_slots": 1, "max_length": 512, "max_new_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+    return [(f"generation.{key}", value) for key, value in generation.items()]
+
+
+def _codecs(parser: OptionParser, arguments: argparse.Namespace) -> dict[str, str]:
+    specs = {codec.replace("calibration={calibration}, ", ""): codec for codec in CODECS}
+    names = arguments.codecs or [name for name in specs if arguments.calibration or "calibration" not in specs[name]]
+    for name in names:
+        if name not in specs:
+            parser.error(f"--codecs: {name!r} is none of {', '.join(specs)}")
+        if arguments.calibration is None and "calibration" in specs[name]:
+            parser.error(f"--codecs: {name} needs --calibration")
+    return {name: specs[name].format(calibration=arguments.calibration) for name in names}
+
+
+def _list(text: str) -> list[str]:
+    return text.split(",")
+
+
+if __name__ == "__main__":
+    run_command(main)
