@@ -16,7 +16,8 @@ looking up what came before can find.
 `acceptance`: drafters on text that people wrote, forced token by token: at each position, how often the drafts are what
 comes next, by depth. No ring, so for drafters that need ids alone.
 
-`--kinds`, `--delays`, `--modes` and `--codecs` take a part of the cells. A table and a JSON are written.
+Drafters are those of `generation.draft`, without it `ngram`. `--kinds`, `--delays`, `--modes` and `--codecs` take a
+part of the cells. A table and a JSON are written.
 """
 
 from __future__ import annotations
@@ -44,8 +45,11 @@ from pipeline.runtime.launch import on_deployment
 
 # What `generation.draft_passes` is; None: no drafts.
 MODES = {"no drafts": None, "one pass": 1, "passes in flight": 0}
-STEPS = (0.42, 0.85)  # of klt: about 2.2 and 1.4 bits a value with this model
-CODECS = ("none", "int8", "nf4", *(f"klt(calibration={{calibration}}, step={step}, temporal=false)" for step in STEPS))
+CODECS = {
+    **{name: name for name in ("none", "int8", "nf4")},
+    "klt 0.42": "klt(calibration={calibration}, step=0.42, temporal=false)",  # about 2.2 bits a value with this model
+    "klt 0.85": "klt(calibration={calibration}, step=0.85, temporal=false)",  # about 1.4
+}
 GRAM = 8
 FORCED_TOKENS = 2048
 
@@ -72,7 +76,7 @@ class Bench:
     """One deployment per codec, all with the same loaded stages. Rank 0 alone has answers and times."""
 
     def __init__(self, config: RunConfig, deployment: Any, codecs: Mapping[str, str], arguments: argparse.Namespace):
-        self.draft, self.is_first = tuple(arguments.draft), deployment.control.world.rank == 0
+        self.draft, self.is_first = config.generation.draft, deployment.control.world.rank == 0
         self.configs = {name: with_overrides(config, [("compressor", spec)]) for name, spec in codecs.items()}
         self.deployments = {
             name: dataclasses.replace(deployment, codecs=make_link_codecs(own, deployment))
@@ -85,9 +89,8 @@ class Bench:
         from pipeline.generation.ring import GenerationRing
 
         passes = MODES[cell.mode]
-        own: list[tuple[str, Any]] = [("links.delay", cell.delay)]
-        if passes is not None:
-            own += [("generation.draft", list(self.draft)), ("generation.draft_passes", passes)]
+        own: list[tuple[str, Any]] = [("links.delay", cell.delay), ("generation.draft_passes", passes or 0)]
+        own += [("generation.draft", [])] if passes is None else []
         ring = GenerationRing(with_overrides(self.configs[cell.codec], own), self.deployments[cell.codec])
         scheduler, answers = self._submit(ring, cell.kind) if self.is_first else (None, [])
         ring.run(scheduler)
@@ -193,18 +196,21 @@ def write(
 
     conditions = {
         "model": config.model.name,
-        "dtype": config.model.dtype,
-        "draft": list(arguments.draft),
+        "draft": list(config.generation.draft),
         "draft_depth": config.generation.draft_depth,
-        "rounds": arguments.rounds,
-        "prompts_of_a_kind": arguments.prompts,
-        "generated_tokens": arguments.tokens,
         "text": config.dataset.name,
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "specs": dict(codecs),
         "versions": software_versions(),
-        "environment": dict(environment),
     }
+    if codecs:
+        conditions |= {
+            "dtype": config.model.dtype,
+            "rounds": arguments.rounds,
+            "prompts_of_a_kind": arguments.prompts,
+            "generated_tokens": arguments.tokens,
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+            "specs": dict(codecs),
+            "environment": dict(environment),
+        }
     write_json(arguments.out, {"kind": f"thinwire drafts: {arguments.part}", "conditions": conditions, "rows": rows})
 
 
@@ -255,12 +261,12 @@ def run_acceptance(config: RunConfig, arguments: argparse.Namespace) -> None:
     from pipeline.models.source import resolve_model
     from pipeline.partition.plan import default_plan
 
-    directory = resolve_model(config.model.name, cache_dir=config.model.model_dir, stage_to=None, show_progress=False)
+    directory = resolve_model(config.model.name, cache_dir=config.model.dir, stage_to=None, show_progress=False)
     tokenizer = load_tokenizer(directory, trust_remote_code=config.model.trust_remote_code)
     rows = []
     for kind, text in forced_texts(config.dataset).items():
         ids = encode(tokenizer, text, f"{kind} cannot be tokenised", add_special_tokens=False)[:FORCED_TOKENS]
-        for spec in arguments.draft:
+        for spec in config.generation.draft:
             context = DrafterContext(
                 plan=default_plan(1, 1), stages={}, model_config=None, checkpoint_digest="", eos_ids=()
             )
@@ -299,7 +305,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OptionParser(description=__doc__.partition("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_options(parser)
     parser.add_argument("--part", choices=("ladder", "codecs", "acceptance"), default="ladder")
-    parser.add_argument("--drafter", dest="draft", action="append", help="a spec; may be given several times: ngram")
     parser.add_argument("--kinds", type=_list, default=list(KINDS), help=", ".join(KINDS))
     parser.add_argument("--delays", type=_list, help="of each link, one way: 20ms,50ms; of codecs 20ms")
     parser.add_argument("--modes", type=_list, help=f"{', '.join(MODES)}; of codecs without the second")
@@ -311,7 +316,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=path_option, default=Path("build/drafts.json"))
     arguments = parser.parse_args(argv)
     is_ladder = arguments.part == "ladder"
-    arguments.draft = arguments.draft or ["ngram"]
     arguments.delays = arguments.delays or (["20ms", "50ms"] if is_ladder else ["20ms"])
     arguments.modes = arguments.modes or [mode for mode in MODES if is_ladder or MODES[mode] != 1]
     for key, allowed in (("kinds", KINDS), ("modes", MODES)):
@@ -319,7 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{key}: {strange[0]!r} is none of {', '.join(allowed)}")
     try:
         config = with_overrides(read_config(arguments), [("runtime.threads", 1), *_own(arguments.tokens)])
-        codecs = {config.compressor: config.compressor} if is_ladder else _codecs(parser, arguments)
+        if not config.generation.draft:
+            config = with_overrides(config, [("generation.draft", "ngram")])
+        codecs = {str(config.compressor): config.compressor} if is_ladder else _codecs(parser, arguments)
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -339,14 +345,13 @@ def _own(num_tokens: int) -> list[tuple[str, Any]]:
 
 
 def _codecs(parser: OptionParser, arguments: argparse.Namespace) -> dict[str, str]:
-    specs = {codec.replace("calibration={calibration}, ", ""): codec for codec in CODECS}
-    names = arguments.codecs or [name for name in specs if arguments.calibration or "calibration" not in specs[name]]
+    names = arguments.codecs or [name for name in CODECS if arguments.calibration or "calibration" not in CODECS[name]]
     for name in names:
-        if name not in specs:
-            parser.error(f"--codecs: {name!r} is none of {', '.join(specs)}")
-        if arguments.calibration is None and "calibration" in specs[name]:
+        if name not in CODECS:
+            parser.error(f"--codecs: {name!r} is none of {', '.join(CODECS)}")
+        if arguments.calibration is None and "calibration" in CODECS[name]:
             parser.error(f"--codecs: {name} needs --calibration")
-    return {name: specs[name].format(calibration=arguments.calibration) for name in names}
+    return {name: CODECS[name].format(calibration=arguments.calibration) for name in names}
 
 
 def _list(text: str) -> list[str]:
