@@ -46,7 +46,9 @@ class Undrafted(Part):
 
 
 class RecordedLimits(Part):
-    """Drafts in a row and passes of a sequence under way, at most; without `adapts`, always so many."""
+    """Drafts in a row and passes of a sequence under way, at most, not counting those that are known to be of no use;
+    without `adapts`, always so many.
+    """
 
     depth: Positive
     passes: Positive
@@ -114,8 +116,8 @@ class Drafts(Part):
         for key in ("rows_by_tokens", "rows_by_in_flight"):
             if (total := sum(getattr(self, key))) != self.passes:
                 raise ValueError(f"passes is {self.passes}, the sum over {key} {total}")
-        if len(self.rows_by_tokens) > 1 + self.limits.depth or len(self.rows_by_in_flight) > self.limits.passes:
-            raise ValueError("rows_by_tokens or rows_by_in_flight is longer than limits allow")
+        if len(self.rows_by_tokens) > 1 + self.limits.depth:
+            raise ValueError(f"rows_by_tokens has rows of {len(self.rows_by_tokens)} tokens, limits.depth allows fewer")
         num_tokens = sum(tokens * rows for tokens, rows in enumerate(self.rows_by_tokens, 1))
         num_drafts = num_tokens - sum(self.rows_by_in_flight[:1])
         for key, count, most in (

@@ -222,7 +222,7 @@ def test_a_record_of_generation_of_odd_values(folder, generation, tables, change
         (("drafts", "drafters", 1, "name"), "ngram", "drafts: a drafter stands twice in drafters"),
         (("drafts", "rows_by_tokens", 0), 3, "drafts: passes is 10, the sum over rows_by_tokens 11"),
         (("drafts", "rows_by_in_flight", 1), 5, "drafts: passes is 10, the sum over rows_by_in_flight 9"),
-        (("drafts", "limits", "passes"), 1, "drafts: rows_by_tokens or rows_by_in_flight is longer than limits allow"),
+        (("drafts", "limits", "depth"), 1, "drafts: rows_by_tokens has rows of 3 tokens, limits.depth allows fewer"),
         (("drafts", "void"), 11, "drafts: void is 11, more than 10"),
         (("drafts", "drafters", 0, "by_depth", 0, "judged"), 15, "drafts: judged is 21, more than 18"),
         (("drafts", "tokens"), 23, "drafts: tokens is 23, more than 22"),
