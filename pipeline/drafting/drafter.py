@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from pipeline.models.stage import Stage
-from pipeline.partition.plan import Plan
+if TYPE_CHECKING:  # or who writes a drafter without a model would wait for torch
+    from pipeline.models.stage import Stage
+    from pipeline.partition.plan import Plan
 
 __all__ = ["Draft", "Drafter", "DrafterContext"]
 

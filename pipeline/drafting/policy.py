@@ -32,10 +32,11 @@ __all__ = ["DepthCounts", "DraftFigures", "DraftLimits", "Drafting", "Track"]
 PROBE_EVERY = 16
 _LAPS = 32  # last laps that the way between ranks is told from
 _FADE = 0.8  # of a rate's and a drafter's seconds, at each new one
-_FREE_S = 0.001  # a drafter that takes less for a draft is asked always
+_FREE = 0.01  # a drafter that takes less of a step for a draft is asked always
+_WASTE = 0.125  # of the work that comes to nothing, what is taken for a loss even where nothing waits for it
 
-# Of drafts with such chances, each of which takes so many seconds to make.
-_Value = Callable[[Sequence[float], float], float]
+# Of so many drafts, of which so many are right in the mean, each of which takes so many seconds to make.
+_Value = Callable[[int, float, float], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +101,21 @@ class Track:
 
     def __init__(self, acceptances: Sequence[Acceptance], rate: float) -> None:
         self.acceptances = [Acceptance(prior) for prior in acceptances]
-        self.rate = rate
+        self._tokens, self._seconds = rate, 1.0  # of passes that have begun, faded
         self.proposals: dict[int, _Proposal] = {}
         self.under_way: deque[_UnderWay] = deque()
+        self.num_void = 0  # of those under way, the oldest
         self.num_certain = 0
         self.next_probe = [0] * len(acceptances)
         self.refused: int | None = None  # at this length no further pass pays, while nothing comes
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second, as the chances of its last passes were."""
+        return self._tokens / self._seconds
+
+    def learn_rate(self, tokens: float, seconds: float) -> None:
+        self._tokens, self._seconds = _FADE * self._tokens + tokens, _FADE * self._seconds + seconds
 
     @property
     def assumed_chance(self) -> float:
@@ -154,16 +164,16 @@ class Drafting:
         `num_sequences` are those that decode at the time.
         """
         track.num_certain = len(ids)
+        track.num_void = len(track.under_way)
         track.proposals.clear()
         limit = min(self.limits.depth, room)
 
-        def value(chances: Sequence[float], draft_s: float) -> float:
-            step_s = self._step_s(1 + len(chances), len(chances) * draft_s, num_sequences)
-            return 1 + sum(itertools.accumulate(chances, operator.mul)) - track.rate * step_s
+        def value(num_drafts: int, num_right: float, draft_s: float) -> float:
+            return 1 + num_right - track.rate * self._step_s(1 + num_drafts, num_drafts * draft_s, num_sequences)
 
         best: list[_Proposal] = []
         compared: list[_Proposal] = []
-        best_value = value((), 0.0)
+        best_value = value(0, 0.0, 0.0)
         for index in self._in_order():
             if limit < 1 or not self._is_worth_asking(index, track, limit, value, best_value):
                 continue
@@ -187,12 +197,12 @@ class Drafting:
         At most `room`; the first is a draft like the others.
         """
         limit, assumed = min(self.limits.depth + 1, room), track.assumed_chance
-        if limit < 1 or len(track.under_way) >= self.limits.passes or track.refused == len(ids):
+        if limit < 1 or len(track.under_way) - track.num_void >= self.limits.passes or track.refused == len(ids):
             return []
 
-        def value(chances: Sequence[float], draft_s: float) -> float:
-            work_s = num_sequences * (self.costs.busy(max(1, len(chances))) + len(chances) * draft_s)
-            return assumed * sum(itertools.accumulate(chances, operator.mul)) - track.rate * work_s
+        def value(num_drafts: int, num_right: float, draft_s: float) -> float:
+            work_s = num_sequences * (self.costs.busy(max(1, num_drafts)) + num_drafts * draft_s)
+            return assumed * num_right - track.rate * work_s
 
         for index in self._in_order():
             mean = self._acceptances[index].mean
@@ -224,6 +234,7 @@ class Drafting:
     def came(self, track: Track, *, num_tokens: int | None) -> None:
         """The sequence's oldest pass is back, with so many tokens that are certain now; None: it was of no use."""
         under_way = track.under_way.popleft()
+        track.num_void -= track.num_void > 0
         track.refused = None
         if num_tokens is None:
             self.figures.void += 1
@@ -250,7 +261,7 @@ class Drafting:
         return sorted(order, key=lambda i: not self._is_free(i)) if self.limits.adapts else list(order)
 
     def _is_free(self, index: int) -> bool:
-        return (self._draft_s[index] or 0.0) < _FREE_S
+        return (self._draft_s[index] or 0.0) < _FREE * self._step_s(1, 0.0, 1)
 
     def _step_s(self, num_tokens: int, draft_s: float, num_sequences: int) -> float:
         """Seconds from a sequence's pass to its next, where `num_sequences` take turns."""
@@ -265,7 +276,7 @@ class Drafting:
         if not self.limits.adapts or self._is_free(index):
             return True
         mean, draft_s = track.acceptances[index].mean, self._draft_s[index] or 0.0
-        if any(value([mean] * k, draft_s) > best_value for k in range(1, limit + 1)):
+        if any(value(k, right, draft_s) > best_value for k, right in _runs(mean, 1.0, limit)):
             return True
         if track.num_certain < track.next_probe[index]:
             return False
@@ -281,18 +292,19 @@ class Drafting:
         """
         acceptance, is_free = track.acceptances[index], self._is_free(index)
         drafts: list[_Proposal] = []
-        chances: list[float] = []
-        values = [value((), 0.0)]
+        values, all_right, num_right = [value(0, 0.0, 0.0)], 1.0, 0.0
         for draft in self._timed(index, self._drafters[index].draft(slot, ids), limit):
-            chances.append(acceptance.chance(draft.confidence))
+            chance = acceptance.chance(draft.confidence)
+            all_right *= chance
+            num_right += all_right
             depth = len(ids) + len(drafts) - track.num_certain + 1
-            drafts.append(_Proposal(draft, index, depth, chances[-1]))
-            draft_s = self._draft_s[index] or 0.0
-            values.append(value(chances, draft_s))
+            drafts.append(_Proposal(draft, index, depth, chance))
+            draft_s, num_drafts = self._draft_s[index] or 0.0, len(drafts)
+            values.append(value(num_drafts, num_right, draft_s))
             if not self.limits.adapts or is_free:
                 continue
-            more = [value([*chances, *[acceptance.mean] * k], draft_s) for k in range(1, limit - len(chances) + 1)]
-            if max(more, default=-math.inf) <= max(values):
+            more = _runs(acceptance.mean, all_right, limit - num_drafts)
+            if max((value(num_drafts + k, num_right + r, draft_s) for k, r in more), default=-math.inf) <= max(values):
                 break
         num_sent = max(range(len(values)), key=values.__getitem__) if self.limits.adapts else len(drafts)
         sent = [dataclasses.replace(proposal, is_sent=True) for proposal in drafts[:num_sent]]
@@ -310,14 +322,25 @@ class Drafting:
 
     def _pays_ahead(self, track: Track, chance: float, num_tokens: int, index: int, num_sequences: int) -> bool:
         """Whether what a pass saves where all that it assumes is right outweighs what it costs where it is not."""
-        last = track.under_way[-1]
-        wait_s = self._step_s(last.num_tokens, 0.0, num_sequences) - (self._clock() - last.sent_s)
+        first, last = track.under_way[track.num_void], track.under_way[-1]
+        wait_s, next_s = self._due_in_s(last, num_sequences), self._due_in_s(first, num_sequences)
         work_s = num_sequences * (self.costs.busy(num_tokens) + num_tokens * (self._draft_s[index] or 0.0))
-        return chance * wait_s > (1 - chance) * work_s
+        return chance * wait_s > (1 - chance) * (max(0.0, work_s - next_s) + _WASTE * work_s)
+
+    def _due_in_s(self, under_way: _UnderWay, num_sequences: int) -> float:
+        return under_way.sent_s + self._step_s(under_way.num_tokens, 0.0, num_sequences) - self._clock()
 
     def _learn_rate(self, track: Track, sent: Sequence[_Proposal], num_sequences: int) -> None:
         """Tokens a second of the pass that is about to go, as its chances are."""
         spent_s = sum(self._draft_s[proposal.drafter] or 0.0 for proposal in sent)
         tokens = 1 + sum(itertools.accumulate((proposal.chance for proposal in sent), operator.mul))
-        rate = tokens / self._step_s(1 + len(sent), spent_s, num_sequences)
-        track.rate = _FADE * track.rate + (1 - _FADE) * rate
+        track.learn_rate(tokens, self._step_s(1 + len(sent), spent_s, num_sequences))
+
+
+def _runs(chance: float, all_right: float, limit: int) -> Iterator[tuple[int, float]]:
+    """(k, how many of k more drafts are right in the mean), where each is with a chance if those before it are."""
+    num_right = 0.0
+    for k in range(1, limit + 1):
+        all_right *= chance
+        num_right += all_right
+        yield k, num_right

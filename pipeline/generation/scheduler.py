@@ -324,7 +324,7 @@ class Scheduler:
     def _decode_ahead(self) -> Entry | None:
         """One more pass of a sequence that has some under way, as if all drafts in them were right."""
         for sequence in self._active:
-            if self.drafting is None or sequence.track is None or not sequence.is_decoding:
+            if self.drafting is None or sequence.track is None or not sequence.may_go_ahead:
                 continue
             drafts = self.drafting.ahead(
                 sequence.track,

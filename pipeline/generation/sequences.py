@@ -115,9 +115,9 @@ class ActiveSequence:
         return not self.is_prefilling and self.sent < self.num_certain
 
     @property
-    def is_decoding(self) -> bool:
-        """Whether sampled tokens are under way, so that a token is due."""
-        return self.sent >= self.num_certain and self.sent > self.num_prompt
+    def may_go_ahead(self) -> bool:
+        """Whether sampled tokens are under way, so that a token is due, and drafts may be behind them."""
+        return self.sent >= self.num_certain and self.sent > self.num_prompt and not self.is_alone
 
     def settle(self, token_id: int) -> bool:
         """Take the next token for certain; whether it is the draft for its place.

@@ -74,7 +74,7 @@ class RecordedCosts(Part):
 
 
 class Drafts(Part):
-    """What came of a run's drafts: over all formings of the ring, while `draft_s`, `costs` and `away_s` are of the last.
+    """What came of a run's drafts, over all formings of the ring; `draft_s`, `costs` and `away_s` are of the last one.
 
     `passes`: rows of sampled tokens that went, `void` of them came back of no use, the others brought `tokens`;
     `tokens_per_pass` is over all of them, null where none went. `rows_by_tokens`: rows of one token, of two, and so on.

@@ -9,7 +9,10 @@ from tests.distributed.test_generation import PROMPTS, answers, arguments, promp
 from tests.helpers.tiny_models import tiny_model
 
 NUM_TOKENS = (40, 7, 30, 25, 1)
-SAMPLED = ("generation.temperature=0.9", "generation.top_k=20", "generation.repetition_penalty=1.3", "generation.seed=5")
+SAMPLED = (
+    *("generation.temperature=0.9", "generation.top_k=20"),
+    *("generation.repetition_penalty=1.3", "generation.seed=5"),
+)
 
 
 def generate(model, exp_dir, *settings, codec="none", drafts=None, **more):

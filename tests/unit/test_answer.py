@@ -27,7 +27,7 @@ def asked(*, stop=(), max_new_tokens=4, **options):
         deadline_s=None,
         **{"logprobs": None, **options},
     )
-    answer = Answer(request, KINDS["gemma"](), link_names=["a", "b"])
+    answer = Answer(request, KINDS["gemma"](), link_names=["a", "b"], on_finish=on_finish)
     answer.begin()
     return answer
 
@@ -97,6 +97,17 @@ def test_bytes_are_added_up_link_by_link():
     answer.count([10, 1], brings_tokens=False)
     answer.count([2.5, 0.25], brings_tokens=True)
     assert answer.bytes_per_link == {"a": 12.5, "b": 1.25}
+
+
+def test_passes_and_accepted_drafts_are_counted_before_it_ends():
+    told = []
+    answer = asked(on_finish=lambda answer: told.append((answer.num_passes, answer.num_drafts_accepted)))
+    answer.count([1, 1], brings_tokens=True)
+    give(answer, [LETTER])
+    answer.count([1, 1], brings_tokens=True)
+    for was_draft in (True, True, False):
+        answer.take(Sampled(LETTER, -0.5), was_draft=was_draft)
+    assert told == [(2, 2)]
 
 
 def test_log_probabilities_are_told_where_they_are_asked_for():

@@ -14,7 +14,7 @@ from pipeline.comm.watchdog import PipelineError
 from pipeline.comm.wire import BadFrame, is_end
 from pipeline.partition.plan import default_plan
 from pipeline.partition.schedule import max_in_flight
-from pipeline.runtime.engine import Engine, Failure
+from pipeline.runtime.engine import Engine, Failure, Result
 from tests.helpers.adding_stages import PLANS, Adding, Windows, entry, expected, places_of_failure, some_sleep, specs
 
 MOST_S = 60  # for what takes milliseconds, on a busy machine
@@ -188,6 +188,38 @@ def test_a_failure_fails_its_pass_alone(name, depth):
         assert [rank for rank, dropped in ring.dropped if dropped == index] == where
     assert len(source.results) == num_passes
     assert len({index for _, index in ring.dropped}) == len(fails)
+
+
+class Voiding(Windows):
+    """Of which some passes turn out to be of no use while they are under way."""
+
+    void = {2, 3, 5, 11}
+
+    def is_void(self, work):
+        assert work.microbatch_index == len(self.results), "of the pass that is due back"
+        return work.microbatch_index in self.void
+
+
+@pytest.mark.parametrize("depth", [None, 1, 2])
+@pytest.mark.parametrize("name", PLANS)
+def test_a_void_pass_is_not_computed_to_its_end(name, depth):
+    """Its bytes have been sent, and are told; one that failed has failed."""
+    plan = PLANS[name]
+    fails = {1: ("step", 1), 3: ("step", 1)}
+    credits = 1 if depth is None else max_in_flight(plan, receives_ahead=depth)
+    source = Voiding(12, credits)
+    ring = Ring(plan, depth=depth, fails=fails, sleep=some_sleep(0))
+    ring.run(source, credits=credits)
+    for index, result in enumerate(source.results):
+        whole = expected(plan, index)
+        if index in fails:
+            assert isinstance(result, Failure)
+        else:
+            assert result == (Result(None, whole.trail) if index in source.void else whole)
+    last_link = len(ring.nodes) - 2
+    assert [event[1:] for event in ring.log if event[0] == "spare"] == [(last_link, index) for index in (2, 5, 11)]
+    ended = [event[2] for event in ring.log if event[:2] == ("frame", last_link)]
+    assert ended == [0, 4, 6, 7, 8, 9, 10]
 
 
 @pytest.mark.slow
