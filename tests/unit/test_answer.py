@@ -14,7 +14,7 @@ from tests.unit.test_text_stream import KINDS, whole
 EURO = (0xE2, 0x82, 0xAC)  # token ids of its bytes
 
 
-def asked(*, stop=(), max_new_tokens=4, **options):
+def asked(*, stop=(), max_new_tokens=4, on_finish=lambda answer: None, **options):
     """Of a tokenizer whose byte tokens have no text before a token of another kind comes."""
     request = Request(
         line=1,
@@ -102,7 +102,6 @@ def test_bytes_are_added_up_link_by_link():
 def test_passes_and_accepted_drafts_are_counted_before_it_ends():
     told = []
     answer = asked(on_finish=lambda answer: told.append((answer.num_passes, answer.num_drafts_accepted)))
-    answer.count([1, 1], brings_tokens=True)
     give(answer, [LETTER])
     answer.count([1, 1], brings_tokens=True)
     for was_draft in (True, True, False):
