@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compressors.console import run_command
 from pipeline.comm.world import World
@@ -47,6 +47,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="go on from a text, or answer the prompts of a .jsonl file (-: standard input)",
     )
     parser.add_argument("--chat", action="store_true", help="talk with the model in the terminal")
+    parser.add_argument(
+        "--draft",
+        action="append",
+        metavar="DRAFTER",
+        help="with --generate or --chat: guesses tokens that one pass verifies, e.g. ngram; may be given several times",
+    )
     parser.add_argument("--plan", action="store_true", help="print stages, links, bytes and memory; load nothing")
     planning = parser.add_argument_group("with --plan")
     planning.add_argument("--link_rate", metavar="RATE", help="of every link, such as 10mbit, in place of the config's")
@@ -65,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         sweep = None if arguments.sweep is None else load_sweep(find_sweep(arguments.sweep))
-        config = read_config(arguments, own=[("measure_error", True), *sweep.base] if sweep else [])
+        config = read_config(arguments, own=_own_keys(arguments, sweep))
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -88,6 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(config, resume=arguments.resume)
 
 
+def _own_keys(arguments: argparse.Namespace, sweep: Sweep | None) -> list[tuple[str, Any]]:
+    """Config keys that a sweep or an option of this program sets over the file."""
+    keys = [("measure_error", True), *sweep.base] if sweep else []
+    return keys if arguments.draft is None else [*keys, ("generation.draft", arguments.draft)]
+
+
 def _contradiction(arguments: argparse.Namespace) -> str | None:
     """Why these options do not go together."""
     chosen = [name for name in ("sweep", "generate", "chat", "plan") if getattr(arguments, name) not in (None, False)]
@@ -101,6 +113,8 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
         return "--link_delay needs --link_rate, the links' rate, such as 10mbit"
     if arguments.max_ppl_increase is not None and arguments.records is None:
         return "--max_ppl_increase needs --records, a folder with the records of a sweep"
+    if arguments.draft is not None and not arguments.chat and arguments.generate is None:
+        return "--draft belongs to --generate and --chat: a text's tokens are known"
     if arguments.chat and arguments.resume:
         return "--chat keeps nothing that --resume could go on from"
     if arguments.generate == "-" and arguments.resume:

@@ -14,9 +14,9 @@ from pipeline.drafting.drafter import Draft
 from pipeline.drafting.policy import Drafting, DraftLimits
 from pipeline.planner.pass_costs import PassCosts
 
-__all__ = ["SPLIT", "Clock", "Guesser", "World", "flat_costs", "stepped_costs"]
+__all__ = ["Clock", "Guesser", "World", "flat_costs", "stepped_costs"]
 
-SPLIT = 4  # ranks that compute at once
+SLOWEST = 0.28  # of a lap's work, the share of the slowest of four ranks
 
 
 class Clock:
@@ -153,5 +153,5 @@ def _costs(lap_s, times):
     return PassCosts(
         num_tokens=(1, 2, 4, 8, 9),
         lap_s=tuple(lap_s * n for n in times),
-        busy_s=tuple(lap_s / SPLIT * n for n in times),
+        busy_s=tuple(lap_s * SLOWEST * n for n in times),
     )

@@ -197,3 +197,15 @@ def test_a_call_does_not_search_all_ids():
     naive(ids, 6, 1, 1)
     assert min(times) < (time.perf_counter() - start_s) / 20
     print(f"{1e6 * min(times):.0f} us a call")
+
+
+def test_the_example_for_writers(tmp_path, monkeypatch):
+    example = re.search(r"```python\n(.*?)```", (ROOT / "docs/writing_a_drafter.md").read_text(), re.DOTALL)[1]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 20
+    (tmp_path / "my_drafters.py").write_text(example)
+    monkeypatch.syspath_prepend(tmp_path)
+    (drafter,) = make_drafters(["my_drafters:Pairs(least=1)"], CONTEXT)
+    drafts = list(itertools.islice(drafter.draft(0, [1, 2, 1, 2, 1, 3, 1]), 3))
+    assert drafts == [Draft(2, 2 / 3), Draft(1, 1.0), Draft(2, 2 / 3)]
+    (careful,) = make_drafters(["my_drafters:Pairs"], CONTEXT)
+    assert not list(careful.draft(0, [1, 2, 1]))
