@@ -1,30 +1,53 @@
 """Answers with drafts are those without, in float64, whatever is guessed and how many passes are under way."""
 
 import json
+from collections import Counter
 
 import pytest
 from transformers import AutoTokenizer
 
+from tests.distributed.test_calibrate import main_on_rank
 from tests.distributed.test_generation import PROMPTS, answers, arguments, prompts_file, run
-from tests.helpers.tiny_models import tiny_model
+from tests.helpers.launch import call_on_ranks, run_alone, run_ranks
+from tests.helpers.tiny_models import tiny_model, write_text
 
 NUM_TOKENS = (40, 7, 30, 25, 1)
 SAMPLED = (
     *("generation.temperature=0.9", "generation.top_k=20"),
-    *("generation.repetition_penalty=1.3", "generation.seed=5"),
+    *("generation.repetition_penalty=1.3", "generation.seed=5", "generation.logprobs=2"),
 )
+NO_WRAP = ("partition.wrap=false",)
+CASES = {
+    "greedy": ("llama", "none", ()),
+    "sampled": ("llama", "int8", SAMPLED),
+    "no wrap": ("llama", "nf4", NO_WRAP),
+    "no wrap, sampled": ("qwen3", "none", (*NO_WRAP, *SAMPLED)),
+    "hadamard": ("llama", "hadamard(int4)", SAMPLED),
+    "klt": ("llama", "klt(calibration={}, step=0.5, temporal=false)", ()),
+    "sliding windows": ("gemma3_text", "nf4", ()),
+    "another codec for sampled tokens": ("llama", "nf4", (*SAMPLED, "compressor_decode=int8")),
+}
 
 
-def generate(model, exp_dir, *settings, codec="none", drafts=None, **more):
-    """Answers and traffic of four ranks; with `drafts`, a file of sequences, drafts that are right as `more` has it."""
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibration")
+    text = write_text(folder / "text", 64 * 13 + 20)
+    settings = (f"model.name={tiny_model()}", "dataset.name=text", f"dataset.path={text}", "dataset.max_length=64")
+    words = [word for setting in (*settings, "runtime.threads=1") for word in ("--set", setting)]
+    call_on_ranks(1, main_on_rank, ["--out", str(folder / "files"), *words], distributed=False)[0].check()
+    return folder / "files"
+
+
+def generate(model, exp_dir, *settings, codec="none", drafts=None, prompts=PROMPTS, num_tokens=NUM_TOKENS, num_ranks=4):
+    """Answers and traffic; with `drafts`, those that are right in six of ten cases, several passes in flight."""
     exp_dir.mkdir()
-    words = ["model.dtype=fp64", "generation.prefill_chunk=16", *settings]
+    words = ["model.dtype=fp64", "generation.prefill_chunk=16"]
     if drafts is not None:
-        options = "".join(f", {name}={value}" for name, value in more.items())
-        words.append(f"generation.draft=tests.helpers.drafters:Knowing(sequences={drafts}{options})")
+        words += [f"generation.draft=tests.helpers.drafters:Knowing(sequences={drafts})"]
         words += ["generation.draft_adapts=false", "generation.draft_depth=4", "generation.draft_passes=3"]
-    prompts = prompts_file(exp_dir, PROMPTS, NUM_TOKENS)
-    run(4, arguments(model, exp_dir, prompts, *words, codec=codec)).check()
+    file = prompts_file(exp_dir, prompts, num_tokens)
+    run(num_ranks, arguments(model, exp_dir, file, *words, *settings, codec=codec)).check()
     (path,) = exp_dir.glob("*-generation-*.json")
     return answers(exp_dir), json.loads(path.read_text())["traffic_per_link"]
 
@@ -33,25 +56,71 @@ def known(folder, model, plain):
     """A file of the sequences, for the drafter."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     path = folder / "sequences.json"
-    path.write_text(
-        json.dumps([tokenizer(PROMPTS[line - 1])["input_ids"] + a["token_ids"] for line, a in plain.items()])
-    )
+    path.write_text(json.dumps([tokenizer(a["prompt"])["input_ids"] + a["token_ids"] for a in plain.values()]))
     return path
 
 
-def check_alike(model, tmp_path, *settings, codec="none", **more):
-    plain, before = generate(model, tmp_path / "plain", *settings, codec=codec)
-    drafts = known(tmp_path, model, plain)
-    drafted, traffic = generate(model, tmp_path / "drafted", *settings, codec=codec, drafts=drafts, **more)
+def check_alike(drafted, plain):
     for line, answer in plain.items():
         for key in ("text", "token_ids", "finish_reason", "error"):
             assert drafted[line][key] == answer[key], (line, key)
+        if answer["logprobs"] is not None:
+            got, expected = drafted[line]["logprobs"], answer["logprobs"]
+            assert got["token_logprobs"] == pytest.approx(expected["token_logprobs"], abs=1e-9)
+            assert [[i for i, _ in top] for top in got["top_logprobs"]] == [
+                [i for i, _ in top] for top in expected["top_logprobs"]
+            ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_answers_are_those_without_drafts(case, request, tmp_path):
+    """Without them in one process, of as many nodes."""
+    model_type, codec, settings = CASES[case]
+    model = tiny_model(model_type)
+    if "{}" in codec:
+        codec = codec.format(request.getfixturevalue("calibration"))
+    plain, before = generate(model, tmp_path / "plain", *settings, "partition.num_nodes=4", codec=codec, num_ranks=1)
+    drafts = known(tmp_path, model, plain)
+    drafted, traffic = generate(model, tmp_path / "drafted", *settings, codec=codec, drafts=drafts)
+    check_alike(drafted, plain)
+    assert all(a["error"] is None for a in plain.values())
     for name, link in traffic.items():
         assert link["tokens"] > before[name]["tokens"], "no draft was wrong"
-    return before, traffic
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.parametrize("codec", ["none", "int8", "nf4", "hadamard(int4)"])
-def test_answers_are_those_without_drafts(codec, sampled, tmp_path):
-    check_alike(tiny_model(), tmp_path, *(SAMPLED if sampled else ()), codec=codec)
+def test_stop_strings_inside_drafts(tmp_path):
+    """Drafts go on behind them."""
+    plain, _ = generate(tiny_model(), tmp_path / "plain", num_ranks=1)
+    letters = Counter(letter for a in plain.values() for letter in set(a["text"][2:-2]) if letter.isalnum())
+    stop = f"generation.stop=['{letters.most_common(1)[0][0]}']"
+    stopped, _ = generate(tiny_model(), tmp_path / "stopped", stop, num_ranks=1)
+    drafted, _ = generate(tiny_model(), tmp_path / "drafted", stop, drafts=known(tmp_path, tiny_model(), plain))
+    check_alike(drafted, stopped)
+    assert "stop" in {a["finish_reason"] for a in stopped.values()}
+
+
+def test_several_passes_of_one_sequence_are_under_way(tmp_path):
+    """Where one is at a time, there are no more passes than tokens."""
+    prompts, num_tokens = PROMPTS[:1], [40]
+    plain, _ = generate(tiny_model(), tmp_path / "plain", prompts=prompts, num_tokens=num_tokens, num_ranks=1)
+    drafts = known(tmp_path, tiny_model(), plain)
+    deep = ("generation.draft_depth=1", "generation.draft_passes=4")
+    drafted, traffic = generate(
+        tiny_model(), tmp_path / "drafted", *deep, drafts=drafts, prompts=prompts, num_tokens=num_tokens
+    )
+    check_alike(drafted, plain)
+    assert all(link["frames"] > 40 for link in traffic.values())
+
+
+def test_weights_that_mix_tokens_have_no_drafts(tmp_path):
+    words = arguments(tiny_model(), tmp_path, prompts_file(tmp_path), "model.load_in_8bit=true")
+    finished = run_alone(*words, "--set", "generation.draft=ngram", "--set", "generation.prefill_chunk=0")
+    assert finished.returncode == 2 and "generation.draft" in finished.stderr
+
+
+def test_a_drafter_that_cannot_be_made_is_told_on_every_rank(tmp_path):
+    drafter = "generation.draft=tests.helpers.drafters:Knowing(sequences=/nowhere)"
+    words = arguments(tiny_model(), tmp_path, prompts_file(tmp_path), drafter)
+    finished = run_ranks([words] * 4)
+    assert all(one.returncode not in (0, None) for one in finished)
+    assert "generation.draft" in finished[0].stderr and "/nowhere" in finished[0].stderr

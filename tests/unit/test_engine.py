@@ -193,7 +193,7 @@ def test_a_failure_fails_its_pass_alone(name, depth):
 class Voiding(Windows):
     """Of which some passes turn out to be of no use while they are under way."""
 
-    void = {2, 3, 5, 11}
+    void = (2, 3, 5, 11)
 
     def is_void(self, work):
         assert work.microbatch_index == len(self.results), "of the pass that is due back"
