@@ -8,10 +8,10 @@
 `ladder`: kinds of text x one-way delays x ways of drafting. `codecs`: codecs on all links, at one delay, all kinds of
 text. Each round takes all cells one after the other, each on a ring of its own that knows nothing yet of its drafts and
 answers the prompts of a kind one by one, greedily. Tokens a second are of whole answers, medians of rounds; ms/token
-are between tokens; acceptance and passes are of all rounds together. `equal` is the share of tokens before the first
-that differs from the answer without drafts (same codec, first delay): in float32 a near-tie may fall otherwise where
-passes have several tokens. `repeated`: the share of the answers' 8-grams that stand there a second time, which is what
-looking up what came before can find.
+are between tokens, and so are the predicted tokens a second; acceptance and passes are of all rounds together. `equal`
+is the share of tokens before the first that differs from the answer without drafts (same codec, first delay): in
+float32 a near-tie may fall otherwise where passes have several tokens. `repeated`: the share of the answers' 8-grams
+that stand there a second time, which is what looking up what came before can find.
 
 `acceptance`: drafters on text that people wrote, forced token by token: at each position, how often the drafts are what
 comes next, by depth. No ring, so for drafters that need ids alone.
@@ -40,6 +40,7 @@ from compressors.console import run_command
 from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
 from pipeline.config.reading import with_overrides
 from pipeline.config.schema import ConfigError, RunConfig
+from pipeline.planner.pass_costs import PassCosts, predicted_rate
 from pipeline.records.drafts import Drafts
 from pipeline.runtime.launch import on_deployment
 
@@ -67,7 +68,6 @@ class Measured:
 
     tokens_per_s: list[float] = field(default_factory=list)
     tpot_s: list[float] = field(default_factory=list)
-    predicted: list[float] = field(default_factory=list)
     drafts: list[Drafts] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
 
@@ -152,7 +152,7 @@ def row_of(cell: Cell, cells: Mapping[Cell, Measured]) -> dict[str, Any]:
         **cell._asdict(),
         "tokens_per_s": statistics.median(measured.tokens_per_s),
         "tpot_s": statistics.median(measured.tpot_s),
-        "predicted_tokens_per_s": statistics.median(measured.predicted) if measured.predicted else None,
+        "predicted_tokens_per_s": predicted(cell, cells),
         "tokens_per_pass": share(sum(drafts.tokens for drafts in measured.drafts), num_passes),
         "first_right": share(sum(counts.right for counts in first), sum(counts.judged for counts in first)),
         "drafts_right": share(sum(drafts.num_right for drafts in measured.drafts), num_judged),
@@ -160,6 +160,46 @@ def row_of(cell: Cell, cells: Mapping[Cell, Measured]) -> dict[str, Any]:
         "equal_share": equal_share(cells[alone[0]].answers, measured.answers) if alone else None,
         "repeated_share": repeated_share(measured.answers),
     }
+
+
+def predicted(cell: Cell, cells: Mapping[Cell, Measured]) -> float | None:
+    """Tokens a second between tokens, as `predicted_rate` has them: the most that any number of drafts gives.
+
+    From costs, links and acceptance as the rings of this cell knew them; without drafts, as those of another cell of
+    this codec and delay did. Where a drafter has none, that counts as a draft that is wrong.
+    """
+    alike = [own for own in cells if (own.codec, own.delay) == (cell.codec, cell.delay) and cells[own].drafts]
+    of_rounds = cells[cell].drafts or [drafts for own in alike for drafts in cells[own].drafts]
+    if not of_rounds:
+        return None
+    return statistics.median(
+        max(
+            predicted_rate(
+                acceptance(drafts),
+                depth=depth,
+                passes=passes,
+                costs=PassCosts(**drafts.costs.model_dump()),
+                away_s=drafts.away_s,
+                draft_s=drafts.drafters[0].draft_s,
+            )
+            for depth in range(1 + (drafts.limits.depth if cells[cell].drafts else 0))
+            for passes in {1, drafts.limits.passes if cells[cell].drafts else 1}
+        )
+        for drafts in of_rounds
+    )
+
+
+def acceptance(drafts: Drafts) -> list[float]:
+    """By depth, how often a draft was right where those before it were, of all drafters together."""
+    deepest = max(len(drafter.by_depth) for drafter in drafts.drafters)
+    shares = []
+    for place in range(deepest):
+        counts = [drafter.by_depth[place] for drafter in drafts.drafters if place < len(drafter.by_depth)]
+        shares.append(share(sum(c.right for c in counts), sum(c.judged for c in counts)) or 0.0)
+    asked = sum(drafts.rows_by_in_flight[:1])
+    if shares and asked:
+        shares[0] *= max(0.0, 1 - drafts.undrafted.none / asked)
+    return shares
 
 
 def share(part: int, whole: int) -> float | None:
@@ -211,13 +251,13 @@ def write(
             "specs": dict(codecs),
             "environment": dict(environment),
         }
-    write_json(arguments.out, {"kind": f"thinwire drafts: {arguments.part}", "conditions": conditions, "rows": rows})
+    write_json(arguments.out, {"kind": "thinwire drafts", "conditions": conditions, arguments.part: rows})
 
 
 HEADINGS = {
     "tokens/s": ("tokens_per_s", ".2f", 1),
-    "predicted": ("predicted_tokens_per_s", ".2f", 1),
     "ms/token": ("tpot_s", ".0f", 1e3),
+    "predicted tokens/s": ("predicted_tokens_per_s", ".2f", 1),
     "tokens/pass": ("tokens_per_pass", ".2f", 1),
     "first draft right": ("first_right", ".0%", 1),
     "drafts right": ("drafts_right", ".0%", 1),

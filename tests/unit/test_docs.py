@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
+from benchmarks import drafts
 from compressors.registry import builtin_names, make_compressor
 from pipeline.config.key_table import key_table
 from pipeline.config.options import OptionParser, read_config
@@ -124,7 +125,8 @@ def figures(paths: list[str]) -> Figures:
     known: Figures = defaultdict(dict)
     for path in paths:
         record = json.loads((ROOT / path).read_text())
-        kinds = {"conditions": of_thin_links, "columns": of_publication, "points": of_importance, "T=1024": of_costs}
+        kinds = {"ladder": of_drafts, "codecs": of_drafts, "acceptance": of_acceptance, "conditions": of_thin_links}
+        kinds |= {"columns": of_publication, "points": of_importance, "T=1024": of_costs}
         kinds |= {"new_tokens": of_generated_text, "runs": of_generation_speed, "rows": of_codecs}
         read = next(kind for key, kind in kinds.items() if key in record)
         for label, by_heading in read(record).items():
@@ -231,6 +233,31 @@ def of_thin_links(record: dict) -> Figures:
             own["bytes/token/link"] = [row["bytes_per_token_per_link"]]
             own[f"first token over {row['rate']}, s"] = [row["ttft_s"]]
             own[f"ms/token over {row['rate']}"] = [1e3 * row["tpot_s"]]
+    return known
+
+
+def of_drafts(record: dict) -> Figures:
+    """By kind of text, delay and way of drafting; where there are several codecs, by codec before these."""
+    rows = record.get("ladder") or record["codecs"]
+    parts = ("codec", "kind", "delay", "mode") if len({row["codec"] for row in rows}) > 1 else ("kind", "delay", "mode")
+    return {
+        ", ".join(row[part] for part in parts): {
+            heading: [] if row[key] is None else [factor * row[key]]
+            for heading, (key, _, factor) in drafts.HEADINGS.items()
+        }
+        for row in rows
+    }
+
+
+def of_acceptance(record: dict) -> Figures:
+    """By text and drafter."""
+    known: Figures = {}
+    for row in record["acceptance"]:
+        depths = enumerate(row["by_depth"], 1)
+        known[f"{row['text']}, {row['drafter']}"] = {
+            "drafted": [row["by_depth"][0]["judged"] / (row["num_tokens"] - 1)],
+            **{f"depth {depth}": [at["right"] / at["judged"]] for depth, at in depths if at["judged"]},
+        }
     return known
 
 

@@ -6,10 +6,12 @@ from benchmarks.draft_texts import KINDS, prompts_of
 from benchmarks.drafts import (
     Cell,
     Measured,
+    acceptance,
     acceptance_table,
     equal_share,
     forced_acceptance,
     main,
+    predicted,
     repeated_share,
     row_of,
     table,
@@ -18,6 +20,7 @@ from pipeline.config.schema import DatasetConfig
 from pipeline.drafting.drafter import Draft
 from pipeline.records.drafts import Drafts
 from tests.helpers.records import make_drafts
+from tests.unit import test_docs
 
 ALONE, DRAFTED = Cell("none", "chat", "20ms", "no drafts"), Cell("none", "chat", "50ms", "passes in flight")
 CELLS = {
@@ -30,21 +33,39 @@ CELLS = {
     ),
 }
 
+ONE_PASS = {
+    DRAFTED._replace(mode="one pass"): Measured(
+        drafts=[Drafts.from_plain(make_drafts(limits={"depth": 8, "passes": 1, "adapts": True}))]
+    )
+}
+
 
 def test_rows_and_the_table():
     rows = [row_of(cell, CELLS) for cell in CELLS]
     assert (rows[0]["tokens_per_s"], rows[0]["tpot_s"], rows[0]["equal_share"]) == (5.0, 0.25, 1.0)
     assert rows[0]["void_share"] is rows[0]["drafts_right"] is rows[0]["tokens_per_pass"] is None
     assert rows[1]["first_right"] == 6 / 10 and rows[1]["drafts_right"] == 8 / 14 and rows[1]["void_share"] == 0.2
+    rate = rows[1]["predicted_tokens_per_s"]
     assert table(rows).splitlines()[2:] == [
-        "| chat, 20ms, no drafts | 5.00 |  | 250 |  |  |  |  | 100% |  |",
-        "| chat, 50ms, passes in flight | 8.00 |  | 100 | 1.50 | 60% | 57% | 20% | 50% |  |",
+        "| chat, 20ms, no drafts | 5.00 | 250 |  |  |  |  |  | 100% |  |",
+        f"| chat, 50ms, passes in flight | 8.00 | 100 | {rate:.2f} | 1.50 | 60% | 57% | 20% | 50% |  |",
     ]
     other = rows[0] | {"codec": "nf4"}
     assert "| `nf4`, chat, 20ms, no drafts |" in table([rows[0], other])
     assert row_of(DRAFTED, {DRAFTED: CELLS[DRAFTED]})["equal_share"] is None
     strange = DRAFTED._replace(kind="text")
     assert row_of(strange, CELLS | {strange: CELLS[DRAFTED]})["equal_share"] is None  # of another text
+
+
+def test_what_is_predicted_is_of_the_ring_that_was_measured():
+    drafts = CELLS[DRAFTED].drafts[0]
+    # Of ten rows behind certain tokens four, and one of these had no draft.
+    assert acceptance(drafts) == pytest.approx([0.75 * 6 / 10, 2 / 4])
+    alone = DRAFTED._replace(mode="no drafts")
+    cells = CELLS | {alone: CELLS[ALONE]}
+    assert predicted(alone, cells) == pytest.approx(1 / (0.04 + 0.16))  # a lap, and what is no work
+    assert predicted(DRAFTED, cells) > predicted(DRAFTED._replace(mode="one pass"), cells | ONE_PASS) > 5.0
+    assert predicted(ALONE, CELLS) is None  # nothing was drafted at this delay
 
 
 def test_tokens_before_the_first_that_differs_are_equal():
@@ -75,6 +96,26 @@ def test_the_table_of_acceptance():
     by_depth = [{"judged": 5, "right": 4}, {"judged": 0, "right": 0}]
     rows = [{"text": "chat", "num_tokens": 11, "drafter": "ngram", "by_depth": by_depth}]
     assert acceptance_table(rows).splitlines()[2] == "| chat, `ngram` | 50% | 80% |  |"
+
+
+def test_printed_tables_can_stand_in_the_documents():
+    rows = [row_of(cell, CELLS) for cell in CELLS]
+    by_depth = [{"judged": 7, "right": 4}, {"judged": 0, "right": 0}]
+    forced = [{"text": "chat", "num_tokens": 12, "drafter": "ngram", "by_depth": by_depth}]
+    for printed, known in (
+        (table(rows), test_docs.of_drafts({"ladder": rows})),
+        (table([rows[0], rows[1] | NF4]), test_docs.of_drafts({"codecs": [rows[0], rows[1] | NF4]})),
+        (acceptance_table(forced), test_docs.of_acceptance({"acceptance": forced})),
+    ):
+        headings, _, *lines = map(test_docs.cells, printed.splitlines())
+        for label, *shown in lines:
+            for heading, cell in zip(headings[1:], shown, strict=True):
+                expected = known[label].get(heading, [])
+                assert test_docs.TestFigures().problem(cell, expected) is None, (label, heading)
+        assert any(cell for _, *shown in lines for cell in shown)
+
+
+NF4 = {"codec": "nf4"}
 
 
 def test_prompts_of_every_kind():
