@@ -28,7 +28,7 @@ import itertools
 import os
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,7 @@ CODECS = {
     "klt 0.85": "klt(calibration={calibration}, step=0.85, temporal=false)",  # about 1.4
 }
 GRAM = 8
+MIN_JUDGED = 20
 FORCED_TOKENS = 2048
 
 
@@ -172,10 +173,11 @@ def predicted(cell: Cell, cells: Mapping[Cell, Measured]) -> float | None:
     of_rounds = cells[cell].drafts or [drafts for own in alike for drafts in cells[own].drafts]
     if not of_rounds:
         return None
+    shares = acceptance(of_rounds)
     return statistics.median(
         max(
             predicted_rate(
-                acceptance(drafts),
+                shares,
                 depth=depth,
                 passes=passes,
                 costs=PassCosts(**drafts.costs.model_dump()),
@@ -189,16 +191,24 @@ def predicted(cell: Cell, cells: Mapping[Cell, Measured]) -> float | None:
     )
 
 
-def acceptance(drafts: Drafts) -> list[float]:
-    """By depth, how often a draft was right where those before it were, of all drafters together."""
-    deepest = max(len(drafter.by_depth) for drafter in drafts.drafters)
-    shares = []
-    for place in range(deepest):
-        counts = [drafter.by_depth[place] for drafter in drafts.drafters if place < len(drafter.by_depth)]
-        shares.append(share(sum(c.right for c in counts), sum(c.judged for c in counts)) or 0.0)
-    asked = sum(drafts.rows_by_in_flight[:1])
-    if shares and asked:
-        shares[0] *= max(0.0, 1 - drafts.undrafted.none / asked)
+def acceptance(of_rounds: Sequence[Drafts]) -> list[float]:
+    """By depth, how often a draft was right where those before it were, of all drafters together; the deepest ones, of
+    which too few were judged to tell, as one.
+    """
+    right: Counter[int] = Counter()
+    judged: Counter[int] = Counter()
+    for drafter in itertools.chain.from_iterable(drafts.drafters for drafts in of_rounds):
+        for place, counts in enumerate(drafter.by_depth):
+            right[place] += counts.right
+            judged[place] += counts.judged
+    for place in range(max(judged, default=0), 0, -1):
+        if judged[place] < MIN_JUDGED:
+            right[place - 1] += right.pop(place, 0)
+            judged[place - 1] += judged.pop(place, 0)
+    shares = [share(right[place], judged[place]) or 0.0 for place in sorted(judged)]
+    num_asked = sum(sum(drafts.rows_by_in_flight[:1]) for drafts in of_rounds)
+    if shares and num_asked:
+        shares[0] *= max(0.0, 1 - sum(drafts.undrafted.none for drafts in of_rounds) / num_asked)
     return shares
 
 
@@ -361,18 +371,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for key, allowed in (("kinds", KINDS), ("modes", MODES)):
         if strange := [value for value in getattr(arguments, key) if value not in allowed]:
             parser.error(f"--{key}: {strange[0]!r} is none of {', '.join(allowed)}")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         config = with_overrides(read_config(arguments), [("runtime.threads", 1), *_own(arguments.tokens)])
         if not config.generation.draft:
             config = with_overrides(config, [("generation.draft", "ngram")])
+        if arguments.part == "acceptance":
+            run_acceptance(config, arguments)
+            return 0
         codecs = {str(config.compressor): config.compressor} if is_ladder else _codecs(parser, arguments)
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.part == "acceptance":
-        run_acceptance(config, arguments)
-        return 0
     work = lambda deployment: run(config, deployment, codecs, arguments)
     on_deployment(config, Path(config.exp_dir), work, with_text=False)
     return 0

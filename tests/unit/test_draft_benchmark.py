@@ -58,9 +58,10 @@ def test_rows_and_the_table():
 
 
 def test_what_is_predicted_is_of_the_ring_that_was_measured():
-    drafts = CELLS[DRAFTED].drafts[0]
-    # Of ten rows behind certain tokens four, and one of these had no draft.
-    assert acceptance(drafts) == pytest.approx([0.75 * 6 / 10, 2 / 4])
+    drafts = CELLS[DRAFTED].drafts
+    # Of ten rows behind certain tokens four, and one of these had no draft; eight at depth 2 are too few.
+    assert acceptance(drafts) == pytest.approx([0.75 * 16 / 28])
+    assert acceptance(drafts * 3) == pytest.approx([0.75 * 36 / 60, 12 / 24])
     alone = DRAFTED._replace(mode="no drafts")
     cells = CELLS | {alone: CELLS[ALONE]}
     assert predicted(alone, cells) == pytest.approx(1 / (0.04 + 0.16))  # a lap, and what is no work
