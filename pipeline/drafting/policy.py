@@ -7,7 +7,8 @@ that go and come and of tokens that are certain; seconds are of its clock. docs/
   drafts (`Acceptance`), and takes step(k). With `rate`, the tokens a second that the sequence makes, the best k has the
   most E(k) - rate x step(k), which is the choice of the highest rate in the long run.
 * One more pass behind others is right with a chance q, of all that it takes for granted. It then saves the wait for
-  them, and else delays what is right by its own work: it goes where q x wait > (1 - q) x work.
+  them, and else delays what is right by what is left of its own work once the first of them is back: it goes where
+  q x wait > (1 - q) x delay, in which a part of the work counts in any case.
 * Where drafts do not pay, they go on being compared with the tokens that come: all those that cost nothing, others
   every `PROBE_EVERY` tokens.
 """
@@ -197,7 +198,8 @@ class Drafting:
         At most `room`; the first is a draft like the others.
         """
         limit, assumed = min(self.limits.depth + 1, room), track.assumed_chance
-        if limit < 1 or len(track.under_way) - track.num_void >= self.limits.passes or track.refused == len(ids):
+        num_live = len(track.under_way) - track.num_void
+        if limit < 1 or not 0 < num_live < self.limits.passes or track.refused == len(ids):
             return []
 
         def value(num_drafts: int, num_right: float, draft_s: float) -> float:
