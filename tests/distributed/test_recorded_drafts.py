@@ -12,10 +12,10 @@ from tests.helpers.tiny_models import tiny_model
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Answers and folders without drafts, and with some of which seven in ten are right."""
+    """Answers and folders without drafts, and with drafts of which six in ten are right."""
     folder, model = tmp_path_factory.mktemp("drafts"), tiny_model()
     plain, _ = generate(model, folder / "plain")
-    drafted, _ = generate(model, folder / "drafted", drafts=known(folder, model, plain), right=0.7)
+    drafted, _ = generate(model, folder / "drafted", drafts=known(folder, model, plain))
     return (plain, folder / "plain"), (drafted, folder / "drafted")
 
 

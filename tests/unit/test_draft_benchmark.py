@@ -23,6 +23,7 @@ from tests.helpers.records import make_drafts
 from tests.unit import test_docs
 
 ALONE, DRAFTED = Cell("none", "chat", "20ms", "no drafts"), Cell("none", "chat", "50ms", "passes in flight")
+FAR_ALONE, FAR_ONE = Cell("none", "chat", "50ms", "no drafts"), Cell("none", "chat", "50ms", "one pass")
 CELLS = {
     ALONE: Measured(tokens_per_s=[4.0, 6.0], tpot_s=[0.2, 0.3], answers=[[1, 2, 3, 4]]),
     DRAFTED: Measured(
@@ -34,7 +35,7 @@ CELLS = {
 }
 
 ONE_PASS = {
-    DRAFTED._replace(mode="one pass"): Measured(
+    FAR_ONE: Measured(
         drafts=[Drafts.from_plain(make_drafts(limits={"depth": 8, "passes": 1, "adapts": True}))]
     )
 }
@@ -53,7 +54,7 @@ def test_rows_and_the_table():
     other = rows[0] | {"codec": "nf4"}
     assert "| `nf4`, chat, 20ms, no drafts |" in table([rows[0], other])
     assert row_of(DRAFTED, {DRAFTED: CELLS[DRAFTED]})["equal_share"] is None
-    strange = DRAFTED._replace(kind="text")
+    strange = Cell("none", "text", "50ms", "passes in flight")
     assert row_of(strange, CELLS | {strange: CELLS[DRAFTED]})["equal_share"] is None  # of another text
 
 
@@ -62,10 +63,9 @@ def test_what_is_predicted_is_of_the_ring_that_was_measured():
     # Of ten rows behind certain tokens four, and one of these had no draft; eight at depth 2 are too few.
     assert acceptance(drafts) == pytest.approx([0.75 * 16 / 28])
     assert acceptance(drafts * 3) == pytest.approx([0.75 * 36 / 60, 12 / 24])
-    alone = DRAFTED._replace(mode="no drafts")
-    cells = CELLS | {alone: CELLS[ALONE]}
-    assert predicted(alone, cells) == pytest.approx(1 / (0.04 + 0.16))  # a lap, and what is no work
-    assert predicted(DRAFTED, cells) > predicted(DRAFTED._replace(mode="one pass"), cells | ONE_PASS) > 5.0
+    cells = CELLS | {FAR_ALONE: CELLS[ALONE]}
+    assert predicted(FAR_ALONE, cells) == pytest.approx(1 / (0.04 + 0.16))  # a lap, and what is no work
+    assert predicted(DRAFTED, cells) > predicted(FAR_ONE, cells | ONE_PASS) > 5.0
     assert predicted(ALONE, CELLS) is None  # nothing was drafted at this delay
 
 
