@@ -348,6 +348,22 @@ def test_a_pass_that_failed(llama, drafter):
     check(llama, drafter, TEXT[:10], 9, slot=2)
 
 
+def test_a_first_stage_that_lags_behind(llama, drafter):
+    llama.go_around([TEXT[:20]], (0, 0))
+    llama.worker.drop(None, Pass(kind=PassKind.DECODE, rows=(Row(0, 15),), num_tokens=2))
+    check(llama, drafter, TEXT[:21], 20)
+    assert llama.lengths() == (15, 20)
+
+
+def test_states_that_were_given_up(llama, drafter):
+    llama.go_around([TEXT[:5]], (0, 0))
+    llama.send([TEXT[5:65]], (0, 5))
+    assert len(some(drafter.draft(0, TEXT[:66]), 1)) == 1
+    llama.send([[1] * 15], (0, 65))
+    assert some(drafter.draft(0, TEXT[:66]), 1) == []
+    assert llama.lengths() == (80, 5)
+
+
 def test_where_there_is_nothing_to_stand_on(llama, drafter):
     assert some(drafter.draft(0, TEXT[:5]), 1) == []
     llama.go_around([TEXT[:1]], (0, 0))
