@@ -21,7 +21,7 @@ class DraftFigures:
     """`counts[drafter][depth]`: depth 1 is the token behind the newest certain one.
 
     `passes`: rows of sampled tokens that went, `void` those that came back of no use, `tokens` what the others brought.
-    `depths` and `in_flight`: rows by their drafts, and by how many passes of the sequence were under way before.
+    `depths` and `in_flight`: rows by their drafts, and by how many passes of the sequence, not void, were under way.
     `undrafted`: rows without drafts by why: no drafter had one (`none`), or it would not pay (`cost`).
     """
 

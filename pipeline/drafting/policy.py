@@ -251,7 +251,7 @@ class Drafting:
         figures = self.figures
         figures.passes += 1
         figures.depths[num_tokens - 1] += 1
-        figures.in_flight[len(track.under_way)] += 1
+        figures.in_flight[len(track.under_way) - track.num_void] += 1
         track.under_way.append(_UnderWay(num_tokens, self._clock(), self._num_under_way == 0))
         self._num_under_way += 1
         track.refused = None

@@ -7,6 +7,7 @@ that a slot which holds anything but its sequence gives other tokens. Passes fai
 from __future__ import annotations
 
 import contextlib
+import json
 import functools
 import math
 import random
@@ -331,11 +332,20 @@ class Scripted:
     name = "scripted"
 
     def __init__(self, plan, scheduler, is_right):
-        self._plan, self._scheduler, self._is_right = plan, scheduler, is_right
+        self._plan, self._is_right = plan, is_right
+        self._options = {}  # by slot, as what begins there tells the head
+        start = scheduler.next
+
+        def noting():
+            entry = start()
+            told = json.loads(entry.note) if entry is not None and entry.note else {}
+            self._options |= {int(slot): SamplingOptions.from_json(options) for slot, options in told.items()}
+            return entry
+
+        scheduler.next = noting
 
     def draft(self, slot, ids):
-        (options,) = (s.answering.options for s in self._scheduler._active if s.slot == slot)
-        ids = list(ids)
+        options, ids = self._options[slot], list(ids)
         start = len(ids)
         while True:
             token_id = following(self._plan, options, tuple(ids))
