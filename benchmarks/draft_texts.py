@@ -12,8 +12,10 @@ __all__ = ["CHAT", "KINDS", "prompts_of"]
 KINDS = ("repetitive", "chat", "text")
 WORDS_OF_TEXT = 48  # that a continuation begins with
 
-_LOCKS = (("Ghent", 3, "open"), ("Delft", 12, "closed"), ("Bruges", 7, "open"), ("Utrecht", 5, "open"))
-_JSON = json.dumps([{"city": c, "locks": n, "state": s} for c, n, s in _LOCKS], indent=2)
+_JSON = "".join(
+    json.dumps({"id": number, "type": "lock", "city": city, "state": "open"}) + "\n"
+    for number, city in enumerate(("Ghent", "Delft", "Bruges", "Utrecht", "Leiden"), 1)
+)
 _CODE = "".join(
     f"    @property\n    def {name}(self) -> float:\n"
     f'        """The {name} of the lock, in metres."""\n        return self._{name}\n\n'
@@ -24,7 +26,7 @@ _PARAGRAPH = (
     "wait below the lock go after them. At noon the keeper closes the gate and reads the height of the water."
 )
 _REPETITIVE: tuple[dict[str, Any], ...] = (
-    {"prompt": _JSON.removesuffix("\n]") + ",\n"},
+    {"prompt": _JSON},
     {"prompt": "class Lock:\n" + _CODE + "    @property\n    def height"},
     {"messages": [{"role": "user", "content": f"Repeat this text word for word:\n\n{_PARAGRAPH}"}]},
 )
@@ -66,6 +68,6 @@ def prompts_of(kind: str, dataset: Any, num: int) -> list[dict[str, Any]]:
     if kind == "chat":
         return [{"messages": [{"role": "user", "content": question}]} for question in _QUESTIONS[:num]]
     text = load_text(name=dataset.name, path=dataset.path, split=dataset.split).text
-    paragraphs = [words for part in text.split("\n\n") if len(words := part.split()) > 2 * WORDS_OF_TEXT]
+    paragraphs = [words for part in text.splitlines() if len(words := part.split()) > 2 * WORDS_OF_TEXT]
     chosen = paragraphs[:: max(1, len(paragraphs) // num)][:num]
     return [{"prompt": " ".join(words[:WORDS_OF_TEXT])} for words in chosen]

@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--codecs", type=_list, help="names of those to take, of codecs")
     parser.add_argument("--calibration", type=path_option, help="of klt, for this model and plan")
     parser.add_argument("--prompts", type=int, default=3, help="of each kind, at most 3")
-    parser.add_argument("--tokens", type=int, default=48, help="new tokens of every answer")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of every answer")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=path_option, default=Path("build/drafts.json"))
     arguments = parser.parse_args(argv)

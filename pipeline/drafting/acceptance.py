@@ -6,13 +6,14 @@ __all__ = ["Acceptance"]
 
 _NUM_BINS = 8
 _PRIOR_WEIGHT = 3.0
+_TRUST = 0.75  # in what a drafter says of itself, before anything is known
 _MEMORY = 64.0  # drafts of a bin, after which older ones have faded
 
 
 class Acceptance:
     """The chance that a draft of some confidence is right, where those before it are: counts in bins of confidence.
 
-    What is not known yet is as in `prior` or, without one, half of what the drafter says of itself.
+    What is not known yet is as in `prior` or, without one, a part of what the drafter says of itself.
     """
 
     def __init__(self, prior: Acceptance | None = None) -> None:
@@ -22,7 +23,7 @@ class Acceptance:
 
     def chance(self, confidence: float) -> float:
         place = self._bin(confidence)
-        prior = confidence / 2 if self._prior is None else self._prior.chance(confidence)
+        prior = _TRUST * confidence if self._prior is None else self._prior.chance(confidence)
         return (self._right[place] + _PRIOR_WEIGHT * prior) / (self._seen[place] + _PRIOR_WEIGHT)
 
     @property

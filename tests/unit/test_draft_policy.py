@@ -91,7 +91,7 @@ def test_costs_between_those_measured_lie_on_a_line():
 def test_acceptance_is_learnt_by_confidence_and_from_other_sequences():
     everyone = Acceptance()
     first, second = Acceptance(everyone), Acceptance(everyone)
-    assert first.chance(0.9) == 0.45
+    assert first.chance(0.9) == pytest.approx(0.675)
     for _ in range(50):
         first.learn(0.9, is_right=True)
         first.learn(0.1, is_right=False)
