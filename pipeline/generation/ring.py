@@ -58,6 +58,14 @@ class GenerationRing:
         positions = getattr(deployment.model.config, "max_position_embeddings", None)
         self.slot_length = generation.slot_length(positions)
         self.prefill_chunk = min(generation.prefill_chunk or self.slot_length, self.slot_length)
+        told = {
+            "max_slots": generation.max_slots,
+            "max_length": self.slot_length,
+            "prefill_chunk": self.prefill_chunk,
+            "draft": list(generation.draft),
+            "draft_depth": generation.draft_depth,
+        }
+        control.agree("config", {f"generation.{key}": value for key, value in told.items()})
         self.codecs = deployment.codecs
         self.decode_codecs = make_decode_codecs(
             config,

@@ -176,6 +176,14 @@ ON_RANKS = {
         {3: ["--model_name", "{}"]},
         r"rank \d was started with another checkpoint: fingerprint is ",
     ),
+    "other slots": (
+        {rank: ["--generate", "x", *sets(f"generation.max_slots={4 - (rank == 2)}")] for rank in range(4)},
+        r"rank \d was started with another config: generation\.max_slots is [34]",
+    ),
+    "other drafts": (
+        {rank: ["--generate", "x", *(["--draft", "ngram"] if rank == 1 else [])] for rank in range(4)},
+        r"rank \d was started with another config: generation\.draft is ",
+    ),
     "a missing model": (
         {1: ["--model_name", "./nope"]},
         r"rank 1, resolving the model: model\.name='\./nope'",
