@@ -182,13 +182,20 @@ def predicted(cell: Cell, cells: Mapping[Cell, Measured]) -> float | None:
                 passes=passes,
                 costs=PassCosts(**drafts.costs.model_dump()),
                 away_s=drafts.away_s,
-                draft_s=drafts.drafters[0].draft_s,
+                draft_s=draft_s(drafts),
             )
             for depth in range(1 + (drafts.limits.depth if cells[cell].drafts else 0))
             for passes in {1, drafts.limits.passes if cells[cell].drafts else 1}
         )
         for drafts in of_rounds
     )
+
+
+def draft_s(drafts: Drafts) -> float:
+    """Of a draft that went, whichever drafter's."""
+    judged = [sum(counts.judged for counts in drafter.by_depth) for drafter in drafts.drafters]
+    spent = sum(drafter.draft_s * n for drafter, n in zip(drafts.drafters, judged, strict=True))
+    return share(spent, sum(judged)) or 0.0
 
 
 def acceptance(of_rounds: Sequence[Drafts]) -> list[float]:
@@ -212,7 +219,7 @@ def acceptance(of_rounds: Sequence[Drafts]) -> list[float]:
     return shares
 
 
-def share(part: int, whole: int) -> float | None:
+def share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 

@@ -6,6 +6,8 @@ from collections import Counter
 import pytest
 from transformers import AutoTokenizer
 
+from pipeline.partition.plan import default_plan
+from tests.compressors.codec_cases import SPECS, make
 from tests.distributed.test_calibrate import main_on_rank
 from tests.distributed.test_generation import PROMPTS, answers, arguments, prompts_file, run
 from tests.helpers.launch import call_on_ranks, run_alone, run_ranks
@@ -27,6 +29,7 @@ CASES = {
     "sliding windows": ("gemma3_text", "nf4", ()),
     "another codec for sampled tokens": ("llama", "nf4", (*SAMPLED, "compressor_decode=int8")),
 }
+CODECS = [s for s in SPECS if make(s).frame_invariant and "importance" not in make(s).needs]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,20 @@ def test_answers_are_those_without_drafts(case, request, tmp_path):
     assert all(a["error"] is None for a in plain.values())
     for name, link in traffic.items():
         assert link["tokens"] > before[name]["tokens"], "no draft was wrong"
+
+
+@pytest.mark.parametrize("first", range(0, len(CODECS), 4))
+def test_every_codec_takes_drafts(first, tmp_path):
+    """Four at a time, each on a link of its own; `klt` is tried above."""
+    names = [link.name for link in default_plan(6, 4).links]
+    codecs = dict(zip(names, (CODECS[first : first + 4] * 4)[:4], strict=True))
+    settings = (f"compressor_per_link={json.dumps(codecs)}", "partition.num_nodes=4")
+    few = {"prompts": PROMPTS[:3], "num_tokens": [16, 7, 16], "num_ranks": 1}
+    plain, before = generate(tiny_model(), tmp_path / "plain", *settings, **few)
+    drafts = known(tmp_path, tiny_model(), plain)
+    drafted, traffic = generate(tiny_model(), tmp_path / "drafted", *settings, drafts=drafts, **few)
+    check_alike(drafted, plain)
+    assert all(link["tokens"] > before[name]["tokens"] for name, link in traffic.items())
 
 
 def test_stop_strings_inside_drafts(tmp_path):
