@@ -11,7 +11,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.evaluation.sweep import SweepResult
     from pipeline.generation.chat import ChatJob
     from pipeline.generation.generate import Generated, GenerationJob
+    from pipeline.partition.plan import Plan
     from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
     from pipeline.runtime.deployment import Deployment
 
@@ -112,7 +113,7 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
     if arguments.max_ppl_increase is not None and arguments.records is None:
         return "--max_ppl_increase needs --records, a folder with the records of a sweep"
     if arguments.draft is not None and not arguments.chat and arguments.generate is None:
-        return "--draft belongs to --generate and --chat: a text's tokens are known"
+        return "--draft belongs to --generate and --chat; with --plan it is --set generation.draft=..."
     if arguments.chat and arguments.resume:
         return "--chat keeps nothing that --resume could go on from"
     if arguments.generate == "-" and arguments.resume:
@@ -170,6 +171,17 @@ def run(config: RunConfig, *, resume: bool) -> int:
     return 0
 
 
+def _check_drafts(config: RunConfig) -> Callable[[Plan, Any], None]:
+    """What can be wrong with drafters before weights load."""
+
+    def check(plan: Plan, model_config: Any) -> None:
+        from pipeline.drafting.registry import check_drafters
+
+        check_drafters(config.generation.draft)
+
+    return check
+
+
 def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
     """Returns 3 on rank 0 when requests have failed, unless torchrun would then begin anew, which mends none."""
     is_file = prompts == "-" or prompts.endswith(".jsonl")
@@ -193,7 +205,9 @@ def run_generate(config: RunConfig, prompts: str, *, resume: bool) -> int:
     def progress() -> int | None:
         return 0 if job is None else job.progress
 
-    result = on_deployment(config, Path(config.exp_dir), answer, with_text=False, progress=progress)
+    result = on_deployment(
+        config, Path(config.exp_dir), answer, _check_drafts(config), with_text=False, progress=progress
+    )
     if result is None:
         return 0
     from pipeline.report.summary import print_summary
@@ -254,7 +268,7 @@ def run_chat(config: RunConfig) -> int:
     def progress() -> int | None:
         return 0 if job is None else job.progress
 
-    on_deployment(config, Path(config.exp_dir), talk, with_text=False, progress=progress)
+    on_deployment(config, Path(config.exp_dir), talk, _check_drafts(config), with_text=False, progress=progress)
     return 0
 
 

@@ -200,7 +200,7 @@ def draft_s(drafts: Drafts) -> float:
 
 def acceptance(of_rounds: Sequence[Drafts]) -> list[float]:
     """By depth, how often a draft was right where those before it were, of all drafters together; the deepest ones, of
-    which too few were judged to tell, as one.
+    which too few were judged to tell, as one, and one more of them wrong than was seen: none is right for ever.
     """
     right: Counter[int] = Counter()
     judged: Counter[int] = Counter()
@@ -213,6 +213,8 @@ def acceptance(of_rounds: Sequence[Drafts]) -> list[float]:
             right[place - 1] += right.pop(place, 0)
             judged[place - 1] += judged.pop(place, 0)
     shares = [share(right[place], judged[place]) or 0.0 for place in sorted(judged)]
+    if shares:
+        shares[-1] = right[len(shares) - 1] / (judged[len(shares) - 1] + 1)
     num_asked = sum(sum(drafts.rows_by_in_flight[:1]) for drafts in of_rounds)
     if shares and num_asked:
         shares[0] *= max(0.0, 1 - sum(drafts.undrafted.none for drafts in of_rounds) / num_asked)

@@ -119,7 +119,7 @@ class _Fitting:
     def __init__(self, last: Stage, hidden_size: int, held_out: set[int], num_microbatches: int) -> None:
         self.sums = LeastSquares(hidden_size, last.device)
         self._last, self._held_out = last, held_out
-        self._is_only_one = len(held_out) == num_microbatches
+        self.is_only_one = len(held_out) == num_microbatches
         self._first_states: tuple[torch.Tensor, torch.Tensor] | None = None
         self._kept: list[_HeldOut] = []
 
@@ -132,7 +132,7 @@ class _Fitting:
             e, x = self._first_states
             if m in self._held_out:
                 self._keep(x, e, inputs, output)
-            if m not in self._held_out or self._is_only_one:
+            if m not in self._held_out or self.is_only_one:
                 self.sums.add(x, e, inputs)
 
     def _keep(self, x: torch.Tensor, e: torch.Tensor, y: torch.Tensor, output: torch.Tensor) -> None:
@@ -177,6 +177,8 @@ def calibrate_shortcut(config: RunConfig, deployment: Deployment, out: Path) -> 
     control, text, plan = deployment.control, deployment.text, deployment.plan
     windows = make_run_windows(config, text.ids, text.bos_id)
     microbatches = whole_windows(make_microbatches(windows, config.batch_size))
+    if (length := microbatches[0].shape[1]) <= FIRST_POSITION + 1:
+        raise ValueError(f"windows of {length} tokens are too short for a shortcut; raise dataset.max_length or --tokens")
     fitting, model_config = None, deployment.model.config
     if control.world.rank == 0:
         last = deployment.stages[plan.stages[-1].stage_index]
@@ -216,7 +218,8 @@ def calibrate_shortcut(config: RunConfig, deployment: Deployment, out: Path) -> 
         control.report("trying the shortcut")
         agreement = fitting.agreement(content)
         share = agreement.num_right / agreement.num_drafts
-        print(f"first drafts on held-out text that are the model's own choice: {share:.1%} of {agreement.num_drafts}")
+        where = "on held-out text" if not fitting.is_only_one else "on this text, which is too short to hold some out,"
+        print(f"first drafts {where} that are the model's own choice: {share:.1%} of {agreement.num_drafts}")
     control.barrier()
     return agreement
 
@@ -224,4 +227,5 @@ def calibrate_shortcut(config: RunConfig, deployment: Deployment, out: Path) -> 
 def likely_ids(counts: torch.Tensor, eos_ids: Sequence[int]) -> torch.Tensor:
     """The `NUM_LIKELY` most frequent token ids, of equals the lower ones, and `eos_ids`; int32 [K], rising."""
     likeliest = counts.argsort(descending=True, stable=True)[:NUM_LIKELY].tolist()
-    return torch.tensor(sorted({*likeliest, *eos_ids}), dtype=torch.int32)
+    possible = [token_id for token_id in eos_ids if token_id < len(counts)]
+    return torch.tensor(sorted({*likeliest, *possible}), dtype=torch.int32)

@@ -335,14 +335,14 @@ class GenerationConfig:
     passes: int = _key("passes in flight; 0: automatic", 0, minimum=0, maximum=MAX_NUMBER)
     draft: tuple[str, ...] = _key(
         "drafters, which guess tokens that one pass then verifies: `ngram`, `shortcut(calibration=DIR)`, "
-        "`package.module:Class`; several are tried in this order ([drafts.md](drafts.md)). Answers stay what they are",
+        "`package.module:Class`; of several the best drafts win ([drafts.md](drafts.md)). Answers stay what they are",
         (),
         one_or_more=True,
     )
-    draft_depth: int = _key("drafts in one pass, at most", 8, minimum=1, maximum=64)
+    draft_depth: int = _key("drafts behind the first token of a pass, at most", 8, minimum=1, maximum=64)
     draft_passes: int = _key(
-        "passes of one sequence in flight, each taking the drafts of those before it for right; 0: as many as `passes` "
-        "in flight allow the ring",
+        "passes of one sequence in flight, each taking the drafts of those before it for right; 0: as many as "
+        "the ring may have in flight (`runtime.in_flight`)",
         0,
         minimum=0,
         maximum=MAX_NUMBER,

@@ -37,6 +37,9 @@ def make_drafters(specs: Sequence[str], context: DrafterContext) -> list[Drafter
             drafters.append(cls(context=context, **options))
         except (ValueError, OSError) as e:
             raise ConfigError(f"generation.draft: drafter {name!r}: {e}") from e
+    names = [drafter.name for drafter in drafters]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"generation.draft: two drafters call themselves the same: {', '.join(names)}")
     return drafters
 
 

@@ -60,8 +60,11 @@ class Shortcut:
         self._first, self._last = context.stages[0], context.stages[len(context.plan.stages) - 1]
         device, dtype = self._last.device, self._last.decoder.config.dtype
         self._weights, self._bias = found.weights.to(device, dtype), found.bias.to(device, dtype)
-        self._eos_ids = frozenset(context.eos_ids)
-        likely_ids = torch.tensor(sorted({*found.likely_ids.tolist(), *context.eos_ids}))
+        if not (self._weights.isfinite().all() and self._bias.isfinite().all()):
+            raise ValueError(f"its map does not fit into {dtype}; take bf16 or fp32 (model.dtype)")
+        eos_ids = [token_id for token_id in context.eos_ids if token_id < config.vocab_size]
+        self._eos_ids = frozenset(eos_ids)
+        likely_ids = torch.tensor(sorted({*found.likely_ids.tolist(), *eos_ids}))
         cut_head = self._last.cut_head(likely_ids)
         self._head = self._last.logits if cut_head is None else cut_head
         self._head_ids = None if cut_head is None else likely_ids.tolist()

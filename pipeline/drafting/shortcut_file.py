@@ -83,6 +83,8 @@ def read_shortcut(folder: str, plan: Plan, *, checkpoint: str, hidden_size: int,
 
     Raises ValueError for a file that is missing, damaged, or of another checkpoint, other layers or sizes.
     """
+    if not isinstance(folder, str):  # a name of digits is a number in YAML
+        raise ValueError(f"calibration is {folder!r}, expected a folder; write its name in quotes")
     path = Path(user_path(folder)) / FILE
     expected = {"format": FORMAT, "checkpoint": checkpoint, "skipped_layers": skipped_layers(plan)}
     shapes = {"weights": [3 * hidden_size, hidden_size], "bias": [hidden_size]}

@@ -6,6 +6,7 @@ i leads from stage i to stage i + 1; the one behind the last stage, where there 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -27,6 +28,8 @@ from pipeline.runtime.stage_times import StageTimes
 from pipeline.runtime.timing import wait_for_stream
 
 __all__ = ["EndCodecs", "Probe", "StageWorker", "Tap"]
+
+logger = logging.getLogger(__name__)
 
 # Called at the sending end of a link: micro-batch, hidden states [B, T, H], what the codec made of them, token ids.
 Probe = Callable[[int, torch.Tensor, Payload, torch.Tensor | None], None]
@@ -181,11 +184,7 @@ class StageWorker:
         with times.measure("compute", stage.device):
             output = stage.forward(inputs, self._attention_reader(index), rows=work.rows or None)
         if self._taps and work.rows and ids is not None:
-            for sent, returned in self._taps:
-                if stage.plan.is_first:
-                    sent(work, ids, output)
-                elif stage.plan.is_last:
-                    returned(work, ids, inputs)
+            self._show(stage, work, ids, inputs, output)
         if not stage.plan.is_last:
             return self._encode(index, work, output, trail, ids, note)
         with times.measure("head" if work.samples else "compute", stage.device):
@@ -193,6 +192,20 @@ class StageWorker:
         if index == self._head.result_link:
             return Departure(link_index=index, payload=self._head.to_payload(value), trail=trail)
         return Result(value, trail)
+
+    def _show(
+        self, stage: Stage, work: Pass, ids: torch.Tensor, inputs: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """To those that watch, of whom one that raises is shown no more: no pass fails for it."""
+        for taps in list(self._taps):
+            try:
+                if stage.plan.is_first:
+                    taps[0](work, ids, output)
+                elif stage.plan.is_last:
+                    taps[1](work, ids, inputs)
+            except Exception:
+                self._taps.remove(taps)
+                logger.exception("what watches the hidden states raised, and is shown none any more")
 
     def _encode(
         self,
