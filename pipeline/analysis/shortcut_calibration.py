@@ -178,7 +178,7 @@ def calibrate_shortcut(config: RunConfig, deployment: Deployment, out: Path) -> 
     windows = make_run_windows(config, text.ids, text.bos_id)
     microbatches = whole_windows(make_microbatches(windows, config.batch_size))
     if (length := microbatches[0].shape[1]) <= FIRST_POSITION + 1:
-        raise ValueError(f"windows of {length} tokens are too short for a shortcut; raise dataset.max_length or --tokens")
+        raise ValueError(f"windows of {length} tokens are too short for it; raise dataset.max_length or --tokens")
     fitting, model_config = None, deployment.model.config
     if control.world.rank == 0:
         last = deployment.stages[plan.stages[-1].stage_index]
