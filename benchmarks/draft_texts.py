@@ -68,6 +68,9 @@ def prompts_of(kind: str, dataset: Any, num: int) -> list[dict[str, Any]]:
     if kind == "chat":
         return [{"messages": [{"role": "user", "content": question}]} for question in _QUESTIONS[:num]]
     text = load_text(name=dataset.name, path=dataset.path, split=dataset.split).text
-    paragraphs = [words for part in text.splitlines() if len(words := part.split()) > 2 * WORDS_OF_TEXT]
+    for parts in (text.split("\n\n"), text.splitlines()):  # WikiText has a line for a paragraph
+        paragraphs = [words for part in parts if len(words := part.split()) > 2 * WORDS_OF_TEXT]
+        if len(paragraphs) >= num:
+            break
     chosen = paragraphs[:: max(1, len(paragraphs) // num)][:num]
     return [{"prompt": " ".join(words[:WORDS_OF_TEXT])} for words in chosen]

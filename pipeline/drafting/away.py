@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 __all__ = ["Away"]
@@ -15,6 +16,7 @@ class Away:
 
     def __init__(self) -> None:
         self._laps: dict[int, deque[float]] = {}
+        self._most_s = math.inf  # while no lap was alone
         self._num_since_plain = 0
         self._delay_s = self._per_token_s = 0.0
 
@@ -23,18 +25,20 @@ class Away:
         return self._per_token_s
 
     def seconds(self, num_tokens: int) -> float:
+        if not self._laps:
+            return self._most_s if math.isfinite(self._most_s) else 0.0
         return self._delay_s + self._per_token_s * num_tokens
-
-    @property
-    def is_known(self) -> bool:
-        return bool(self._laps)
 
     @property
     def needs_plain(self) -> bool:
         """Whether the next lap should have one token."""
         return 1 not in self._laps or self._num_since_plain >= _PLAIN_EVERY
 
-    def learn(self, num_tokens: int, seconds: float) -> None:
+    def learn(self, num_tokens: int, seconds: float, *, is_alone: bool) -> None:
+        """Of a lap; one that met others has taken longer, and is an upper bound."""
+        if not is_alone:
+            self._most_s = min(self._most_s, max(0.0, seconds))
+            return
         self._num_since_plain = 0 if num_tokens == 1 else self._num_since_plain + 1
         self._laps.setdefault(num_tokens, deque(maxlen=_LAPS)).append(max(0.0, seconds))
         widths = sorted(self._laps)

@@ -38,7 +38,8 @@ class Drafter(Protocol):
         while passes are under way. It may end at any token, and the caller takes as many as it has use for: what
         costs time is best done when the next one is asked for.
 
-        `slot` is the sequence's for as long as its ids grow; another sequence may have it afterwards.
+        `slot` is the sequence's until it ends; another may have it afterwards. Ids behind the certain ones may be
+        others the next time. They are not to be changed.
         """
 
 

@@ -7,7 +7,7 @@ that go and come and of tokens that are certain; seconds are of its clock. docs/
   drafts (`Acceptance`), and takes step(k). With `rate`, the tokens a second that the sequence makes, the best k has the
   most E(k) - rate x step(k), which is the choice of the highest rate in the long run.
 * One more pass behind others is right with a chance q, of all that it takes for granted. It then saves the wait for
-  them, and else delays what is right by its own work: it goes where q x wait > (1 - q) x work.
+  them, and else delays what is right by its own work: it goes where q x wait > (1 - q) x (what is left of that work).
 * A drafter that costs time is asked where that has been worth it lately, and every `PROBE_EVERY` tokens to see whether
   it is again. Drafts that are not sent are compared with the tokens that come, too.
 """
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_EVERY = 16
 _FADE = 0.8  # of a rate's and a drafter's worth, at each new one
-_FREE = 0.01  # a drafter that takes less of a step for a draft is asked always
+_FREE = 0.01  # a drafter that takes less of a step for all its drafts is asked always
 _WASTE = 0.125  # of the work that comes to nothing, what is taken for a loss even where nothing waits for it
 
 # Of so many drafts, of which so many are right in the mean.
@@ -64,10 +64,11 @@ class _Proposal:
 
 @dataclass(eq=False)
 class _UnderWay:
-    """`is_alone`: nothing else of any sequence was under way when it went."""
+    """`in_all`: tokens of all rows. `is_alone`: no other pass was under way when it went."""
 
     num_tokens: int
     sent_s: float
+    in_all: int
     is_alone: bool
 
 
@@ -183,17 +184,28 @@ class Drafting:
         return Track([asked.acceptance for asked in self._asked], 1 / self._step_s(1, _Load(1, 1)))
 
     def behind(
-        self, track: Track, slot: int, ids: Sequence[int], *, room: int, num_sequences: int, num_rows: int = 1
+        self,
+        track: Track,
+        slot: int,
+        ids: Sequence[int],
+        *,
+        room: int,
+        num_sequences: int,
+        num_rows: int = 1,
+        meets_prompts: bool = False,
     ) -> list[int]:
         """Drafts for a pass behind the newest of `ids`, of which nothing is under way; at most `room`.
 
-        `num_sequences` are those that decode at the time, `num_rows` of them in a pass.
+        `num_sequences` are those that decode at the time, `num_rows` of them in a pass, which `meets_prompts` where
+        passes other than of sampled tokens are under way.
         """
         track.num_certain, track.num_void = len(ids), len(track.under_way)
         track.sent.clear()
+        for compared in track.compared:
+            _forget_from(compared, len(ids))  # what was drafted behind drafts that were wrong
         load = _Load(num_sequences, num_rows)
         limit = max(0, min(self.limits.depth, room))
-        if self.limits.adapts and self._num_under_way == 0 and self._away.needs_plain:
+        if self.limits.adapts and self._num_under_way == 0 and not meets_prompts and self._away.needs_plain:
             limit = 0
 
         def value(num_drafts: int, num_right: float) -> float:
@@ -203,6 +215,7 @@ class Drafting:
         best_value, has_drafts = value(0, 0.0), False
         for index in self._in_order(load) if limit else ():
             if not self._is_worth_asking(index, track, load):
+                has_drafts = True  # as far as anyone knows
                 continue
             drafts, num_sent, its_value = self._draft(index, track, slot, ids, limit, value, load)
             has_drafts |= bool(drafts)
@@ -246,13 +259,18 @@ class Drafting:
         track.refused = len(ids)
         return []
 
-    def sent(self, track: Track, start: int, num_tokens: int) -> None:
-        """A pass of the sequence goes, with so many tokens from a position on, perhaps fewer than were drafted."""
+    def sent(
+        self, track: Track, start: int, num_tokens: int, *, num_rows: int = 1, meets_prompts: bool = False
+    ) -> None:
+        """A pass goes with so many tokens of the sequence from a position on, perhaps fewer than were drafted, and as
+        many of each other sequence of its `num_rows`. `meets_prompts` as in `behind`.
+        """
         figures = self.figures
         figures.passes += 1
         figures.depths[num_tokens - 1] += 1
         figures.in_flight[len(track.under_way) - track.num_void] += 1
-        track.under_way.append(_UnderWay(num_tokens, self._clock(), self._num_under_way == 0))
+        is_alone = self._num_under_way == 0 and not meets_prompts
+        track.under_way.append(_UnderWay(num_tokens, self._clock(), num_tokens * num_rows, is_alone))
         self._num_under_way += 1
         track.refused = None
         num_drafts = num_tokens - (start < track.num_certain)
@@ -270,9 +288,8 @@ class Drafting:
             self.figures.void += 1
             return
         self.figures.tokens += num_tokens
-        if under_way.is_alone or not self._away.is_known:
-            lap_s = self._clock() - under_way.sent_s
-            self._away.learn(under_way.num_tokens, lap_s - self.costs.lap(under_way.num_tokens))
+        away_s = self._clock() - under_way.sent_s - self.costs.lap(under_way.in_all)
+        self._away.learn(under_way.in_all, away_s, is_alone=under_way.is_alone)
 
     def certain(self, track: Track, position: int, token_id: int) -> None:
         """What the head has chosen for a position, which judges the drafts for it; those behind a wrong one go."""
@@ -295,7 +312,7 @@ class Drafting:
         return sorted(order, key=lambda i: not self._is_free(i, load)) if self.limits.adapts else order
 
     def _is_free(self, index: int, load: _Load) -> bool:
-        return self._asked[index].draft_s < _FREE * self._step_s(1, load)
+        return self._asked[index].draft_s * self.limits.depth < _FREE * self._step_s(1, load)
 
     def _busy_s(self, num_tokens: int) -> float:
         """How far passes are apart at least, on the ranks and on the links."""
@@ -323,7 +340,7 @@ class Drafting:
 
         One that costs time is not asked for more once what may still come is not worth it, nor a new one for a second.
         """
-        acceptance, asked = track.acceptances[index], self._asked[index]
+        acceptance, asked, is_free = track.acceptances[index], self._asked[index], self._is_free(index, load)
         drafts: list[_Proposal] = []
         values, all_right, num_right = [value(0, 0.0)], 1.0, 0.0
         for draft in self._drafts(asked, slot, ids, limit if asked.times_s or not self.limits.adapts else 1):
@@ -332,28 +349,29 @@ class Drafting:
             num_right += all_right
             drafts.append(_Proposal(draft, index, len(ids) + len(drafts) - track.num_certain + 1, chance))
             values.append(value(len(drafts), num_right))
-            if not self.limits.adapts or self._is_free(index, load):
+            if not self.limits.adapts or is_free:
                 continue
             best, draft_cost = max(values), track.rate * asked.draft_s
             more = _runs(acceptance.mean, all_right, limit - len(drafts))
             if not any(value(len(drafts) + k, num_right + r) - k * draft_cost > best for k, r in more):
                 break
         compared = track.compared[index]
-        for position in [p for p in compared if p >= len(ids)]:
-            del compared[position]
+        _forget_from(compared, len(ids))
         compared |= {len(ids) + place: proposal for place, proposal in enumerate(drafts)}
         num_sent = max(range(len(values)), key=values.__getitem__) if self.limits.adapts else len(drafts)
         return drafts, num_sent, values[num_sent]
 
     def _drafts(self, asked: _Asked, slot: int, ids: Sequence[int], limit: int) -> Iterator[Draft]:
         """Up to `limit` drafts, timed. A drafter that raises, or gives what is no token, is asked no more."""
-        start_s = self._clock()
+        start_s, num_ids = self._clock(), len(ids)
         try:
             drafts = iter(asked.drafter.draft(slot, ids))
             try:
                 for _ in range(limit):
                     draft = next(drafts, None)
                     asked.took(self._clock() - start_s)
+                    if len(ids) != num_ids:
+                        raise ValueError("it has changed the ids that it was given")
                     if draft is None:
                         return
                     yield _checked(draft, self._vocab_size)
@@ -362,6 +380,8 @@ class Drafting:
                 if isinstance(drafts, Generator):
                     drafts.close()  # now, and not when it is collected: it may have something to put back
         except Exception:
+            if isinstance(ids, list):
+                del ids[num_ids:]
             asked.is_broken = True
             logger.exception("drafter %s raised, and is not asked any more", asked.drafter.name)
 
@@ -388,6 +408,11 @@ def _checked(draft: Draft, vocab_size: int | None) -> Draft:
     if int(token_id) != token_id or token_id < 0 or (vocab_size is not None and token_id >= vocab_size):
         raise ValueError(f"{token_id!r} is no token id of a vocabulary of {vocab_size}")
     return Draft(int(token_id), min(1.0, max(0.0, confidence)) if confidence == confidence else 0.0)
+
+
+def _forget_from(proposals: dict[int, _Proposal], position: int) -> None:
+    for later in [p for p in proposals if p >= position]:
+        del proposals[later]
 
 
 def _runs(chance: float, all_right: float, limit: int) -> Iterator[tuple[int, float]]:

@@ -272,7 +272,8 @@ class Scheduler:
             source = None if sequence.source == sequence.slot else sequence.source
             sequence.has_begun, kept = True, 0  # what it begins with may not be there
         held.put(start, chunk)
-        self._under_way.append(UnderWay([UnderWayRow(sequence, sequence.epoch, start, held, kept)]))
+        rows = [UnderWayRow(sequence, sequence.epoch, start, held, kept)]
+        self._under_way.append(UnderWay(rows, is_prompt=True))
         work = Pass(
             kind=PassKind.PREFILL, rows=(Row(sequence.slot, start, source),), num_tokens=len(chunk), samples=is_last
         )
@@ -289,6 +290,10 @@ class Scheduler:
     @property
     def _num_decoding(self) -> int:
         return sum(not s.is_prefilling for s in self._active)
+
+    @property
+    def _meets_prompts(self) -> bool:
+        return any(under_way.is_prompt for under_way in self._under_way)
 
     @property
     def _rows_at_once(self) -> int:
@@ -324,11 +329,13 @@ class Scheduler:
                     room=self._room(sequence),
                     num_sequences=self._num_decoding,
                     num_rows=self._rows_at_once,
+                    meets_prompts=self._meets_prompts,
                 )
         return sequence.drafts
 
     def _decode_ahead(self) -> Entry | None:
         """One more pass of a sequence that has some under way, as if all drafts in them were right."""
+        num_decoding = self._num_decoding
         for sequence in self._active:
             if self.drafting is None or sequence.track is None or not sequence.may_go_ahead:
                 continue
@@ -337,7 +344,7 @@ class Scheduler:
                 sequence.slot,
                 sequence.ids,
                 room=self._room(sequence),
-                num_sequences=self._num_decoding,
+                num_sequences=num_decoding,
             )
             if drafts:
                 sequence.ids += drafts
@@ -360,7 +367,9 @@ class Scheduler:
             ids.append(sequence.ids[start:])
             sequence.sent = len(sequence.ids)
             if self.drafting is not None and sequence.track is not None:
-                self.drafting.sent(sequence.track, start, len(ids[-1]))
+                self.drafting.sent(
+                    sequence.track, start, len(ids[-1]), num_rows=len(together), meets_prompts=self._meets_prompts
+                )
             self._active.remove(sequence)
             self._active.append(sequence)  # the others come first next time
         self._under_way.append(UnderWay(rows, is_ahead))

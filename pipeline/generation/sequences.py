@@ -170,6 +170,7 @@ class UnderWay:
 
     rows: list[UnderWayRow]
     is_ahead: bool = False
+    is_prompt: bool = False
 
 
 @dataclass(frozen=True)

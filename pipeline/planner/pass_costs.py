@@ -42,12 +42,15 @@ class PassCosts:
 
     def _at(self, seconds: Sequence[float], num_tokens: int) -> float:
         known = self.num_tokens
+        seconds = list(itertools.accumulate(seconds, max))  # more tokens take no less, whatever was measured
         if len(known) == 1:
             return seconds[0]
+        if num_tokens > known[-1]:
+            return seconds[-1] + (seconds[-1] - seconds[0]) / (known[-1] - 1) * (num_tokens - known[-1])
         right = min(max(bisect_right(known, num_tokens), 1), len(known) - 1)
         left = right - 1
         slope = (seconds[right] - seconds[left]) / (known[right] - known[left])
-        return max(0.0, seconds[left] + slope * (num_tokens - known[left]))
+        return seconds[left] + slope * (num_tokens - known[left])
 
 
 def predicted_rate(

@@ -6,7 +6,6 @@ i leads from stage i to stage i + 1; the one behind the last stage, where there 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,8 +27,6 @@ from pipeline.runtime.stage_times import StageTimes
 from pipeline.runtime.timing import wait_for_stream
 
 __all__ = ["EndCodecs", "Probe", "StageWorker", "Tap"]
-
-logger = logging.getLogger(__name__)
 
 # Called at the sending end of a link: micro-batch, hidden states [B, T, H], what the codec made of them, token ids.
 Probe = Callable[[int, torch.Tensor, Payload, torch.Tensor | None], None]
@@ -196,16 +193,12 @@ class StageWorker:
     def _show(
         self, stage: Stage, work: Pass, ids: torch.Tensor, inputs: torch.Tensor, output: torch.Tensor
     ) -> None:
-        """To those that watch, of whom one that raises is shown no more: no pass fails for it."""
-        for taps in list(self._taps):
-            try:
-                if stage.plan.is_first:
-                    taps[0](work, ids, output)
-                elif stage.plan.is_last:
-                    taps[1](work, ids, inputs)
-            except Exception:
-                self._taps.remove(taps)
-                logger.exception("what watches the hidden states raised, and is shown none any more")
+        """To those that watch; what they raise fails the pass, or they would go on with what they have missed."""
+        for sent, returned in self._taps:
+            if stage.plan.is_first:
+                sent(work, ids, output)
+            elif stage.plan.is_last:
+                returned(work, ids, inputs)
 
     def _encode(
         self,

@@ -61,6 +61,7 @@ class World:
     num_tokens: int = 1500
     draft_s: float = 0.0
     seed: int = 0
+    per_token_s: float = 0.0  # of a lap's links
     clock: Clock = field(default_factory=Clock)
 
     def rate(self, limits: DraftLimits | None) -> float:
@@ -117,9 +118,10 @@ class _Ring:
                 return
         ids[start:] = tokens
         costs, now_s = self.world.costs, self.clock.now_s
+        away_s = self.world.away_s + self.world.per_token_s * len(tokens)
         self.drafting.sent(self.track, start, len(tokens))
-        self.under_way.append((now_s + costs.lap(len(tokens)) + self.world.away_s, start, tokens))
-        self.free_s = now_s + costs.busy(len(tokens))
+        self.under_way.append((now_s + costs.lap(len(tokens)) + away_s, start, tokens))
+        self.free_s = now_s + max(costs.busy(len(tokens)), self.world.per_token_s * len(tokens))
         self.is_refused = False
 
     def _take(self):

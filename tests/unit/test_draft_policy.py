@@ -81,8 +81,8 @@ def test_predicted_rates_take_drafting_into_account_and_acceptance_by_depth():
 
 def test_costs_between_those_measured_lie_on_a_line():
     costs = PassCosts(num_tokens=(1, 2, 4), lap_s=(1.0, 2.0, 3.0), busy_s=(0.5, 0.5, 0.25))
-    assert [costs.lap(n) for n in (1, 2, 3, 4, 6)] == [1, 2, 2.5, 3, 4]
-    assert [costs.busy(n) for n in (1, 3, 8)] == [0.5, 0.375, 0]
+    assert [costs.lap(n) for n in (1, 2, 3, 4, 7)] == [1, 2, 2.5, 3, 5]
+    assert [costs.busy(n) for n in (1, 3, 8)] == [0.5, 0.5, 0.5]  # more tokens take no less
     for wrong in ({"num_tokens": (2, 1, 4)}, {"lap_s": (1.0, 2.0)}, {"busy_s": (0.5, float("nan"), 1.0)}):
         with pytest.raises(ValueError):
             PassCosts(**{"num_tokens": (1, 2, 4), "lap_s": (1.0, 2.0, 3.0), "busy_s": (0.5, 0.5, 0.25), **wrong})
@@ -134,3 +134,66 @@ def test_what_is_counted():
     assert (figures.passes, figures.void, figures.tokens) == (3, 1, 2)
     assert drafting.away_s == pytest.approx(0.06)
     assert drafting.behind(track, 0, [7, 1, 9], room=0, num_sequences=1) == []
+
+
+def test_a_lap_that_met_prompts_is_an_upper_bound_alone():
+    """Four sequences share a pass whose first lap waited for a prompt; laps of their own are never alone afterwards."""
+    clock = Clock()
+    drafting = Drafting([], flat_costs(), DraftLimits(depth=8, passes=1), clock)
+    tracks = [drafting.track() for _ in range(2)]
+    drafting.sent(tracks[0], 0, 1, meets_prompts=True)
+    drafting.sent(tracks[1], 0, 1)
+    clock.now_s = 2.0
+    drafting.came(tracks[0], num_tokens=1)
+    assert drafting.away_s == pytest.approx(1.96)
+    drafting.sent(tracks[0], 1, 1)
+    clock.now_s = 2.1
+    drafting.came(tracks[1], num_tokens=1)
+    drafting.came(tracks[0], num_tokens=1)
+    assert drafting.away_s == pytest.approx(0.06)
+    drafting.sent(tracks[0], 2, 1)
+    clock.now_s = 2.24
+    drafting.came(tracks[0], num_tokens=1)
+    assert drafting.away_s == pytest.approx(0.1)  # alone
+
+
+def test_a_shared_pass_is_learnt_by_all_its_tokens():
+    clock = Clock()
+    costs = PassCosts(num_tokens=(1,), lap_s=(0.0,), busy_s=(0.0,))
+    drafting = Drafting([], costs, DraftLimits(depth=8, passes=1), clock)
+    for num_rows in (1, 4):
+        track = drafting.track()
+        start_s = clock.now_s
+        drafting.sent(track, 0, 1, num_rows=num_rows)
+        clock.now_s = start_s + 0.05 + 0.01 * num_rows
+        drafting.came(track, num_tokens=1)
+    assert drafting.away_s == pytest.approx(0.06)
+
+
+def test_a_drafter_that_changes_ids_or_raises_is_asked_no_more():
+    class Greedy:
+        name = "greedy"
+
+        def draft(self, slot, ids):
+            ids.append(1)
+            yield Draft(1, 0.5)
+
+    class Raising:
+        name = "raising"
+
+        def draft(self, slot, ids):
+            yield Draft(10**9, 0.5)
+
+    for drafter in (Greedy(), Raising()):
+        limits = DraftLimits(depth=3, passes=1, adapts=False)
+        drafting = Drafting([drafter], flat_costs(), limits, Clock(), vocab_size=100)
+        track, ids = drafting.track(), [7, 8]
+        for _ in range(2):
+            assert drafting.behind(track, 0, ids, room=9, num_sequences=1) == []
+        assert ids == [7, 8]
+
+
+def test_a_thin_link_makes_wide_passes_dear():
+    """100 ms a token on the wire: half of the drafts being right does not pay."""
+    here = world("flat", 0.0, "some", num_tokens=240, per_token_s=0.1)
+    assert here.rate(DraftLimits(depth=8, passes=8)) >= 0.95 * here.rate(None)

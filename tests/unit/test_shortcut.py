@@ -441,8 +441,11 @@ def test_lossy_codecs_and_other_dtypes(passing_on, dtype, tmp_path):
 
 
 def test_a_model_that_makes_no_numbers_is_not_drafted_for(passing_on, tmp_path):
-    write_map(tmp_path, 1e6 * EXACT)
     ring = Ring(passing_on("llama"), torch.float16)
+    write_map(tmp_path, 1e6 * EXACT)
+    with pytest.raises(ValueError, match="does not fit into torch.float16; take bf16"):
+        Shortcut(calibration=str(tmp_path), context=ring.context())
+    write_map(tmp_path, 6e4 * EXACT)
     drafter = Shortcut(calibration=str(tmp_path), context=ring.context())
     ring.go_around([TEXT[:20]], (0, 0))
     assert list(drafter.draft(0, TEXT[:21])) == []
