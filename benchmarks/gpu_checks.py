@@ -509,7 +509,7 @@ def loading(device: torch.device, figures: Figures) -> None:
         part = load_stage(Path(folder), config, stage, weights, device=device)
         figures["seconds"] = time.perf_counter() - start_s
         figures["threads_left"] = threading.active_count() - threads_before
-    own_nbytes = sum(p.nbytes for p in part.decoder.parameters()) + part.head.weight.nbytes
+    own_nbytes = sum(p.nbytes for p in part.decoder.parameters()) + part.head.projection.weight.nbytes
     figures["own_mib"] = own_nbytes / 2**20
     if device.type == "cuda":
         figures["peak_allocated_mib"] = torch.cuda.max_memory_allocated(device) / 2**20

@@ -52,6 +52,7 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 # Model types whose stages the tests compare with the unsplit model, bit for bit.
 VERIFIED_MODEL_TYPES = tuple(FAMILIES)
 
+
 @dataclass(frozen=True, eq=False)
 class Head:
     """Hidden states [..., H] to logits [..., V]: the model's own projection, then the cap of `_soft_capped`, if any."""
