@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compressors.base import Compressor, LinkInfo, option_names
+from compressors.plugins import check_options, import_named
 from compressors.short_form import did_you_mean, parse_short_form
 
 __all__ = ["builtin_names", "make_compressor"]
@@ -101,13 +102,8 @@ def _load(name: str) -> tuple[type[Compressor], dict[str, Any]]:
 
 
 def _load_plugin(name: str) -> type[Compressor]:
-    module_name, _, class_name = name.partition(":")
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except ImportError as e:
-        raise ValueError(f"compressor {name!r}: cannot import module {module_name!r}: {e}") from e
-    except AttributeError as e:
-        raise ValueError(f"compressor {name!r}: module {module_name!r} has no {class_name!r}") from e
+    class_name = name.partition(":")[2]
+    cls = import_named(f"compressor {name!r}", name)
     if not (isinstance(cls, type) and issubclass(cls, Compressor)):
         raise ValueError(f"compressor {name!r}: {class_name} is not a subclass of compressors.Compressor")
     if inspect.isabstract(cls):
@@ -128,18 +124,9 @@ def _load_plugin(name: str) -> type[Compressor]:
 
 def _check_options(name: str, cls: type[Compressor], options: dict[str, Any], fixed: dict[str, Any]) -> None:
     """Raise ValueError for an option that the codec does not take, lacks, or fixes by its name."""
-    allowed = option_names(cls)
-    own = [option for option in allowed if option not in fixed]
+    own = [option for option in option_names(cls) if option not in fixed]
     for option, value in options.items():
-        if option not in allowed:
-            close = difflib.get_close_matches(option, own, n=1)
-            raise ValueError(
-                f"compressor {name!r} has no option {option!r} (got {value!r}){did_you_mean(close)}; "
-                f"allowed: {', '.join(own) or 'none'}"
-            )
         if option in fixed and value != fixed[option]:
             raise ValueError(f"compressor {name!r}: {option} is {value!r}, but the name fixes {fixed[option]!r}")
-    parameters = inspect.signature(cls).parameters
-    for option in own:
-        if option not in options and parameters[option].default is inspect.Parameter.empty:
-            raise ValueError(f"compressor {name!r} needs option {option!r}; its options: {', '.join(own)}")
+    free = {option: value for option, value in options.items() if option not in fixed}
+    check_options(f"compressor {name!r}", cls, free, own)

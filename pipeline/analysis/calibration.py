@@ -23,7 +23,7 @@ from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.gradients import GradientPass
 from pipeline.runtime.text import make_run_windows
 
-__all__ = ["calibrate", "held_out_microbatches", "whole_windows"]
+__all__ = ["calibrate", "held_out_microbatches", "token_counts", "whole_windows"]
 
 HELD_OUT_EVERY = 6  # micro-batches
 MAX_HELD_OUT_TOKENS = 8192
@@ -39,9 +39,7 @@ def calibrate(config: RunConfig, deployment: Deployment, out: Path, *, use_token
     held_out = held_out_microbatches(microbatches)
     tokens = TokenWindows(text.ids, microbatches, text.bos_id)
     hidden_size, vocab_size = deployment.model.config.hidden_size, deployment.model.config.vocab_size
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for m in range(len(microbatches)):
-        counts += torch.bincount(tokens.input_ids(m).reshape(-1), minlength=vocab_size)
+    counts = token_counts(tokens, vocab_size)
     own_links = [link for link in plan.links if link.index in deployment.stages]
     table = _shared_token_table(deployment, counts) if use_token_ids else TokenTable.empty()
     statistics = {
@@ -99,6 +97,14 @@ def _write(
     for path in written:
         print(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
     return written
+
+
+def token_counts(tokens: TokenWindows, vocab_size: int) -> torch.Tensor:
+    """How often each token goes in, int64 [vocab_size]."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for m in range(len(tokens.microbatches)):
+        counts += torch.bincount(tokens.input_ids(m).reshape(-1), minlength=vocab_size)
+    return counts
 
 
 def whole_windows(microbatches: Sequence[MicroBatch]) -> list[MicroBatch]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pipeline.analysis.calibration import held_out_microbatches, whole_windows
+from pipeline.analysis.calibration import held_out_microbatches, token_counts, whole_windows
 from pipeline.config.schema import RunConfig
 from pipeline.data.windows import make_microbatches
 from pipeline.drafting.shortcut import FIRST_POSITION, estimate
@@ -200,9 +200,7 @@ def calibrate_shortcut(config: RunConfig, deployment: Deployment, out: Path) -> 
     if fitting is not None:
         control.report("fitting the shortcut")
         tokens = TokenWindows(text.ids, microbatches, text.bos_id)
-        counts = torch.zeros(model_config.vocab_size, dtype=torch.int64)
-        for m in range(len(microbatches)):
-            counts += torch.bincount(tokens.input_ids(m).reshape(-1), minlength=len(counts))
+        counts = token_counts(tokens, model_config.vocab_size)
         eos_ids = read_generation_defaults(deployment.model.directory, model_config).eos_ids
         weights, bias = fitting.sums.solve()
         content = ShortcutMap(weights=weights, bias=bias, likely_ids=likely_ids(counts, eos_ids))

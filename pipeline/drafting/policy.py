@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import operator
 import statistics
 import time
@@ -28,14 +27,14 @@ from pipeline.drafting.acceptance import Acceptance
 from pipeline.drafting.away import Away
 from pipeline.drafting.drafter import Draft, Drafter
 from pipeline.drafting.figures import DraftFigures
+from pipeline.drafting.track import Proposal, Track, UnderWay
 from pipeline.planner.pass_costs import PassCosts
 
-__all__ = ["DraftLimits", "Drafting", "Track"]
+__all__ = ["DraftLimits", "Drafting"]
 
 logger = logging.getLogger(__name__)
 
 PROBE_EVERY = 16
-_FADE = 0.8  # of a rate's and a drafter's worth, at each new one
 _FREE = 0.01  # a drafter that takes less of a step for all its drafts is asked always
 _WASTE = 0.125  # of the work that comes to nothing, what is taken for a loss even where nothing waits for it
 
@@ -50,63 +49,6 @@ class DraftLimits:
     depth: int
     passes: int
     adapts: bool = True
-
-
-@dataclass(frozen=True)
-class _Proposal:
-    """A draft for a position. `depth` is counted from what was certain when it was made."""
-
-    draft: Draft
-    drafter: int
-    depth: int
-    chance: float
-
-
-@dataclass(eq=False)
-class _UnderWay:
-    """`in_all`: tokens of all rows. `is_alone`: no other pass was under way when it went."""
-
-    num_tokens: int
-    sent_s: float
-    in_all: int
-    is_alone: bool
-
-
-class Track:
-    """A sequence: how its drafts have done, and those that wait to be judged, by position.
-
-    `compared[drafter]` are those of each drafter, `sent` those that go around the ring.
-    """
-
-    def __init__(self, acceptances: Sequence[Acceptance], rate: float) -> None:
-        self.acceptances = [Acceptance(prior) for prior in acceptances]
-        self.worth = [math.inf] * len(acceptances)  # in tokens, of asking each drafter
-        self.next_probe = [0] * len(acceptances)
-        self._tokens, self._seconds = rate, 1.0  # of passes that have begun, faded
-        self.compared: list[dict[int, _Proposal]] = [{} for _ in acceptances]
-        self.sent: dict[int, _Proposal] = {}
-        self.chosen: list[_Proposal] = []  # for the next pass
-        self.under_way: deque[_UnderWay] = deque()
-        self.num_void = 0  # of those under way, the oldest
-        self.num_certain = 0
-        self.refused: int | None = None  # at this length no further pass pays, while nothing comes
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second, as the chances of its last passes were."""
-        return self._tokens / self._seconds
-
-    def learn_rate(self, tokens: float, seconds: float) -> None:
-        self._tokens, self._seconds = _FADE * self._tokens + tokens, _FADE * self._seconds + seconds
-
-    def learn_worth(self, drafter: int, tokens: float) -> None:
-        known = self.worth[drafter]
-        self.worth[drafter] = tokens if math.isinf(known) else _FADE * known + (1 - _FADE) * tokens
-
-    @property
-    def assumed_chance(self) -> float:
-        """That all drafts are right that have gone and are not judged."""
-        return math.prod(proposal.chance for proposal in self.sent.values())
 
 
 @dataclass(frozen=True)
@@ -270,7 +212,7 @@ class Drafting:
         figures.depths[num_tokens - 1] += 1
         figures.in_flight[len(track.under_way) - track.num_void] += 1
         is_alone = self._num_under_way == 0 and not meets_prompts
-        track.under_way.append(_UnderWay(num_tokens, self._clock(), num_tokens * num_rows, is_alone))
+        track.under_way.append(UnderWay(num_tokens, self._clock(), num_tokens * num_rows, is_alone))
         self._num_under_way += 1
         track.refused = None
         num_drafts = num_tokens - (start < track.num_certain)
@@ -335,19 +277,19 @@ class Drafting:
 
     def _draft(
         self, index: int, track: Track, slot: int, ids: Sequence[int], limit: int, value: _Value, load: _Load
-    ) -> tuple[list[_Proposal], int, float]:
+    ) -> tuple[list[Proposal], int, float]:
         """(what a drafter gives, at most `limit`; how many of these are best sent; their value).
 
         One that costs time is not asked for more once what may still come is not worth it, nor a new one for a second.
         """
         acceptance, asked, is_free = track.acceptances[index], self._asked[index], self._is_free(index, load)
-        drafts: list[_Proposal] = []
+        drafts: list[Proposal] = []
         values, all_right, num_right = [value(0, 0.0)], 1.0, 0.0
         for draft in self._drafts(asked, slot, ids, limit if asked.times_s or not self.limits.adapts else 1):
             chance = acceptance.chance(draft.confidence)
             all_right *= chance
             num_right += all_right
-            drafts.append(_Proposal(draft, index, len(ids) + len(drafts) - track.num_certain + 1, chance))
+            drafts.append(Proposal(draft, index, len(ids) + len(drafts) - track.num_certain + 1, chance))
             values.append(value(len(drafts), num_right))
             if not self.limits.adapts or is_free:
                 continue
@@ -392,7 +334,7 @@ class Drafting:
         work_s = load.num_passes * (self._busy_s(num_tokens) + num_tokens * self._asked[index].draft_s)
         return chance * wait_s > (1 - chance) * (max(0.0, work_s - next_s) + _WASTE * work_s)
 
-    def _due_in_s(self, under_way: _UnderWay, load: _Load) -> float:
+    def _due_in_s(self, under_way: UnderWay, load: _Load) -> float:
         return under_way.sent_s + self._step_s(under_way.num_tokens, load) - self._clock()
 
     def _learn_rate(self, track: Track, load: _Load) -> None:
@@ -410,7 +352,7 @@ def _checked(draft: Draft, vocab_size: int | None) -> Draft:
     return Draft(int(token_id), min(1.0, max(0.0, confidence)) if confidence == confidence else 0.0)
 
 
-def _forget_from(proposals: dict[int, _Proposal], position: int) -> None:
+def _forget_from(proposals: dict[int, Proposal], position: int) -> None:
     for later in [p for p in proposals if p >= position]:
         del proposals[later]
 

@@ -6,13 +6,12 @@ asked for. The drafter `name` is the class `Name` of the module `pipeline.drafti
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from compressors.short_form import did_you_mean
+from compressors.plugins import check_options, import_named
 from pipeline.config.reading import parse_drafters
 from pipeline.config.schema import DRAFTERS, ConfigError
 from pipeline.drafting.drafter import Drafter, DrafterContext
@@ -49,7 +48,7 @@ def _load_all(specs: Sequence[str]) -> list[tuple[str, Any, dict[str, Any]]]:
     for name, options in parse_drafters(specs):
         try:
             cls = _load_plugin(name) if ":" in name else _load(name)
-            _check_options(name, cls, options)
+            check_options(f"drafter {name!r}", cls, options, _option_names(cls))
         except ValueError as e:
             raise ConfigError(f"generation.draft: {e}") from e
         if any(cls.name == other.name for _, other, _ in loaded):
@@ -63,13 +62,8 @@ def _load(name: str) -> Any:
 
 
 def _load_plugin(name: str) -> Any:
-    module_name, _, class_name = name.partition(":")
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except ImportError as e:
-        raise ValueError(f"drafter {name!r}: cannot import module {module_name!r}: {e}") from e
-    except AttributeError as e:
-        raise ValueError(f"drafter {name!r}: module {module_name!r} has no {class_name!r}") from e
+    class_name = name.partition(":")[2]
+    cls = import_named(f"drafter {name!r}", name)
     if not isinstance(cls, type) or not callable(getattr(cls, "draft", None)):
         raise ValueError(f"drafter {name!r}: {class_name} is not a class with a method draft(slot, ids)")
     own = getattr(cls, "name", None)
@@ -82,16 +76,7 @@ def _load_plugin(name: str) -> Any:
     return cls
 
 
-def _check_options(name: str, cls: Any, options: dict[str, Any]) -> None:
-    """Raise ValueError for an option that the drafter does not take, or lacks."""
-    fixed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    signature = inspect.signature(cls).parameters
-    parameters = {key: p for key, p in signature.items() if key != "context" and p.kind not in fixed}
-    allowed = ", ".join(parameters) or "none"
-    for option, value in options.items():
-        if option not in parameters:
-            hint = did_you_mean(difflib.get_close_matches(option, parameters, n=1))
-            raise ValueError(f"drafter {name!r} has no option {option!r} (got {value!r}){hint}; allowed: {allowed}")
-    for option, parameter in parameters.items():
-        if option not in options and parameter.default is inspect.Parameter.empty:
-            raise ValueError(f"drafter {name!r} needs option {option!r}; its options: {allowed}")
+def _option_names(cls: Any) -> list[str]:
+    unnamed = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(cls).parameters
+    return [key for key, p in parameters.items() if key != "context" and p.kind not in unnamed]

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.drafting.policy import Track
+from pipeline.drafting.track import Track
 from pipeline.models.sampling import Sampled, SamplingOptions
 
 __all__ = [

@@ -8,6 +8,7 @@ import operator
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 __all__ = ["PassCosts", "predicted_rate"]
 
@@ -34,15 +35,24 @@ class PassCosts:
         if not all(math.isfinite(s) and s >= 0 for s in (*self.lap_s, *self.busy_s)):
             raise ValueError("seconds must be finite and at least 0")
 
+    # More tokens take no less, whatever was measured.
+
+    @cached_property
+    def _rising_lap_s(self) -> list[float]:
+        return list(itertools.accumulate(self.lap_s, max))
+
+    @cached_property
+    def _rising_busy_s(self) -> list[float]:
+        return list(itertools.accumulate(self.busy_s, max))
+
     def lap(self, num_tokens: int) -> float:
-        return self._at(self.lap_s, num_tokens)
+        return self._at(self._rising_lap_s, num_tokens)
 
     def busy(self, num_tokens: int) -> float:
-        return self._at(self.busy_s, num_tokens)
+        return self._at(self._rising_busy_s, num_tokens)
 
     def _at(self, seconds: Sequence[float], num_tokens: int) -> float:
         known = self.num_tokens
-        seconds = list(itertools.accumulate(seconds, max))  # more tokens take no less, whatever was measured
         if len(known) == 1:
             return seconds[0]
         if num_tokens > known[-1]:
