@@ -156,6 +156,8 @@ class Control:
     def leave_ring(self, error: LinkError, progress: int | None) -> None:
         """End the epoch for all ranks, and what connects this one to the others.
 
+        Raises the error where a rank has told a cause for the run's end meanwhile: before the epoch ended, or it would
+        have been passed on to the next one.
         `progress` is rank 0's: if it has not grown several times in a row, `form` ends the run. None: nothing was due.
         """
         if self._broken_s is None:
@@ -168,6 +170,8 @@ class Control:
         self.report("forming the ring again", waiting=True)
         tell(f"\nrank {self.world.rank}: {error}; the ring is formed again\n")
         self._epoch.end()
+        if not self.may_form_again(error):
+            raise error
         self.break_connections()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -4,7 +4,8 @@ The ring is formed once at the start, and again when a connection breaks or a ra
 epoch: its number is in the store, and all keys of it lie under that number, so that nothing of an earlier one is read.
 A rank takes its place in an epoch once. Who finds its place taken is a process that was started again, and who has lost
 a connection cannot go on: both end the epoch, which has an effect once, and go to the next. Others see the number
-change. No torch: a store is handed in.
+change. A cause for the end of the run that is told in an epoch which is over is passed on to those in the next one.
+No torch: a store is handed in.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 __all__ = ["Epoch"]
 
 _NUMBER = "epoch"
+_CAUSE = "watch/cause"
 
 
 class Epoch:
@@ -39,3 +41,9 @@ class Epoch:
     def end(self) -> int:
         """End it for all ranks, unless that was done; returns the number of the one that goes on."""
         return int(self._store.compare_set(_NUMBER, str(self.number), str(self.number + 1)))
+
+    def pass_on(self, cause: str) -> None:
+        """Tell the run's cause, told in this epoch, in the one that goes on, if this one is over."""
+        number = self._store.get(_NUMBER).decode(errors="replace")
+        if number.isdecimal() and number != str(self.number):
+            self._store.compare_set(f"{number}/{_CAUSE}", "", cause)

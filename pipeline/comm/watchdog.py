@@ -355,6 +355,8 @@ class Watchdog:
         cause = None
         if self._own_cause is not None:
             cause = self._store.compare_set("cause", "", self._own_cause)
+            if self._epoch is not None:
+                self._epoch.pass_on(self._own_cause)
         elif self._store.check(["cause"]):
             cause = self._store.get("cause")
         if cause is not None:

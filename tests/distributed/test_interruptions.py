@@ -210,6 +210,31 @@ def test_ranks_of_which_some_could_not_connect_meet_again():
         one.check()
 
 
+def interrupted_between_epochs(rank, moment):
+    """Rank 1 is in the next epoch, or has just ended the one that rank 0's main thread has not left."""
+    control = Control(World.from_environment(), timeout_s=10, load_timeout_s=60, interface=None, rejoin_s=60.0)
+    control.form()
+    control.barrier()
+    if rank == 0:
+        if moment == "after":
+            wait_until(lambda: control._root.check(["1/member/1"]))
+        control.watchdog.abort(KeyboardInterrupt())
+    if moment == "before":
+        wait_until(lambda: control._store.check(["watch/cause"]))
+    try:
+        control.leave_ring(RingBroken("broken"), None)
+        control.form()
+    except RingBroken as e:
+        control.watchdog.abort(e)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_ctrl_c_between_two_rings_ends_all_ranks(moment):
+    first, second = call_on_ranks(2, interrupted_between_epochs, moment, timeout_s=30)
+    assert first.returncode == 130 and second.returncode == 1
+    assert "rank 0, starting: interrupted" in first.stderr and "rank 0, starting: interrupted" in second.stderr
+
+
 def test_ctrl_c_during_the_pause(undisturbed, tmp_path):
     with store_process() as (_, env), start_ranks([words(undisturbed, tmp_path)] * NUM_RANKS, env=env) as ranks:
         wait_until(has_answers(tmp_path))

@@ -73,3 +73,19 @@ def test_a_strangers_word_ends_the_epoch_and_no_thread():
     epoch = Epoch.enter(store, 0)
     store["epoch"] = b"x"
     assert epoch.is_over()
+
+
+def test_a_cause_is_known_to_all_whichever_epoch_they_are_in():
+    """Told before the end of an epoch it is read by who ends it; told after that, it is passed on."""
+    store = Store()
+    late, early = Epoch.enter(store, 0), Epoch.enter(store, 1)
+    late.pass_on("interrupted")
+    assert not [key for key in store if "cause" in key]
+    early.end()
+    assert Epoch.enter(store, 1).number == 1
+    late.pass_on("interrupted")
+    assert store["1/watch/cause"] == b"interrupted"
+    late.pass_on("another")
+    assert store["1/watch/cause"] == b"interrupted"
+    store["epoch"] = b"\xff"
+    late.pass_on("interrupted")
