@@ -34,7 +34,7 @@ from pipeline.records.store import read_generation, read_record
 NUM_RANKS = 4
 CODECS = (
     *("none", "int8", "nf4", "hadamard(int4)"),
-    *(f"klt(calibration={{calibration}}, step={step}, temporal=false)" for step in (0.2, 0.4, 0.7)),
+    *(f"klt(calibration={{calibration}}, step={step})" for step in (0.2, 0.4, 0.7)),
 )
 HEADINGS = (
     *("codec", "tokens equal", "text's perplexity", "decode-mode perplexity", "bytes/token/link"),

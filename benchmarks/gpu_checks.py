@@ -418,8 +418,6 @@ def _random_calibration(rows: torch.Tensor, device: torch.device) -> Any:
         fixed_decode=basis.T.clone(memory_format=torch.contiguous_format),
         fixed_size=sizes,
         component_eighths=eighths,
-        temporal_in=torch.zeros(width, 0),
-        temporal_out=torch.zeros(0, width),
         token_out=torch.zeros(0, width),
         token_bias=torch.zeros(width),
         finer=torch.zeros(width),

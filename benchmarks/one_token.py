@@ -1,7 +1,7 @@
 """What a frame of one token costs: microseconds to encode and to decode, as in the decoding steps of a generation.
 
     python benchmarks/one_token.py                                    # codecs that may carry a generation
-    python benchmarks/one_token.py int4 "klt(calibration=calib/, step=0.7, temporal=false)" --link layer:18:node2->node3
+    python benchmarks/one_token.py int4 "klt(calibration=calib/, step=0.7)" --link layer:18:node2->node3
 
 One thread, float32 [1, 1, H] with outlier channels, encoder and decoder objects of their own, kernels compiled before.
 The codecs take turns: in each round one is called CALLS times, and the round counts with its median, in wall time; the

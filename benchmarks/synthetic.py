@@ -71,7 +71,7 @@ def save_random_calibration(
 ) -> None:
     """Files of `klt` as large as real ones, for hidden states as `save_random_llama`'s models have them."""
     folder.mkdir(parents=True, exist_ok=True)
-    size, rank, features = hidden_size, min(128, hidden_size), min(1024, hidden_size)
+    size, features = hidden_size, min(1024, hidden_size)
     origin = {"checkpoint": checkpoint, "text_sha256": "none"}
     zeros, eye = torch.zeros(size), torch.eye(size)
     calibration = LinkCalibration(
@@ -82,8 +82,6 @@ def save_random_calibration(
         fixed_decode=eye.clone(),
         fixed_size=torch.ones(size),
         component_eighths=torch.zeros(size, dtype=torch.int32),
-        temporal_in=torch.randn(size, rank) / size,
-        temporal_out=torch.randn(rank, size) / size,
         token_out=torch.randn(features, size) / size,
         token_bias=zeros.clone(),
         finer=zeros.clone(),

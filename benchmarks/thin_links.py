@@ -37,7 +37,7 @@ from pipeline.config.reading import with_overrides
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.runtime.launch import on_deployment
 
-CODECS = ("bf16", "int8", "nf4", "klt(calibration={calibration}, step={step}, temporal=false)")
+CODECS = ("bf16", "int8", "nf4", "klt(calibration={calibration}, step={step})")
 PROMPT_TOKENS = 512
 TEXT = (
     "The canal was built between 1768 and 1777 to bring coal to the town. Boats were drawn by horses, later by steam, "

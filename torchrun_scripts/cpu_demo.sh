@@ -33,7 +33,7 @@ echo "==> five codecs on the same model, split over four processes, scored on Py
 torchrun --standalone --nproc_per_node=4 run_pipeline.py --config demo.yaml --sweep demo.yaml --exp_dir "$folder"
 echo "==> prompts in, tokens out: the same ring, with klt on its links, goes on from a text"
 torchrun --standalone --nproc_per_node=4 run_pipeline.py --config demo.yaml --exp_dir "$folder/generated" \
-    --compressor "klt(calibration=$calibration, step=0.4, temporal=false)" --set generation.max_new_tokens=32 \
+    --compressor "klt(calibration=$calibration, step=0.4)" --set generation.max_new_tokens=32 \
     --set generation.max_slots=1 --generate "The canal was built to"
 echo "==> drawing the figure"
 python -m pipeline.report "$folder" --png "$folder/demo.png" >/dev/null

@@ -95,7 +95,7 @@ class TokenTable:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinkCalibration:
-    """The statistics of one link. H channels and components, R rank, D features, C model classes, S + 1 symbols.
+    """The statistics of one link. H channels and components, D features, C model classes, S + 1 symbols.
 
     A token x of root mean square u is coded as components y = (x / u - mean) @ encode, in order of falling variance
     once predicted; x = (y @ decode + mean) u. "Eighths" are 8 log2(.), rounded.
@@ -109,9 +109,6 @@ class LinkCalibration:
     fixed_decode: torch.Tensor = _tensor(torch.float32, "H", "H", mapped=True)
     fixed_size: torch.Tensor = _tensor(torch.float32, "H")  # standard deviation of its components
     component_eighths: torch.Tensor = _tensor(torch.int32, "H")  # mean |y - prediction|
-    # Prediction: y of the token before @ in @ out.
-    temporal_in: torch.Tensor = _tensor(torch.float32, "H", "R", mapped=True)
-    temporal_out: torch.Tensor = _tensor(torch.float32, "R", "H", mapped=True)
     token_out: torch.Tensor = _tensor(torch.float32, "D", "H", mapped=True)  # prediction: features @ out + bias
     token_bias: torch.Tensor = _tensor(torch.float32, "H")
     finer: torch.Tensor = _tensor(torch.float32, "H")  # quarter octaves of the token's step: y @ finer + bias

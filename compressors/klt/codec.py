@@ -1,10 +1,10 @@
 """klt: calibrated transform coding with an entropy coder.
 
 A token x of root mean square u becomes components y = (x / u - mean) @ encode: the Karhunen-Loeve transform (PCA) in a
-space in which every direction weighs as much as the loss is sensitive to it (`compressors.klt.fit`). Each component is
-predicted from the decoded components of the token before and, where the calibration has a table for that, from the
-token's id; what is left is quantised (`kernels.trellis`) and coded with a model of its expected size (`kernels.klt`).
-Transform coding after Goyal 2001, "Theoretical foundations of transform coding"; predicting inside the loop is DPCM.
+space in which every direction weighs as much as the loss is sensitive to it (`compressors.klt.fit`). Where the
+calibration has a table for that, components are predicted from the token's id, which both ends have; what is left is
+quantised (`kernels.trellis`) and coded with a model of its expected size (`kernels.klt`). docs/klt_format.md specifies
+the bytes. Transform coding after Goyal 2001, "Theoretical foundations of transform coding".
 
 `step` sets rate and quality: the step of the two quantisers between which the trellis switches, the same for all
 components, in units of a component's average standard deviation before prediction. `target_bits` instead chooses the
@@ -12,19 +12,13 @@ step at which the calibration's held-out text took so many bits per value. Token
 2 ** (-n / 4) of it, n being a linear function of y that the calibration has fitted to the gradient's size; n is sent.
 
 Tokens whose u is far from the calibration's, that are not finite, or that would be larger coded are sent raw: fp16
-after division by a power of two. With that the bound on a frame's size holds token by token, and no token's
-reconstruction depends on a later one. Prediction begins anew in every row.
-
-With `temporal=false` nothing is predicted from the token before, every token is computed as if it were alone
-(`TokenTransform`), and ids are not coded: they come beside the payload at both ends. Then no token's reconstruction
-depends on what shares its frame: this is `klt` for generation. The calibration is the same; its models and
-`target_bits` were fitted with the token before, so that it takes a little more than they expect.
+after division by a power of two. With that the bound on a frame's size holds token by token. Nothing is known of a
+token but itself and its id, so that no token's reconstruction depends on what shares its frame.
 
 A NaN or an infinity survives as such in its place; finite values come back finite.
 
-Payload: rANS words (uint32 [W], at least 2 unless there is no token), the raw tokens' exponents (int16 [R]), their
-values (fp16 [R, H]). Everything is coded in host memory; on an accelerator the transforms run there, unless `temporal`
-is false.
+Payload: side information and levels (`kernels.klt`), the raw tokens' exponents (int16 [R]), their values (fp16 [R, H]).
+Everything is coded in host memory; on an accelerator the transforms run there.
 """
 
 from __future__ import annotations
@@ -39,7 +33,7 @@ import torch
 from compressors.base import Compressor, CorruptPayload, LinkInfo, Payload
 from compressors.klt.calibration_file import LinkCalibration, TokenTable, read_calibration
 from compressors.klt.transform import Analysis, FrameTransform, TokenTransform
-from compressors.options import check_choice, option_error
+from compressors.options import option_error
 from compressors.rows import Scratch
 from compressors.saturation import saturating_cast
 
@@ -55,12 +49,11 @@ CPU = torch.device("cpu")
 
 
 class Klt(Compressor):
-    """Transform, prediction and entropy coding by the link's file in `calibration`, at `step` or `target_bits`.
-
-    `temporal=False` leaves out the prediction from the token before and makes the codec frame-invariant.
-    """
+    """Transform, prediction and entropy coding by the link's file in `calibration`, at `step` or `target_bits`."""
 
     name = "klt"
+    format_version = 2
+    frame_invariant = True
 
     def __init__(
         self,
@@ -68,13 +61,10 @@ class Klt(Compressor):
         calibration: str,
         step: float | None = None,
         target_bits: float | None = None,
-        temporal: bool = True,
         link: LinkInfo | None = None,
     ) -> None:
         super().__init__(link=link)
         self.calibration, self.step, self.target_bits = calibration, step, target_bits
-        self.temporal = check_choice(self.name, "temporal", temporal, (True, False))
-        self.frame_invariant = not temporal
         self._known = read_calibration(self.name, calibration, link)
         if (step is None) == (target_bits is None):
             raise option_error(self.name, "step", step, "a number, or target_bits instead of it")
@@ -82,13 +72,8 @@ class Klt(Compressor):
             step = step_for_bits(self._known.link, target_bits)
         if isinstance(step, bool) or not isinstance(step, (int, float)) or not _in_range(step):
             raise option_error(self.name, "step", step, f"a number from {STEP_RANGE[0]} to {STEP_RANGE[1]}")
-        self.needs = ("token_ids",) if self._known.link.uses_token_ids else ()
-        self.decoder_needs = () if temporal else self.needs
-        self._coder = KltCoder(self._known.link, self._known.tokens, float(step), temporal=temporal)
-
-    def config(self) -> dict[str, Any]:
-        """Without `temporal` where it is true, as before there was the option: ids and digests stay what they were."""
-        return {option: value for option, value in super().config().items() if (option, value) != ("temporal", True)}
+        self.needs = self.decoder_needs = ("token_ids",) if self._known.link.uses_token_ids else ()
+        self._coder = KltCoder(self._known.link, self._known.tokens, float(step))
 
     def format_config(self) -> dict[str, Any]:
         """The files' digest stands for their path, the step for what it was chosen by."""
@@ -120,92 +105,58 @@ class Quantized(NamedTuple):
 
     levels: np.ndarray  # int32 [N, H], half steps
     is_raw: np.ndarray  # bool [N], with the tokens that could not be quantised
-    decoded: np.ndarray  # float32 [N, H], components as the decoder will have them
+    predicted: np.ndarray  # float32 [N, H], components as their ids make them likely
 
 
 class KltCoder:
     """Frames at one step of one calibration. Used by `Klt` and, on held-out text, by the calibration itself."""
 
-    def __init__(
-        self, calibration: LinkCalibration, tokens: TokenTable, step: float, *, temporal: bool = True
-    ) -> None:
+    def __init__(self, calibration: LinkCalibration, tokens: TokenTable, step: float) -> None:
         from compressors.kernels import klt as kernels
         from compressors.kernels import trellis
 
-        self.step, self.temporal = step, temporal
-        self.transform = (FrameTransform if temporal else TokenTransform)(calibration, tokens, step)
+        self.step = step
+        self.transform = TokenTransform(calibration, tokens, step)
         self.component_class = (calibration.component_eighths - round(8 * math.log2(step))).numpy()
         self._content, self._tokens = calibration, tokens
         self._scratch = Scratch()
-        self._coded_ids = tokens if temporal else TokenTable.empty()
         self._models = kernels.make_models(
             side_classes=calibration.side_classes.numpy(),
             component_class=self.component_class,
             magnitude=calibration.magnitude.numpy(),
             starts=calibration.starts.numpy(),
-            num_ids=self._coded_ids.num_ids,
-            id_starts=self._coded_ids.rank_starts.numpy(),
         )
         self._prices = trellis.Prices(self.component_class - kernels.FIRST_CLASS, trellis_rates(self._models.starts))
-        rank = calibration.temporal_in.shape[1] if temporal else 0
-        self._temporal_in = calibration.temporal_in[:, :rank].contiguous().numpy()
-        self._temporal_out = calibration.temporal_out[:rank].numpy()
 
     def compress(self, x: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """Bytes of x [B, T, H], uint8 on the CPU."""
+        from compressors.kernels import klt as kernels
+
         num_tokens, width = math.prod(x.shape[:-1]), x.shape[-1]
         if num_tokens == 0:
             return torch.empty(0, dtype=torch.uint8)
         rows = x.reshape(num_tokens, width)
-        words, is_raw = self._encode(self.transform.analyse(rows), self.check_ids(token_ids, num_tokens), x.shape[1])
-        parts = [torch.from_numpy(words.view(np.int32))]
+        analysis = self.transform.analyse(rows)
+        quantized = self.quantize(analysis, self.check_ids(token_ids, num_tokens))
+        symbols = kernels.Symbols(quantized.levels, quantized.is_raw, analysis.rms.numpy(), analysis.finer.numpy())
+        coded = kernels.encode(symbols, self._models, 256 * 16 * (width + 1))
+        is_raw = torch.from_numpy(symbols.is_raw)
+        parts = [torch.from_numpy(coded)]
         if is_raw.any():
-            parts += _to_raw(rows[torch.from_numpy(is_raw).to(rows.device)].float().cpu())
-        parts = [part.reshape(-1).view(torch.uint8) for part in parts]
+            parts += [part.reshape(-1).view(torch.uint8) for part in _to_raw(rows[is_raw.to(rows.device)].float().cpu())]
         data = self._scratch.get("data", (sum(p.numel() for p in parts),), torch.uint8, CPU)
         return torch.cat(parts, out=data)
 
-    def _encode(self, analysis: Analysis, ids: np.ndarray, tokens_per_row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Words uint32 [W] of a frame, and which of its tokens are raw, bool [N].
-
-        What follows a token was predicted from it, so a token that turns out to be raw has all quantised anew.
-        """
-        from compressors.kernels import klt as kernels
-
-        num_tokens, width = analysis.y.shape
-        raw_cost = 256 * 16 * (width + 1)
-        num_ops = num_tokens * (width + width // 2 + 20) + 17 * width + 64
-        room = self._scratch.get("words", (num_tokens * (width + SIDE_NBYTES) // 2 + 8,), torch.int32, CPU)
-        words = room.numpy().view(np.uint32)
-        rms, finer = analysis.rms.numpy(), analysis.finer.numpy()
-        ranks = self._coded_ids.ranks.numpy()[ids] if self._models.num_ids else ids
-        quantized = self.quantize(analysis, ids, tokens_per_row)
-        while True:
-            ops = self._scratch.get("ops", (num_ops, 3), torch.int16, CPU).numpy().view(np.uint16)
-            symbols = kernels.Symbols(quantized.levels, quantized.is_raw, rms, finer, ranks)
-            num_words = kernels.encode(symbols, self._models, raw_cost, ops, words)
-            if num_words == kernels.OPS_FULL:
-                num_ops *= 2
-            elif num_words == kernels.ENCODE_AGAIN:
-                analysis = analysis._replace(is_raw=torch.from_numpy(quantized.is_raw))
-                quantized = self.quantize(analysis, ids, tokens_per_row)
-            else:
-                return words[:num_words], quantized.is_raw
-
-    def quantize(self, analysis: Analysis, ids: np.ndarray, tokens_per_row: int) -> Quantized:
+    def quantize(self, analysis: Analysis, ids: np.ndarray) -> Quantized:
         """`ids` as from `check_ids`."""
         from compressors.kernels import trellis
 
         y = analysis.y
         levels = self._scratch.get("levels", y.shape, torch.int32, CPU).numpy()
-        decoded = self._scratch.get("decoded", y.shape, torch.float32, CPU).numpy()
         is_raw = analysis.is_raw.numpy().copy()
-        prediction = trellis.Prediction(
-            self.transform.predict(ids), self._temporal_in, self._temporal_out, tokens_per_row
-        )
-        steps, finer = self.transform.steps(analysis.finer), analysis.finer.numpy()
-        trellis.quantize(y.numpy(), steps, finer, prediction, self._prices, levels, is_raw, decoded)
-        return Quantized(levels, is_raw, decoded)
+        predicted, steps = self.transform.predict(ids), self.transform.steps(analysis.finer)
+        trellis.quantize(y.numpy(), predicted, steps, analysis.finer.numpy(), self._prices, levels, is_raw)
+        return Quantized(levels, is_raw, predicted)
 
     def decompress(
         self,
@@ -215,7 +166,7 @@ class KltCoder:
         dtype: torch.dtype,
         token_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Inverse of `compress`; `token_ids` as there, where `temporal` is false.
+        """Inverse of `compress`; `token_ids` as there.
 
         Raises CorruptPayload for bytes that it cannot have written.
         """
@@ -226,36 +177,29 @@ class KltCoder:
             if data.numel():
                 raise CorruptPayload(f"klt payload of {data.numel()} bytes for no token")
             return torch.empty(tuple(shape), dtype=dtype, device=device)
-        blob = data.numpy()
-        symbols, num_words = self._decode(blob, num_tokens, width)
+        ids = self.check_ids(token_ids, num_tokens)
+        symbols, num_coded = self._decode(data.numpy(), num_tokens, width)
         num_raw = int(symbols.is_raw.sum())
-        if num_words < 0 or 4 * num_words + num_raw * (2 * width + 2) != blob.size:
-            raise CorruptPayload(f"{blob.size} bytes are no klt frame of shape {tuple(shape)}")
-        if not self.temporal:
-            ids = self.check_ids(token_ids, num_tokens)
-        elif self._models.num_ids:
-            ids = self._coded_ids.by_rank.numpy()[symbols.id_ranks]
-        else:
-            ids = symbols.id_ranks
+        if num_coded < 0 or num_coded + num_raw * (2 * width + 2) != data.numel():
+            raise CorruptPayload(f"{data.numel()} bytes are no klt frame of shape {tuple(shape)}")
         decoded = self._scratch.get("decoded", (num_tokens, width), torch.float32, CPU)
-        prediction = trellis.Prediction(self.transform.predict(ids), self._temporal_in, self._temporal_out, shape[1])
         steps = self.transform.steps(torch.from_numpy(symbols.finer))
-        trellis.reconstruct(symbols.levels, steps, prediction, symbols.is_raw, decoded.numpy())
+        predicted = self.transform.predict(ids)
+        trellis.reconstruct(symbols.levels, steps, predicted, symbols.is_raw, decoded.numpy())
         x = self.transform.synthesise(decoded, symbols.rms, device, dtype)
         if num_raw:
-            raw = _from_raw(torch.from_numpy(blob[4 * num_words :].copy()), num_raw, width)
+            raw = _from_raw(data[num_coded:].clone(), num_raw, width)
             x[torch.from_numpy(symbols.is_raw).to(device)] = saturating_cast(raw, dtype).to(device)
         return x.view(tuple(shape))
 
-    def _decode(self, blob: np.ndarray, num_tokens: int, width: int) -> tuple[Symbols, int]:
-        """What a frame's bytes begin with, and of how many words that is; -1 where they are no frame's."""
+    def _decode(self, data: np.ndarray, num_tokens: int, width: int) -> tuple[Symbols, int]:
+        """What a frame's bytes begin with, and of how many bytes that is; -1 where they are no frame's."""
         from compressors.kernels import klt as kernels
 
-        words = np.frombuffer(blob[: blob.size // 4 * 4].tobytes(), "<u4")
         levels = self._scratch.get("levels", (num_tokens, width), torch.int32, CPU).numpy()
-        rms, finer, id_ranks = np.zeros((3, num_tokens), np.int32)
-        symbols = kernels.Symbols(levels, np.zeros(num_tokens, np.bool_), rms, finer, id_ranks)
-        return symbols, kernels.decode(words, self._models, symbols)
+        rms, finer = np.zeros((2, num_tokens), np.int32)
+        symbols = kernels.Symbols(levels, np.zeros(num_tokens, np.bool_), rms, finer)
+        return symbols, kernels.decode(data, self._models, symbols)
 
     def check_ids(self, token_ids: torch.Tensor | None, num_tokens: int) -> np.ndarray:
         """int32 [N] on the CPU; zeros where they are not used."""

@@ -10,9 +10,7 @@ With z = (x / u - mean) for a token x of root mean square u, and g = u dL/dx:
   than its square, since it gets a finer step. z W, with W = (F / mean eigenvalue + 0.1)^(1/2), weighs an error by what
   it costs; the 0.1 keeps some precision where the gradient is small, since errors at useful rates are too large for a
   quadratic form.
-* Prediction. Ridge regression of z W on that of the token before and on features of the token's id (its embedding,
-  `make_token_table`). The token before will be known as decoded only, so the variance of the quantisation error at
-  REFERENCE_STEP is added to its own, and its matrix is cut to a low rank by the variance of what it predicts.
+* Prediction. Ridge regression of z W on features of the token's id (its embedding, `make_token_table`).
 * Transform. Eigenvectors of the covariance of what prediction leaves.
 * Step. The logarithm of |g|^2 is regressed on z and log2 u. The step of a token is proportional to |g| to the power
   -2 STEP_EXPONENT as predicted. High-resolution theory has 1/2 in place of STEP_EXPONENT; the prediction is uncertain,
@@ -30,25 +28,24 @@ import numpy as np
 import torch
 
 from compressors.klt.calibration_file import LinkCalibration, TokenTable
-from compressors.klt.models import REFERENCE_STEP, SampleRow, cumulative, eighths, fit_models, prior_models
+from compressors.klt.models import SampleRow, cumulative, eighths, fit_models, prior_models
 from compressors.klt.transform import RAW_EIGHTHS
 
 __all__ = ["CHUNK", "LinkStatistics", "fit", "make_token_table"]
 
 FLATTENING = 0.1
 STEP_EXPONENT = 0.25
-TEMPORAL_RANK = 128
 TOKEN_FEATURES = 1024
 CHUNK = 8192  # rows of an embedding at once
 
 
 class LinkStatistics:
-    """Sums over tokens. The vector of a token is (x / u [H], log2 u, 1, the same of the token before or zeros, its
-    id's features [D]); `products` sums its outer product. D = 0 leaves ids out."""
+    """Sums over tokens. The vector of a token is (x / u [H], log2 u, 1, its id's features [D]); `products` sums its
+    outer product. D = 0 leaves ids out."""
 
     def __init__(self, hidden_size: int, num_features: int, device: torch.device) -> None:
         self.hidden_size, self.num_features = hidden_size, num_features
-        size = 2 * (hidden_size + 2) + num_features
+        size = hidden_size + 2 + num_features
         make: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.products = torch.zeros(size, size, **make)
         self.sensitivity = torch.zeros(hidden_size, hidden_size, **make)
@@ -71,9 +68,7 @@ class LinkStatistics:
         octaves = torch.where(is_coded, octaves, 0).unsqueeze(-1)
         u = torch.exp2(octaves)
         own = torch.cat([x / u, octaves, torch.ones_like(octaves)], -1)
-        own = torch.where(is_coded.unsqueeze(-1), own, 0)
-        before = torch.nn.functional.pad(own, (0, 0, 1, 0))[:, :-1]
-        vectors = torch.cat([own, before, features], -1)[is_coded]
+        vectors = torch.cat([own, features], -1)[is_coded]
         self.products += vectors.T @ vectors
         self.num_tokens += len(vectors)
         g = (gradients.float() * u)[is_coded]
@@ -88,13 +83,11 @@ class LinkStatistics:
 @torch.no_grad()
 def fit(statistics: LinkStatistics, sample: Sequence[SampleRow], tokens: TokenTable) -> LinkCalibration:
     """The link's calibration. `tokens` is empty, or what gave `statistics` its features."""
-    size = statistics.hidden_size
     space = _Space(statistics)
     prediction = _Prediction(statistics, space)
     variances, basis = _principal(prediction.residual, statistics.num_tokens)
     fixed_variances, fixed_basis = _principal(space.covariance, statistics.num_tokens)
-    temporal_in, temporal_out = prediction.temporal_factors(TEMPORAL_RANK)
-    token_out = prediction.weights[size:] @ basis
+    token_out = prediction.weights @ basis
     finer, finer_bias = _fit_finer(statistics, space, basis)
     calibration = LinkCalibration(
         mean=space.mean.float(),
@@ -104,8 +97,6 @@ def fit(statistics: LinkStatistics, sample: Sequence[SampleRow], tokens: TokenTa
         fixed_decode=(fixed_basis.T @ space.from_space).float(),
         fixed_size=fixed_variances.clamp_min(1e-12).sqrt().float(),
         component_eighths=eighths(variances.clamp_min(1e-9).sqrt() * 0.8),
-        temporal_in=(basis.T @ temporal_in).float(),
-        temporal_out=(temporal_out @ basis).float(),
         token_out=token_out.float(),
         token_bias=-(prediction.features_mean @ token_out).float(),
         finer=finer.float(),
@@ -172,39 +163,19 @@ class _Space:
 
 
 class _Prediction:
-    """Regression of a token in the space on the token before in the space, and on its own centred features."""
+    """Regression of a token in the space on its centred features."""
 
     def __init__(self, statistics: LinkStatistics, space: _Space) -> None:
         n, size = statistics.num_tokens, statistics.hidden_size
-        before, one = size + 2, size + 1
+        one, first = size + 1, size + 2  # of the statistics' vector: the constant, the features
         products = statistics.products / n
-        # Regressors as linear maps of the statistics' vector; a row's first token has zeros before it.
-        first = 2 * (size + 2)  # of the features
         self.features_mean = products[one, first:]
-        regressors = products.new_zeros(products.shape[0], size + statistics.num_features)
-        regressors[before : before + size, :size] = space.to_space
-        regressors[before + one, :size] = -space.mean @ space.to_space
-        regressors[first:, size:].fill_diagonal_(1)
-        regressors[one, size:] = -self.features_mean
-        own = products.new_zeros(products.shape[0], size)
-        own[:size], own[one] = space.to_space, -space.mean @ space.to_space
-        self._products = regressors.T @ products @ regressors
-        cross = regressors.T @ products @ own
-        noisy = self._products.diagonal().clone()
-        noisy[:size] += REFERENCE_STEP**2 / 15
-        ridge = 1e-3 + 0.05 * regressors.shape[1] / n
-        normal = self._products + torch.diag(noisy - self._products.diagonal() + ridge * noisy + 1e-9)
-        self.weights = torch.linalg.solve(normal, cross)
+        own = products[first:, first:] - torch.outer(self.features_mean, self.features_mean)
+        cross = (products[first:, :size] - torch.outer(self.features_mean, space.mean)) @ space.to_space
+        ridge = 1e-3 + 0.05 * len(own) / n
+        self.weights = torch.linalg.solve(own + torch.diag(ridge * own.diagonal() + 1e-9), cross)
         explained = cross.T @ self.weights
-        self.residual = space.covariance - explained - explained.T + self.weights.T @ self._products @ self.weights
-
-    def temporal_factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(in, out) of the weights of the token before, cut to the directions that predict the most variance."""
-        inputs = slice(0, len(self.residual))
-        weights = self.weights[inputs]
-        _, vectors = torch.linalg.eigh(weights.T @ self._products[inputs, inputs] @ weights)
-        kept = vectors[:, -rank:]
-        return weights @ kept, kept.T
+        self.residual = space.covariance - explained - explained.T + self.weights.T @ own @ self.weights
 
 
 def _principal(covariance: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

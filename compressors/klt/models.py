@@ -121,12 +121,9 @@ def _component_sizes(
     sides: list[torch.Tensor] = []
     for row in sample:
         analysis = coder.transform.analyse(row.hidden_states)
-        quantized = coder.quantize(analysis, coder.check_ids(row.token_ids, len(analysis.y)), len(analysis.y))
+        quantized = coder.quantize(analysis, coder.check_ids(row.token_ids, len(analysis.y)))
         is_coded = torch.from_numpy(~quantized.is_raw)
-        errors = analysis.y - torch.from_numpy(quantized.decoded)
-        half_steps = 0.5 * coder.transform.steps(analysis.finer)[:, None]
-        unpredicted = errors + torch.from_numpy(quantized.levels * half_steps)
-        sums += unpredicted[is_coded].abs().sum(0)
+        sums += (analysis.y - torch.from_numpy(quantized.predicted))[is_coded].abs().sum(0)
         weight += float(is_coded.sum())
         sides += [torch.stack([analysis.rms, analysis.finer])[:, is_coded]]
     prior = calibration.component_eighths
@@ -146,7 +143,7 @@ def _quantized(
     coder = KltCoder(calibration, tokens, step)
     for row in sample:
         analysis = coder.transform.analyse(row.hidden_states)
-        quantized = coder.quantize(analysis, coder.check_ids(row.token_ids, len(analysis.y)), len(analysis.y))
+        quantized = coder.quantize(analysis, coder.check_ids(row.token_ids, len(analysis.y)))
         is_coded = ~quantized.is_raw
         yield _CodedLevels(quantized.levels[is_coded], analysis.finer.numpy()[is_coded], coder.component_class)
 

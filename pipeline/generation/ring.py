@@ -213,7 +213,7 @@ def _check_codec(facts: CodecFacts) -> None:
         raise ConfigError(
             f"codec {facts.name} cannot be used to generate: what it makes of a token depends on the tokens that share "
             "its frame, so an answer would depend on what else is under way. Codecs that treat every token alike (nf4, "
-            "int8, hadamard(int4), klt(temporal=false), ...) can: see frame_invariant in docs/writing_a_codec.md"
+            "int8, hadamard(int4), klt, ...) can: see frame_invariant in docs/writing_a_codec.md"
         )
     if "importance" in facts.needs:
         raise ConfigError(f"codec {facts.name} needs the importance of tokens, which generation does not compute")

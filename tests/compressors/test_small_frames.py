@@ -22,14 +22,14 @@ from compressors.check import hidden_states, side_inputs, travelling
 CPU = torch.device("cpu")
 NUM_FRAMES = 20_000
 WIDTH = 96
-TOKENWISE = "klt(temporal=false)"
-GENERATING = [s for s in SPECS if make(s).frame_invariant and "importance" not in make(s).needs] + [TOKENWISE]
+KLT = "klt"
+GENERATING = [s for s in SPECS if make(s).frame_invariant and "importance" not in make(s).needs] + [KLT]
 LONG_RUN = ["none", "int4", "nf4", "hqq3", "hadamard(int4)", "outlier(channels=[0], inner=hadamard(int4))", "topk"]
 
 
 def make_end(spec, width=WIDTH):
-    if spec == TOKENWISE:
-        return Calibrated({"name": "klt", "step": 0.4, "temporal": False}).make(torch.empty(8, 8, width))
+    if spec == KLT:
+        return Calibrated({"name": "klt", "step": 0.4}).make(torch.empty(8, 8, width))
     return make(spec, hidden_size=width)
 
 
@@ -94,7 +94,7 @@ def resident_nbytes():
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux' /proc")
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [*LONG_RUN, "zstd(int4)", TOKENWISE])
+@pytest.mark.parametrize("spec", [*LONG_RUN, "zstd(int4)", KLT])
 def test_memory_stays_flat_over_many_frames(spec):
     sender, receiver = make_end(spec), make_end(spec)
     source = hidden_states((8, 48, WIDTH))

@@ -57,7 +57,7 @@ def test_it_is_the_windowed_perplexity_in_fp64(model_type, codec, tmp_path):
 @pytest.mark.parametrize("wrap", ["true", "false"])
 def test_four_ranks_with_klt(wrap, calibration, tmp_path):
     """Its token ids come with the frames, and count."""
-    codec = f"klt(calibration={calibration}, step=0.5, temporal=false)" if wrap == "true" else "nf4"
+    codec = f"klt(calibration={calibration}, step=0.5)" if wrap == "true" else "nf4"
     shared = ("--dtype", "fp64", "--compressor", codec, "--set", f"partition.wrap={wrap}")
     record, loss = score(tmp_path / "windows", *shared, "--set", "measure_error=true", num_ranks=4)
     assert len(record.reconstruction) == len(record.traffic_per_link)
@@ -72,7 +72,7 @@ def test_klt_generates_alike_alone_and_beside_others(calibration, tmp_path):
     prompts = ["The canal", "Once upon a time there was", "a"]
     settings = ("model.dtype=fp64", "generation.max_new_tokens=12", "generation.ignore_eos=true", "runtime.threads=1")
     settings += ("generation.max_length=128", "generation.prefill_chunk=8")
-    codec = f"klt(calibration={calibration}, step=0.5, temporal=false)"
+    codec = f"klt(calibration={calibration}, step=0.5)"
     words = ["--model_name", str(tiny_model()), "--compressor", codec]
     words += [word for setting in settings for word in ("--set", setting)]
     file = tmp_path / "all.jsonl"

@@ -25,7 +25,7 @@ CASES = {
     "no wrap": ("llama", "nf4", NO_WRAP),
     "no wrap, sampled": ("qwen3", "none", (*NO_WRAP, *SAMPLED)),
     "hadamard": ("llama", "hadamard(int4)", SAMPLED),
-    "klt": ("llama", "klt(calibration={}, step=0.5, temporal=false)", ()),
+    "klt": ("llama", "klt(calibration={}, step=0.5)", ()),
     "sliding windows": ("gemma3_text", "nf4", ()),
     "another codec for sampled tokens": ("llama", "nf4", (*SAMPLED, "compressor_decode=int8")),
 }
