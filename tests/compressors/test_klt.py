@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import shutil
 from pathlib import Path
 
@@ -18,18 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from compressors import CorruptPayload, LinkInfo, Payload, make_compressor
 from compressors.check import CHECKS, dependence_on_frames, hidden_states, side_inputs, travelling
-from compressors.klt.calibration_file import file_name, read_calibration
+from compressors.klt.calibration_file import file_name
 from tests.helpers.marks import slow_but
 
 CPU = torch.device("cpu")
 KLT = {"name": "klt", "step": 0.4}
-TOKENWISE = KLT | {"temporal": False}
 FIXED = {"name": "klt_fixed", "nbits": 3}
 CASES = {
     "klt with ids": (KLT, True),
     "klt": (KLT, False),
-    "klt by token with ids": (TOKENWISE, True),
-    "klt by token": (TOKENWISE, False),
     "klt_fixed": (FIXED, False),
 }
 MANY_SLOW_CASES = slow_but(("klt with ids", "klt_fixed"), CASES)
@@ -42,7 +37,7 @@ def make(options=KLT, use_token_ids=True, hidden_size=96, **link):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", slow_but(("klt with ids", "klt by token with ids", "klt_fixed"), CASES))
+@pytest.mark.parametrize("name", slow_but(("klt with ids", "klt_fixed"), CASES))
 def test_contract(name, check):
     assert list(CHECKS[check](Calibrated(*CASES[name]))) == []
 
@@ -108,21 +103,19 @@ def test_target_bits_is_what_held_out_text_takes():
     assert (calibration.rate_bits.diff() <= 0).all()
 
 
-def test_only_klt_by_token_is_frame_invariant():
-    """`klt` is seen to depend on frames. `klt_fixed` need not be: it takes means and matrix products as torch has them,
-    and the order in which those sum may depend on the number of rows and on a row's place, on an accelerator above all.
+def test_klt_alone_is_frame_invariant():
+    """`klt_fixed` need not be: it takes means and matrix products as torch has them, and the order in which those sum
+    may depend on the number of rows and on a row's place, on an accelerator above all.
     """
     for name, case in CASES.items():
-        subject = Calibrated(*case)
-        assert subject.make(torch.empty(1, 1, 96)).frame_invariant == ("by token" in name)
-    for use_token_ids in (True, False):
-        assert next(dependence_on_frames(Calibrated(KLT, use_token_ids)), None)
+        codec = Calibrated(*case).make(torch.empty(1, 1, 96))
+        assert codec.frame_invariant == (name != "klt_fixed")
 
 
 @pytest.mark.slow
 def test_a_token_is_the_same_in_frames_of_any_length():
     """At a size where libraries change their way of summing with the number of rows."""
-    codec, x = make(TOKENWISE, hidden_size=576), hidden_states((1, 200, 576))
+    codec, x = make(hidden_size=576), hidden_states((1, 200, 576))
     ids = torch.arange(200).view(1, 200) % VOCABULARY
     together = codec.decompress(codec.compress(x, token_ids=ids), CPU, x.dtype, token_ids=ids)
     for t in (0, 1, 63, 64, 127, 130, 199):
@@ -148,30 +141,11 @@ def test_sums_of_a_product_have_one_order(length, width):
     assert np.array_equal(product, in_order)
 
 
-def test_both_ways_to_compute_agree():
-    """Where nothing can be predicted from the token before: the first tokens of rows."""
-    x = hidden_states((60, 1, 96), seed=14)
-    frames, tokens = Calibrated(KLT, False), Calibrated(TOKENWISE, False)
-    torch.testing.assert_close(frames.round_trip(x), tokens.round_trip(x), rtol=0.01, atol=0.05)
-    nbytes = [subject.compress(subject.make(x), x).nbytes for subject in (frames, tokens)]
-    assert nbytes[0] == pytest.approx(nbytes[1], rel=0.01)
-
-
-def test_temporal_leaves_the_ids_of_codecs_as_they_were():
-    codec, by_token = make(KLT), make(TOKENWISE)
-    digest = read_calibration("klt", folder(96, True), LinkInfo(name=LINK, hidden_size=96, max_tokens=64)).digest
-    known = {"name": "klt", "calibration": digest, "step": 0.4, "target_bits": None, "format_version": 1}
-    assert codec.format_config() == known and make(KLT | {"temporal": True}).codec_id() == codec.codec_id()
-    assert by_token.format_config() == known | {"temporal": False} and by_token.codec_id() != codec.codec_id()
-    with pytest.raises(ValueError, match="temporal is 1, allowed: True, False"):
-        make(KLT | {"temporal": 1})
-
-
-def test_by_token_ids_come_beside_the_payload():
-    codec, x = make(TOKENWISE), hidden_states((2, 30, 96), seed=15)
+def test_ids_come_beside_the_payload():
+    codec, x = make(), hidden_states((2, 30, 96), seed=15)
     ids = torch.arange(60).view(2, 30)
-    assert codec.needs == codec.decoder_needs == ("token_ids",) and make(KLT).decoder_needs == ()
-    assert make(TOKENWISE, use_token_ids=False).decoder_needs == ()
+    assert codec.needs == codec.decoder_needs == ("token_ids",)
+    assert make(use_token_ids=False).needs == make(use_token_ids=False).decoder_needs == ()
     payload = codec.compress(x, token_ids=ids)
     decoded = codec.decompress(payload, CPU, x.dtype, token_ids=ids)
     assert (decoded - x).norm() < 0.45 * x.norm()
@@ -183,9 +157,6 @@ def test_by_token_ids_come_beside_the_payload():
 def test_prediction_uses_token_ids():
     subject = Calibrated(KLT)
     codec = subject.make(torch.empty(1, 1, 96))
-    assert (
-        codec.needs == ("token_ids",) and Calibrated(KLT, use_token_ids=False).make(torch.empty(1, 1, 96)).needs == ()
-    )
     x = hidden_states((1, 4, 96))
     with pytest.raises(ValueError, match="needs token_ids of 4 tokens"):
         codec.compress(x)
@@ -225,99 +196,6 @@ def test_any_bytes(name, seed, nbytes, shape):
     except CorruptPayload:
         return
     assert decoded.shape == shape
-
-
-def walk(indices):
-    """(levels, quantisers) of a token's indices."""
-    from compressors.kernels import trellis
-
-    state, levels, quantizers = 0, [], []
-    for index in indices:
-        quantizers.append(state >> 1)
-        levels.append(trellis.level_of_index(index, state >> 1))
-        assert trellis.index_of_level(levels[-1], state >> 1) == index
-        state = trellis.NEXT_STATE[state, index & 1]
-    return levels, quantizers
-
-
-@pytest.mark.slow
-def test_the_trellis_finds_the_nearest_levels():
-    """No sequence of indices comes nearer to the target; with rates, none that the search weighs is cheaper."""
-    from compressors.kernels import trellis
-
-    num_tokens, width, largest = 40, 5, 3
-    target = np.random.default_rng(0).normal(scale=1.5, size=(num_tokens, width)).astype(np.float32)
-    sequences = list(itertools.product(range(-largest, largest + 1), repeat=width))
-    levels, quantizers = (np.array(part) for part in zip(*map(walk, sequences), strict=True))
-    errors = np.square(levels[None] - target[:, None]).sum(2)
-    rates = np.random.default_rng(1).uniform(0, 1, (1, 2, largest + 1)).astype(np.float32)
-    prices = rates[0, quantizers, np.abs(sequences)].sum(1)
-
-    def chosen(rates):
-        found, decoded = np.zeros((num_tokens, width), np.int32), np.zeros((num_tokens, width), np.float32)
-        nothing = trellis.Prediction(
-            from_ids=np.zeros_like(target),
-            temporal_in=np.zeros((width, 0), np.float32),
-            temporal_out=np.zeros((0, width), np.float32),
-            tokens_per_row=num_tokens,
-        )
-        steps, finer = np.full(num_tokens, 2, np.float32), np.zeros(num_tokens, np.int32)
-        in_one_class, is_raw = trellis.Prices(np.zeros(width, np.int32), rates), np.zeros(num_tokens, np.bool_)
-        trellis.quantize(target, steps, finer, nothing, in_one_class, found, is_raw, decoded)
-        assert not is_raw.any()
-        assert np.array_equal(decoded, found)
-        at = np.array([np.flatnonzero((levels == row).all(1))[0] for row in found])
-        return errors[range(num_tokens), at], prices[at]
-
-    nearest, dear = chosen(np.zeros_like(rates))
-    assert nearest == pytest.approx(errors.min(1), abs=1e-4)
-    error, price = chosen(rates)
-    assert (error + price <= nearest + dear + 1e-4).all() and price.sum() < dear.sum()
-
-
-def test_the_entropy_coder_is_an_integer_format():
-    """Symbols of every size and class to the same words on every machine, and back."""
-    from compressors.kernels import klt as kernels
-    from compressors.kernels import trellis
-    from compressors.klt.models import prior_models
-
-    num_tokens, width = 9, 40
-    values = (np.arange(num_tokens * width) * 7919 % 1000).reshape(num_tokens, width).astype(np.int32)
-    indices = (values - 500) // np.array([[1], [5], [20], [90], [300], [1], [10**6], [100], [7]], np.int32)
-    indices[4, 3], indices[4, 4] = trellis.MAX_LEVEL // 2 - 1, 1 - trellis.MAX_LEVEL // 2
-    levels = np.array([walk(row)[0] for row in indices.tolist()], np.int32)
-    prior = {name: tensor.numpy() for name, tensor in prior_models().items()}
-    models = kernels.make_models(
-        side_classes=np.array([12, 5], np.int32),
-        component_class=np.linspace(60, -30, width).astype(np.int32),
-        num_ids=5,
-        id_starts=np.array([0, 20000, 30000, 32768], np.int32),
-        **prior,
-    )
-    is_raw = np.zeros(num_tokens, np.bool_)
-    is_raw[6] = True
-    sent = kernels.Symbols(
-        levels=levels,
-        is_raw=is_raw,
-        rms=np.arange(-4, 5, dtype=np.int32),
-        finer=np.arange(-8, 10, 2, dtype=np.int32),
-        id_ranks=np.array([3, 0, 2, 1, 4, 3, 0, 2, 1], np.int32),
-    )
-    ops, words = np.zeros((20_000, 3), np.uint16), np.zeros(20_000, np.uint32)
-    num_words = kernels.encode(sent, models, 1 << 40, ops, words)
-    assert is_raw.sum() == 1
-    digest = hashlib.sha256(words[:num_words].astype("<u4").tobytes()).hexdigest()[:16]
-    assert (num_words, digest) == GOLDEN_WORDS
-    got = kernels.Symbols(
-        np.ones_like(levels), np.zeros(num_tokens, np.bool_), *np.zeros((3, num_tokens), np.int32)
-    )
-    assert kernels.decode(words[:num_words], models, got) == num_words
-    assert np.array_equal(got.is_raw, is_raw)
-    for name in ("levels", "rms", "finer", "id_ranks"):
-        assert np.array_equal(getattr(got, name)[~is_raw], getattr(sent, name)[~is_raw]), name
-
-
-GOLDEN_WORDS = (147, "c14f427befe2bb46")
 
 
 def test_bits_of_klt_fixed_are_whole_and_add_up():
