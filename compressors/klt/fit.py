@@ -41,7 +41,7 @@ CHUNK = 8192  # rows of an embedding at once
 
 class LinkStatistics:
     """Sums over tokens. The vector of a token is (x / u [H], log2 u, 1, its id's features [D]); `products` sums its
-    outer product. D = 0 leaves ids out."""
+    outer product. D = 0 leaves ids out. Gradients may be known of some of the tokens only."""
 
     def __init__(self, hidden_size: int, num_features: int, device: torch.device) -> None:
         self.hidden_size, self.num_features = hidden_size, num_features
@@ -49,14 +49,34 @@ class LinkStatistics:
         make: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.products = torch.zeros(size, size, **make)
         self.sensitivity = torch.zeros(hidden_size, hidden_size, **make)
-        self.log_sensitivity = torch.zeros(size, **make)  # sums of the vector times log |g|^2
+        # Of tokens with a gradient, whose vectors end before the features.
+        self.log_sensitivity = torch.zeros(hidden_size + 2, **make)  # sums of the vector times log |g|^2
         self.sensitive_products = torch.zeros(hidden_size + 2, hidden_size + 2, **make)
         self.rms_eighths: int | None = None
         self.num_tokens = 0
 
     @torch.no_grad()
-    def add(self, hidden_states: torch.Tensor, gradients: torch.Tensor, features: torch.Tensor) -> None:
-        """One micro-batch: hidden states [B, T, H], gradients float32 [B, T, H], features float32 [B, T, D]."""
+    def add(self, hidden_states: torch.Tensor, features: torch.Tensor) -> None:
+        """One micro-batch: hidden states [B, T, H], features float32 [B, T, D]."""
+        own, _, is_coded = self._vectors(hidden_states)
+        vectors = torch.cat([own, features], -1)[is_coded]
+        self.products += vectors.T @ vectors
+        self.num_tokens += len(vectors)
+
+    @torch.no_grad()
+    def add_gradients(self, hidden_states: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Of one micro-batch: hidden states [B, T, H] and gradients float32 [B, T, H]."""
+        own, u, is_coded = self._vectors(hidden_states)
+        g = (gradients.float() * u)[is_coded]
+        size = g.square().sum(-1)
+        usable = size.isfinite() & (size > 0)  # nothing depends on a row's last token
+        g, own, size = g[usable], own[is_coded][usable], size[usable]
+        self.sensitivity += (g / size.sqrt().unsqueeze(-1)).T @ g
+        self.log_sensitivity += size.log() @ own
+        self.sensitive_products += own.T @ own
+
+    def _vectors(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(x / u, log2 u, 1) [B, T, H + 2], u [B, T, 1], and which tokens are not raw, bool [B, T]."""
         x = hidden_states.float()
         octaves = x.square().mean(-1).sqrt().log2()
         if self.rms_eighths is None:
@@ -67,17 +87,7 @@ class LinkStatistics:
         is_coded = ((8 * octaves - self.rms_eighths).abs() < RAW_EIGHTHS) & x.isfinite().all(-1)
         octaves = torch.where(is_coded, octaves, 0).unsqueeze(-1)
         u = torch.exp2(octaves)
-        own = torch.cat([x / u, octaves, torch.ones_like(octaves)], -1)
-        vectors = torch.cat([own, features], -1)[is_coded]
-        self.products += vectors.T @ vectors
-        self.num_tokens += len(vectors)
-        g = (gradients.float() * u)[is_coded]
-        size = g.square().sum(-1)
-        usable = size.isfinite() & (size > 0)  # nothing depends on a row's last token
-        g, own, size = g[usable], own[is_coded][usable], size[usable]
-        self.sensitivity += (g / size.sqrt().unsqueeze(-1)).T @ g
-        self.log_sensitivity[: own.shape[-1]] += size.log() @ own
-        self.sensitive_products += own.T @ own
+        return torch.cat([x / u, octaves, torch.ones_like(octaves)], -1), u, is_coded
 
 
 @torch.no_grad()
@@ -200,7 +210,7 @@ def _fit_finer(statistics: LinkStatistics, space: _Space, basis: torch.Tensor) -
     mean = statistics.sensitive_products[one] @ to_features / n
     centred = products - torch.outer(mean, mean)
     target_mean = statistics.log_sensitivity[one] / n
-    target = statistics.log_sensitivity[: size + 2] @ to_features / n - mean * target_mean
+    target = statistics.log_sensitivity @ to_features / n - mean * target_mean
     ridge = 1e-3 + 0.1 * size / n
     weights = torch.linalg.solve(centred + torch.diag(ridge * centred.diagonal() + 1e-9), target)
     weights *= 4 * STEP_EXPONENT / math.log(2)  # nats of |g|^2 to quarter octaves of the step

@@ -2,6 +2,7 @@
 
 Each rank sums products of what it sends and of the gradients there (`compressors.klt.fit`), and writes the files of its
 own links. Every sixth micro-batch, up to 8192 tokens, is held out to fit the entropy models and to measure rates.
+Gradients, which cost twice what the states do, are taken of GRADIENT_TOKENS tokens, spread over the text.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from compressors.klt.models import SampleRow
 from pipeline.config.schema import RunConfig
 from pipeline.data.windows import MicroBatch, make_microbatches
 from pipeline.models.loading import TORCH_DTYPES
-from pipeline.models.stage import TokenWindows
+from pipeline.models.stage import Objective, TokenWindows
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.gradients import GradientPass
 from pipeline.runtime.text import make_run_windows
@@ -27,6 +28,7 @@ __all__ = ["calibrate", "held_out_microbatches", "token_counts", "whole_windows"
 
 HELD_OUT_EVERY = 6  # micro-batches
 MAX_HELD_OUT_TOKENS = 8192
+GRADIENT_TOKENS = 12_288
 
 
 def calibrate(config: RunConfig, deployment: Deployment, out: Path, *, use_token_ids: bool) -> list[Path]:
@@ -48,25 +50,38 @@ def calibrate(config: RunConfig, deployment: Deployment, out: Path, *, use_token
     }
     samples: dict[int, list[SampleRow]] = {link.index: [] for link in own_links}
 
-    def take(link_index: int, m: int, hidden_states: torch.Tensor, gradient: torch.Tensor) -> None:
+    fitted = [m for m in range(len(microbatches)) if m not in held_out] or [0]
+    graded = spread(fitted, [microbatches[m].num_tokens for m in fitted], GRADIENT_TOKENS)
+
+    def take_states(link_index: int, m: int, hidden_states: torch.Tensor) -> None:
         ids = tokens.input_ids(m)
         if m in held_out:
             samples[link_index] += [SampleRow(x.clone(), row.int()) for x, row in zip(hidden_states, ids, strict=True)]
-        if m not in held_out or len(microbatches) == len(held_out):
+        if m in fitted:
             features = table.features(ids.reshape(-1)) if use_token_ids else torch.zeros(ids.numel(), 0)
-            features = features.view(*ids.shape, -1).to(hidden_states.device)
-            statistics[link_index].add(hidden_states, gradient, features)
+            statistics[link_index].add(hidden_states, features.view(*ids.shape, -1).to(hidden_states.device))
+
+    def run(chosen: Sequence[int], objective: Objective | None) -> None:
+        def take(stage_index: int, index: int, _: torch.Tensor, hidden_states: torch.Tensor) -> None:
+            if stage_index in statistics:
+                take_states(stage_index, chosen[index], hidden_states)
+
+        GradientPass(
+            deployment,
+            [microbatches[m] for m in chosen],
+            dtype=TORCH_DTYPES[config.model.dtype],
+            objective=objective,
+            on_forward=take,
+            on_gradient=lambda link_index, _, x, gradient: statistics[link_index].add_gradients(x, gradient),
+            on_finished=lambda _: bar.update(),
+        ).run()
 
     with tqdm(
         total=len(microbatches), desc="calibrating", unit="batch", disable=control.world.rank != 0, dynamic_ncols=True
     ) as bar:
-        GradientPass(
-            deployment,
-            microbatches,
-            dtype=TORCH_DTYPES[config.model.dtype],
-            on_gradient=take,
-            on_finished=lambda _: bar.update(),
-        ).run()
+        run(graded, Objective.NLL)
+        if others := [m for m in range(len(microbatches)) if m not in graded]:
+            run(others, None)
     written = _write(deployment, out, statistics, samples, table if use_token_ids else None)
     control.barrier()
     return written
@@ -125,6 +140,13 @@ def held_out_microbatches(microbatches: Sequence[MicroBatch]) -> set[int]:
             break
         chosen.add(m)
     return chosen
+
+
+def spread(indices: Sequence[int], num_tokens: Sequence[int], wanted: int) -> list[int]:
+    """Of micro-batches of `num_tokens` tokens those that together have about `wanted`, or all, evenly spread."""
+    share = min(1.0, wanted / sum(num_tokens))
+    count = max(1, round(share * len(indices)))
+    return [indices[i * len(indices) // count] for i in range(count)]
 
 
 def _shared_token_table(deployment: Deployment, counts: torch.Tensor) -> TokenTable:

@@ -35,7 +35,8 @@ def calibrate(hidden_size, use_token_ids):
         x = x + 0.5 * torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
         gradients = torch.randn(x.shape, generator=generator) * torch.linspace(0.1, 2, hidden_size)
         features = tokens.features(ids) if use_token_ids else torch.zeros(ROW_LENGTH, 0)
-        statistics.add(x, gradients, features.unsqueeze(0))
+        statistics.add(x, features.unsqueeze(0))
+        statistics.add_gradients(x, gradients)
         sample.append(SampleRow(x[0], ids.int()))
     return fit(statistics, sample, tokens), tokens
 

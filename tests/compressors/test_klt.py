@@ -292,7 +292,8 @@ def test_a_calibration_from_little_text_and_dead_channels():
     x[..., 5:9] = 0
     x[0, 0] *= 1e4
     statistics = LinkStatistics(64, 0, CPU)
-    statistics.add(x, torch.randn(x.shape, generator=generator), torch.zeros(1, 20, 0))
+    statistics.add(x, torch.zeros(1, 20, 0))
+    statistics.add_gradients(x, torch.randn(x.shape, generator=generator))
     assert statistics.num_tokens == 19
     no_ids = TokenTable.empty()
     sample = [SampleRow(x[0], torch.zeros(20, dtype=torch.int32))]
