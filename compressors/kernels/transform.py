@@ -1,7 +1,8 @@
-"""Kernels of compressors.klt.transform.TokenTransform: the transforms of single tokens.
+"""Kernels of compressors.klt.transform: matrix products and the transforms of tokens.
 
 What a token becomes does not depend on the others of its frame, to the last bit. Every sum runs in one order, element
-by element, however many tokens there are; a matrix product has its columns side by side in a vector, never its sum.
+by element, however many tokens there are; a matrix product has its columns side by side in a vector, never its sum, and
+adds each product in one fused operation wherever it runs.
 Powers of two come from a table, since a library's vectors and scalars may differ.
 """
 
@@ -60,8 +61,7 @@ def _multiply_tile(typing_context, rows, panel, product):
 
     def codegen(context, builder, signature, args):
         rows, panel, product = (
-            context.make_array(kind)(context, builder, value)
-            for kind, value in zip(signature.args, args, strict=True)
+            context.make_array(kind)(context, builder, value) for kind, value in zip(signature.args, args, strict=True)
         )
         vector = ir.VectorType(ir.FloatType(), LANES)
         zeros, undefined = ir.Constant(vector, None), ir.Constant(vector, ir.Undefined)
@@ -72,7 +72,8 @@ def _multiply_tile(typing_context, rows, panel, product):
         def pointer(array, i, j, kind):
             """To element [i, j]; those of a row lie side by side."""
             row = cgutils.pointer_add(builder, array.data, builder.mul(i, builder.extract_value(array.strides, 0)))
-            return builder.bitcast(builder.gep(builder.bitcast(row, ir.FloatType().as_pointer()), [j]), kind.as_pointer())
+            element = builder.gep(builder.bitcast(row, ir.FloatType().as_pointer()), [j])
+            return builder.bitcast(element, kind.as_pointer())
 
         def number(n):
             return context.get_constant(types.intp, n)
@@ -128,16 +129,8 @@ def _add_products(values, matrix, sums):
     """sums [M] += values [8] @ matrix [8, M], one product after the other."""
     v0, v1, v2, v3 = values[0], values[1], values[2], values[3]
     v4, v5, v6, v7 = values[4], values[5], values[6], values[7]
-    m0, m1, m2, m3, m4, m5, m6, m7 = (
-        matrix[0],
-        matrix[1],
-        matrix[2],
-        matrix[3],
-        matrix[4],
-        matrix[5],
-        matrix[6],
-        matrix[7],
-    )
+    m0, m1, m2, m3 = matrix[0], matrix[1], matrix[2], matrix[3]
+    m4, m5, m6, m7 = matrix[4], matrix[5], matrix[6], matrix[7]
     for j in range(sums.size):
         total = fused_multiply_add(v0, float_of_bf16(m0[j]), sums[j])
         total = fused_multiply_add(v1, float_of_bf16(m1[j]), total)

@@ -15,16 +15,15 @@ Tokens whose u is far from the calibration's, that are not finite, or that would
 after division by a power of two. With that the bound on a frame's size holds token by token, and no token's
 reconstruction depends on a later one. Prediction begins anew in every row.
 
-With `temporal=false` nothing is predicted from the token before, every token is computed as if it were alone
-(`TokenTransform`), and ids are not coded: they come beside the payload at both ends. Then no token's reconstruction
-depends on what shares its frame: this is `klt` for generation. The calibration is the same; its models and
-`target_bits` were fitted with the token before, so that it takes a little more than they expect.
+With `temporal=false` nothing is predicted from the token before, every token is computed as if it were alone and ids
+are not coded: they come beside the payload at both ends. Then no token's reconstruction depends on what shares its
+frame: this is `klt` for generation. The calibration is the same; its models and `target_bits` were fitted with the
+token before, so that it takes a little more than they expect.
 
 A NaN or an infinity survives as such in its place; finite values come back finite.
 
 Payload: rANS words (uint32 [W], at least 2 unless there is no token), the raw tokens' exponents (int16 [R]), their
-values (fp16 [R, H]). Everything is coded in host memory; on an accelerator the transforms run there, unless `temporal`
-is false.
+values (fp16 [R, H]). Everything is coded in host memory; on an accelerator the transforms run there.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ import torch
 
 from compressors.base import Compressor, CorruptPayload, LinkInfo, Payload
 from compressors.klt.calibration_file import LinkCalibration, TokenTable, read_calibration
-from compressors.klt.transform import Analysis, FrameTransform, TokenTransform
+from compressors.klt.transform import Analysis, KernelTransform, TorchTransform, make_transform
 from compressors.options import check_choice, option_error
 from compressors.rows import Scratch
 from compressors.saturation import saturating_cast
@@ -133,7 +132,8 @@ class KltCoder:
         from compressors.kernels import trellis
 
         self.step, self.temporal = step, temporal
-        self.transform = (FrameTransform if temporal else TokenTransform)(calibration, tokens, step)
+        self.transform = KernelTransform(calibration, tokens, step)  # of what is in host memory
+        self._transforms: dict[torch.device, KernelTransform | TorchTransform] = {CPU: self.transform}
         self.component_class = (calibration.component_eighths - round(8 * math.log2(step))).numpy()
         self._content, self._tokens = calibration, tokens
         self._scratch = Scratch()
@@ -157,7 +157,8 @@ class KltCoder:
         if num_tokens == 0:
             return torch.empty(0, dtype=torch.uint8)
         rows = x.reshape(num_tokens, width)
-        words, is_raw = self._encode(self.transform.analyse(rows), self.check_ids(token_ids, num_tokens), x.shape[1])
+        analysis = self._transform_on(rows.device).analyse(rows)
+        words, is_raw = self._encode(analysis, self.check_ids(token_ids, num_tokens), x.shape[1])
         parts = [torch.from_numpy(words.view(np.int32))]
         if is_raw.any():
             parts += _to_raw(rows[torch.from_numpy(is_raw).to(rows.device)].float().cpu())
@@ -241,7 +242,7 @@ class KltCoder:
         prediction = trellis.Prediction(self.transform.predict(ids), self._temporal_in, self._temporal_out, shape[1])
         steps = self.transform.steps(torch.from_numpy(symbols.finer))
         trellis.reconstruct(symbols.levels, steps, prediction, symbols.is_raw, decoded.numpy())
-        x = self.transform.synthesise(decoded, symbols.rms, device, dtype)
+        x = self._transform_on(device).synthesise(decoded, symbols.rms, device, dtype)
         if num_raw:
             raw = _from_raw(torch.from_numpy(blob[4 * num_words :].copy()), num_raw, width)
             x[torch.from_numpy(symbols.is_raw).to(device)] = saturating_cast(raw, dtype).to(device)
@@ -256,6 +257,11 @@ class KltCoder:
         rms, finer, id_ranks = np.zeros((3, num_tokens), np.int32)
         symbols = kernels.Symbols(levels, np.zeros(num_tokens, np.bool_), rms, finer, id_ranks)
         return symbols, kernels.decode(words, self._models, symbols)
+
+    def _transform_on(self, device: torch.device) -> KernelTransform | TorchTransform:
+        if device not in self._transforms:
+            self._transforms[device] = make_transform(self._content, self._tokens, self.step, device)
+        return self._transforms[device]
 
     def check_ids(self, token_ids: torch.Tensor | None, num_tokens: int) -> np.ndarray:
         """int32 [N] on the CPU; zeros where they are not used."""

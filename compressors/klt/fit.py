@@ -94,20 +94,20 @@ def fit(statistics: LinkStatistics, sample: Sequence[SampleRow], tokens: TokenTa
     variances, basis = _principal(prediction.residual, statistics.num_tokens)
     fixed_variances, fixed_basis = _principal(space.covariance, statistics.num_tokens)
     temporal_in, temporal_out = prediction.temporal_factors(TEMPORAL_RANK)
-    token_out = prediction.weights[size:] @ basis
+    token_out = (prediction.weights[size:] @ basis).bfloat16()
     finer, finer_bias = _fit_finer(statistics, space, basis)
     calibration = LinkCalibration(
         mean=space.mean.float(),
-        encode=(space.to_space @ basis).float(),
-        decode=(basis.T @ space.from_space).float(),
-        fixed_encode=(space.to_space @ fixed_basis).float(),
-        fixed_decode=(fixed_basis.T @ space.from_space).float(),
+        encode=(space.to_space @ basis).bfloat16(),
+        decode=(basis.T @ space.from_space).bfloat16(),
+        fixed_encode=(space.to_space @ fixed_basis).bfloat16(),
+        fixed_decode=(fixed_basis.T @ space.from_space).bfloat16(),
         fixed_size=fixed_variances.clamp_min(1e-12).sqrt().float(),
         component_eighths=eighths(variances.clamp_min(1e-9).sqrt() * 0.8),
         temporal_in=(basis.T @ temporal_in).float(),
         temporal_out=(temporal_out @ basis).float(),
-        token_out=token_out.float(),
-        token_bias=-(prediction.features_mean @ token_out).float(),
+        token_out=token_out,
+        token_bias=-(prediction.features_mean @ token_out.double()).float(),
         finer=finer.float(),
         finer_bias=finer_bias.float(),
         rms_eighths=torch.tensor([statistics.rms_eighths], dtype=torch.int32),

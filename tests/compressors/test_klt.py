@@ -131,32 +131,6 @@ def test_a_token_is_the_same_in_frames_of_any_length():
         assert torch.equal(codec.decompress(payload, CPU, x.dtype, token_ids=alone), together[:, t : t + 1])
 
 
-@pytest.mark.parametrize("length", [1, 7, 8, 130, 576])
-@pytest.mark.parametrize("width", [1, 5, 96, 1030])
-def test_sums_of_a_product_have_one_order(length, width):
-    from compressors.kernels import transform
-
-    generator = np.random.default_rng(0)
-    matrix = generator.normal(size=(length, width)).astype(np.float32)
-    rows = generator.normal(size=(131, length)).astype(np.float32)
-    product = np.full((131, width), np.nan, np.float32)
-    transform.multiply_rows(rows, matrix, product)
-    np.testing.assert_allclose(product, rows.astype(np.float64) @ matrix.astype(np.float64), rtol=1e-3, atol=1e-4)
-    in_order = np.zeros((131, width), np.float32)
-    for k in range(length):
-        in_order += rows[:, k : k + 1] * matrix[k]
-    assert np.array_equal(product, in_order)
-
-
-def test_both_ways_to_compute_agree():
-    """Where nothing can be predicted from the token before: the first tokens of rows."""
-    x = hidden_states((60, 1, 96), seed=14)
-    frames, tokens = Calibrated(KLT, False), Calibrated(TOKENWISE, False)
-    torch.testing.assert_close(frames.round_trip(x), tokens.round_trip(x), rtol=0.01, atol=0.05)
-    nbytes = [subject.compress(subject.make(x), x).nbytes for subject in (frames, tokens)]
-    assert nbytes[0] == pytest.approx(nbytes[1], rel=0.01)
-
-
 def test_temporal_leaves_the_ids_of_codecs_as_they_were():
     codec, by_token = make(KLT), make(TOKENWISE)
     digest = read_calibration("klt", folder(96, True), LinkInfo(name=LINK, hidden_size=96, max_tokens=64)).digest
