@@ -53,13 +53,16 @@ class Scratch:
                 buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
         return buffer[:numel].view(*shape)
 
-    def constant(self, name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """`tensor` on `device`, copied there once: a copy to an accelerator makes the host wait."""
-        if tensor.device == torch.device(device):
+    def constant(
+        self, name: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """`tensor` on `device`, and in `dtype`, copied once: a copy to an accelerator makes the host wait."""
+        dtype = dtype or tensor.dtype
+        if tensor.device == torch.device(device) and tensor.dtype == dtype:
             return tensor
-        key = (name, tensor.dtype, torch.device(device))
+        key = (name, dtype, torch.device(device))
         if key not in self._buffers:
-            self._buffers[key] = tensor.to(device)
+            self._buffers[key] = tensor.to(device).to(dtype)
         return self._buffers[key]
 
 

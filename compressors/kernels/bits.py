@@ -21,6 +21,7 @@ __all__ = [
     "clamp",
     "float_of_bf16",
     "float_of_bits",
+    "fused_multiply_add",
     "inlined",
     "jit",
     "pack_row",
@@ -106,6 +107,16 @@ def float_of_bits(typing_context, value):
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def fused_multiply_add(typing_context, a, b, c):
+    """a * b + c of float32, rounded once; in a vector as alone."""
+
+    def codegen(context, builder, signature, args):
+        return builder.fma(*args)
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
 
 
 @jit

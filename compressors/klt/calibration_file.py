@@ -49,7 +49,7 @@ __all__ = [
     "write_token_table",
 ]
 
-FORMAT = "thinwire klt 2"
+FORMAT = "thinwire klt 3"
 TOKENS_FILE = "token-ids.safetensors"
 
 _BLOCK_NBYTES = 2**22  # of a file that is being hashed
@@ -102,14 +102,14 @@ class LinkCalibration:
     """
 
     mean: torch.Tensor = _tensor(torch.float32, "H")
-    encode: torch.Tensor = _tensor(torch.float32, "H", "H", mapped=True)
-    decode: torch.Tensor = _tensor(torch.float32, "H", "H", mapped=True)
+    encode: torch.Tensor = _tensor(torch.bfloat16, "H", "H", mapped=True)
+    decode: torch.Tensor = _tensor(torch.bfloat16, "H", "H", mapped=True)
     # The same of klt_fixed, which predicts nothing.
-    fixed_encode: torch.Tensor = _tensor(torch.float32, "H", "H", mapped=True)
-    fixed_decode: torch.Tensor = _tensor(torch.float32, "H", "H", mapped=True)
+    fixed_encode: torch.Tensor = _tensor(torch.bfloat16, "H", "H", mapped=True)
+    fixed_decode: torch.Tensor = _tensor(torch.bfloat16, "H", "H", mapped=True)
     fixed_size: torch.Tensor = _tensor(torch.float32, "H")  # standard deviation of its components
     component_eighths: torch.Tensor = _tensor(torch.int32, "H")  # mean |y - prediction|
-    token_out: torch.Tensor = _tensor(torch.float32, "D", "H", mapped=True)  # prediction: features @ out + bias
+    token_out: torch.Tensor = _tensor(torch.bfloat16, "D", "H", mapped=True)  # prediction: features @ out + bias
     token_bias: torch.Tensor = _tensor(torch.float32, "H")
     finer: torch.Tensor = _tensor(torch.float32, "H")  # quarter octaves of the token's step: y @ finer + bias
     finer_bias: torch.Tensor = _tensor(torch.float32, "two")  # constant, and per octave of u
@@ -354,7 +354,7 @@ def _check(codec: str, path: Path, cls: type, tensors: Mapping[str, torch.Tensor
         fits = tensor.dtype == f.metadata["dtype"] and tensor.dim() == len(names)
         if not fits or any(sizes.setdefault(n, size) != size for n, size in zip(names, tensor.shape, strict=True)):
             raise _not_whole(codec, path, f"{f.name} is {tensor.dtype} {tuple(tensor.shape)}")
-        # A sum, since isfinite() takes several times the tensor's memory; float32 cannot overflow in it.
+        # A sum, since isfinite() takes several times the tensor's memory; float32 and bf16 cannot overflow in it.
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():
             raise _not_whole(codec, path, f"{f.name} is not finite")
     content = cls(**tensors)

@@ -32,7 +32,7 @@ import torch
 
 from compressors.base import Compressor, CorruptPayload, LinkInfo, Payload
 from compressors.klt.calibration_file import LinkCalibration, TokenTable, read_calibration
-from compressors.klt.transform import Analysis, FrameTransform, TokenTransform
+from compressors.klt.transform import Analysis, KernelTransform, TorchTransform, make_transform
 from compressors.options import option_error
 from compressors.rows import Scratch
 from compressors.saturation import saturating_cast
@@ -52,7 +52,7 @@ class Klt(Compressor):
     """Transform, prediction and entropy coding by the link's file in `calibration`, at `step` or `target_bits`."""
 
     name = "klt"
-    format_version = 2
+    format_version = 3
     frame_invariant = True
 
     def __init__(
@@ -116,7 +116,8 @@ class KltCoder:
         from compressors.kernels import trellis
 
         self.step = step
-        self.transform = TokenTransform(calibration, tokens, step)
+        self.transform = KernelTransform(calibration, tokens, step)  # of what is in host memory
+        self._transforms: dict[torch.device, KernelTransform | TorchTransform] = {CPU: self.transform}
         self.component_class = (calibration.component_eighths - round(8 * math.log2(step))).numpy()
         self._content, self._tokens = calibration, tokens
         self._scratch = Scratch()
@@ -136,7 +137,7 @@ class KltCoder:
         if num_tokens == 0:
             return torch.empty(0, dtype=torch.uint8)
         rows = x.reshape(num_tokens, width)
-        analysis = self.transform.analyse(rows)
+        analysis = self._transform_on(rows.device).analyse(rows)
         quantized = self.quantize(analysis, self.check_ids(token_ids, num_tokens))
         symbols = kernels.Symbols(quantized.levels, quantized.is_raw, analysis.rms.numpy(), analysis.finer.numpy())
         coded = kernels.encode(symbols, self._models, 256 * 16 * (width + 1))
@@ -186,7 +187,7 @@ class KltCoder:
         steps = self.transform.steps(torch.from_numpy(symbols.finer))
         predicted = self.transform.predict(ids)
         trellis.reconstruct(symbols.levels, steps, predicted, symbols.is_raw, decoded.numpy())
-        x = self.transform.synthesise(decoded, symbols.rms, device, dtype)
+        x = self._transform_on(torch.device(device)).synthesise(decoded, symbols.rms, device, dtype)
         if num_raw:
             raw = _from_raw(data[num_coded:].clone(), num_raw, width)
             x[torch.from_numpy(symbols.is_raw).to(device)] = saturating_cast(raw, dtype).to(device)
@@ -200,6 +201,11 @@ class KltCoder:
         rms, finer = np.zeros((2, num_tokens), np.int32)
         symbols = kernels.Symbols(levels, np.zeros(num_tokens, np.bool_), rms, finer)
         return symbols, kernels.decode(data, self._models, symbols)
+
+    def _transform_on(self, device: torch.device) -> KernelTransform | TorchTransform:
+        if device not in self._transforms:
+            self._transforms[device] = make_transform(self._content, self._tokens, self.step, device)
+        return self._transforms[device]
 
     def check_ids(self, token_ids: torch.Tensor | None, num_tokens: int) -> np.ndarray:
         """int32 [N] on the CPU; zeros where they are not used."""

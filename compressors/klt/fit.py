@@ -97,18 +97,19 @@ def fit(statistics: LinkStatistics, sample: Sequence[SampleRow], tokens: TokenTa
     prediction = _Prediction(statistics, space)
     variances, basis = _principal(prediction.residual, statistics.num_tokens)
     fixed_variances, fixed_basis = _principal(space.covariance, statistics.num_tokens)
-    token_out = prediction.weights @ basis
+    token_out = (prediction.weights @ basis).bfloat16()
+    encode, fixed_encode = ((space.to_space @ b).bfloat16() for b in (basis, fixed_basis))
     finer, finer_bias = _fit_finer(statistics, space, basis)
     calibration = LinkCalibration(
         mean=space.mean.float(),
-        encode=(space.to_space @ basis).float(),
-        decode=(basis.T @ space.from_space).float(),
-        fixed_encode=(space.to_space @ fixed_basis).float(),
-        fixed_decode=(fixed_basis.T @ space.from_space).float(),
+        encode=encode,
+        decode=_inverse(encode),
+        fixed_encode=fixed_encode,
+        fixed_decode=_inverse(fixed_encode),
         fixed_size=fixed_variances.clamp_min(1e-12).sqrt().float(),
         component_eighths=eighths(variances.clamp_min(1e-9).sqrt() * 0.8),
-        token_out=token_out.float(),
-        token_bias=-(prediction.features_mean @ token_out).float(),
+        token_out=token_out,
+        token_bias=-(prediction.features_mean @ token_out.double()).float(),
         finer=finer.float(),
         finer_bias=finer_bias.float(),
         rms_eighths=torch.tensor([statistics.rms_eighths], dtype=torch.int32),
@@ -165,10 +166,10 @@ class _Space:
         if not average > 0:
             raise ValueError("calibration text gives no gradients at this link")
         weights = (eigenvalues.clamp_min(0) / average + FLATTENING).sqrt()
-        root, inverse = (vectors * weights) @ vectors.T, (vectors / weights) @ vectors.T
+        root = (vectors * weights) @ vectors.T
         covariance = statistics.products[:size, :size] / n - torch.outer(self.mean, self.mean)
         scale = (root @ covariance @ root).trace().div(size).clamp_min(1e-12).sqrt()
-        self.to_space, self.from_space = root / scale, inverse * scale
+        self.to_space = root / scale
         self.covariance = self.to_space @ covariance @ self.to_space
 
 
@@ -197,6 +198,11 @@ def _principal(covariance: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor,
     shrunk = (1 - share) * (covariance + covariance.T) / 2 + share * covariance.trace() / size * identity
     variances, vectors = torch.linalg.eigh(shrunk)
     return variances.flip(0), vectors.flip(1)
+
+
+def _inverse(matrix: torch.Tensor) -> torch.Tensor:
+    """Of a matrix as it is rounded, in bfloat16: its rounding is then no error of what is decoded."""
+    return torch.linalg.inv(matrix.double()).bfloat16()
 
 
 def _fit_finer(statistics: LinkStatistics, space: _Space, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

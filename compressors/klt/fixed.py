@@ -22,7 +22,7 @@ import torch
 from compressors.base import LinkInfo
 from compressors.bitpack import Section, pack, packed_nbytes, unpack
 from compressors.klt.calibration_file import read_calibration
-from compressors.klt.transform import RAW_EIGHTHS, matmul_rows
+from compressors.klt.transform import RAW_EIGHTHS, multiply_rows
 from compressors.options import option_error
 from compressors.rows import RowCodec, divide
 
@@ -68,7 +68,8 @@ class KltFixed(RowCodec):
         is_sparse = ~((8 * divide(u.float(), self._median).log2()).abs() < RAW_EIGHTHS)
         scales.copy_(torch.where(is_sparse, -u, u))
         scaled = torch.where(is_sparse.unsqueeze(1), 0, rows) / u.float().nan_to_num(1).clamp_min(1e-30).unsqueeze(1)
-        y = matmul_rows(scaled - self._on("mean", rows), self._on("fixed_encode", rows))[:, self._own("order", rows)]
+        y = multiply_rows(scaled - self._on("mean", rows), self._matrix("fixed_encode", rows))
+        y = y[:, self._own("order", rows)]
         levels = self._own("levels", rows)
         codes = (y / self._own("steps", rows) + levels / 2).floor().clamp_(min=0).minimum(levels - 1).to(torch.uint8)
         packed.zero_()
@@ -85,7 +86,7 @@ class KltFixed(RowCodec):
         y = rows.new_zeros(rows.shape)
         values = (codes.float() + 0.5 - self._own("levels", rows) / 2) * self._own("steps", rows)
         y[:, self._own("order", rows)] = values
-        dense = matmul_rows(y, self._on("fixed_decode", rows)).add_(self._on("mean", rows))
+        dense = multiply_rows(y, self._matrix("fixed_decode", rows)).add_(self._on("mean", rows))
         u = scales.float().unsqueeze(1)
         is_sparse = torch.signbit(u) & ~u.isnan()
         rows.copy_(torch.where(is_sparse, self._unpack_largest(packed, rows), dense * u)).clamp_(-limit, limit)
@@ -129,6 +130,11 @@ class KltFixed(RowCodec):
 
     def _on(self, name: str, like: torch.Tensor) -> torch.Tensor:
         return self._scratch.constant(name, getattr(self._content, name), like.device)
+
+    def _matrix(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """As `multiply_rows` wants it."""
+        dtype = torch.bfloat16 if like.device.type == "cpu" else torch.float32
+        return self._scratch.constant(name, getattr(self._content, name), like.device, dtype)
 
     def _own(self, name: str, like: torch.Tensor) -> torch.Tensor:
         return self._scratch.constant(f"own {name}", getattr(self, f"_{name}"), like.device)

@@ -124,23 +124,6 @@ def test_a_token_is_the_same_in_frames_of_any_length():
         assert torch.equal(codec.decompress(payload, CPU, x.dtype, token_ids=alone), together[:, t : t + 1])
 
 
-@pytest.mark.parametrize("length", [1, 7, 8, 130, 576])
-@pytest.mark.parametrize("width", [1, 5, 96, 1030])
-def test_sums_of_a_product_have_one_order(length, width):
-    from compressors.kernels import transform
-
-    generator = np.random.default_rng(0)
-    matrix = generator.normal(size=(length, width)).astype(np.float32)
-    rows = generator.normal(size=(131, length)).astype(np.float32)
-    product = np.full((131, width), np.nan, np.float32)
-    transform.multiply_rows(rows, matrix, product)
-    np.testing.assert_allclose(product, rows.astype(np.float64) @ matrix.astype(np.float64), rtol=1e-3, atol=1e-4)
-    in_order = np.zeros((131, width), np.float32)
-    for k in range(length):
-        in_order += rows[:, k : k + 1] * matrix[k]
-    assert np.array_equal(product, in_order)
-
-
 def test_ids_come_beside_the_payload():
     codec, x = make(), hidden_states((2, 30, 96), seed=15)
     ids = torch.arange(60).view(2, 30)
