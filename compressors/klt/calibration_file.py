@@ -382,7 +382,7 @@ def _check_models(codec: str, path: Path, calibration: LinkCalibration) -> None:
     classes = calibration.side_classes
     fits = calibration.starts.shape == (2 * kernels.NUM_CLASSES, kernels.NUM_SYMBOLS + 1)
     fits &= calibration.magnitude.numel() == kernels.LAST_WIDE_CLASS - kernels.FIRST_CLASS + 1
-    if not fits or classes.min() < kernels.FIRST_CLASS or classes.max() > kernels.LAST_WIDE_CLASS:
+    if not fits or classes.min() < kernels.FIRST_CLASS or classes.max() > kernels.LAST_CLASS:
         raise _not_whole(codec, path, "models of other sizes")
 
 
