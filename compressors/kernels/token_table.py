@@ -1,0 +1,43 @@
+"""Kernel of compressors.klt.token_table.TokenTable: packed rows of the ids asked for, to float features."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from compressors.kernels.bits import jit, unpack_row
+
+__all__ = ["unpack_features"]
+
+
+@jit
+def _scale(codes, half, steps, features):
+    for j in range(features.size):
+        features[j] = (np.float32(codes[j]) - half) * steps[j]
+
+
+@jit
+def unpack_features(packed, ids, group_sizes, steps, features):
+    """Features float32 [N, D] of ids int64 [N], from packed uint8 [V, P].
+
+    group_sizes int64 [8] are numbers of features of 8, 7, ..., 1 bits, steps float32 [D]. No bounds are checked.
+    """
+    codes = np.empty(features.shape[1], np.uint8)
+    for i in range(ids.size):
+        row = packed[ids[i]]
+        begin, first = 0, 0
+        for nbits in range(8, 0, -1):
+            size = group_sizes[8 - nbits]
+            if size == 0:
+                continue
+            last, end = first + size, begin
+            if nbits == 8:
+                end += size
+                codes[first:last] = row[begin:end]
+            else:
+                for width in (4, 2, 1):
+                    if nbits & width:
+                        end += (size * width + 7) // 8
+                unpack_row(row[begin:end], nbits, codes[first:last])
+            half = np.float32((1 << (nbits - 1)) - 0.5)
+            _scale(codes[first:last], half, steps[first:last], features[i, first:last])
+            begin, first = end, last
