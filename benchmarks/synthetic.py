@@ -98,9 +98,11 @@ def save_random_calibration(
     for name in link_names:
         write_calibration(folder, calibration, link_name=name, num_tokens=0, **origin)
     table = TokenTable(
-        packed=torch.randint(0, 256, (vocab_size, packed_nbytes(features, 2)), dtype=torch.uint8),
-        group_sizes=torch.tensor([0, 0, 0, 0, 0, 0, features, 0]),
-        steps=torch.ones(features),
+        frequent=torch.zeros(0, 0, dtype=torch.uint8),
+        rare=torch.randint(0, 256, (vocab_size, packed_nbytes(features, 2)), dtype=torch.uint8),
+        rows=torch.arange(vocab_size, dtype=torch.int32),
+        group_sizes=torch.tensor([[0] * 8, [0, 0, 0, 0, 0, 0, features, 0]]),
+        steps=torch.ones(2, features),
     )
     write_token_table(folder, table, **origin)
 

@@ -16,28 +16,31 @@ def _scale(codes, half, steps, features):
 
 
 @jit
-def unpack_features(packed, ids, group_sizes, steps, features):
-    """Features float32 [N, D] of ids int64 [N], from packed uint8 [V, P].
+def unpack_features(frequent, rare, rows, group_sizes, steps, features):
+    """Features float32 [N, D] of rows int64 [N] of two tables, packed uint8 [F, P] and [R, Q]; the second's begin at F.
 
-    group_sizes int64 [8] are numbers of features of 8, 7, ..., 1 bits, steps float32 [D]. No bounds are checked.
+    Of each table, group_sizes int64 [2, 8] are numbers of features of 8, 7, ..., 1 bits, the others are 0, and steps
+    float32 [2, D]. No bounds are checked.
     """
     codes = np.empty(features.shape[1], np.uint8)
-    for i in range(ids.size):
-        row = packed[ids[i]]
+    for i in range(rows.size):
+        table = 0 if rows[i] < len(frequent) else 1
+        packed = rare[rows[i] - len(frequent)] if table else frequent[rows[i]]
         begin, first = 0, 0
         for nbits in range(8, 0, -1):
-            size = group_sizes[8 - nbits]
+            size = group_sizes[table, 8 - nbits]
             if size == 0:
                 continue
             last, end = first + size, begin
             if nbits == 8:
                 end += size
-                codes[first:last] = row[begin:end]
+                codes[first:last] = packed[begin:end]
             else:
                 for width in (4, 2, 1):
                     if nbits & width:
                         end += (size * width + 7) // 8
-                unpack_row(row[begin:end], nbits, codes[first:last])
+                unpack_row(packed[begin:end], nbits, codes[first:last])
             half = np.float32((1 << (nbits - 1)) - 0.5)
-            _scale(codes[first:last], half, steps[first:last], features[i, first:last])
+            _scale(codes[first:last], half, steps[table, first:last], features[i, first:last])
             begin, first = end, last
+        features[i, first:] = 0

@@ -17,10 +17,15 @@ LAPLACE_STEP = (0.0, 1.4142, 1.0874, 0.7309, 0.4610, 0.2800, 0.1657, 0.0961, 0.0
 LAPLACE_ERROR = (1.0, 0.5, 0.1963, 0.07175, 0.02535, 0.008713, 0.002913, 0.0009486, 0.0003014)
 
 
-def allocate(sizes: torch.Tensor, total: int) -> torch.Tensor:
-    """Whole bits of components of standard deviation `sizes` [H], int64 [H], `total` in all (or 8 each, if fewer)."""
+def allocate(sizes: torch.Tensor, total: int, costs: torch.Tensor | None = None) -> torch.Tensor:
+    """Whole bits of components of standard deviation `sizes` [H], int64 [H], `total` in all (or 8 each, if fewer).
+
+    `costs` int64 [H] is what a bit of each component counts for in `total`, 1 if it is left out.
+    """
     error = torch.tensor(LAPLACE_ERROR, dtype=torch.float64)
-    # What each bit of each component gains; it falls from bit to bit, so the best `total` are a valid choice.
+    costs = torch.ones(len(sizes), dtype=torch.int64) if costs is None else costs
+    # What each bit of each component gains; it falls from bit to bit, so the best of them are a valid choice.
     gains = sizes.double().square().unsqueeze(1) * (error[:-1] - error[1:])
-    chosen = gains.reshape(-1).argsort(descending=True, stable=True)[:total]
+    order = (gains / costs.unsqueeze(1)).reshape(-1).argsort(descending=True, stable=True)
+    chosen = order[costs[order // MAX_NBITS].cumsum(0) <= total]
     return torch.bincount(chosen // MAX_NBITS, minlength=len(sizes))

@@ -6,6 +6,7 @@ own links. Every sixth micro-batch, up to 8192 tokens, is held out to fit the en
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -161,20 +162,20 @@ def _narrow_table(
         tokens = narrow_token_table(wide, counts, importance)
     table = _broadcast_table(control, tokens.table)
     d = wide.num_features
-    shapes = [(table.num_features, d), (d,), (d, d)]
+    shapes = [[table.num_features, d], [d], [d, d]]
     back, mean, errors = _broadcast(control, [tokens.back, tokens.mean, tokens.errors], shapes)
     return NarrowTable(table=table, back=back, mean=mean, errors=errors)
 
 
 def _broadcast_table(control: Control, table: TokenTable) -> TokenTable:
-    num_ids, row_nbytes, num_features = control.gather([*table.packed.shape, table.num_features])[0]
-    shapes = [(num_ids, row_nbytes), tuple(table.group_sizes.shape), (num_features,)]
-    packed, group_sizes, steps = _broadcast(control, [table.packed, table.group_sizes, table.steps], shapes)
-    return TokenTable(packed=packed, group_sizes=group_sizes, steps=steps)
+    names = [f.name for f in dataclasses.fields(TokenTable)]
+    tensors = [getattr(table, name) for name in names]
+    shapes = control.gather([list(tensor.shape) for tensor in tensors])[0]
+    return TokenTable(**dict(zip(names, _broadcast(control, tensors, shapes), strict=True)))
 
 
 def _broadcast(
-    control: Control, tensors: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]
+    control: Control, tensors: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
 ) -> list[torch.Tensor]:
     """Rank 0's `tensors`, whose shapes all ranks know, on every rank; others give tensors of the same dtypes."""
     shared = []

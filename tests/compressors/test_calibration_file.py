@@ -1,5 +1,6 @@
 """A calibration's files are read once by a process and shared: with its codecs, and with other processes."""
 
+import dataclasses
 import os
 import shutil
 import time
@@ -10,7 +11,6 @@ import torch
 
 from compressors import LinkInfo, make_compressor
 from compressors.klt.calibration_file import TOKENS_FILE, file_name, write_calibration, write_token_table
-from compressors.klt.token_table import TokenTable
 from tests.compressors.klt_cases import LINK, calibrate, folder
 
 HIDDEN_SIZE, NUM_IDS = 96, 800_000
@@ -48,8 +48,8 @@ def place(tmp_path):
 def large_place(tmp_path):
     """A token table of 19 MB."""
     calibration, tokens = calibrate(HIDDEN_SIZE, True)
-    packed = torch.ones(NUM_IDS, tokens.packed.shape[1], dtype=torch.uint8)
-    table = TokenTable(packed=packed, group_sizes=tokens.group_sizes, steps=tokens.steps)
+    rare = torch.ones(NUM_IDS - len(tokens.frequent), tokens.rare.shape[1], dtype=torch.uint8)
+    table = dataclasses.replace(tokens, rare=rare, rows=torch.arange(NUM_IDS, dtype=torch.int32))
     origin = {"checkpoint": "some model", "text_sha256": "0"}
     write_calibration(tmp_path, calibration, link_name=LINK, num_tokens=1, **origin)
     write_token_table(tmp_path, table, **origin)
