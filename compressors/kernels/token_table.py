@@ -16,16 +16,20 @@ def _scale(codes, half, steps, features):
 
 
 @jit
-def unpack_features(frequent, rare, rows, group_sizes, steps, features):
-    """Features float32 [N, D] of rows int64 [N] of two tables, packed uint8 [F, P] and [R, Q]; the second's begin at F.
+def unpack_features(ids, frequent, rare, rows, group_sizes, steps, features):
+    """Features float32 [N, D] of ids int64 [N]; returns whether the table has all of them.
 
-    Of each table, group_sizes int64 [2, 8] are numbers of features of 8, 7, ..., 1 bits, the others are 0, and steps
-    float32 [2, D]. No bounds are checked.
+    rows int32 [V] are those of each id in two tables, packed uint8 [F, P] and [R, Q]; the second's begin at F. Of each
+    table, group_sizes int64 [2, 8] are numbers of features of 8, 7, ..., 1 bits, the others are 0, and steps float32
+    [2, D]. Bounds are checked of ids alone.
     """
     codes = np.empty(features.shape[1], np.uint8)
-    for i in range(rows.size):
-        table = 0 if rows[i] < len(frequent) else 1
-        packed = rare[rows[i] - len(frequent)] if table else frequent[rows[i]]
+    for i in range(ids.size):
+        if not 0 <= ids[i] < rows.size:
+            return False
+        row = rows[ids[i]]
+        table = 0 if row < len(frequent) else 1
+        packed = rare[row - len(frequent)] if table else frequent[row]
         begin, first = 0, 0
         for nbits in range(8, 0, -1):
             size = group_sizes[table, 8 - nbits]
@@ -44,3 +48,4 @@ def unpack_features(frequent, rare, rows, group_sizes, steps, features):
             _scale(codes[first:last], half, steps[table, first:last], features[i, first:last])
             begin, first = end, last
         features[i, first:] = 0
+    return True
