@@ -6,14 +6,15 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from compressors.klt.calibration_file import LinkCalibration, TokenTable, write_calibration, write_token_table
-from compressors.klt.models import cumulative, prior_models
+from compressors.klt.calibration_file import LinkCalibration, write_calibration, write_token_table
+from compressors.bitpack import packed_nbytes
+from compressors.klt.models import prior_models
+from compressors.klt.token_table import TokenTable
 
 __all__ = ["save_random_calibration", "save_random_llama"]
 
@@ -95,10 +96,11 @@ def save_random_calibration(
     for name in link_names:
         write_calibration(folder, calibration, link_name=name, num_tokens=0, **origin)
     table = TokenTable(
-        codes=torch.randint(-127, 128, (vocab_size, features), dtype=torch.int8),
-        scales=torch.full((features,), 1 / 127),
-        ranks=torch.arange(vocab_size, dtype=torch.int32),
-        rank_starts=torch.from_numpy(cumulative(np.ones(vocab_size.bit_length()))),
+        frequent=torch.zeros(0, 0, dtype=torch.uint8),
+        rare=torch.randint(0, 256, (vocab_size, packed_nbytes(features, 2)), dtype=torch.uint8),
+        rows=torch.arange(vocab_size, dtype=torch.int32),
+        group_sizes=torch.tensor([[0] * 8, [0, 0, 0, 0, 0, 0, features, 0]]),
+        steps=torch.ones(2, features),
     )
     write_token_table(folder, table, **origin)
 

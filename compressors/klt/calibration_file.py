@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -34,6 +33,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from compressors.base import LinkInfo
+from compressors.klt.tensor_fields import tensor_field
+from compressors.klt.token_table import TokenTable
 from compressors.options import option_error
 from compressors.user_files import InputError, user_path
 
@@ -42,7 +43,6 @@ __all__ = [
     "TOKENS_FILE",
     "Calibration",
     "LinkCalibration",
-    "TokenTable",
     "file_name",
     "read_calibration",
     "write_calibration",
@@ -56,43 +56,6 @@ _BLOCK_NBYTES = 2**22  # of a file that is being hashed
 _TICK_NS = 100_000_000  # a file written within this time of another may have the same time stamp
 
 
-def _tensor(dtype: torch.dtype, *shape: str, mapped: bool = False) -> torch.Tensor:
-    """A field with its dtype, the names of its sizes, which are equal where names are, and whether it stays mapped."""
-    return dataclasses.field(metadata={"dtype": dtype, "shape": shape, "mapped": mapped})
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TokenTable:
-    """Of V token ids: D features each, codes[id] * scales, and ranks to code ids with. Without ids, V and D are 0."""
-
-    codes: torch.Tensor = _tensor(torch.int8, "V", "D", mapped=True)
-    scales: torch.Tensor = _tensor(torch.float32, "D")
-    ranks: torch.Tensor = _tensor(torch.int32, "V")  # of ids by frequency, the most frequent first
-    rank_starts: torch.Tensor = _tensor(torch.int32, "B")  # cumulative frequencies of the bit length of rank + 1
-
-    @property
-    def num_ids(self) -> int:
-        return len(self.ranks)
-
-    @functools.cached_property
-    def by_rank(self) -> torch.Tensor:
-        """Ids int32 [V], the most frequent first."""
-        return self.ranks.argsort().to(torch.int32)
-
-    @classmethod
-    def empty(cls) -> TokenTable:
-        return cls(
-            codes=torch.zeros(0, 0, dtype=torch.int8),
-            scales=torch.zeros(0),
-            ranks=torch.zeros(0, dtype=torch.int32),
-            rank_starts=torch.tensor([0, 1 << 15], dtype=torch.int32),
-        )
-
-    def features(self, ids: torch.Tensor) -> torch.Tensor:
-        """Float32 [N, D] of ids [N]."""
-        return self.codes[ids.long()].float() * self.scales
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinkCalibration:
     """The statistics of one link. H channels and components, D features, C model classes, S + 1 symbols.
@@ -101,24 +64,24 @@ class LinkCalibration:
     once predicted; x = (y @ decode + mean) u. "Eighths" are 8 log2(.), rounded.
     """
 
-    mean: torch.Tensor = _tensor(torch.float32, "H")
-    encode: torch.Tensor = _tensor(torch.bfloat16, "H", "H", mapped=True)
-    decode: torch.Tensor = _tensor(torch.bfloat16, "H", "H", mapped=True)
+    mean: torch.Tensor = tensor_field(torch.float32, "H")
+    encode: torch.Tensor = tensor_field(torch.bfloat16, "H", "H", mapped=True)
+    decode: torch.Tensor = tensor_field(torch.bfloat16, "H", "H", mapped=True)
     # The same of klt_fixed, which predicts nothing.
-    fixed_encode: torch.Tensor = _tensor(torch.bfloat16, "H", "H", mapped=True)
-    fixed_decode: torch.Tensor = _tensor(torch.bfloat16, "H", "H", mapped=True)
-    fixed_size: torch.Tensor = _tensor(torch.float32, "H")  # standard deviation of its components
-    component_eighths: torch.Tensor = _tensor(torch.int32, "H")  # mean |y - prediction|
-    token_out: torch.Tensor = _tensor(torch.bfloat16, "D", "H", mapped=True)  # prediction: features @ out + bias
-    token_bias: torch.Tensor = _tensor(torch.float32, "H")
-    finer: torch.Tensor = _tensor(torch.float32, "H")  # quarter octaves of the token's step: y @ finer + bias
-    finer_bias: torch.Tensor = _tensor(torch.float32, "two")  # constant, and per octave of u
-    rms_eighths: torch.Tensor = _tensor(torch.int32, "one")  # median of u
-    side_classes: torch.Tensor = _tensor(torch.int32, "two")  # of u and of the step's refinement
-    magnitude: torch.Tensor = _tensor(torch.int64, "M")  # expected size of a class's levels, steps / 256
-    starts: torch.Tensor = _tensor(torch.int32, "C", "S")  # cumulative frequencies by quantiser and class
-    rate_steps: torch.Tensor = _tensor(torch.float64, "N")  # steps, rising
-    rate_bits: torch.Tensor = _tensor(torch.float64, "N")  # and the bits/value that held-out text took at them
+    fixed_encode: torch.Tensor = tensor_field(torch.bfloat16, "H", "H", mapped=True)
+    fixed_decode: torch.Tensor = tensor_field(torch.bfloat16, "H", "H", mapped=True)
+    fixed_size: torch.Tensor = tensor_field(torch.float32, "H")  # standard deviation of its components
+    component_eighths: torch.Tensor = tensor_field(torch.int32, "H")  # mean |y - prediction|
+    token_out: torch.Tensor = tensor_field(torch.bfloat16, "D", "H", mapped=True)  # prediction: features @ out + bias
+    token_bias: torch.Tensor = tensor_field(torch.float32, "H")
+    finer: torch.Tensor = tensor_field(torch.float32, "H")  # quarter octaves of the token's step: y @ finer + bias
+    finer_bias: torch.Tensor = tensor_field(torch.float32, "two")  # constant, and per octave of u
+    rms_eighths: torch.Tensor = tensor_field(torch.int32, "one")  # median of u
+    side_classes: torch.Tensor = tensor_field(torch.int32, "two")  # of u and of the step's refinement
+    magnitude: torch.Tensor = tensor_field(torch.int64, "M")  # expected size of a class's levels, steps / 256
+    starts: torch.Tensor = tensor_field(torch.int32, "C", "S")  # cumulative frequencies by quantiser and class
+    rate_steps: torch.Tensor = tensor_field(torch.float64, "N")  # steps, rising
+    rate_bits: torch.Tensor = tensor_field(torch.float64, "N")  # and the bits/value that held-out text took at them
 
     @property
     def hidden_size(self) -> int:
@@ -236,7 +199,7 @@ def read_calibration(codec: str, folder: str, link: LinkInfo | None) -> Calibrat
         return Calibration(link=calibration, tokens=TokenTable.empty(), digest=of_link.digest.hex(), files=[of_link])
     origin = {key: of_link.facts.get(key) for key in ("checkpoint", "text_sha256")}
     of_tokens = _read(codec, place / TOKENS_FILE, TokenTable, checkpoint | origin)
-    if of_tokens.content.codes.shape[1] != calibration.token_out.shape[0]:
+    if of_tokens.content.num_features != calibration.token_out.shape[0]:
         raise option_error(codec, "calibration", str(of_tokens.path), f"the file written with {path.name}")
     return Calibration(
         link=calibration,
@@ -346,7 +309,7 @@ def _check_facts(codec: str, path: Path, facts: Mapping[str, str], expected: Map
 def _check(codec: str, path: Path, cls: type, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise ValueError unless these are a `cls` that codecs can trust."""
     fields = dataclasses.fields(cls)
-    sizes: dict[str, int] = {"one": 1, "two": 2}
+    sizes: dict[str, int] = {"one": 1, "two": 2, "eight": 8}
     if tensors.keys() != {f.name for f in fields}:
         raise _not_whole(codec, path, f"tensors {sorted(tensors)}")
     for f in fields:
@@ -362,10 +325,8 @@ def _check(codec: str, path: Path, cls: type, tensors: Mapping[str, torch.Tensor
         _check_frequencies(codec, path, content.starts)
         _check_models(codec, path, content)
         return
-    _check_frequencies(codec, path, content.rank_starts)
-    in_order = torch.equal(content.ranks.sort().values, torch.arange(content.num_ids, dtype=torch.int32))
-    if not in_order or content.rank_starts.numel() != content.num_ids.bit_length() + 1:
-        raise _not_whole(codec, path, "ranks of other ids")
+    if (fault := content.fault()) is not None:
+        raise _not_whole(codec, path, fault)
 
 
 def _check_frequencies(codec: str, path: Path, starts: torch.Tensor) -> None:

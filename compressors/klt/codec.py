@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 from compressors.base import Compressor, CorruptPayload, LinkInfo, Payload
-from compressors.klt.calibration_file import LinkCalibration, TokenTable, read_calibration
+from compressors.klt.calibration_file import LinkCalibration, read_calibration
+from compressors.klt.token_table import TokenTable
 from compressors.klt.transform import Analysis, KernelTransform, TorchTransform, make_transform
 from compressors.options import option_error
 from compressors.rows import Scratch

@@ -10,7 +10,7 @@ With z = (x / u - mean) for a token x of root mean square u, and g = u dL/dx:
   than its square, since it gets a finer step. z W, with W = (F / mean eigenvalue + 0.1)^(1/2), weighs an error by what
   it costs; the 0.1 keeps some precision where the gradient is small, since errors at useful rates are too large for a
   quadratic form.
-* Prediction. Ridge regression of z W on features of the token's id (its embedding, `make_token_table`).
+* Prediction. Ridge regression of z W on features of the token's id (`compressors.klt.token_table`).
 * Transform. Eigenvectors of the covariance of what prediction leaves.
 * Step. The logarithm of |g|^2 is regressed on z and log2 u. The step of a token is proportional to |g| to the power
   -2 STEP_EXPONENT as predicted. High-resolution theory has 1/2 in place of STEP_EXPONENT; the prediction is uncertain,
@@ -21,22 +21,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from compressors.klt.calibration_file import LinkCalibration, TokenTable
-from compressors.klt.models import SampleRow, cumulative, eighths, fit_models, prior_models
+from compressors.klt.calibration_file import LinkCalibration
+from compressors.klt.models import REFERENCE_STEP, SampleRow, eighths, fit_models, prior_models
+from compressors.klt.token_table import NarrowTable
 from compressors.klt.transform import RAW_EIGHTHS
 
-__all__ = ["CHUNK", "LinkStatistics", "fit", "make_token_table"]
+__all__ = ["LinkStatistics", "fit", "token_importance"]
 
 FLATTENING = 0.1
 STEP_EXPONENT = 0.25
-TOKEN_FEATURES = 1024
-CHUNK = 8192  # rows of an embedding at once
 
 
 class LinkStatistics:
@@ -91,14 +89,27 @@ class LinkStatistics:
 
 
 @torch.no_grad()
-def fit(statistics: LinkStatistics, sample: Sequence[SampleRow], tokens: TokenTable) -> LinkCalibration:
-    """The link's calibration. `tokens` is empty, or what gave `statistics` its features."""
+def token_importance(statistics: LinkStatistics) -> torch.Tensor:
+    """What errors in a token's features cost at a link, float64 [D, D] on the CPU: e @ it @ e, in 2 nats, where e is
+    small beside what the prediction leaves and quantisation adds."""
+    prediction = _Prediction(statistics, _Space(statistics))
+    residual = prediction.residual.clone()
+    residual.diagonal().add_(REFERENCE_STEP**2 / 12)
+    return (prediction.weights @ torch.linalg.solve(residual, prediction.weights.T)).cpu()
+
+
+@torch.no_grad()
+def fit(statistics: LinkStatistics, sample: Sequence[SampleRow], tokens: NarrowTable) -> LinkCalibration:
+    """The link's calibration. `tokens` is empty, or made from the table that gave `statistics` its features."""
     space = _Space(statistics)
     prediction = _Prediction(statistics, space)
-    variances, basis = _principal(prediction.residual, statistics.num_tokens)
+    by_features = prediction.weights
+    residual = prediction.residual + by_features.T @ tokens.errors.to(by_features) @ by_features
+    variances, basis = _principal(residual, statistics.num_tokens)
     fixed_variances, fixed_basis = _principal(space.covariance, statistics.num_tokens)
-    token_out = (prediction.weights @ basis).bfloat16()
     encode, fixed_encode = ((space.to_space @ b).bfloat16() for b in (basis, fixed_basis))
+    token_out = (tokens.back.to(by_features) @ by_features @ basis).bfloat16()
+    token_bias = (tokens.mean.to(by_features) - prediction.features_mean) @ by_features @ basis
     finer, finer_bias = _fit_finer(statistics, space, basis)
     calibration = LinkCalibration(
         mean=space.mean.float(),
@@ -109,7 +120,7 @@ def fit(statistics: LinkStatistics, sample: Sequence[SampleRow], tokens: TokenTa
         fixed_size=fixed_variances.clamp_min(1e-12).sqrt().float(),
         component_eighths=eighths(variances.clamp_min(1e-9).sqrt() * 0.8),
         token_out=token_out,
-        token_bias=-(prediction.features_mean @ token_out.double()).float(),
+        token_bias=token_bias.float(),
         finer=finer.float(),
         finer_bias=finer_bias.float(),
         rms_eighths=torch.tensor([statistics.rms_eighths], dtype=torch.int32),
@@ -118,38 +129,7 @@ def fit(statistics: LinkStatistics, sample: Sequence[SampleRow], tokens: TokenTa
         rate_steps=torch.zeros(0, dtype=torch.float64),
         rate_bits=torch.zeros(0, dtype=torch.float64),
     )
-    return fit_models(_on_cpu(calibration), tokens, sample)
-
-
-@torch.no_grad()
-def make_token_table(embedding_chunks: Callable[[], Iterable[torch.Tensor]], counts: torch.Tensor) -> TokenTable:
-    """Features of all ids: their embeddings' principal components, at most TOKEN_FEATURES, in int8.
-
-    `embedding_chunks()` gives float32 [n, D] rows in the order of ids, anew at each call; `counts` int64 [V] is how
-    often the text has each id, which weighs the components.
-    """
-    weights = (counts.double() + 0.01).split(CHUNK)
-    total = torch.zeros((), dtype=torch.float64)
-    mean: torch.Tensor | float = 0.0
-    products: torch.Tensor | float = 0.0
-    for rows, weight in zip(_in_chunks(embedding_chunks()), weights, strict=True):
-        rows = rows.double()
-        total, mean, products = total + weight.sum(), mean + weight @ rows, products + (rows.T * weight) @ rows
-    mean = mean / total
-    _, vectors = torch.linalg.eigh(products / total - torch.outer(mean, mean))
-    kept = vectors[:, -TOKEN_FEATURES:].flip(1)
-    features = torch.cat([((rows.double() - mean) @ kept).float() for rows in embedding_chunks()])
-    # A few ids lie far out; they do not set the scale for all.
-    largest = torch.minimum(features.abs().amax(0), 8 * features.square().mean(0).sqrt()).clamp_min(1e-9)
-    codes = (features * (127 / largest)).round().clamp(-127, 127).to(torch.int8)
-    ranks, rank_starts = _rank_ids(counts)
-    return TokenTable(codes=codes, scales=largest / 127, ranks=ranks, rank_starts=rank_starts)
-
-
-def _in_chunks(rows: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
-    """The same rows, CHUNK at a time."""
-    for piece in rows:
-        yield from piece.split(CHUNK)
+    return fit_models(_on_cpu(calibration), tokens.table, sample)
 
 
 class _Space:
@@ -223,17 +203,6 @@ def _fit_finer(statistics: LinkStatistics, space: _Space, basis: torch.Tensor) -
     # The codec's components are centred on the mean of all tokens: y = (x / u) E - mean E.
     offset = space.mean @ space.to_space @ basis @ weights[:size]
     return weights[:size], torch.stack([offset - mean @ weights, weights[size]])
-
-
-def _rank_ids(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ranks of ids by frequency, and cumulative frequencies of the ranks' bit lengths."""
-    order = counts.argsort(descending=True, stable=True)
-    ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(len(order))
-    by_length = np.zeros(int(len(order)).bit_length())
-    for rank_plus_one, count in enumerate(counts[order].tolist(), 1):
-        by_length[rank_plus_one.bit_length() - 1] += count + 0.05
-    return ranks.to(torch.int32), torch.from_numpy(cumulative(by_length))
 
 
 def _on_cpu(calibration: LinkCalibration) -> LinkCalibration:

@@ -1,11 +1,9 @@
 """klt_fixed: the transform of `klt` with a fixed number of bits for each component, and no entropy coder.
 
-Bits go to the components by reverse water-filling (Cover and Thomas, "Elements of Information Theory", section 10.3.3)
-in whole bits: one after the other to the component whose error falls most, up to 8 each, `nbits` times H in all. A
+Bits go to the components by reverse water-filling (`compressors.klt.bit_allocation`), `nbits` times H in all. A
 component is quantised uniformly, with the step that is best for a Laplace distribution at that many bits, and packed;
-one without bits is its mean. Tails are heavier than a normal distribution's, and what is clipped hurts most. Nothing is
-predicted from other tokens, all operations are torch's, and the size follows from the shape: it runs on a GPU without
-waiting for it.
+one without bits is its mean. Nothing is predicted from other tokens, all operations are torch's, and the size follows
+from the shape: it runs on a GPU without waiting for it.
 
 A token whose root mean square lies 4 octaves or more from the calibration's median, such as an attention sink, is
 nearly all in a few channels. Within the same bytes its largest channels are sent as (index, bf16), the others are 0. A
@@ -21,17 +19,13 @@ import torch
 
 from compressors.base import LinkInfo
 from compressors.bitpack import Section, pack, packed_nbytes, unpack
+from compressors.klt.bit_allocation import LAPLACE_STEP, MAX_NBITS, allocate
 from compressors.klt.calibration_file import read_calibration
 from compressors.klt.transform import RAW_EIGHTHS, multiply_rows
 from compressors.options import option_error
 from compressors.rows import RowCodec, divide
 
 __all__ = ["KltFixed"]
-
-MAX_NBITS = 8
-# Of a Laplace variable of variance 1 by bits: step of the best uniform quantiser, and its mean squared error.
-LAPLACE_STEP = (0.0, 1.4142, 1.0874, 0.7309, 0.4610, 0.2800, 0.1657, 0.0961, 0.0548)
-LAPLACE_ERROR = (1.0, 0.5, 0.1963, 0.07175, 0.02535, 0.008713, 0.002913, 0.0009486, 0.0003014)
 
 
 class KltFixed(RowCodec):
@@ -46,7 +40,7 @@ class KltFixed(RowCodec):
         self.calibration, self.nbits = calibration, nbits
         self._known = read_calibration(self.name, calibration, link)
         self._content = self._known.link
-        widths = _allocate(self._content.fixed_size, round(nbits * self._content.hidden_size))
+        widths = allocate(self._content.fixed_size, round(nbits * self._content.hidden_size))
         self._groups = [(n, (widths == n).nonzero().squeeze(1)) for n in range(1, MAX_NBITS + 1) if (widths == n).any()]
         self._order = torch.cat([group for _, group in self._groups])
         self._steps = self._content.fixed_size[self._order] * torch.tensor(LAPLACE_STEP)[widths[self._order]]
@@ -138,12 +132,3 @@ class KltFixed(RowCodec):
 
     def _own(self, name: str, like: torch.Tensor) -> torch.Tensor:
         return self._scratch.constant(f"own {name}", getattr(self, f"_{name}"), like.device)
-
-
-def _allocate(sizes: torch.Tensor, total: int) -> torch.Tensor:
-    """Whole bits of each component, int64 [H], `total` in all (or as many as 8 each allow)."""
-    error = torch.tensor(LAPLACE_ERROR, dtype=torch.float64)
-    # What each bit of each component gains; it falls from bit to bit, so the best `total` are a valid choice.
-    gains = sizes.double().square().unsqueeze(1) * (error[:-1] - error[1:])
-    chosen = gains.reshape(-1).argsort(descending=True, stable=True)[:total]
-    return torch.bincount(chosen // MAX_NBITS, minlength=len(sizes))

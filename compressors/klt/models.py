@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from compressors.klt.calibration_file import LinkCalibration, TokenTable
+from compressors.klt.calibration_file import LinkCalibration
 from compressors.klt.codec import KltCoder
+from compressors.klt.token_table import TokenTable
 
 __all__ = ["REFERENCE_STEP", "SampleRow", "cumulative", "eighths", "fit_models", "prior_models"]
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from compressors.klt.calibration_file import LinkCalibration, TokenTable
+from compressors.klt.calibration_file import LinkCalibration
+from compressors.klt.token_table import TokenTable
 from compressors.rows import Scratch
 from compressors.saturation import saturating_cast
 

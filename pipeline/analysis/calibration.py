@@ -7,15 +7,18 @@ Gradients, which cost twice what the states do, are taken of GRADIENT_TOKENS tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from compressors.klt.calibration_file import TokenTable, write_calibration, write_token_table
-from compressors.klt.fit import CHUNK, LinkStatistics, fit, make_token_table
+from compressors.klt.calibration_file import write_calibration, write_token_table
+from compressors.klt.fit import LinkStatistics, fit, token_importance
 from compressors.klt.models import SampleRow
+from compressors.klt.token_table import CHUNK, NarrowTable, TokenTable, make_token_table, narrow_token_table
+from pipeline.comm.control import Control
 from pipeline.config.schema import RunConfig
 from pipeline.data.windows import MicroBatch, make_microbatches
 from pipeline.models.loading import TORCH_DTYPES
@@ -43,9 +46,9 @@ def calibrate(config: RunConfig, deployment: Deployment, out: Path, *, use_token
     hidden_size, vocab_size = deployment.model.config.hidden_size, deployment.model.config.vocab_size
     counts = token_counts(tokens, vocab_size)
     own_links = [link for link in plan.links if link.index in deployment.stages]
-    table = _shared_token_table(deployment, counts) if use_token_ids else TokenTable.empty()
+    table = _wide_table(deployment, counts) if use_token_ids else TokenTable.empty()
     statistics = {
-        link.index: LinkStatistics(hidden_size, table.codes.shape[1], deployment.devices[link.index])
+        link.index: LinkStatistics(hidden_size, table.num_features, deployment.devices[link.index])
         for link in own_links
     }
     samples: dict[int, list[SampleRow]] = {link.index: [] for link in own_links}
@@ -82,7 +85,8 @@ def calibrate(config: RunConfig, deployment: Deployment, out: Path, *, use_token
         run(graded, Objective.NLL)
         if others := [m for m in range(len(microbatches)) if m not in graded]:
             run(others, None)
-    written = _write(deployment, out, statistics, samples, table if use_token_ids else None)
+    narrow = _narrow_table(deployment, table, counts, statistics.values()) if use_token_ids else None
+    written = _write(deployment, out, statistics, samples, narrow)
     control.barrier()
     return written
 
@@ -92,19 +96,19 @@ def _write(
     out: Path,
     statistics: Mapping[int, LinkStatistics],
     samples: Mapping[int, Sequence[SampleRow]],
-    table: TokenTable | None,
+    tokens: NarrowTable | None,
 ) -> list[Path]:
     """Fit and write this rank's links, by link index, and on rank 0 the token table."""
     control = deployment.control
     origin = {"checkpoint": deployment.model.checkpoint_digest, "text_sha256": deployment.text.text_sha256}
     written = []
-    if table is not None and control.world.rank == 0:
-        written.append(write_token_table(out, table, **origin))
+    if tokens is not None and control.world.rank == 0:
+        written.append(write_token_table(out, tokens.table, **origin))
     for link in deployment.plan.links:
         if link.index in statistics:
             control.report(f"fitting {link.name}")
             of_link = statistics[link.index]
-            calibration = fit(of_link, samples[link.index], TokenTable.empty() if table is None else table)
+            calibration = fit(of_link, samples[link.index], tokens or NarrowTable.empty())
             path = write_calibration(
                 out, calibration, link_name=link.name, num_tokens=of_link.num_tokens, **origin
             )
@@ -149,8 +153,8 @@ def spread(indices: Sequence[int], num_tokens: Sequence[int], wanted: int) -> li
     return [indices[i * len(indices) // count] for i in range(count)]
 
 
-def _shared_token_table(deployment: Deployment, counts: torch.Tensor) -> TokenTable:
-    """The token table, made on rank 0, which has the embedding, and sent to all ranks."""
+def _wide_table(deployment: Deployment, counts: torch.Tensor) -> TokenTable:
+    """The wide token table, made on rank 0, which has the embedding, and sent to all ranks."""
     table = TokenTable.empty()
     if 0 in deployment.stages:
         stage = deployment.stages[0]
@@ -162,18 +166,43 @@ def _shared_token_table(deployment: Deployment, counts: torch.Tensor) -> TokenTa
 
         deployment.control.report("making the token table")
         table = make_token_table(embeddings, counts)
-    if deployment.control.world.world_size == 1:
-        return table
-    num_ids, num_features, num_lengths = deployment.control.gather([*table.codes.shape, len(table.rank_starts)])[0]
-    tensors = [
-        torch.empty(num_ids, num_features, dtype=torch.int8),
-        torch.empty(num_features),
-        torch.empty(num_ids, dtype=torch.int32),
-        torch.empty(num_lengths, dtype=torch.int32),
-    ]
-    if 0 in deployment.stages:
-        tensors = [table.codes, table.scales, table.ranks, table.rank_starts]
-    for tensor in tensors:
-        deployment.control.broadcast(tensor)
-    codes, scales, ranks, rank_starts = tensors
-    return TokenTable(codes=codes, scales=scales, ranks=ranks, rank_starts=rank_starts)
+    return _broadcast_table(deployment.control, table)
+
+
+def _narrow_table(
+    deployment: Deployment, wide: TokenTable, counts: torch.Tensor, statistics: Iterable[LinkStatistics]
+) -> NarrowTable:
+    """The narrow one, made on rank 0 by what the features are worth to the links of all ranks, and sent to all."""
+    control = deployment.control
+    importance = torch.zeros(wide.num_features, wide.num_features, dtype=torch.float64)
+    for of_link in statistics:
+        importance += token_importance(of_link)
+    control.sum_over_ranks(importance)
+    tokens = NarrowTable.empty()
+    if control.world.rank == 0:
+        control.report("narrowing the token table")
+        tokens = narrow_token_table(wide, counts, importance)
+    table = _broadcast_table(control, tokens.table)
+    d = wide.num_features
+    shapes = [[table.num_features, d], [d], [d, d]]
+    back, mean, errors = _broadcast(control, [tokens.back, tokens.mean, tokens.errors], shapes)
+    return NarrowTable(table=table, back=back, mean=mean, errors=errors)
+
+
+def _broadcast_table(control: Control, table: TokenTable) -> TokenTable:
+    names = [f.name for f in dataclasses.fields(TokenTable)]
+    tensors = [getattr(table, name) for name in names]
+    shapes = control.gather([list(tensor.shape) for tensor in tensors])[0]
+    return TokenTable(**dict(zip(names, _broadcast(control, tensors, shapes), strict=True)))
+
+
+def _broadcast(
+    control: Control, tensors: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """Rank 0's `tensors`, whose shapes all ranks know, on every rank; others give tensors of the same dtypes."""
+    shared = []
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        x = tensor.contiguous() if control.world.rank == 0 else tensor.new_empty(shape)
+        control.broadcast(x)
+        shared.append(x)
+    return shared

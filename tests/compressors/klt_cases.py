@@ -10,9 +10,10 @@ import torch
 
 from compressors import LinkInfo, make_compressor
 from compressors.check import Subject, hidden_states
-from compressors.klt.calibration_file import TokenTable, write_calibration, write_token_table
-from compressors.klt.fit import LinkStatistics, fit, make_token_table
+from compressors.klt.calibration_file import write_calibration, write_token_table
+from compressors.klt.fit import LinkStatistics, fit, token_importance
 from compressors.klt.models import SampleRow
+from compressors.klt.token_table import NarrowTable, TokenTable, make_token_table, narrow_token_table
 
 LINK = "check"  # the link's name in compressors.check
 VOCABULARY = 64
@@ -27,8 +28,9 @@ def calibrate(hidden_size, use_token_ids):
     rows = [torch.randint(0, VOCABULARY, (ROW_LENGTH,), generator=generator) for _ in range(NUM_ROWS)]
     tokens = TokenTable.empty()
     if use_token_ids:
-        tokens = make_token_table(lambda: [embedding], torch.bincount(torch.cat(rows), minlength=VOCABULARY))
-    statistics = LinkStatistics(hidden_size, tokens.codes.shape[1], torch.device("cpu"))
+        counts = torch.bincount(torch.cat(rows), minlength=VOCABULARY)
+        tokens = make_token_table(lambda: [embedding], counts)
+    statistics = LinkStatistics(hidden_size, tokens.num_features, torch.device("cpu"))
     sample = []
     for seed, ids in enumerate(rows):
         x = hidden_states((1, ROW_LENGTH, hidden_size), seed=seed + 10) + embedding[ids]
@@ -38,7 +40,10 @@ def calibrate(hidden_size, use_token_ids):
         statistics.add(x, features.unsqueeze(0))
         statistics.add_gradients(x, gradients)
         sample.append(SampleRow(x[0], ids.int()))
-    return fit(statistics, sample, tokens), tokens
+    narrow = NarrowTable.empty()
+    if use_token_ids:
+        narrow = narrow_token_table(tokens, counts, token_importance(statistics))
+    return fit(statistics, sample, narrow), narrow.table
 
 
 @functools.cache

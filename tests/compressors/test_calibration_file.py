@@ -1,5 +1,6 @@
 """A calibration's files are read once by a process and shared: with its codecs, and with other processes."""
 
+import dataclasses
 import os
 import shutil
 import time
@@ -9,11 +10,11 @@ import pytest
 import torch
 
 from compressors import LinkInfo, make_compressor
-from compressors.klt.calibration_file import TOKENS_FILE, TokenTable, file_name, write_calibration, write_token_table
+from compressors.klt.calibration_file import TOKENS_FILE, file_name, write_calibration, write_token_table
 from tests.compressors.klt_cases import LINK, calibrate, folder
 
-HIDDEN_SIZE, NUM_IDS = 96, 200_000
-TABLE_NBYTES = NUM_IDS * HIDDEN_SIZE
+HIDDEN_SIZE, NUM_IDS = 96, 1_600_000
+TABLE_NBYTES = NUM_IDS * HIDDEN_SIZE // 4
 
 
 def make(place, name="klt", **options):
@@ -27,7 +28,8 @@ def make(place, name="klt", **options):
 def round_trip(codec, decoder=None):
     x = torch.randn(1, 8, HIDDEN_SIZE, generator=torch.Generator().manual_seed(0))
     side = {"token_ids": torch.arange(8).view(1, 8)} if codec.needs else {}
-    return (decoder or codec).decompress(codec.compress(x, **side), torch.device("cpu"), torch.float32)
+    payload, decoder = codec.compress(x, **side), decoder or codec
+    return decoder.decompress(payload, torch.device("cpu"), torch.float32, **side if decoder.decoder_needs else {})
 
 
 def settle(place):
@@ -45,12 +47,10 @@ def place(tmp_path):
 
 @pytest.fixture
 def large_place(tmp_path):
-    """A token table of 19 MB."""
+    """A token table of 38 MB, and 6 of row numbers."""
     calibration, tokens = calibrate(HIDDEN_SIZE, True)
-    ranks = torch.arange(NUM_IDS, dtype=torch.int32)
-    starts = torch.linspace(0, 1 << 15, NUM_IDS.bit_length() + 1).to(torch.int32)
-    codes = torch.ones(NUM_IDS, HIDDEN_SIZE, dtype=torch.int8)
-    table = TokenTable(codes=codes, scales=tokens.scales, ranks=ranks, rank_starts=starts)
+    rare = torch.ones(NUM_IDS - len(tokens.frequent), tokens.rare.shape[1], dtype=torch.uint8)
+    table = dataclasses.replace(tokens, rare=rare, rows=torch.arange(NUM_IDS, dtype=torch.int32))
     origin = {"checkpoint": "some model", "text_sha256": "0"}
     write_calibration(tmp_path, calibration, link_name=LINK, num_tokens=1, **origin)
     write_token_table(tmp_path, table, **origin)
@@ -89,7 +89,7 @@ def test_a_token_table_is_not_copied_into_memory(large_place):
     codecs = [make(large_place, step=step) for step in (0.2, 0.4, 0.6)]
     for codec in codecs:
         round_trip(codec)
-    # ranks and the ids by rank, int32, are copied once; the rest is scratch and the allocator's
+    # row numbers are copied once; the rest is scratch and the allocator's
     assert anonymous_nbytes() - before < TABLE_NBYTES // 2
 
 

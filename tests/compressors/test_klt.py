@@ -265,10 +265,10 @@ def test_options(options, message):
 
 def test_a_calibration_from_little_text_and_dead_channels():
     """Fewer tokens than channels, channels that never change, tokens far from the others: still a codec."""
-    from compressors.klt.calibration_file import TokenTable
     from compressors.klt.codec import KltCoder
     from compressors.klt.fit import LinkStatistics, fit
     from compressors.klt.models import SampleRow
+    from compressors.klt.token_table import NarrowTable
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 20, 64, generator=generator)
@@ -278,9 +278,9 @@ def test_a_calibration_from_little_text_and_dead_channels():
     statistics.add(x, torch.zeros(1, 20, 0))
     statistics.add_gradients(x, torch.randn(x.shape, generator=generator))
     assert statistics.num_tokens == 19
-    no_ids = TokenTable.empty()
+    no_ids = NarrowTable.empty()
     sample = [SampleRow(x[0], torch.zeros(20, dtype=torch.int32))]
-    coder = KltCoder(fit(statistics, sample, no_ids), no_ids, 0.05)
+    coder = KltCoder(fit(statistics, sample, no_ids), no_ids.table, 0.05)
     other = torch.randn(1, 30, 64, generator=generator)
     decoded = coder.decompress(coder.compress(other, None).clone(), other.shape, CPU, torch.float32)
     assert (decoded - other).norm() < 0.1 * other.norm()

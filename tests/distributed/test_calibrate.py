@@ -46,7 +46,7 @@ def test_files_do_not_depend_on_the_number_of_processes(calibrations):
         assert alone.keys() == on_ranks.keys()
         for key in alone:
             assert alone[key].shape == on_ranks[key].shape
-        for key in ("mean", "fixed_size") if "layer" in name else ("codes", "scales"):
+        for key in ("mean", "fixed_size") if "layer" in name else ("rows", "steps"):
             assert (alone[key].float() - on_ranks[key].float()).abs().max() <= 1e-2 * alone[key].float().abs().max()
     assert sorted(path.name for path in (calibrations / "2").iterdir()) == FILES
 
