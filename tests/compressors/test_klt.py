@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compressors import CorruptPayload, LinkInfo, Payload, make_compressor
-from compressors.check import CHECKS, dependence_on_frames, hidden_states, side_inputs, travelling
+from compressors.check import CHECKS, hidden_states, side_inputs, travelling
 from compressors.klt.calibration_file import file_name
 from tests.helpers.marks import slow_but
 
