@@ -88,7 +88,7 @@ def measure(width: int, rounds: int) -> tuple[float, ...]:
 def _no_symbols(width: int) -> kernels.Symbols:
     """Room for a frame."""
     levels, is_raw = np.zeros((NUM_TOKENS, width), np.int32), np.zeros(NUM_TOKENS, np.bool_)
-    return kernels.Symbols(levels, is_raw, *np.zeros((2, NUM_TOKENS), np.int32))
+    return kernels.Symbols(levels, is_raw, *np.zeros((3, NUM_TOKENS), np.int32))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from compressors.kernels.rans import (
     encode_stripe,
     reciprocals,
     take_bits,
+    take_span,
     take_stripe,
 )
 from compressors.kernels.trellis import LANES, MAX_LEVEL
@@ -71,7 +72,7 @@ LARGEST_RMS, LARGEST_FINER = 1024, 64  # magnitudes that a token can have
 BLOCK_VALUES = 1 << 16  # of a frame, for each of its blocks
 VALUES_PER_STATE = 2560  # at least: a state costs about 24 bits
 FIRST_STATE = np.uint32(1 << 16)  # of the encoder, where there are several
-MAX_SIDE_OPS = 7  # of a token
+MAX_SIDE_OPS = 8  # of a token
 _DAMAGED = -1
 
 # round(8 log2(1 + i / 64))
@@ -88,6 +89,7 @@ class Models(NamedTuple):
     side_classes: np.ndarray  # int32 [2], of a token's rms and of its finer
     component_class: np.ndarray  # int32 [H], at this step
     magnitude: np.ndarray  # int64, expected size of a level of each static class in steps / 256
+    trust_starts: np.ndarray  # int32 [kernels.trust.NUM_TRUSTS + 1], cumulative frequencies
     starts: np.ndarray  # int32 [2 NUM_CLASSES, NUM_SYMBOLS + 1], cumulative frequencies
     # Of symbol s of model m in place m * NUM_SYMBOLS + s:
     spans: np.ndarray  # uint32, start + 2**16 * frequency
@@ -103,6 +105,7 @@ class Symbols(NamedTuple):
     is_raw: np.ndarray  # bool [N]
     rms: np.ndarray  # int32 [N]
     finer: np.ndarray  # int32 [N], quarter octaves by which the step is finer
+    trust: np.ndarray  # int32 [N], `kernels.trust`
 
 
 class _Token(NamedTuple):
@@ -116,7 +119,12 @@ class _Token(NamedTuple):
 
 
 def make_models(
-    *, side_classes: np.ndarray, component_class: np.ndarray, magnitude: np.ndarray, starts: np.ndarray
+    *,
+    side_classes: np.ndarray,
+    component_class: np.ndarray,
+    magnitude: np.ndarray,
+    trust_starts: np.ndarray,
+    starts: np.ndarray,
 ) -> Models:
     """`Models` with their tables; arguments as there. Raises ValueError for side classes that have no model."""
     if side_classes.min() < FIRST_CLASS or side_classes.max() > LAST_CLASS:
@@ -128,6 +136,7 @@ def make_models(
         side_classes=side_classes,
         component_class=component_class,
         magnitude=magnitude,
+        trust_starts=trust_starts,
         starts=starts,
         spans=(starts[:, :-1].reshape(-1) + (frequencies << 16)).astype(np.uint32),
         inverses=reciprocals(frequencies),
@@ -379,6 +388,8 @@ def _put_sides(symbols, begin, end, models, ops):
             count = _put(ops, count, CODED_FREQUENCY, RAW_FREQUENCY, KIND_PRECISION)
             continue
         count = _put(ops, count, 0, CODED_FREQUENCY, KIND_PRECISION)
+        start = models.trust_starts[symbols.trust[t]]
+        count = _put(ops, count, start, models.trust_starts[symbols.trust[t] + 1] - start, PRECISION)
         rms_model, finer_model = models.side_classes[0] - FIRST_CLASS, models.side_classes[1] - FIRST_CLASS
         count = _put_side(np.int64(symbols.rms[t]), rms_model, models.starts, ops, count)
         count = _put_side(np.int64(symbols.finer[t]), finer_model, models.starts, ops, count)
@@ -498,16 +509,19 @@ def _take_side(model, models, states, words, position, end):
 def _take_sides(symbols, first, last, models, states, words, position, end):
     """Inverse of `_put_sides`; returns the place of the next word, and whether all is in range."""
     for t in range(first, last):
-        symbols.rms[t], symbols.finer[t] = 0, 0
+        symbols.rms[t], symbols.finer[t], symbols.trust[t] = 0, 0, 0
         slot = np.int64(states[0]) & ((1 << KIND_PRECISION) - 1)
         symbols.is_raw[t] = slot >= CODED_FREQUENCY
         if symbols.is_raw[t]:
             _, position = take_bits(KIND_PRECISION, 0, states, words, position, end)
             continue
-        states[0] = CODED_FREQUENCY * (np.int64(states[0]) >> KIND_PRECISION) + slot
-        if states[0] < 1 << 16 and position < end:
-            states[0] = (np.int64(states[0]) << 16) | np.int64(words[position])
-            position += np.uint64(1)
+        position = take_span(0, CODED_FREQUENCY, KIND_PRECISION, states, words, position, end)
+        slot = np.int64(states[0]) & ((1 << PRECISION) - 1)
+        while models.trust_starts[symbols.trust[t] + 1] <= slot:
+            symbols.trust[t] += 1
+        start = models.trust_starts[symbols.trust[t]]
+        frequency = models.trust_starts[symbols.trust[t] + 1] - start
+        position = take_span(start, frequency, PRECISION, states, words, position, end)
         rms, position = _take_side(models.side_classes[0] - FIRST_CLASS, models, states, words, position, end)
         finer, position = _take_side(models.side_classes[1] - FIRST_CLASS, models, states, words, position, end)
         if abs(rms) > LARGEST_RMS or abs(finer) > LARGEST_FINER:

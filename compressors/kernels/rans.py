@@ -12,7 +12,16 @@ import numpy as np
 
 from compressors.kernels.bits import inlined, jit
 
-__all__ = ["PRECISION", "encode_bits", "encode_span", "encode_stripe", "reciprocals", "take_bits", "take_stripe"]
+__all__ = [
+    "GUESS_BITS",
+    "PRECISION",
+    "encode_span",
+    "encode_stripe",
+    "reciprocals",
+    "take_bits",
+    "take_span",
+    "take_stripe",
+]
 
 PRECISION = 15  # bits of a model's frequencies
 LOWER_BOUND = np.uint64(1 << 16)  # of a state; one that starts at 1 grows to it
@@ -92,6 +101,17 @@ def take_stripe(bases, count, last_state, spans, guesses, states, words, positio
         state, position = _refill(state, words, position, end)
         states[i] = np.uint32(state)
         symbols[lane] = np.int32(symbol)
+    return position
+
+
+@jit
+def take_span(start, frequency, precision, states, words, position, end):
+    """Take from the first state a symbol that has been recognised; returns the place of the next word."""
+    state, precision = np.uint64(states[0]), np.uint64(precision)
+    slot = state & ((ONE << precision) - ONE)
+    state = np.uint64(frequency) * (state >> precision) + slot - np.uint64(start)
+    state, position = _refill(state, words, position, end)
+    states[0] = np.uint32(state)
     return position
 
 

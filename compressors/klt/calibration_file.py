@@ -78,6 +78,7 @@ class LinkCalibration:
     finer_bias: torch.Tensor = tensor_field(torch.float32, "two")  # constant, and per octave of u
     rms_eighths: torch.Tensor = tensor_field(torch.int32, "one")  # median of u
     side_classes: torch.Tensor = tensor_field(torch.int32, "two")  # of u and of the step's refinement
+    trust_starts: torch.Tensor = tensor_field(torch.int32, "T")  # cumulative frequencies of `kernels.trust`
     magnitude: torch.Tensor = tensor_field(torch.int64, "M")  # expected size of a class's levels, steps / 256
     starts: torch.Tensor = tensor_field(torch.int32, "C", "S")  # cumulative frequencies by quantiser and class
     rate_steps: torch.Tensor = tensor_field(torch.float64, "N")  # steps, rising
@@ -323,6 +324,7 @@ def _check(codec: str, path: Path, cls: type, tensors: Mapping[str, torch.Tensor
     content = cls(**tensors)
     if cls is LinkCalibration:
         _check_frequencies(codec, path, content.starts)
+        _check_frequencies(codec, path, content.trust_starts)
         _check_models(codec, path, content)
         return
     if (fault := content.fault()) is not None:
@@ -339,9 +341,11 @@ def _check_frequencies(codec: str, path: Path, starts: torch.Tensor) -> None:
 def _check_models(codec: str, path: Path, calibration: LinkCalibration) -> None:
     """The tables are as large as the kernels, which do not look, take them to be."""
     from compressors.kernels import klt as kernels
+    from compressors.kernels.trust import NUM_TRUSTS
 
     classes = calibration.side_classes
     fits = calibration.starts.shape == (2 * kernels.NUM_CLASSES, kernels.NUM_SYMBOLS + 1)
+    fits &= calibration.trust_starts.numel() == NUM_TRUSTS + 1
     fits &= calibration.magnitude.numel() == kernels.LAST_WIDE_CLASS - kernels.FIRST_CLASS + 1
     if not fits or classes.min() < kernels.FIRST_CLASS or classes.max() > kernels.LAST_CLASS:
         raise _not_whole(codec, path, "models of other sizes")

@@ -106,7 +106,8 @@ class Quantized(NamedTuple):
 
     levels: np.ndarray  # int32 [N, H], half steps
     is_raw: np.ndarray  # bool [N], with the tokens that could not be quantised
-    predicted: np.ndarray  # float32 [N, H], components as their ids make them likely
+    trust: np.ndarray  # int32 [N], `kernels.trust`
+    predicted: np.ndarray  # float32 [N, H], components as their ids make them likely, so far as that is trusted
 
 
 class KltCoder:
@@ -126,6 +127,7 @@ class KltCoder:
             side_classes=calibration.side_classes.numpy(),
             component_class=self.component_class,
             magnitude=calibration.magnitude.numpy(),
+            trust_starts=calibration.trust_starts.numpy(),
             starts=calibration.starts.numpy(),
         )
         self._prices = trellis.Prices(self.component_class - kernels.FIRST_CLASS, trellis_rates(self._models.starts))
@@ -140,25 +142,37 @@ class KltCoder:
         rows = x.reshape(num_tokens, width)
         analysis = self._transform_on(rows.device).analyse(rows)
         quantized = self.quantize(analysis, self.check_ids(token_ids, num_tokens))
-        symbols = kernels.Symbols(quantized.levels, quantized.is_raw, analysis.rms.numpy(), analysis.finer.numpy())
+        symbols = kernels.Symbols(
+            levels=quantized.levels,
+            is_raw=quantized.is_raw,
+            rms=analysis.rms.numpy(),
+            finer=analysis.finer.numpy(),
+            trust=quantized.trust,
+        )
         coded = kernels.encode(symbols, self._models, 256 * 16 * (width + 1))
         is_raw = torch.from_numpy(symbols.is_raw)
         parts = [torch.from_numpy(coded)]
         if is_raw.any():
-            parts += [part.reshape(-1).view(torch.uint8) for part in _to_raw(rows[is_raw.to(rows.device)].float().cpu())]
+            raw = _to_raw(rows[is_raw.to(rows.device)].float().cpu())
+            parts += [part.reshape(-1).view(torch.uint8) for part in raw]
         data = self._scratch.get("data", (sum(p.numel() for p in parts),), torch.uint8, CPU)
         return torch.cat(parts, out=data)
 
     def quantize(self, analysis: Analysis, ids: np.ndarray) -> Quantized:
         """`ids` as from `check_ids`."""
         from compressors.kernels import trellis
+        from compressors.kernels.trust import apply_trust, choose_trust
 
         y = analysis.y
         levels = self._scratch.get("levels", y.shape, torch.int32, CPU).numpy()
         is_raw = analysis.is_raw.numpy().copy()
         predicted, steps = self.transform.predict(ids), self.transform.steps(analysis.finer)
+        trust = np.zeros(len(y), np.int32)
+        if self._content.uses_token_ids:
+            choose_trust(y.numpy(), predicted, steps, trust)
+            apply_trust(trust, predicted)
         trellis.quantize(y.numpy(), predicted, steps, analysis.finer.numpy(), self._prices, levels, is_raw)
-        return Quantized(levels, is_raw, predicted)
+        return Quantized(levels, is_raw, trust, predicted)
 
     def decompress(
         self,
@@ -173,6 +187,7 @@ class KltCoder:
         Raises CorruptPayload for bytes that it cannot have written.
         """
         from compressors.kernels import trellis
+        from compressors.kernels.trust import apply_trust
 
         num_tokens, width = math.prod(shape[:-1]), shape[-1]
         if num_tokens == 0:
@@ -187,6 +202,7 @@ class KltCoder:
         decoded = self._scratch.get("decoded", (num_tokens, width), torch.float32, CPU)
         steps = self.transform.steps(torch.from_numpy(symbols.finer))
         predicted = self.transform.predict(ids)
+        apply_trust(symbols.trust, predicted)
         trellis.reconstruct(symbols.levels, steps, predicted, symbols.is_raw, decoded.numpy())
         x = self._transform_on(torch.device(device)).synthesise(decoded, symbols.rms, device, dtype)
         if num_raw:
@@ -199,8 +215,8 @@ class KltCoder:
         from compressors.kernels import klt as kernels
 
         levels = self._scratch.get("levels", (num_tokens, width), torch.int32, CPU).numpy()
-        rms, finer = np.zeros((2, num_tokens), np.int32)
-        symbols = kernels.Symbols(levels, np.zeros(num_tokens, np.bool_), rms, finer)
+        rms, finer, trust = np.zeros((3, num_tokens), np.int32)
+        symbols = kernels.Symbols(levels, np.zeros(num_tokens, np.bool_), rms, finer, trust)
         return symbols, kernels.decode(data, self._models, symbols)
 
     def _transform_on(self, device: torch.device) -> KernelTransform | TorchTransform:

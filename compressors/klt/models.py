@@ -53,7 +53,11 @@ def prior_models() -> dict[str, torch.Tensor]:
     starts = np.stack([cumulative(_laplace(2 ** (c / 8), quantizer)) for quantizer in (0, 1) for c in classes])
     wide = range(FIRST_CLASS, LAST_WIDE_CLASS + 1)
     magnitude = [round(256 * _laplace_magnitude(2 ** (c / 8))) for c in wide]
-    return {"starts": torch.from_numpy(starts), "magnitude": torch.tensor(magnitude, dtype=torch.int64)}
+    return {
+        "trust_starts": torch.from_numpy(cumulative(np.array([6.0, 3.0, 1.0]))),
+        "starts": torch.from_numpy(starts),
+        "magnitude": torch.tensor(magnitude, dtype=torch.int64),
+    }
 
 
 def _laplace_magnitude(size: float) -> float:
@@ -115,11 +119,14 @@ def _count_levels(
 def _component_sizes(
     calibration: LinkCalibration, tokens: TokenTable, sample: Sequence[SampleRow]
 ) -> dict[str, torch.Tensor]:
-    """Mean magnitude coded of each component, brought to the nominal step, and classes of side information."""
+    """Mean magnitude coded of each component, brought to the nominal step, and models of side information."""
+    from compressors.kernels.trust import NUM_TRUSTS
+
     step = REFERENCE_STEP
     coder = KltCoder(calibration, tokens, step)
     sums, weight = torch.zeros(calibration.hidden_size, dtype=torch.float64), 0.0
     sides: list[torch.Tensor] = []
+    trusts = np.ones(NUM_TRUSTS)
     for row in sample:
         analysis = coder.transform.analyse(row.hidden_states)
         quantized = coder.quantize(analysis, coder.check_ids(row.token_ids, len(analysis.y)))
@@ -127,9 +134,10 @@ def _component_sizes(
         sums += (analysis.y - torch.from_numpy(quantized.predicted))[is_coded].abs().sum(0)
         weight += float(is_coded.sum())
         sides += [torch.stack([analysis.rms, analysis.finer])[:, is_coded]]
+        trusts += np.bincount(quantized.trust[~quantized.is_raw], minlength=NUM_TRUSTS)
     prior = calibration.component_eighths
     side = torch.cat(sides, 1).float().abs().mean(1).clamp_min(0.1)
-    result = {"side_classes": eighths(side).clamp(-16, 20)}
+    result = {"side_classes": eighths(side).clamp(-16, 20), "trust_starts": torch.from_numpy(cumulative(trusts))}
     if weight:
         pseudo = 20.0
         expected = torch.exp2(prior.double() / 8)

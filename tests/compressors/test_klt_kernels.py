@@ -25,7 +25,11 @@ def classes_of(width, first=20, last=-16):
 
 def models_of(classes):
     return kernels.make_models(
-        side_classes=np.zeros(2, np.int32), component_class=classes, magnitude=MAGNITUDE, starts=STARTS
+        side_classes=np.zeros(2, np.int32),
+        component_class=classes,
+        magnitude=MAGNITUDE,
+        trust_starts=PRIOR["trust_starts"],
+        starts=STARTS,
     )
 
 
@@ -36,6 +40,7 @@ def quantized(num_tokens, classes, *, seed=0, finer=0):
     symbols = nothing(num_tokens, classes.size)
     symbols.rms[:] = generator.integers(-9, 10, num_tokens)
     symbols.finer[:] = finer
+    symbols.trust[:] = generator.integers(0, 3, num_tokens)
     prices = trellis.Prices(classes - kernels.FIRST_CLASS, RATES.astype(np.float32))
     steps = np.ones(num_tokens, np.float32)
     trellis.quantize(values, np.zeros_like(values), steps, symbols.finer, prices, symbols.levels, symbols.is_raw)
@@ -44,7 +49,7 @@ def quantized(num_tokens, classes, *, seed=0, finer=0):
 
 def nothing(num_tokens, width):
     levels, is_raw = np.full((num_tokens, width), 77, np.int32), np.zeros(num_tokens, np.bool_)
-    return kernels.Symbols(levels, is_raw, *np.zeros((2, num_tokens), np.int32))
+    return kernels.Symbols(levels, is_raw, *np.zeros((3, num_tokens), np.int32))
 
 
 def comes_back(symbols, models, raw_cost=NO_RAW_COST, tail=b""):
@@ -55,7 +60,7 @@ def comes_back(symbols, models, raw_cost=NO_RAW_COST, tail=b""):
     coded = ~symbols.is_raw
     assert np.array_equal(received.is_raw, symbols.is_raw)
     assert (received.levels[~coded] == 0).all()
-    for name in ("levels", "rms", "finer"):
+    for name in ("levels", "rms", "finer", "trust"):
         assert np.array_equal(getattr(received, name)[coded], getattr(symbols, name)[coded]), name
     return data
 
@@ -171,6 +176,7 @@ def test_damaged_bytes_are_refused_or_in_range(shape):
             assert 0 < used <= blob.size
             assert abs(received.levels).max() < trellis.MAX_LEVEL
             assert abs(received.rms).max() <= 1024 and abs(received.finer).max() <= 64
+            assert 0 <= received.trust.min() and received.trust.max() <= 2
     assert refused >= 30
     for size in range(60 if data.size > 100 else 0):  # in a few bytes nearly anything is some frame
         assert kernels.decode(data[: data.size - 1 - size], models, nothing(*shape)) == -1
