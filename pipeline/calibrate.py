@@ -7,12 +7,16 @@
 
 The codecs have one file per link: calibration text goes through the model over the ranks, in windows of
 `dataset.max_length` without overlap, and the loss's gradients come back. On several machines, copy the files to the
-same place on all. With `--shortcut`, the drafter's file is made instead, which takes no gradients and which rank 0
-alone reads; both may be in one folder. Without torchrun one process plays all nodes. Use text that you will not score.
+same place on all. Half of the tokens (`--mixture`) are not the config's but of texts of many kinds that come with this
+project, since a codec that has seen one kind costs more on others. With `--shortcut`, the drafter's file is made
+instead, which takes no gradients and no mixture, and which rank 0 alone reads; both may be in one folder. Without
+torchrun one process plays all nodes. Use text that you will not score.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 DEFAULT_TOKENS = 50_000
+DEFAULT_MIXTURE = 0.5
 UNUSED = {
     "compressor": "calibration looks at the uncompressed model; leave it out",
     "compressor_per_link": "calibration looks at the uncompressed model; leave it out",
@@ -52,12 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--no-token-table", action="store_true", help="predict nothing from token ids, which are then not sent"
     )
     parser.add_argument(
+        "--mixture",
+        type=_share,
+        metavar="SHARE",
+        help=f"of the tokens that are of other kinds than the config's text (default: {DEFAULT_MIXTURE}; 0: none)",
+    )
+    parser.add_argument(
         "--shortcut", action="store_true", help="make the map of the drafter shortcut, and not the codecs' files"
     )
     add_config_options(parser, more_names={"first_k_tokens": ["--tokens"]})
     arguments = parser.parse_args(argv)
     if arguments.shortcut and arguments.no_token_table:
         parser.error("--no-token-table is about the codecs' files, which --shortcut does not make; leave one out")
+    if arguments.shortcut and arguments.mixture is not None:
+        parser.error("--mixture is about the codecs' files; --shortcut takes the config's text alone; leave one out")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         # Any valid stride while max_length is not known; windows that do not overlap follow.
@@ -74,11 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(deployment: Deployment) -> None:
         from pipeline.analysis.calibration import calibrate
+        from pipeline.analysis.mixed_text import mixed_text
         from pipeline.analysis.shortcut_calibration import calibrate_shortcut
 
         if arguments.shortcut:
             calibrate_shortcut(config, deployment, arguments.out)
             return
+        share = DEFAULT_MIXTURE if arguments.mixture is None else arguments.mixture
+        deployment = dataclasses.replace(deployment, text=mixed_text(config, deployment, share))
         calibrate(config, deployment, arguments.out, use_token_ids=not arguments.no_token_table)
 
     def check(plan: Plan, model_config: Any) -> None:
@@ -93,6 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     on_deployment(config, arguments.out, work, check)
     return 0
+
+
+def _share(text: str) -> float:
+    """The value of `--mixture` (argparse's `type`)."""
+    try:
+        share = float(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; give a share of the tokens, such as 0.5") from e
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give a share from 0 to below 1, such as 0.5")
+    return share
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ if [ ! -d "$calibration" ]; then
     echo "==> calibrating klt on 4,096 tokens of the standard library's docstrings"
     # In one process: kernels are compiled once instead of by four ranks at once, which takes longer than the text.
     python -m pipeline.calibrate --config demo.yaml --set dataset.split=validation --set dataset.max_length=512 \
-        --tokens 4096 --out "$folder/unfinished" >/dev/null
+        --tokens 4096 --mixture 0 --out "$folder/unfinished" >/dev/null
     mv "$folder/unfinished" "$calibration"
 fi
 echo "==> five codecs on the same model, split over four processes, scored on Python's help topics"

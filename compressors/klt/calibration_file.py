@@ -99,16 +99,28 @@ def file_name(link_name: str) -> str:
 
 
 def write_calibration(
-    folder: Path, calibration: LinkCalibration, *, link_name: str, checkpoint: str, text_sha256: str, num_tokens: int
+    folder: Path,
+    calibration: LinkCalibration,
+    *,
+    link_name: str,
+    checkpoint: str,
+    text_sha256: str,
+    num_tokens: int,
+    text: str = "",
 ) -> Path:
-    """Write the file of a link; returns its path. Raises ValueError where the disk does not take it."""
+    """Write the file of a link; returns its path. Raises ValueError where the disk does not take it.
+
+    `text` says in words what was calibrated on; nothing reads it but people.
+    """
     facts = {"link": link_name, "checkpoint": checkpoint, "text_sha256": text_sha256, "num_tokens": str(num_tokens)}
-    return _write(folder / file_name(link_name), calibration, facts)
+    return _write(folder / file_name(link_name), calibration, {**facts, "text": text})
 
 
-def write_token_table(folder: Path, table: TokenTable, *, checkpoint: str, text_sha256: str) -> Path:
+def write_token_table(
+    folder: Path, table: TokenTable, *, checkpoint: str, text_sha256: str, text: str = ""
+) -> Path:
     """Write the file of token ids; returns its path. Raises ValueError where the disk does not take it."""
-    return _write(folder / TOKENS_FILE, table, {"checkpoint": checkpoint, "text_sha256": text_sha256})
+    return _write(folder / TOKENS_FILE, table, {"checkpoint": checkpoint, "text_sha256": text_sha256, "text": text})
 
 
 def _write(path: Path, content: LinkCalibration | TokenTable, facts: dict[str, str]) -> Path:

@@ -100,7 +100,12 @@ def _write(
 ) -> list[Path]:
     """Fit and write this rank's links, by link index, and on rank 0 the token table."""
     control = deployment.control
-    origin = {"checkpoint": deployment.model.checkpoint_digest, "text_sha256": deployment.text.text_sha256}
+    text = deployment.text
+    origin = {
+        "checkpoint": deployment.model.checkpoint_digest,
+        "text_sha256": text.text_sha256,
+        "text": text.description,
+    }
     written = []
     if tokens is not None and control.world.rank == 0:
         written.append(write_token_table(out, tokens.table, **origin))

@@ -14,6 +14,8 @@ FILES = [
     "token-ids.safetensors",
 ]
 
+NUM_TOKENS = 64 * 13 + 20  # of the text; the mixture has as many
+
 
 def main_on_rank(rank, arguments):
     from pipeline.calibrate import main
@@ -33,10 +35,12 @@ def calibrate(num_ranks, out, text, *more):
 @pytest.fixture(scope="module")
 def calibrations(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibrations")
-    text = write_text(folder / "text", 64 * 13 + 20)
+    text = write_text(folder / "text", NUM_TOKENS)
     for num_ranks in (1, 2):
-        for finished in calibrate(num_ranks, folder / str(num_ranks), text):
+        for rank, finished in enumerate(calibrate(num_ranks, folder / str(num_ranks), text)):
             finished.check()
+            if rank == 0:
+                (folder / "told").write_text(finished.stdout)
     return folder
 
 
@@ -54,8 +58,17 @@ def test_files_do_not_depend_on_the_number_of_processes(calibrations):
 def test_files_say_what_they_are_for(calibrations):
     with safe_open(calibrations / "2" / FILES[0], "pt") as file:
         metadata = file.metadata()
-    assert metadata["link"] == "layer:0:node0->node1" and metadata["num_tokens"] == str(64 * 11)
+    assert metadata["link"] == "layer:0:node0->node1" and metadata["num_tokens"] == str(64 * 22)
     assert len(metadata["checkpoint"]) >= 16 and len(metadata["text_sha256"]) == 64
+    assert metadata["text"].startswith(f"{2 * NUM_TOKENS} tokens: {NUM_TOKENS} of text file text, ")
+    with safe_open(calibrations / "1" / FILES[0], "pt") as file:
+        assert file.metadata() == metadata
+
+
+def test_the_screen_says_what_was_mixed(calibrations):
+    told = (calibrations / "told").read_text()
+    assert f"calibrating on {2 * NUM_TOKENS} tokens: {NUM_TOKENS} of text file text, 47 of arabic, " in told
+    assert " of thai, " in told and " of python\n" in told
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -97,8 +110,10 @@ def test_another_model_is_refused(calibrations, tmp_path):
     assert "a file with checkpoint" in finished.stderr
 
 
-def test_without_a_token_table(tmp_path):
+def test_without_a_token_table_and_a_mixture(tmp_path):
     text = write_text(tmp_path / "text", 64 * 2)
-    for finished in calibrate(1, tmp_path / "out", text, "--no-token-table", "--tokens", "64"):
+    for finished in calibrate(1, tmp_path / "out", text, "--no-token-table", "--tokens", "64", "--mixture", "0"):
         finished.check()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES[:2]
+    with safe_open(tmp_path / "out" / FILES[0], "pt") as file:
+        assert file.metadata()["text"] == "text file text"

@@ -34,7 +34,7 @@ def wheel(tmp_path_factory):
 def test_a_wheel_has_every_file(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()]
-    suffixes = (".py", ".json", ".css", ".js", ".jinja", ".html", ".svg")
+    suffixes = (".py", ".json", ".css", ".js", ".jinja", ".html", ".svg", ".txt")
     expected = {str(p.relative_to(ROOT)) for p in files if p.suffix in suffixes}
     expected |= {f"pipeline/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.yaml")} | {"run_pipeline.py"}
     assert {name for name in names if ".dist-info/" not in name} == expected
@@ -47,6 +47,8 @@ def test_an_installed_package_finds_its_configs_from_anywhere(wheel, tmp_path):
     elsewhere.mkdir()
     code = (
         "import sys, run_pipeline, pipeline.report.html_page\n"
+        "from pipeline.data.mixture import load_kinds\n"
+        "assert 'chinese' in load_kinds()\n"
         "from pipeline.config.sweep_file import find_sweep, load_sweep\n"
         "from pipeline.report.published import read_published\n"
         "read_published()\n"
