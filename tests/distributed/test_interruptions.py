@@ -217,10 +217,10 @@ def interrupted_between_epochs(rank, moment):
     control.barrier()
     if rank == 0:
         if moment == "after":
-            wait_until(lambda: control._root.check(["1/member/1"]))
+            wait_until(lambda: control.watchdog.epoch_is_over)
         control.watchdog.abort(KeyboardInterrupt())
     if moment == "before":
-        wait_until(lambda: control._store.check(["watch/cause"]))
+        wait_until(lambda: not control.may_form_again(RingBroken("broken")))
     try:
         control.leave_ring(RingBroken("broken"), None)
         control.form()
