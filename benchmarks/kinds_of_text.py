@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind, path in arguments.kinds:
         folder = arguments.out / kind
         run(sweep, path, folder, num_tokens=arguments.tokens, window=arguments.window)
-        rows += measured(kind, {r.args.config["compressor"]: r for r in load_records([folder])}, codecs)
+        rows += measured(kind, {r.args.config.compressor: r for r in load_records([folder])}, codecs)
         print(f"{kind} done", file=sys.stderr, flush=True)
     add_ratios(rows)
     write_json(
