@@ -15,7 +15,7 @@ library's `Quantizer` (axis 1, group size 64). Departures:
   later tokens. Here each group stops by itself, after PATIENCE updates without a smaller error or ITERATIONS
   in all, and keeps its best zero: causal, with errors as low as the library's.
 * For 4 bits, and for 4 alone, the library's own config rounds the first zero (`round_zero`). Here it is not
-  rounded: more perplexity on hidden states with outlier channels (docs/codec_notes.md, section 8).
+  rounded: more perplexity on hidden states with outlier channels (docs/codecs.md).
 * |e|^(p - 1) is taken from the bits of the float, within 3%: it only sets how far large errors are
   discounted, and it makes the same bytes on every device, which a library's pow does not.
 * The library gives a range below 1e-4 the scale 1. Here two lower bounds and an upper one keep scale and zero
