@@ -406,9 +406,9 @@ def _random_calibration(rows: torch.Tensor, device: torch.device) -> Any:
 
     width = rows.shape[1]
     generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(width, width, generator=generator).to(device))[0].cpu()
+    basis = torch.linalg.qr(torch.randn(width, width, generator=generator).to(device))[0].cpu().bfloat16()
     rms = rows.square().mean(1).sqrt()
-    sizes = ((rows / rms[:, None]) @ basis).std(0)
+    sizes = ((rows / rms[:, None]) @ basis.float()).std(0)
     eighths = (8 * sizes.log2()).round().int()
     return LinkCalibration(
         mean=torch.zeros(width),
@@ -418,7 +418,7 @@ def _random_calibration(rows: torch.Tensor, device: torch.device) -> Any:
         fixed_decode=basis.T.clone(memory_format=torch.contiguous_format),
         fixed_size=sizes,
         component_eighths=eighths,
-        token_out=torch.zeros(0, width),
+        token_out=torch.zeros(0, width, dtype=torch.bfloat16),
         token_bias=torch.zeros(width),
         finer=torch.zeros(width),
         finer_bias=torch.zeros(2),

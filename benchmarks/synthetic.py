@@ -74,7 +74,7 @@ def save_random_calibration(
     folder.mkdir(parents=True, exist_ok=True)
     size, features = hidden_size, min(1024, hidden_size)
     origin = {"checkpoint": checkpoint, "text_sha256": "none"}
-    zeros, eye = torch.zeros(size), torch.eye(size)
+    zeros, eye = torch.zeros(size), torch.eye(size, dtype=torch.bfloat16)
     calibration = LinkCalibration(
         mean=zeros,
         encode=eye,
@@ -83,7 +83,7 @@ def save_random_calibration(
         fixed_decode=eye.clone(),
         fixed_size=torch.ones(size),
         component_eighths=torch.zeros(size, dtype=torch.int32),
-        token_out=torch.randn(features, size) / size,
+        token_out=(torch.randn(features, size) / size).bfloat16(),
         token_bias=zeros.clone(),
         finer=zeros.clone(),
         finer_bias=torch.zeros(2),
