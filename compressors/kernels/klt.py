@@ -1,17 +1,19 @@
-"""Entropy coding of `compressors.klt.codec` by rANS.
+"""Entropy coding of `compressors.klt.codec`: what is sent of a frame, and with which model. docs/klt_format.md says it
+byte for byte.
 
 Everything that the models depend on is an integer: levels, classes, frequencies. Two machines whose floats differ in
-the last bit still agree on every symbol.
+the last bit still agree on every symbol. Tokens are coded independently of one another.
 
-The coder is rANS (Duda 2013, "Asymmetric numeral systems", section 3) with a 64-bit state and 32-bit words. Symbols
-are found in the order in which they are decoded, kept as (start, frequency, precision), and encoded backwards.
+A level's index q in its quantiser (`kernels.trellis`) is coded with the model of its class and quantiser: as one of 63
+symbols in the order 0, -1, 1, -2, 2, ..., anything larger as symbol 63 and 22 bits. The class is eight times the
+logarithm to base 2 of the value's expected size in steps. Of a class above the last model, the low bits are sent as
+they are and the rest with the last model. Expected sizes follow the token: with every stripe of LANES components, the
+sum of its levels' sizes so far is compared with what the calibration expected, which scales the rest (`_activity`).
+So all components of a stripe know their classes at once, and each is the next of its own trellis and its own state of
+the coder (`kernels.rans`).
 
-A level's index q in its quantiser (`kernels.trellis`) is coded with the model of its class and quantiser: |q| up to
-31 as one of 63 symbols in the order 0, -1, 1, -2, 2, ..., anything larger as symbol 63 and an Exp-Golomb code. The
-class is eight times the logarithm to base 2 of the value's expected size in steps. Of a class above the last model,
-the low bits are sent as they are and the rest with the last model. Expected sizes follow the token: every fourth
-component, the sum of the levels' sizes so far is compared with what the calibration expected, which scales the rest
-(`_activity`).
+Large frames are cut into blocks of whole tokens that share nothing. Small ones have one block and one state, which
+begins at 1 and so costs next to nothing.
 """
 
 from __future__ import annotations
@@ -21,16 +23,23 @@ from typing import NamedTuple
 import numpy as np
 
 from compressors.kernels.bits import inlined, jit
-from compressors.kernels.trellis import MAX_LEVEL, NEXT_STATE, index_of_level, level_of_index
+from compressors.kernels.rans import (
+    GUESS_BITS,
+    PRECISION,
+    encode_span,
+    encode_stripe,
+    reciprocals,
+    take_bits,
+    take_stripe,
+)
+from compressors.kernels.trellis import LANES, MAX_LEVEL
 
 __all__ = [
-    "ENCODE_AGAIN",
     "FIRST_CLASS",
     "LAST_CLASS",
     "LAST_WIDE_CLASS",
     "NUM_CLASSES",
     "NUM_SYMBOLS",
-    "OPS_FULL",
     "PRECISION",
     "Models",
     "Symbols",
@@ -39,29 +48,30 @@ __all__ = [
     "decode",
     "encode",
     "make_models",
+    "num_blocks",
+    "num_states",
     "static_classes",
 ]
 
-PRECISION = 15  # bits of a model's frequencies
 NUM_SYMBOLS = 64  # 0, -1, 1, ..., -31, 31, and one that announces a larger value
 ESCAPE = NUM_SYMBOLS - 1
-MAX_SMALL = 31
+ESCAPE_BITS = 11  # twice
 FIRST_CLASS, LAST_CLASS = -32, 20  # of the models: 2**-4 to 2**2.5 steps
-LAST_WIDE_CLASS = LAST_CLASS + 8 * 19  # whose low bits are sent as they are
+MAX_SHIFT = 15
+LAST_WIDE_CLASS = LAST_CLASS + 8 * MAX_SHIFT  # whose low bits are sent as they are
 NUM_CLASSES = LAST_CLASS - FIRST_CLASS + 1  # models of the second quantiser stand behind those of the first
 ACTIVITY_PRIOR = 6 << 8  # in the units of `magnitude`, steps / 256
-ACTIVITY_EVERY = 4  # components
+ACTIVITY_DECAY = 0
+MAX_ACTIVITY = 48
 KIND_PRECISION = 8  # bits of what says whether a token is raw
 RAW_FREQUENCY = 1
 CODED_FREQUENCY = (1 << KIND_PRECISION) - RAW_FREQUENCY
-LARGEST_RMS, LARGEST_FINER = 1024, 64  # magnitudes that a frame can have
-ENCODE_AGAIN, OPS_FULL = -1, -2
-_TOO_DEAR = -1
+LARGEST_RMS, LARGEST_FINER = 1024, 64  # magnitudes that a token can have
+BLOCK_VALUES = 1 << 16  # of a frame, for each of its blocks
+VALUES_PER_STATE = 2560  # at least: a state costs about 24 bits
+FIRST_STATE = np.uint32(1 << 16)  # of the encoder, where there are several
+MAX_SIDE_OPS = 7  # of a token
 _DAMAGED = -1
-
-LOWER_BOUND = np.uint64(1 << 31)  # of the coder's state
-WORD = np.uint64(32)
-LOW_WORD = np.uint64(0xFFFFFFFF)
 
 # round(8 log2(1 + i / 64))
 _LOG2_FRACTION = np.array(
@@ -78,11 +88,11 @@ class Models(NamedTuple):
     component_class: np.ndarray  # int32 [H], at this step
     magnitude: np.ndarray  # int64, expected size of a level of each static class in steps / 256
     starts: np.ndarray  # int32 [2 NUM_CLASSES, NUM_SYMBOLS + 1], cumulative frequencies
-    guesses: np.ndarray  # uint8 [2 NUM_CLASSES, 256], see `_first_guesses`
-    num_ids: int  # 0 where ids are not coded
-    id_starts: np.ndarray  # int32 [1, B + 1], cumulative frequencies of the bit length of an id's rank + 1
-    id_guesses: np.ndarray  # uint8 [1, 256]
-    frequency_bits: np.ndarray  # int64, what a symbol of each frequency at PRECISION costs in 1/256 bits, rounded up
+    # Of symbol s of model m in place m * NUM_SYMBOLS + s:
+    spans: np.ndarray  # uint32, start + 2**16 * frequency
+    inverses: np.ndarray  # uint64, `rans.reciprocals`
+    costs: np.ndarray  # int32, 1/256 bits, rounded up
+    guesses: np.ndarray  # uint8 [2 NUM_CLASSES * 2**GUESS_BITS], the first symbol that a slot's upper bits can be
 
 
 class Symbols(NamedTuple):
@@ -92,38 +102,52 @@ class Symbols(NamedTuple):
     is_raw: np.ndarray  # bool [N]
     rms: np.ndarray  # int32 [N]
     finer: np.ndarray  # int32 [N], quarter octaves by which the step is finer
-    id_ranks: np.ndarray  # int32 [N], of ids by frequency
+
+
+class _Token(NamedTuple):
+    """Room for what is known of a token, of P = LANES * ceil(H / LANES) components."""
+
+    statics: np.ndarray  # int32 [P], classes before anything is known of the levels
+    levels: np.ndarray  # int32 [P]
+    trellis: np.ndarray  # int32 [LANES], states
+    expected: np.ndarray  # int32 [2 LARGEST_FINER + 1, P / LANES], `_expect` for each finer that was met
+    is_met: np.ndarray  # bool [2 LARGEST_FINER + 1]
 
 
 def make_models(
-    *,
-    side_classes: np.ndarray,
-    component_class: np.ndarray,
-    magnitude: np.ndarray,
-    starts: np.ndarray,
-    num_ids: int,
-    id_starts: np.ndarray,
+    *, side_classes: np.ndarray, component_class: np.ndarray, magnitude: np.ndarray, starts: np.ndarray
 ) -> Models:
-    """`Models` with their tables; `id_starts` int32 [B + 1], the rest as there."""
-    frequencies = np.arange(1, (1 << PRECISION) + 1)
-    bits = np.concatenate([[0], np.ceil(256 * (PRECISION - np.log2(frequencies)))])
+    """`Models` with their tables; arguments as there. Raises ValueError for side classes that have no model."""
+    if side_classes.min() < FIRST_CLASS or side_classes.max() > LAST_CLASS:
+        raise ValueError(f"side classes go from {FIRST_CLASS} to {LAST_CLASS}, got {side_classes}")
+    frequencies = np.diff(starts, axis=1).reshape(-1).astype(np.int64)
+    slots = np.arange(1 << GUESS_BITS) << (PRECISION - GUESS_BITS)
+    guesses = [np.searchsorted(row[1:], slots, side="right") for row in starts]
     return Models(
         side_classes=side_classes,
         component_class=component_class,
         magnitude=magnitude,
         starts=starts,
-        guesses=_first_guesses(starts),
-        num_ids=num_ids,
-        id_starts=id_starts[None],
-        id_guesses=_first_guesses(id_starts[None]),
-        frequency_bits=bits.astype(np.int64),
+        spans=(starts[:, :-1].reshape(-1) + (frequencies << 16)).astype(np.uint32),
+        inverses=reciprocals(frequencies),
+        costs=np.ceil(256 * (PRECISION - np.log2(frequencies))).astype(np.int32),
+        guesses=np.concatenate(guesses).astype(np.uint8),
     )
 
 
-def _first_guesses(starts: np.ndarray) -> np.ndarray:
-    """For the decoder's search: uint8 [C, 256], the first symbol that a slot with these upper bits can be."""
-    slots = np.arange(256) << (PRECISION - 8)
-    return np.stack([np.searchsorted(row[1:], slots, side="right") for row in starts]).astype(np.uint8)
+@jit
+def num_blocks(num_tokens, width):
+    """Into how many blocks a frame is cut. Block b has the tokens [b N // B, (b + 1) N // B)."""
+    return max(min(num_tokens, num_tokens * width // BLOCK_VALUES), 1)
+
+
+@jit
+def num_states(num_tokens, width):
+    """How many states the coder has in each block of a frame."""
+    values, states = num_tokens // num_blocks(num_tokens, width) * width, 1
+    while states < LANES and values >= 2 * states * VALUES_PER_STATE:
+        states *= 2
+    return states
 
 
 def static_classes(component_class: np.ndarray, finer: np.ndarray) -> np.ndarray:
@@ -134,347 +158,531 @@ def static_classes(component_class: np.ndarray, finer: np.ndarray) -> np.ndarray
 @jit
 def _log2_eighths(value):
     """About 8 log2(value) of a positive int64, rounded; integers only."""
-    exponent = 0
-    rest = value
-    for shift in (32, 16, 8, 4, 2, 1):
-        if rest >> shift:
-            rest >>= shift
-            exponent += shift
-    return 8 * exponent + _LOG2_FRACTION[((value << 6) >> exponent) & 63]
+    exponent, rest = np.uint64(0), np.uint64(value) >> np.uint64(1)
+    while rest:
+        rest >>= np.uint64(1)
+        exponent += np.uint64(1)
+    fraction = ((np.uint64(value) << np.uint64(6)) >> exponent) & np.uint64(63)
+    return np.int32(8 * np.int64(exponent) + _LOG2_FRACTION[fraction])
+
+
+@jit
+def _decayed(total):
+    return total - (total >> ACTIVITY_DECAY) if ACTIVITY_DECAY else total
 
 
 @jit
 def _activity(seen, expected):
-    """How many classes this token's values lie above (or below) what was expected, from sums over it so far."""
-    change = _log2_eighths(seen + ACTIVITY_PRIOR) - _log2_eighths(expected + ACTIVITY_PRIOR)
-    return min(max(change, -48), 48)
+    """How many classes a stripe's values lie above (or below) what was expected, from the sum `seen` over this token's
+    stripes before it, and from `_expect`."""
+    change = _log2_eighths(seen + ACTIVITY_PRIOR) - expected
+    return np.int32(min(max(change, -MAX_ACTIVITY), MAX_ACTIVITY))
 
 
 @jit
-def _clamp_class(index):
-    return min(max(index, FIRST_CLASS), LAST_WIDE_CLASS)
+def _static_classes(component_class, finer, statics):
+    for k in range(component_class.size):
+        statics[k] = min(max(component_class[k] + np.int32(2) * finer, np.int32(FIRST_CLASS)), np.int32(LAST_WIDE_CLASS))
+
+
+@jit
+def _expect(statics, width, magnitude, expected):
+    """Fill `expected` int32 [stripes] with the logarithm of what is expected of the stripes before each."""
+    total = np.int64(0)
+    for stripe in range(expected.size):
+        expected[stripe] = _log2_eighths(total + ACTIVITY_PRIOR)
+        total = _decayed(total)
+        for k in range(stripe * LANES, min((stripe + 1) * LANES, width)):
+            total += magnitude[statics[k] - FIRST_CLASS]
+
+
+@jit
+def _room(width):
+    """A `_Token` before any token."""
+    stripes = (width + LANES - 1) // LANES
+    return _Token(
+        np.full(stripes * LANES, FIRST_CLASS, np.int32),
+        np.zeros(stripes * LANES, np.int32),
+        np.zeros(LANES, np.int32),
+        np.empty((2 * LARGEST_FINER + 1, stripes), np.int32),
+        np.zeros(2 * LARGEST_FINER + 1, np.bool_),
+    )
+
+
+@jit
+def _begin(room, component_class, finer, magnitude):
+    """Make `room` ready for a token; returns what is expected of its stripes."""
+    _static_classes(component_class, np.int32(finer), room.statics)
+    room.trellis[:] = 0
+    i = finer + LARGEST_FINER
+    if not room.is_met[i]:
+        _expect(room.statics, component_class.size, magnitude, room.expected[i])
+        room.is_met[i] = True
+    return room.expected[i]
 
 
 @inlined
-def _class_of(k, component_class, finer, seen, expected, activity):
-    """(static class, class, activity) of component k, from sums over the token's components before it."""
-    if k % ACTIVITY_EVERY == 0:
-        activity = _activity(seen, expected)
-    static = _clamp_class(component_class[k] + 2 * finer)
-    return static, _clamp_class(static + activity), activity
+def _class_of(static, activity):
+    return min(max(static + activity, np.int32(FIRST_CLASS)), np.int32(LAST_WIDE_CLASS))
 
 
 @inlined
-def _add_sizes(seen, expected, level, static, magnitude):
-    """The sums that `_class_of` takes, with a component more."""
-    return seen + (abs(level) << 7), expected + magnitude[static - FIRST_CLASS]
+def _shift_of(index):
+    """The number of low bits of a class's values that no model covers."""
+    return max(index - np.int32(LAST_CLASS - 7), np.int32(0)) >> np.int32(3)
+
+
+@inlined
+def _next_state(state, index):
+    return (state >> np.int32(1)) + np.int32(2) * ((index ^ state) & np.int32(1))
 
 
 @jit
 def classify(levels, component_class, finer, magnitude, classes):
     """Fill `classes` int16 [N, H] with those that `levels` int32 [N, H] are coded in; the rest as in `Models`."""
+    width = levels.shape[1]
+    room = _room(width)
     for t in range(levels.shape[0]):
-        seen = expected = activity = np.int64(0)
-        for k in range(levels.shape[1]):
-            static, index, activity = _class_of(k, component_class, finer[t], seen, expected, activity)
-            classes[t, k] = index
-            seen, expected = _add_sizes(seen, expected, np.int64(levels[t, k]), static, magnitude)
+        expected, seen = _begin(room, component_class, finer[t], magnitude), np.int64(0)
+        for stripe in range(expected.size):
+            activity = _activity(seen, expected[stripe])
+            seen = _decayed(seen)
+            for k in range(stripe * LANES, min((stripe + 1) * LANES, width)):
+                classes[t, k] = _class_of(room.statics[k], activity)
+                seen += np.int64(abs(levels[t, k])) << 7
 
 
 @jit
 def count_symbols(levels, classes, counts):
     """Add to counts int64 [2 NUM_CLASSES, NUM_SYMBOLS] the symbols of `levels` in their classes and quantisers."""
     for t in range(levels.shape[0]):
-        state = 0
+        trellis = np.zeros(LANES, np.int32)
         for k in range(levels.shape[1]):
-            value = index_of_level(np.int64(levels[t, k]), state >> 1)
-            model, shift = _model(classes[t, k], state >> 1)
-            high = (value + ((1 << shift) >> 1)) >> shift
-            counts[model, _symbol(high)] += 1
-            state = NEXT_STATE[state, value & 1]
+            state, level, index = trellis[k % LANES], levels[t, k], np.int32(classes[t, k])
+            quantizer, shift = state >> np.int32(1), _shift_of(index)
+            value = (level + (quantizer if level > 0 else np.int32(0))) >> np.int32(1)
+            high = (value + ((np.int32(1) << shift) >> np.int32(1))) >> shift
+            model = index - np.int32(8) * shift - FIRST_CLASS + quantizer * NUM_CLASSES
+            counts[model, min((high << np.int32(1)) ^ (high >> np.int32(31)), ESCAPE)] += 1
+            trellis[k % LANES] = _next_state(state, value)
 
 
 @inlined
-def _model(index, quantizer):
-    """(model, number of low bits that it does not cover) of a class."""
-    shift = 0 if index <= LAST_CLASS else (index - LAST_CLASS + 7) >> 3
-    return index - 8 * shift - FIRST_CLASS + quantizer * NUM_CLASSES, shift
+def _stripe_symbols(levels, statics, activity, trellis, entries, values, shifts):
+    """A stripe's symbols, as places in the models' tables.
+
+    Returns (sum of the levels' sizes, whether there is more to send); for the latter, `values` has the integers and
+    `shifts` their low bits that the models do not cover.
+    """
+    total, more = np.int32(0), np.int32(0)
+    for lane in range(LANES):
+        index, state, level = _class_of(statics[lane], activity), trellis[lane], levels[lane]
+        shift, quantizer = _shift_of(index), state >> np.int32(1)
+        value = (level + (quantizer if level > np.int32(0) else np.int32(0))) >> np.int32(1)
+        high = (value + ((np.int32(1) << shift) >> np.int32(1))) >> shift
+        symbol = min((high << np.int32(1)) ^ (high >> np.int32(31)), np.int32(ESCAPE))
+        model = index - np.int32(8) * shift - np.int32(FIRST_CLASS) + quantizer * np.int32(NUM_CLASSES)
+        entries[lane] = model * np.int32(NUM_SYMBOLS) + symbol
+        values[lane], shifts[lane] = value, shift
+        more |= shift + ((symbol + np.int32(1)) >> np.int32(6))
+        trellis[lane] = _next_state(state, value)
+        total += abs(level)
+    return total, more != 0
 
 
-@jit
-def _symbol(value):
-    """0, -1, 1, -2, 2, ... to 0, 1, 2, 3, 4, ...; ESCAPE for what is larger."""
-    if value > MAX_SMALL or value < -MAX_SMALL:
-        return ESCAPE
-    return 2 * value if value >= 0 else -2 * value - 1
-
-
-@jit
-def _bit_length(value):
-    length = 0
-    while value:
-        value >>= 1
-        length += 1
-    return length
-
-
-@jit
-def _put(ops, count, start, frequency, precision):
-    """Append one symbol of the coder to `ops` uint16 [., 3]."""
-    ops[count, 0] = start
-    ops[count, 1] = frequency
-    ops[count, 2] = precision
+@inlined
+def _put(rows, count, first, second, third):
+    """Append a row of three."""
+    rows[count, 0], rows[count, 1], rows[count, 2] = first, second, third
     return count + 1
 
 
 @jit
-def _put_bits(ops, count, value, nbits):
-    """Append `nbits` <= 30 bits as they are."""
-    if nbits > 15:
-        count = _put(ops, count, value >> 15, 1, nbits - 15)
-        value, nbits = value & 32767, 15
-    if nbits > 0:
-        count = _put(ops, count, value, 1, nbits)
-    return count
+def _put_more(entries, values, shifts, count, more, num_more):
+    """Append to `more` int32 [., 3] (value, number of bits, lane) what a stripe's symbols leave to send."""
+    for part in (1, 0):
+        for lane in range(count):
+            if entries[lane] & ESCAPE == ESCAPE:
+                high = np.int64(values[lane] + ((1 << shifts[lane]) >> 1)) >> shifts[lane]
+                excess = ((high << 1) ^ (high >> 63)) - ESCAPE
+                bits = (excess >> (part * ESCAPE_BITS)) & ((1 << ESCAPE_BITS) - 1)
+                num_more = _put(more, num_more, bits, ESCAPE_BITS, lane)
+    for lane in range(count):
+        if shifts[lane]:
+            low = (values[lane] + ((1 << shifts[lane]) >> 1)) & ((1 << shifts[lane]) - 1)
+            num_more = _put(more, num_more, low, shifts[lane], lane)
+    return num_more
 
 
 @jit
-def _put_value(ops, count, value, index, quantizer, starts):
-    """Append the symbols of an integer of a class."""
-    model, shift = _model(index, quantizer)
-    half = (1 << shift) >> 1
-    high = (value + half) >> shift
-    row = starts[model]
-    symbol = _symbol(high)
-    count = _put(ops, count, row[symbol], row[symbol + 1] - row[symbol], PRECISION)
+def _put_token(symbols, t, models, room, raw_cost, entries, num_more_of, more, num_more):
+    """A token's symbols into `entries` uint16 [P], and what they leave to send behind the `num_more` of `more`.
+
+    `num_more_of` [stripes] becomes its number by stripe. Returns the new `num_more`; -1 where all that costs more than
+    `raw_cost`.
+    """
+    width, first = models.component_class.size, num_more
+    expected, seen = _begin(room, models.component_class, symbols.finer[t], models.magnitude), np.int64(0)
+    room.levels[:width] = symbols.levels[t]
+    stripe_entries = np.empty(LANES, np.int32)
+    values, shifts = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
+    for stripe in range(expected.size):
+        begin = stripe * LANES
+        activity = _activity(seen, expected[stripe])
+        total, has_more = _stripe_symbols(
+            room.levels[begin:], room.statics[begin:], activity, room.trellis, stripe_entries, values, shifts
+        )
+        entries[begin : begin + LANES] = stripe_entries
+        before = num_more
+        if has_more:
+            num_more = _put_more(stripe_entries, values, shifts, min(LANES, width - begin), more, num_more)
+        num_more_of[stripe] = num_more - before
+        seen = _decayed(seen) + (np.int64(total) << 7)
+    cost = np.int64(width) * (PRECISION << 8)  # a symbol takes no more
+    for i in range(first, num_more):
+        cost += more[i, 1] << 8
+    if cost > raw_cost:
+        cost = np.int64(0)
+        for i in range(first, num_more):
+            cost += more[i, 1] << 8
+        for k in range(width):
+            cost += models.costs[entries[k]]
+        if cost > raw_cost:
+            return -1
+    return num_more
+
+
+@jit
+def _put_side(value, model, starts, ops, count):
+    """Append the symbols of an integer of side information to `ops` int64 [., 3]: start, frequency, precision."""
+    zigzag = (value << 1) ^ (value >> 63)
+    symbol = min(zigzag, ESCAPE)
+    start = starts[model, symbol]
+    count = _put(ops, count, start, starts[model, symbol + 1] - start, PRECISION)
     if symbol == ESCAPE:
-        excess = abs(high) - MAX_SMALL  # >= 1
-        length = _bit_length(excess)
-        count = _put(ops, count, length - 1, 1, 5)
-        rest = excess - (1 << (length - 1))
-        count = _put_bits(ops, count, rest >> 12, max(length - 13, 0))
-        count = _put_bits(ops, count, rest & 4095, min(length - 1, 12))
-        count = _put(ops, count, 1 if high < 0 else 0, 1, 1)
-    if shift > 0:
-        low = (value + half) - (high << shift)
-        count = _put_bits(ops, count, low >> 10, max(shift - 10, 0))
-        count = _put_bits(ops, count, low & 1023, min(shift, 10))
+        count = _put(ops, count, (zigzag - ESCAPE) >> ESCAPE_BITS, 1, ESCAPE_BITS)
+        count = _put(ops, count, (zigzag - ESCAPE) & ((1 << ESCAPE_BITS) - 1), 1, ESCAPE_BITS)
     return count
 
 
 @jit
-def _cost(ops, begin, end, frequency_bits):
-    """Length of symbols in 1/256 bits, rounded up each; `frequency_bits` is that of a frequency at PRECISION."""
-    total = np.int64(0)
-    for i in range(begin, end):
-        if ops[i, 2] == PRECISION:
-            total += frequency_bits[ops[i, 1]]
-        else:
-            total += np.int64(ops[i, 2]) << 8
+def _put_sides(symbols, begin, end, models, ops):
+    """The side information of tokens [begin, end), as in `_put_side`; returns the number of `ops`."""
+    count = 0
+    for t in range(begin, end):
+        if symbols.is_raw[t]:
+            count = _put(ops, count, CODED_FREQUENCY, RAW_FREQUENCY, KIND_PRECISION)
+            continue
+        count = _put(ops, count, 0, CODED_FREQUENCY, KIND_PRECISION)
+        rms_model, finer_model = models.side_classes[0] - FIRST_CLASS, models.side_classes[1] - FIRST_CLASS
+        count = _put_side(np.int64(symbols.rms[t]), rms_model, models.starts, ops, count)
+        count = _put_side(np.int64(symbols.finer[t]), finer_model, models.starts, ops, count)
+    return count
+
+
+@jit
+def _encode_block(symbols, begin, end, models, room, raw_cost, states, words, position):
+    """Encode tokens [begin, end) into `words` before `position`; returns the place of the first word.
+
+    `states` uint32 become those with which the decoder begins.
+    """
+    width, stripes = models.component_class.size, room.expected.shape[1]
+    last_state = np.uint64(states.size - 1)
+    entries = np.empty((end - begin, stripes * LANES), np.uint16)
+    num_more_of = np.empty((end - begin, stripes), np.uint8)
+    more = np.empty((3 * (end - begin) * width, 3), np.int32)  # mostly untouched
+    num_more = 0
+    for t in range(begin, end):
+        if abs(symbols.rms[t]) > LARGEST_RMS or abs(symbols.finer[t]) > LARGEST_FINER:
+            symbols.is_raw[t] = True
+        if not symbols.is_raw[t]:
+            row, row_more = entries[t - begin], num_more_of[t - begin]
+            after = _put_token(symbols, t, models, room, raw_cost, row, row_more, more, num_more)
+            if after < 0:
+                symbols.is_raw[t] = True
+            else:
+                num_more = after
+    for t in range(end - 1, begin - 1, -1):
+        if symbols.is_raw[t]:
+            continue
+        row, row_more = entries[t - begin], num_more_of[t - begin]
+        for stripe in range(stripes - 1, -1, -1):
+            for _ in range(row_more[stripe]):
+                num_more -= 1
+                value, nbits, lane = more[num_more, 0], more[num_more, 1], more[num_more, 2]
+                i = np.uint64(lane) & last_state
+                position = encode_span(value, 1, nbits, i, states, words, position)
+            first = stripe * LANES
+            count = min(LANES, width - first)
+            position = encode_stripe(
+                row[first:], count, last_state, models.spans, models.inverses, states, words, position
+            )
+    ops = np.empty(((end - begin) * MAX_SIDE_OPS, 3), np.int64)
+    for i in range(_put_sides(symbols, begin, end, models, ops) - 1, -1, -1):
+        position = encode_span(ops[i, 0], ops[i, 1], ops[i, 2], np.uint64(0), states, words, position)
+    return position
+
+
+@jit
+def _put_integer(data, at, value, nbytes):
+    for i in range(nbytes):
+        data[at + i] = (np.uint64(value) >> np.uint64(8 * i)) & np.uint64(255)
+    return at + nbytes
+
+
+@jit
+def _put_small(state, words, has_raw):
+    """A frame of one block with one state."""
+    state_nbytes = 3 if state < 1 << 24 and not has_raw else 4
+    at = 7 if has_raw else 0
+    data = np.zeros(at + state_nbytes + 2 * words.size, np.uint8)
+    if has_raw:
+        _put_integer(data, 3, words.size, 4)
+    at = _put_integer(data, at, state, state_nbytes)
+    data[at:] = words.view(np.uint8)
+    return data
+
+
+@jit
+def encode(symbols, models, raw_cost):
+    """`Symbols` to bytes, uint8; the raw tokens' values are the caller's to append, an even number of bytes.
+
+    A token whose values cost more than `raw_cost` (1/256 bits), or whose rms or finer is out of range, is marked in
+    `is_raw` and left out.
+    """
+    num_tokens, width = symbols.levels.shape
+    blocks, num_coders = num_blocks(num_tokens, width), num_states(num_tokens, width)
+    if num_tokens == 0:
+        return np.empty(0, np.uint8)
+    words = np.empty(num_tokens * (4 * width + MAX_SIDE_OPS) + blocks * 2 * num_coders + 1, np.uint16)
+    room, position = _room(width), np.uint64(words.size)
+    lengths, states = np.empty(blocks, np.int64), np.empty(num_coders, np.uint32)
+    for block in range(blocks - 1, -1, -1):
+        begin, end = block * num_tokens // blocks, (block + 1) * num_tokens // blocks
+        states[:] = FIRST_STATE if num_coders > 1 else np.uint32(1)
+        after = position
+        position = _encode_block(symbols, begin, end, models, room, raw_cost, states, words, position)
+        if num_coders == 1:
+            return _put_small(states[0], words[position:], symbols.is_raw.any())
+        position -= np.uint64(2 * num_coders)
+        words[position : position + np.uint64(2 * num_coders)] = states.view(np.uint16)
+        lengths[block] = after - position
+    table_nbytes = 4 * blocks if blocks > 1 else 0
+    rest = words[position:].view(np.uint8)
+    data = np.empty(table_nbytes + rest.size, np.uint8)
+    for block in range(table_nbytes // 4):
+        _put_integer(data, 4 * block, lengths[block], 4)
+    data[table_nbytes:] = rest
+    return data
+
+
+@jit
+def _take_side(model, models, states, words, position, end):
+    """Inverse of `_put_side`: (value, the place of the next word)."""
+    symbol, bases = np.empty(1, np.int32), np.full(1, model * NUM_SYMBOLS, np.uint32)
+    position = take_stripe(bases, 1, np.uint64(0), models.spans, models.guesses, states, words, position, end, symbol)
+    zigzag = np.int64(symbol[0])
+    if zigzag == ESCAPE:
+        high, position = take_bits(ESCAPE_BITS, 0, states, words, position, end)
+        low, position = take_bits(ESCAPE_BITS, 0, states, words, position, end)
+        zigzag += (high << ESCAPE_BITS) + low
+    return (zigzag >> 1) ^ -(zigzag & 1), position
+
+
+@jit
+def _take_sides(symbols, first, last, models, states, words, position, end):
+    """Inverse of `_put_sides`; returns the place of the next word, and whether all is in range."""
+    for t in range(first, last):
+        symbols.rms[t], symbols.finer[t] = 0, 0
+        slot = np.int64(states[0]) & ((1 << KIND_PRECISION) - 1)
+        symbols.is_raw[t] = slot >= CODED_FREQUENCY
+        if symbols.is_raw[t]:
+            _, position = take_bits(KIND_PRECISION, 0, states, words, position, end)
+            continue
+        states[0] = CODED_FREQUENCY * (np.int64(states[0]) >> KIND_PRECISION) + slot
+        if states[0] < 1 << 16 and position < end:
+            states[0] = (np.int64(states[0]) << 16) | np.int64(words[position])
+            position += np.uint64(1)
+        rms, position = _take_side(models.side_classes[0] - FIRST_CLASS, models, states, words, position, end)
+        finer, position = _take_side(models.side_classes[1] - FIRST_CLASS, models, states, words, position, end)
+        if abs(rms) > LARGEST_RMS or abs(finer) > LARGEST_FINER:
+            return position, False
+        symbols.rms[t], symbols.finer[t] = rms, finer
+    return position, True
+
+
+@inlined
+def _stripe_models(statics, activity, trellis, bases, shifts):
+    """The models of a stripe's symbols, and whether any has more to send."""
+    more = np.int32(0)
+    for lane in range(LANES):
+        index = _class_of(statics[lane], activity)
+        shift = _shift_of(index)
+        quantizer = trellis[lane] >> np.int32(1)
+        model = index - np.int32(8) * shift - np.int32(FIRST_CLASS) + quantizer * np.int32(NUM_CLASSES)
+        bases[lane], shifts[lane] = model * np.int32(NUM_SYMBOLS), shift
+        more |= shift
+    return more != 0
+
+
+@inlined
+def _integers(symbols, values):
+    """Whether a stripe has an escape; `values` becomes what its symbols stand for."""
+    largest = np.int32(0)
+    for lane in range(LANES):
+        symbol = symbols[lane]
+        values[lane] = (symbol >> np.int32(1)) ^ -(symbol & np.int32(1))
+        largest |= symbol + np.int32(1)
+    return largest >= np.int32(NUM_SYMBOLS)
+
+
+@inlined
+def _stripe_levels(values, trellis, levels):
+    """A stripe's levels from its integers; returns the sum of their sizes."""
+    total = np.int32(0)
+    for lane in range(LANES):
+        value, state = values[lane], trellis[lane]
+        quantizer = state >> np.int32(1)
+        sign = (np.int32(1) if value > np.int32(0) else np.int32(0)) - (value >> np.int32(31) & np.int32(1))
+        level = np.int32(2) * value - sign * quantizer
+        levels[lane] = level
+        trellis[lane] = _next_state(state, value)
+        total += abs(level)
     return total
 
 
 @jit
-def _put_rank(ops, count, rank, id_starts):
-    """Append an id's rank: the bit length of rank + 1, then its bits but the first."""
-    length = _bit_length(rank + 1)
-    start = id_starts[length - 1]
-    count = _put(ops, count, start, id_starts[length] - start, PRECISION)
-    return _put_bits(ops, count, rank + 1 - (1 << (length - 1)), length - 1)
+def _take_more(symbols, shifts, count, last_state, states, words, position, end, values):
+    """Inverse of `_put_more`; returns the place of the next word, and whether all is in range."""
+    high = np.zeros(LANES, np.int64)
+    for lane in range(count):
+        high[lane] = symbols[lane]
+    for part in (1, 0):
+        for lane in range(count):
+            if symbols[lane] == ESCAPE:
+                i = np.uint64(lane) & last_state
+                bits, position = take_bits(ESCAPE_BITS, i, states, words, position, end)
+                high[lane] += bits << (part * ESCAPE_BITS)
+    fits = True
+    for lane in range(count):
+        value, shift = (high[lane] >> 1) ^ -(high[lane] & 1), np.int64(shifts[lane])
+        if shift:
+            low, position = take_bits(shift, np.uint64(lane) & last_state, states, words, position, end)
+            value = (value << shift) + low - ((1 << shift) >> 1)
+        fits = fits and 2 * abs(value) < MAX_LEVEL
+        values[lane] = value if fits else 0
+    return position, fits
 
 
 @jit
-def _put_token(ops, count, symbols, t, models, raw_cost):
-    """Append a token; returns the end of its symbols, or _TOO_DEAR where its values cost more than `raw_cost`."""
-    levels, starts, finer = symbols.levels[t], models.starts, symbols.finer[t]
-    component_class, magnitude, frequency_bits = models.component_class, models.magnitude, models.frequency_bits
-    count = _put(ops, count, 0, CODED_FREQUENCY, KIND_PRECISION)
-    count = _put_value(ops, count, np.int64(symbols.rms[t]), models.side_classes[0], 0, starts)
-    count = _put_value(ops, count, np.int64(finer), models.side_classes[1], 0, starts)
-    if models.num_ids:
-        count = _put_rank(ops, count, np.int64(symbols.id_ranks[t]), models.id_starts[0])
-    seen = expected = activity = cost = np.int64(0)
-    trellis = 0
-    for k in range(levels.size):
-        static, index, activity = _class_of(k, component_class, finer, seen, expected, activity)
-        level, quantizer = np.int64(levels[k]), trellis >> 1
-        value, before = index_of_level(level, quantizer), count
-        count = _put_value(ops, count, value, index, quantizer, starts)
-        cost += _cost(ops, before, count, frequency_bits)
-        if cost > raw_cost:
-            return _TOO_DEAR
-        trellis = NEXT_STATE[trellis, value & 1]
-        seen, expected = _add_sizes(seen, expected, level, static, magnitude)
-    return count
+def _take_token(symbols, t, models, room, last_state, states, words, position, end):
+    """Inverse of `_put_token`; returns the place of the next word, and whether all is in range."""
+    width = models.component_class.size
+    expected, seen = _begin(room, models.component_class, symbols.finer[t], models.magnitude), np.int64(0)
+    bases, shifts = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
+    found, values = np.zeros(LANES, np.int32), np.empty(LANES, np.int32)
+    for stripe in range(expected.size):
+        begin = stripe * LANES
+        count = min(LANES, width - begin)
+        activity = _activity(seen, expected[stripe])
+        has_more = _stripe_models(room.statics[begin:], activity, room.trellis, bases, shifts)
+        if count < LANES:
+            found[count:] = 0
+        position = take_stripe(
+            bases, count, last_state, models.spans, models.guesses, states, words, position, end, found
+        )
+        if _integers(found, values) or has_more:
+            position, fits = _take_more(found, shifts, count, last_state, states, words, position, end, values)
+            if not fits:
+                return position, False
+        total = _stripe_levels(values, room.trellis, room.levels[begin:])
+        seen = _decayed(seen) + (np.int64(total) << 7)
+    symbols.levels[t] = room.levels[:width]
+    return position, True
 
 
 @jit
-def _to_words(ops, count, words):
-    """The coder: the first `count` of `ops` to uint32 `words`, in the order in which they are read. Returns their
-    number."""
-    state, num_words = LOWER_BOUND, 0
-    for i in range(count - 1, -1, -1):
-        start, frequency = np.uint64(ops[i, 0]), np.uint64(ops[i, 1])
-        precision = np.uint64(ops[i, 2])
-        if state >= ((LOWER_BOUND >> precision) << WORD) * frequency:
-            words[num_words] = np.uint32(state & LOW_WORD)
-            num_words += 1
-            state >>= WORD
-        quotient = state // frequency
-        state = (quotient << precision) + (state - quotient * frequency) + start
-    words[num_words] = np.uint32(state & LOW_WORD)
-    words[num_words + 1] = np.uint32(state >> WORD)
-    num_words += 2
-    for i in range(num_words // 2):
-        other = num_words - 1 - i
-        words[i], words[other] = words[other], words[i]
-    return num_words
-
-
-@jit
-def encode(symbols, models, raw_cost, ops, words):
-    """`Symbols` to uint32 `words`; returns their number, or why there are none yet.
-
-    A token whose values cost more than `raw_cost` (1/256 bits) is marked in `is_raw`. What follows was predicted from
-    it, so ENCODE_AGAIN says that the caller must quantise anew. OPS_FULL asks for more room in `ops` uint16 [., 3].
-    """
-    count, num_marked = 0, 0
-    for t in range(symbols.levels.shape[0]):
-        if count + 17 * symbols.levels.shape[1] + 64 > ops.shape[0]:
-            return OPS_FULL
-        if not symbols.is_raw[t]:
-            end = _put_token(ops, count, symbols, t, models, raw_cost)
-            if end == _TOO_DEAR:
-                symbols.is_raw[t] = True
-                num_marked += 1
-            else:
-                count = end
+def _decode_block(symbols, first, last, models, room, states, words, position, end):
+    """Inverse of `_encode_block` from words [position, end); returns the place of the next word, or the end + 1."""
+    start_state = FIRST_STATE if states.size > 1 else np.uint32(1)
+    last_state = np.uint64(states.size - 1)
+    position, fits = _take_sides(symbols, first, last, models, states, words, position, end)
+    if not fits:
+        return end + np.uint64(1)
+    for t in range(first, last):
         if symbols.is_raw[t]:
-            count = _put(ops, count, CODED_FREQUENCY, RAW_FREQUENCY, KIND_PRECISION)
-    if num_marked:
-        return ENCODE_AGAIN
-    return _to_words(ops, count, words)
-
-
-@inlined
-def _advance(state, position, words, start, frequency, precision):
-    """The state without its last symbol, and the position of the next word; words that are missing read as 0."""
-    mask = (np.uint64(1) << np.uint64(precision)) - np.uint64(1)
-    state = np.uint64(frequency) * (state >> np.uint64(precision)) + (state & mask) - np.uint64(start)
-    if state < LOWER_BOUND:
-        state <<= WORD
-        if position < words.size:
-            state |= np.uint64(words[position])
-        position += 1
-    return state, position
-
-
-@jit
-def _take_bits(state, position, words, nbits):
-    value = np.int64(0)
-    while nbits > 0:
-        part = nbits - 15 if nbits > 15 else nbits
-        slot = np.int64(state & ((np.uint64(1) << np.uint64(part)) - np.uint64(1)))
-        state, position = _advance(state, position, words, slot, 1, part)
-        value = (value << part) | slot
-        nbits -= part
-    return value, state, position
-
-
-@inlined
-def _take_symbol(state, position, words, starts, guesses, index):
-    slot = np.int64(state & np.uint64((1 << PRECISION) - 1))
-    symbol = np.int64(guesses[index, slot >> (PRECISION - 8)])
-    while starts[index, symbol + 1] <= slot:
-        symbol += 1
-    start = starts[index, symbol]
-    state, position = _advance(state, position, words, start, starts[index, symbol + 1] - start, PRECISION)
-    return symbol, state, position
-
-
-@jit
-def _take_value(state, position, words, index, quantizer, starts, guesses):
-    """Inverse of `_put_value`."""
-    model, shift = _model(index, quantizer)
-    symbol, state, position = _take_symbol(state, position, words, starts, guesses, model)
-    if symbol == ESCAPE:
-        length, state, position = _take_bits(state, position, words, 5)
-        rest, state, position = _take_bits(state, position, words, max(length - 12, 0))
-        low, state, position = _take_bits(state, position, words, min(length, 12))
-        high = (np.int64(1) << length) + (rest << 12) + low + MAX_SMALL
-        is_negative, state, position = _take_bits(state, position, words, 1)
-        if is_negative:
-            high = -high
-    else:
-        high = np.int64(symbol >> 1) if symbol % 2 == 0 else -np.int64((symbol + 1) >> 1)
-    if shift:
-        top, state, position = _take_bits(state, position, words, max(shift - 10, 0))
-        low, state, position = _take_bits(state, position, words, min(shift, 10))
-        high = (high << shift) + (top << 10) + low - ((1 << shift) >> 1)
-    return high, state, position
-
-
-@inlined
-def _take_rank(state, position, words, models):
-    """Inverse of `_put_rank`."""
-    length, state, position = _take_symbol(state, position, words, models.id_starts, models.id_guesses, 0)
-    rank, state, position = _take_bits(state, position, words, length)
-    return rank + (np.int64(1) << length) - 1, state, position
-
-
-@jit
-def _take_token(state, position, words, symbols, t, models):
-    """Inverse of `_put_token`, behind what says that the token is not raw; the position is _DAMAGED where no encoder
-    can have written it."""
-    levels, starts, guesses = symbols.levels[t], models.starts, models.guesses
-    component_class, magnitude = models.component_class, models.magnitude
-    rms, state, position = _take_value(state, position, words, models.side_classes[0], 0, starts, guesses)
-    finer, state, position = _take_value(state, position, words, models.side_classes[1], 0, starts, guesses)
-    if abs(rms) > LARGEST_RMS or abs(finer) > LARGEST_FINER or position > words.size:
-        return state, _DAMAGED
-    symbols.rms[t], symbols.finer[t] = rms, finer
-    if models.num_ids:
-        rank, state, position = _take_rank(state, position, words, models)
-        if rank >= models.num_ids:
-            return state, _DAMAGED
-        symbols.id_ranks[t] = rank
-    seen = expected = activity = np.int64(0)
-    trellis = 0
-    for k in range(levels.size):
-        static, index, activity = _class_of(k, component_class, finer, seen, expected, activity)
-        quantizer = trellis >> 1
-        value, state, position = _take_value(state, position, words, index, quantizer, starts, guesses)
-        level = level_of_index(value, quantizer)
-        if abs(level) >= MAX_LEVEL:
-            return state, _DAMAGED
-        levels[k] = level
-        trellis = NEXT_STATE[trellis, value & 1]
-        seen, expected = _add_sizes(seen, expected, level, static, magnitude)
-    return state, position
-
-
-@jit
-def decode(words, models, symbols):
-    """Inverse of `encode`, into `symbols`; returns the number of words that were used, or -1 where they cannot be a
-    frame's.
-
-    Every value that is written is in the range that `encode` can have been given.
-    """
-    if words.size < 2:
-        return _DAMAGED
-    state, position = (np.uint64(words[0]) << WORD) | np.uint64(words[1]), np.int64(2)
-    if state < LOWER_BOUND:
-        return _DAMAGED
-    for t in range(symbols.levels.shape[0]):
-        symbols.is_raw[t] = np.int64(state & np.uint64((1 << KIND_PRECISION) - 1)) >= CODED_FREQUENCY
-        if symbols.is_raw[t]:
-            state, position = _advance(state, position, words, CODED_FREQUENCY, RAW_FREQUENCY, KIND_PRECISION)
             symbols.levels[t] = 0
             continue
-        state, position = _advance(state, position, words, 0, CODED_FREQUENCY, KIND_PRECISION)
-        state, position = _take_token(state, position, words, symbols, t, models)
-        if position < 0:
-            return _DAMAGED
-    if state != LOWER_BOUND or position > words.size:
-        return _DAMAGED
+        position, fits = _take_token(symbols, t, models, room, last_state, states, words, position, end)
+        if not fits:
+            return end + np.uint64(1)
+    for i in range(states.size):
+        if states[i] != start_state:
+            return end + np.uint64(1)
     return position
+
+
+@jit
+def _words_of(data):
+    """uint16 words of bytes, and one more that is not read for its value."""
+    words = np.zeros(data.size // 2 + 1, np.uint16)
+    words.view(np.uint8)[: data.size] = data
+    return words
+
+
+@jit
+def _take_integer(data, at, nbytes):
+    value = np.int64(0)
+    for i in range(nbytes):
+        value |= np.int64(data[at + i]) << (8 * i)
+    return value
+
+
+@jit
+def _decode_small(data, models, symbols):
+    """A frame of one block with one state."""
+    at, state_nbytes, end = 0, 3 if data.size % 2 else 4, data.size
+    if data.size >= 3 and state_nbytes == 3 and _take_integer(data, 0, 3) == 0:
+        if data.size < 11:
+            return _DAMAGED
+        at, state_nbytes = 7, 4
+        end = 11 + 2 * _take_integer(data, 3, 4)
+    if data.size < at + state_nbytes or end > data.size:
+        return _DAMAGED
+    states = np.full(1, _take_integer(data, at, state_nbytes), np.uint32)
+    words = _words_of(data[at + state_nbytes : end])
+    num_words, width = np.uint64(words.size - 1), symbols.levels.shape[1]
+    used = _decode_block(
+        symbols, 0, symbols.levels.shape[0], models, _room(width), states, words, np.uint64(0), num_words
+    )
+    return end if used == num_words and symbols.is_raw.any() == (at == 7) else _DAMAGED
+
+
+@jit
+def decode(data, models, symbols):
+    """Inverse of `encode`, into `symbols`, from uint8 `data` behind which anything may follow that `encode` lets follow.
+
+    Returns the number of bytes that were used, or -1 where no encoder can have written them. Every value that is
+    written is in the range that `encode` can have been given.
+    """
+    num_tokens, width = symbols.levels.shape
+    blocks, num_coders = num_blocks(num_tokens, width), num_states(num_tokens, width)
+    if num_tokens == 0:
+        return 0
+    if num_coders == 1:
+        return _decode_small(data, models, symbols)
+    at = 4 * blocks if blocks > 1 else 0
+    room, states = _room(width), np.empty(num_coders, np.uint32)
+    for block in range(blocks):
+        first, last = block * num_tokens // blocks, (block + 1) * num_tokens // blocks
+        length = _take_integer(data, 4 * block, 4) if blocks > 1 and data.size >= at else (data.size - at) // 2
+        if length < 2 * num_coders or 2 * length > data.size - at:
+            return _DAMAGED
+        words = _words_of(data[at : at + 2 * length])
+        states[:] = words[: 2 * num_coders].view(np.uint32)
+        begin, end = np.uint64(2 * num_coders), np.uint64(length)
+        used = _decode_block(symbols, first, last, models, room, states, words, begin, end)
+        if used > end or (blocks > 1 and used != end):
+            return _DAMAGED
+        at += 2 * np.int64(used)
+    return at
