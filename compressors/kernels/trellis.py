@@ -37,13 +37,14 @@ class Prices(NamedTuple):
     rates: np.ndarray  # float32 [C, 2, S], of index magnitudes in each class and quantiser, squared half steps
 
 
-# The loops over LANES run on slices: there the compiler sees that no index is negative, and makes vectors of the lanes.
+# The loops over lanes run on slices, where the compiler sees that no index is negative, and over the size of one, which
+# it does not know to be LANES: it would unroll them instead of making vectors of the lanes.
 # A stripe has 4 rows of LANES: of an even and an odd index in the first quantiser, then in the second.
 
 
 @inlined
 def _stripe_errors(target, class_row, limit, costs, entries):
-    for lane in range(LANES):
+    for lane in range(class_row.size):
         size, row = abs(target[lane]), class_row[lane]
         even0 = FOUR * np.floor(QUARTER * size + HALF)
         odd0 = FOUR * np.floor(QUARTER * size) + TWO
@@ -65,7 +66,7 @@ def _errors(target, class_rows, limit, costs, entries):
     """Squared errors of the nearest level of each parity and quantiser, and their places in the rates."""
     for stripe in range(target.size // LANES):
         part, wide = target[stripe * LANES :][:LANES], costs[stripe * 4 * LANES :][: 4 * LANES]
-        _stripe_errors(part, class_rows[stripe * LANES :], limit, wide, entries[stripe * 4 * LANES :])
+        _stripe_errors(part, class_rows[stripe * LANES :][:LANES], limit, wide, entries[stripe * 4 * LANES :][: 4 * LANES])
 
 
 @jit
@@ -78,7 +79,7 @@ def _add_rates(costs, entries, rates):
 def _stripe_advance(costs, paths, decisions):
     """One step of the search in all lanes. `paths` float32 [4 LANES] is what reaching each state costs; bit s of a
     lane's decision says that state s is reached from the second of its two predecessors."""
-    for lane in range(LANES):
+    for lane in range(decisions.size):
         even0, odd0 = costs[lane], costs[lane + LANES]
         even1, odd1 = costs[lane + 2 * LANES], costs[lane + 3 * LANES]
         path0, path1 = paths[lane], paths[lane + LANES]
@@ -107,7 +108,7 @@ def _stripe_advance(costs, paths, decisions):
 @jit
 def _advance(costs, paths, decisions):
     for stripe in range(decisions.size // LANES):
-        _stripe_advance(costs[stripe * 4 * LANES :], paths, decisions[stripe * LANES :])
+        _stripe_advance(costs[stripe * 4 * LANES :][: 4 * LANES], paths, decisions[stripe * LANES :][:LANES])
 
 
 @jit
@@ -121,7 +122,7 @@ def _best_states(paths, states):
 @inlined
 def _stripe_walk_back(target, decisions, states, levels):
     """A stripe's levels, and in `states` int32 [LANES], the states after it, those before it."""
-    for lane in range(LANES):
+    for lane in range(states.size):
         state, value = states[lane], target[lane]
         size = abs(value)
         second = (decisions[lane] >> state) & np.int32(1)
