@@ -33,12 +33,13 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{NUM_TOKENS} tokens, {arguments.rounds} rounds, one thread; ns per value")
-    print(f"{'H':>6}{'bits/value':>12}{'quantise':>10}{'encode':>10}{'decode':>10}{'rebuild':>9}{'transforms':>12}{'ratio':>8}")
+    names = ("quantise", "encode", "decode", "rebuild", "transforms", "ratio")
+    print(f"{'H':>6}{'bits/value':>12}" + "".join(f"{name:>12}" for name in names))
     for width in arguments.hidden_sizes:
         bits, quantize, encode, decode, rebuild, transforms = measure(width, arguments.rounds)
         ratio = (quantize + encode + decode + rebuild) / transforms
-        times = f"{quantize:10.1f}{encode:10.1f}{decode:10.1f}{rebuild:9.1f}{transforms:12.1f}"
-        print(f"{width:6d}{bits:12.3f}{times}{ratio:8.2f}")
+        times = "".join(f"{time:12.1f}" for time in (quantize, encode, decode, rebuild, transforms))
+        print(f"{width:6d}{bits:12.3f}{times}{ratio:12.2f}")
     return 0
 
 

@@ -183,7 +183,9 @@ def _activity(seen, expected):
 @jit
 def _static_classes(component_class, finer, statics):
     for k in range(component_class.size):
-        statics[k] = min(max(component_class[k] + np.int32(2) * finer, np.int32(FIRST_CLASS)), np.int32(LAST_WIDE_CLASS))
+        statics[k] = min(
+            max(component_class[k] + np.int32(2) * finer, np.int32(FIRST_CLASS)), np.int32(LAST_WIDE_CLASS)
+        )
 
 
 @jit
@@ -273,11 +275,11 @@ def count_symbols(levels, classes, counts):
 
 
 @inlined
-def _stripe_symbols(levels, statics, activity, trellis, entries, values, shifts):
-    """A stripe's symbols, as places in the models' tables.
+def _stripe_symbols(levels, statics, activity, trellis, found):
+    """Fill `found` int32 [3 LANES] with a stripe's symbols, as places in the models' tables, then the integers, then
+    the number of their low bits that the models do not cover.
 
-    Returns (sum of the levels' sizes, whether there is more to send); for the latter, `values` has the integers and
-    `shifts` their low bits that the models do not cover.
+    Returns (sum of the levels' sizes, whether there is more to send than symbols).
     """
     total, more = np.int32(0), np.int32(0)
     for lane in range(trellis.size):
@@ -287,8 +289,8 @@ def _stripe_symbols(levels, statics, activity, trellis, entries, values, shifts)
         high = (value + ((np.int32(1) << shift) >> np.int32(1))) >> shift
         symbol = min((high << np.int32(1)) ^ (high >> np.int32(31)), np.int32(ESCAPE))
         model = index - np.int32(8) * shift - np.int32(FIRST_CLASS) + quantizer * np.int32(NUM_CLASSES)
-        entries[lane] = model * np.int32(NUM_SYMBOLS) + symbol
-        values[lane], shifts[lane] = value, shift
+        found[lane] = model * np.int32(NUM_SYMBOLS) + symbol
+        found[lane + LANES], found[lane + 2 * LANES] = value, shift
         more |= shift + ((symbol + np.int32(1)) >> np.int32(6))
         trellis[lane] = _next_state(state, value)
         total += abs(level)
@@ -303,8 +305,9 @@ def _put(rows, count, first, second, third):
 
 
 @jit
-def _put_more(entries, values, shifts, count, more, num_more):
+def _put_more(found, count, more, num_more):
     """Append to `more` int32 [., 3] (value, number of bits, lane) what a stripe's symbols leave to send."""
+    entries, values, shifts = found[:LANES], found[LANES : 2 * LANES], found[2 * LANES :]
     for part in (1, 0):
         for lane in range(count):
             if entries[lane] & ESCAPE == ESCAPE:
@@ -329,18 +332,15 @@ def _put_token(symbols, t, models, room, raw_cost, entries, num_more_of, more, n
     width, first = models.component_class.size, num_more
     expected, seen = _begin(room, models.component_class, symbols.finer[t], models.magnitude), np.int64(0)
     room.levels[:width] = symbols.levels[t]
-    stripe_entries = np.empty(LANES, np.int32)
-    values, shifts = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
+    found = np.empty(3 * LANES, np.int32)
     for stripe in range(expected.size):
         begin = stripe * LANES
         activity = _activity(seen, expected[stripe])
-        total, has_more = _stripe_symbols(
-            room.levels[begin:], room.statics[begin:], activity, room.trellis, stripe_entries, values, shifts
-        )
-        entries[begin : begin + LANES] = stripe_entries
+        total, has_more = _stripe_symbols(room.levels[begin:], room.statics[begin:], activity, room.trellis, found)
+        entries[begin : begin + LANES] = found[:LANES]
         before = num_more
         if has_more:
-            num_more = _put_more(stripe_entries, values, shifts, min(LANES, width - begin), more, num_more)
+            num_more = _put_more(found, min(LANES, width - begin), more, num_more)
         num_more_of[stripe] = num_more - before
         seen = _decayed(seen) + (np.int64(total) << 7)
     cost = np.int64(width) * (PRECISION << 8)  # a symbol takes no more
@@ -665,7 +665,7 @@ def _decode_small(data, models, symbols):
 
 @jit
 def decode(data, models, symbols):
-    """Inverse of `encode`, into `symbols`, from uint8 `data` behind which anything may follow that `encode` lets follow.
+    """Inverse of `encode`, into `symbols`, from uint8 `data`. The raw tokens' values may follow there.
 
     Returns the number of bytes that were used, or -1 where no encoder can have written them. Every value that is
     written is in the range that `encode` can have been given.

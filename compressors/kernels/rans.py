@@ -12,7 +12,7 @@ import numpy as np
 
 from compressors.kernels.bits import inlined, jit
 
-__all__ = ["PRECISION", "encode_bits", "encode_span", "encode_stripe", "reciprocals", "take_bits", "take_stripe"]
+__all__ = ["GUESS_BITS", "PRECISION", "encode_span", "encode_stripe", "reciprocals", "take_bits", "take_stripe"]
 
 PRECISION = 15  # bits of a model's frequencies
 LOWER_BOUND = np.uint64(1 << 16)  # of a state; one that starts at 1 grows to it
