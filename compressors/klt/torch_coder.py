@@ -59,7 +59,7 @@ class Models(NamedTuple):
     component_class: torch.Tensor  # [H], at this step
     magnitude: torch.Tensor  # expected size of a level of each static class in steps / 256
     class_shifts: torch.Tensor  # of each class: how many low bits are sent as they are,
-    class_models: torch.Tensor  # and the model of the rest in the first quantiser
+    class_models: torch.Tensor  # [2, classes] and the model of the rest in each quantiser
     # Of symbol s of model m in place m * NUM_SYMBOLS + s, an *entry*:
     starts: torch.Tensor
     frequencies: torch.Tensor
@@ -146,7 +146,7 @@ def make_models(
         component_class=component_class.long(),
         magnitude=magnitude.long(),
         class_shifts=shifts,
-        class_models=classes - 8 * shifts - FIRST_CLASS,
+        class_models=torch.stack([classes - 8 * shifts - FIRST_CLASS + second * NUM_CLASSES for second in (0, 1)]),
         starts=starts[:, :-1].long().flatten(),
         frequencies=frequencies,
         costs=(256 * (PRECISION - frequencies.cpu().double().log2())).ceil().long().to(device),
@@ -196,8 +196,6 @@ def _is_component(width: int, device: torch.device) -> torch.Tensor:
 
 def _sums_before(sums: torch.Tensor) -> torch.Tensor:
     """Of [N, S]: of the stripes before each, those longer ago counting less."""
-    if not ACTIVITY_DECAY:
-        return sums.cumsum(1) - sums
     total, before = torch.zeros_like(sums[:, 0]), []
     for stripe_sums in sums.unbind(1):
         before.append(total)
@@ -206,7 +204,7 @@ def _sums_before(sums: torch.Tensor) -> torch.Tensor:
 
 
 def _decayed(total: torch.Tensor) -> torch.Tensor:
-    return total - (total >> ACTIVITY_DECAY) if ACTIVITY_DECAY else total
+    return total - (total >> ACTIVITY_DECAY)
 
 
 def _static_classes(models: Models, finer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,7 +270,7 @@ def _level_operations(symbols: Symbols, models: Models) -> tuple[_Operations, to
     is_second, indices = _walk(levels)
     shifts = models.class_shifts[classes]
     rounded = indices + ((1 << shifts) >> 1)
-    entries, escaped = _entries(models.class_models[classes] + NUM_CLASSES * is_second, rounded >> shifts)
+    entries, escaped = _entries(models.class_models[is_second, classes], rounded >> shifts)
     is_component = _is_component(symbols.levels.shape[1], levels.device)
     bits = torch.stack([*_escape_bits(escaped), rounded & ((1 << shifts) - 1)], 2)
     precisions = torch.stack([*2 * [ESCAPE_BITS * (escaped >= 0)], shifts], 2)
@@ -287,14 +285,12 @@ def _level_operations(symbols: Symbols, models: Models) -> tuple[_Operations, to
 
 def _walk(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Whether each of levels [N, S, LANES] is of the second quantiser (0 or 1), and its index there."""
-    trellis, walked = torch.zeros_like(levels[:, 0]), []
+    trellis, seconds, indices = torch.zeros_like(levels[:, 0]), [], []
     for stripe in levels.unbind(1):
-        is_second = trellis >> 1
-        index = (stripe + is_second * (stripe > 0)) >> 1
-        trellis = _next_states(trellis, index)
-        walked.append((is_second, index))
-    is_second, indices = zip(*walked, strict=True)
-    return torch.stack(is_second, 1), torch.stack(indices, 1)
+        seconds.append(trellis >> 1)
+        indices.append((stripe + seconds[-1] * (stripe > 0)) >> 1)
+        trellis = _next_states(trellis, indices[-1])
+    return torch.stack(seconds, 1), torch.stack(indices, 1)
 
 
 def _entries(coder_models: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -321,25 +317,22 @@ def _row_of_levels(operations: _Operations, layout: _Layout, row: int, is_coded:
 def _side_operations(symbols: Symbols, models: Models, layout: _Layout) -> _Operations:
     """The operations [steps, B, C] of all tokens' side information, which the first of C states has."""
     is_raw = symbols.is_raw
-    kinds = [_Operations(is_raw * CODED_FREQUENCY, torch.where(is_raw, RAW_FREQUENCY, CODED_FREQUENCY), KIND_PRECISION)]
+    nothing = torch.zeros_like(symbols.rms, dtype=torch.int64)
+    flag_frequencies = torch.where(is_raw, RAW_FREQUENCY, CODED_FREQUENCY)
+    kinds = [_Operations(is_raw * CODED_FREQUENCY, flag_frequencies, nothing + KIND_PRECISION)]
     for model, value in zip(models.side_models, (symbols.rms, symbols.finer), strict=True):
-        entries, escaped = _entries(model, torch.where(is_raw, 0, value.long()))
+        entries, escaped = _entries(model, value.long())
         kinds.append(_Operations(models.starts[entries], models.frequencies[entries], PRECISION * ~is_raw))
-        kinds += [_Operations(bits, 1, ESCAPE_BITS * (escaped >= 0)) for bits in _escape_bits(escaped)]
+        for bits in _escape_bits(escaped):
+            kinds.append(_Operations(bits, nothing + 1, ESCAPE_BITS * (~is_raw & (escaped >= 0))))
     starts, frequencies, precisions = (
-        torch.stack([torch.as_tensor(part, device=is_raw.device).expand_as(is_raw) for part in parts])[:, layout.tokens]
+        torch.nn.functional.pad(
+            torch.stack(parts)[:, layout.tokens].transpose(0, 1).flatten(0, 1)[..., None], (0, layout.num_states - 1)
+        )
         for parts in zip(*kinds, strict=True)
     )
-    operations = _Operations(starts, frequencies, precisions * layout.is_there)  # [kinds, M, B]
-    missing = layout.num_states - 1
-    return _only_some(
-        _Operations(
-            *(
-                torch.nn.functional.pad(part.movedim(1, 0).flatten(0, 1)[..., None], (0, missing), value=value)
-                for part, value in zip(operations, (0, 1, 0), strict=True)
-            )
-        )
-    )
+    is_there = layout.is_there.repeat_interleave(len(kinds), 0)[..., None]
+    return _only_some(_Operations(starts, frequencies, precisions * is_there))
 
 
 def _only_some(operations: _Operations) -> _Operations:
@@ -589,7 +582,7 @@ def _take_stripe(
     is_active = stripe.is_active
     classes = _classes(stripe.statics, seen, stripe.expected, models)
     is_second, shifts = trellis >> 1, models.class_shifts[classes]
-    coder_models = models.class_models[classes] + NUM_CLASSES * is_second
+    coder_models = models.class_models[is_second, classes]
     tape, entries = _in_rounds(functools.partial(_take_symbols, source, models), tape, coder_models, is_active)
     codes = entries % NUM_SYMBOLS
     index = _unzigzag(codes)
@@ -692,13 +685,13 @@ def _walk_back(paths: torch.Tensor, decisions: list[torch.Tensor]) -> tuple[torc
     reached from the second of its two predecessors.
     """
     state = (paths == 0).long().mul(torch.tensor([4, 3, 2, 1], device=paths.device)[:, None]).argmax(1, keepdim=True)
-    choices = []
+    seconds, odds = [], []
     for decision in reversed(decisions):
-        from_second, second = decision.gather(1, state).long(), state & 1
-        choices.append((second, from_second ^ (state >> 1)))
-        state = 2 * second + from_second
-    second, odd = zip(*reversed(choices), strict=True)
-    return torch.cat(second, 1), torch.cat(odd, 1)
+        from_second = decision.gather(1, state).long()
+        seconds.append(state & 1)
+        odds.append(from_second ^ (state >> 1))
+        state = 2 * seconds[-1] + from_second
+    return torch.cat(seconds[::-1], 1), torch.cat(odds[::-1], 1)
 
 
 def reconstruct(
