@@ -42,7 +42,7 @@ from compressors.kernels.trellis import LANES, LARGEST_COMPONENT, MAX_LEVEL, UNR
 
 __all__ = ["Models", "Symbols", "decode", "encode", "make_models", "quantize", "reconstruct"]
 
-CHUNK = 64  # stripes
+CHUNK = 8  # stripes
 LOG2_STEPS = (3, 9, 16, 23, 31, 40, 51, 61)  # 64ths above 1 at which about 8 log2 becomes 1, 2, ..., 8
 STATE_BITS, WORD_BITS = 32, 16
 LOWER_BOUND = 1 << 16  # of a state; one that starts at 1 grows to it
