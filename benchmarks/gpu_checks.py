@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from compressors import LinkInfo, Payload, make_compressor
@@ -43,6 +44,7 @@ SPECS = [
 ]
 # Sums and choices among equals whose order a library settles: a mean over the frame, means of tiles, top-k.
 INEXACT = ("nested", "block_rowcol_mean", "topk", "outlier")
+NO_RAW_COST = 1 << 40  # 1/256 bits of a token of klt
 TIMED = ("none", "bf16", "fp8_e4m3", "int8", "int4", "nf4", "mxfp4", "hqq4", "hadamard(int4)", "topk(density=0.1)")
 
 
@@ -430,6 +432,95 @@ def _random_calibration(rows: torch.Tensor, device: torch.device) -> Any:
     )
 
 
+def klt_coder(device: torch.device, figures: Figures) -> None:
+    """klt's quantiser and entropy coder in PyTorch on the device, and Numba's on one thread of the host: the same
+    levels and bytes, and how fast each is."""
+    num_tokens, width = (1024, 5120) if device.type == "cuda" else (4, 90)
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.linspace(20, -16, width).int()
+    values = torch.empty(2, num_tokens, width).exponential_(generator=generator).diff(dim=0)[0] * 2 ** (classes / 8)
+    host, there = _calls_of_numba(values, classes), _calls_of_torch(values, classes, device)
+    levels, levels_there = host["quantise"](), there["quantise"]()
+    assert np.array_equal(levels_there.cpu().numpy(), levels), "levels differ from the host's"
+    frame, frame_there = host["encode"](), there["encode"]()
+    assert np.array_equal(frame_there.cpu().numpy(), frame), "bytes differ from the host's"
+    assert torch.equal(there["decode"](), levels_there), "the levels do not come back"
+    figures["bits_per_value"] = 8 * frame.size / values.numel()
+    for name in host:
+        figures[f"{name}, tokens_per_s"] = {
+            "numba on the host": num_tokens / _median_s(host[name], torch.device("cpu"), 3),
+            f"torch on {device.type}": num_tokens / _median_s(there[name], device, 3),
+        }
+
+
+def _coder_tables(classes: torch.Tensor) -> dict[str, torch.Tensor]:
+    from compressors.klt.models import prior_models
+
+    return {"side_classes": torch.zeros(2, dtype=torch.int32), "component_class": classes, **prior_models()}
+
+
+def _calls_of_numba(values: torch.Tensor, classes: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """What klt does with `values` float32 [N, H] of `classes` int32 [H]. Each call needs the result of that before."""
+    from compressors.kernels import klt as kernels
+    from compressors.kernels import trellis
+    from compressors.klt.codec import trellis_rates
+
+    models = kernels.make_models(**{name: table.numpy() for name, table in _coder_tables(classes).items()})
+    prices = trellis.Prices(models.component_class - kernels.FIRST_CLASS, trellis_rates(models.starts))
+    num_tokens, y = len(values), values.numpy()
+    sent, received = (
+        kernels.Symbols(
+            np.empty(y.shape, np.int32), np.zeros(num_tokens, np.bool_), *np.zeros((2, num_tokens), np.int32)
+        )
+        for _ in range(2)
+    )
+    unpredicted, steps, frames = np.zeros_like(y), np.ones(num_tokens, np.float32), []
+
+    def quantize() -> np.ndarray:
+        trellis.quantize(y, unpredicted, steps, sent.finer, prices, sent.levels, sent.is_raw)
+        return sent.levels
+
+    def encode() -> np.ndarray:
+        frames[:] = [kernels.encode(sent, models, NO_RAW_COST)]
+        return frames[0]
+
+    def decode() -> np.ndarray:
+        assert kernels.decode(frames[0], models, received) == frames[0].size, "Numba refuses its own frame"
+        return received.levels
+
+    return {"quantise": quantize, "encode": encode, "decode": decode}
+
+
+def _calls_of_torch(values: torch.Tensor, classes: torch.Tensor, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """The same on the device."""
+    from compressors.kernels.klt import FIRST_CLASS
+    from compressors.klt import torch_coder
+    from compressors.klt.codec import trellis_rates
+
+    tables = _coder_tables(classes)
+    models = torch_coder.make_models(**{name: table.to(device) for name, table in tables.items()})
+    rates = torch.from_numpy(trellis_rates(tables["starts"].numpy())).to(device)
+    num_tokens, y = len(values), values.to(device)
+    steps, zeros = torch.ones(num_tokens, device=device), torch.zeros(num_tokens, dtype=torch.int32, device=device)
+    sent = torch_coder.Symbols(torch.empty_like(y).int(), zeros.bool(), zeros, zeros)
+    unpredicted, rate_classes, frames = torch.zeros_like(y), models.component_class - FIRST_CLASS, []
+
+    def quantize() -> torch.Tensor:
+        levels = torch_coder.quantize(y, unpredicted, steps, zeros, rate_classes, rates, sent.is_raw)
+        return sent.levels.copy_(levels)
+
+    def encode() -> torch.Tensor:
+        frames[:] = [torch_coder.encode(sent, models, NO_RAW_COST)]
+        return frames[0]
+
+    def decode() -> torch.Tensor:
+        symbols, num_bytes = torch_coder.decode(frames[0], models, num_tokens)
+        assert num_bytes == len(frames[0]), "PyTorch refuses its own frame"
+        return symbols.levels
+
+    return {"quantise": quantize, "encode": encode, "decode": decode}
+
+
 def score(device: torch.device, figures: Figures) -> None:
     """Losses over a vocabulary of 151,936: time, memory against what is promised, and the CPU's losses."""
     from pipeline.models.stage import MAX_COPY_NBYTES, MAX_LOGITS_NBYTES, Stage
@@ -539,6 +630,6 @@ CHECKS: dict[str, Callable[[torch.device, Figures], None]] = {
     check.__name__: check
     for check in (
         *(environment, division, waits, nccl, codecs, four_ranks, stage_bf16, stage_8bit, stage_8bit_threshold_0),
-        *(klt, score, attention, payload_copies, loading, contexts, gpu_tests),
+        *(klt, klt_coder, score, attention, payload_copies, loading, contexts, gpu_tests),
     )
 }
