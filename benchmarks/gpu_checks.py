@@ -470,7 +470,7 @@ def _calls_of_numba(values: torch.Tensor, classes: torch.Tensor) -> dict[str, Ca
     num_tokens, y = len(values), values.numpy()
     sent, received = (
         kernels.Symbols(
-            np.empty(y.shape, np.int32), np.zeros(num_tokens, np.bool_), *np.zeros((2, num_tokens), np.int32)
+            np.empty(y.shape, np.int32), np.zeros(num_tokens, np.bool_), *np.zeros((3, num_tokens), np.int32)
         )
         for _ in range(2)
     )
@@ -502,7 +502,7 @@ def _calls_of_torch(values: torch.Tensor, classes: torch.Tensor, device: torch.d
     rates = torch.from_numpy(trellis_rates(tables["starts"].numpy())).to(device)
     num_tokens, y = len(values), values.to(device)
     steps, zeros = torch.ones(num_tokens, device=device), torch.zeros(num_tokens, dtype=torch.int32, device=device)
-    sent = torch_coder.Symbols(torch.empty_like(y).int(), zeros.bool(), zeros, zeros)
+    sent = torch_coder.Symbols(torch.empty_like(y).int(), zeros.bool(), zeros, zeros, zeros)
     unpredicted, rate_classes, frames = torch.zeros_like(y), models.component_class - FIRST_CLASS, []
 
     def quantize() -> torch.Tensor:

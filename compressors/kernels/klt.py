@@ -75,7 +75,7 @@ FIRST_STATE = np.uint32(1 << 16)  # of the encoder, where there are several
 MAX_SIDE_OPS = 8  # of a token
 _DAMAGED = -1
 
-# round(8 log2(1 + i / 64))
+# about 8 log2(1 + i / 64)
 _LOG2_FRACTION = np.array(
     [0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 5]
     + [5, 5, 5, 5, 5, 5, 5, 5, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 8, 8, 8],

@@ -43,6 +43,7 @@ from compressors.kernels.trellis import LANES, LARGEST_COMPONENT, MAX_LEVEL, UNR
 __all__ = ["Models", "Symbols", "decode", "encode", "make_models", "quantize", "reconstruct"]
 
 CHUNK = 8  # stripes
+TRUST_MODEL = 2 * NUM_CLASSES  # stands behind those of levels
 LOG2_STEPS = (3, 9, 16, 23, 31, 40, 51, 61)  # 64ths above 1 at which about 8 log2 becomes 1, 2, ..., 8
 STATE_BITS, WORD_BITS = 32, 16
 LOWER_BOUND = 1 << 16  # of a state; one that starts at 1 grows to it
@@ -75,6 +76,7 @@ class Symbols(NamedTuple):
     is_raw: torch.Tensor  # bool [N]
     rms: torch.Tensor  # int32 [N]
     finer: torch.Tensor  # int32 [N], quarter octaves by which the step is finer
+    trust: torch.Tensor  # int32 [N], `kernels.trust`
 
 
 class _Layout(NamedTuple):
@@ -129,15 +131,23 @@ class _Walk(NamedTuple):
 
 
 def make_models(
-    *, side_classes: torch.Tensor, component_class: torch.Tensor, magnitude: torch.Tensor, starts: torch.Tensor
+    *,
+    side_classes: torch.Tensor,
+    component_class: torch.Tensor,
+    magnitude: torch.Tensor,
+    trust_starts: torch.Tensor,
+    starts: torch.Tensor,
 ) -> Models:
-    """`Models` with their tables, from integers on any one device: [2], [H], [classes], [models, NUM_SYMBOLS + 1].
+    """`Models` with their tables, from integers on any one device: [2], [H], [classes], [NUM_TRUSTS + 1],
+    [models, NUM_SYMBOLS + 1].
 
     Raises ValueError for side classes that have no model.
     """
     if not FIRST_CLASS <= int(side_classes.min()) <= int(side_classes.max()) <= LAST_CLASS:
         raise ValueError(f"side classes go from {FIRST_CLASS} to {LAST_CLASS}, got {side_classes.tolist()}")
     device = starts.device
+    of_trust = torch.nn.functional.pad(trust_starts, (0, starts.shape[1] - len(trust_starts)), value=1 << PRECISION)
+    starts = torch.cat([starts, of_trust[None]])
     frequencies = starts.long().diff(dim=1).flatten()
     classes = torch.arange(FIRST_CLASS, LAST_WIDE_CLASS + 1, device=device)
     shifts = (classes - (LAST_CLASS - 7)).clamp_min(0) >> 3
@@ -149,7 +159,7 @@ def make_models(
         class_models=torch.stack([classes - 8 * shifts - FIRST_CLASS + second * NUM_CLASSES for second in (0, 1)]),
         starts=starts[:, :-1].long().flatten(),
         frequencies=frequencies,
-        costs=(256 * (PRECISION - frequencies.cpu().double().log2())).ceil().long().to(device),
+        costs=(256 * (PRECISION - frequencies.cpu().clamp_min(1).double().log2())).ceil().long().to(device),
         slots=torch.arange(len(frequencies), dtype=torch.int32, device=device).repeat_interleave(frequencies),
         log_steps=torch.tensor(_log_steps(), device=device),
     )
@@ -319,7 +329,11 @@ def _side_operations(symbols: Symbols, models: Models, layout: _Layout) -> _Oper
     is_raw = symbols.is_raw
     nothing = torch.zeros_like(symbols.rms, dtype=torch.int64)
     flag_frequencies = torch.where(is_raw, RAW_FREQUENCY, CODED_FREQUENCY)
-    kinds = [_Operations(is_raw * CODED_FREQUENCY, flag_frequencies, nothing + KIND_PRECISION)]
+    trusts = TRUST_MODEL * NUM_SYMBOLS + symbols.trust.long()
+    kinds = [
+        _Operations(is_raw * CODED_FREQUENCY, flag_frequencies, nothing + KIND_PRECISION),
+        _Operations(models.starts[trusts], models.frequencies[trusts], PRECISION * ~is_raw),
+    ]
     for model, value in zip(models.side_models, (symbols.rms, symbols.finer), strict=True):
         entries, escaped = _entries(model, value.long())
         kinds.append(_Operations(models.starts[entries], models.frequencies[entries], PRECISION * ~is_raw))
@@ -395,7 +409,7 @@ def decode(data: torch.Tensor, models: Models, num_tokens: int) -> tuple[Symbols
     """
     width, device = len(models.component_class), data.device
     nothing = torch.zeros(num_tokens, dtype=torch.int32, device=device)
-    symbols = Symbols(nothing[:, None].repeat(1, width), nothing.bool(), nothing, nothing)
+    symbols = Symbols(nothing[:, None].repeat(1, width), nothing.bool(), nothing, nothing, nothing)
     if num_tokens == 0:
         return symbols, 0
     layout = _lay_out(num_tokens, width, device)
@@ -403,7 +417,7 @@ def decode(data: torch.Tensor, models: Models, num_tokens: int) -> tuple[Symbols
     if opened is None:
         return symbols, DAMAGED
     tape, source = opened
-    tape, is_raw, rms, finer = _take_sides(tape, source, models, layout)
+    tape, is_raw, rms, finer, trust = _take_sides(tape, source, models, layout)
     if not ((rms.abs() <= LARGEST_RMS) & (finer.abs() <= LARGEST_FINER)).all():
         return symbols, DAMAGED
     if source.has_raw not in (None, bool(is_raw.any())):
@@ -415,7 +429,7 @@ def decode(data: torch.Tensor, models: Models, num_tokens: int) -> tuple[Symbols
         is_sound &= (tape.place == source.last).all()
     if not is_sound:
         return symbols, DAMAGED
-    return Symbols(levels.int(), is_raw, rms.int(), finer.int()), source.head_nbytes + 2 * int(tape.place[-1])
+    return Symbols(levels.int(), is_raw, rms.int(), finer.int(), trust.int()), source.head_nbytes + 2 * int(tape.place[-1])
 
 
 def _open(data: torch.Tensor, layout: _Layout) -> tuple[_Tape, _Source] | None:
@@ -483,20 +497,20 @@ def _refill(states: torch.Tensor, tape: _Tape, source: _Source, is_active: torch
 
 def _take_sides(
     tape: _Tape, source: _Source, models: Models, layout: _Layout
-) -> tuple[_Tape, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Side information of all tokens: is_raw bool [N], rms and finer int64 [N]."""
+) -> tuple[_Tape, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Side information of all tokens: is_raw bool [N]; rms, finer and trust int64 [N]."""
     first = _Tape(tape.states[:, :1], tape.place)
     after, sides = _take_sides_in_order(first, source, models, layout, with_escapes=False)
     if (sides == ESCAPED).any():
         after, sides = _take_sides_in_order(first, source, models, layout, with_escapes=True)
-    is_raw, rms, finer = sides.movedim(1, 2)[:, layout.is_there.T]
-    return _Tape(torch.cat([after.states, tape.states[:, 1:]], 1), after.place), is_raw.bool(), rms, finer
+    is_raw, trust, rms, finer = sides.movedim(1, 2)[:, layout.is_there.T]
+    return _Tape(torch.cat([after.states, tape.states[:, 1:]], 1), after.place), is_raw.bool(), rms, finer, trust
 
 
 def _take_sides_in_order(
     tape: _Tape, source: _Source, models: Models, layout: _Layout, *, with_escapes: bool
 ) -> tuple[_Tape, torch.Tensor]:
-    """int64 [3, M, B]: whether a token is raw, rms, finer. Without escapes, what follows ESCAPED is wrong."""
+    """int64 [4, M, B]: whether a token is raw, trust, rms, finer. Without escapes, what follows ESCAPED is wrong."""
     sides = []
     for is_there in layout.is_there[..., None]:
         slots = tape.states & ((1 << KIND_PRECISION) - 1)
@@ -505,7 +519,8 @@ def _take_sides_in_order(
         states = torch.where(is_raw, RAW_FREQUENCY * rest + slots - CODED_FREQUENCY, CODED_FREQUENCY * rest + slots)
         tape = _refill(torch.where(is_there, states, tape.states), tape, source, is_there)
         is_coded = is_there & ~is_raw
-        row = [is_raw.long()]
+        tape, entries = _take_symbols(source, models, tape, slots.new_full(slots.shape, TRUST_MODEL), is_coded)
+        row = [is_raw.long(), torch.where(is_coded, entries % NUM_SYMBOLS, 0)]
         for model in models.side_models:
             tape, entries = _take_symbols(source, models, tape, model, is_coded)
             codes = entries % NUM_SYMBOLS

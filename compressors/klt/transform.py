@@ -25,6 +25,7 @@ RAW_EIGHTHS = 32  # u that lies 4 octaves from the calibration's median, or more
 FINER_RANGE = (-8, 16)  # quarter octaves
 BLOCK_ROWS = 128
 CPU = torch.device("cpu")
+_FIRST = np.zeros(1, np.int64)
 
 
 class Analysis(NamedTuple):
@@ -78,7 +79,7 @@ class KernelTransform:
         if not self._content.uses_token_ids:
             predicted.fill(0)
             return predicted
-        distinct, inverse = np.unique(ids, return_inverse=True)
+        distinct, inverse = (ids, _FIRST) if ids.size == 1 else np.unique(ids, return_inverse=True)
         of_distinct = self._floats("of distinct ids", distinct.size, width).numpy()
         features = self._tokens.features(torch.from_numpy(distinct))
         kernels.multiply_rows(features.numpy(), self._token_out, of_distinct)

@@ -51,6 +51,7 @@ def frame(num_tokens, classes, *, seed=0, outliers=0.0, raw=0.0):
         generator.random(num_tokens) < raw,
         generator.integers(-90, 90, num_tokens).astype(np.int32),
         generator.integers(-6, 6, num_tokens).astype(np.int32),
+        generator.integers(0, 3, num_tokens).astype(np.int32),
     )
     prices = trellis.Prices(classes - kernels.FIRST_CLASS, rates())
     trellis.quantize(values, np.zeros_like(values), steps(sent.finer), sent.finer, prices, sent.levels, sent.is_raw)
@@ -75,13 +76,13 @@ def in_torch(symbols):
 
 def room(num_tokens, width):
     levels, is_raw = np.zeros((num_tokens, width), np.int32), np.zeros(num_tokens, np.bool_)
-    return kernels.Symbols(levels, is_raw, *np.zeros((2, num_tokens), np.int32))
+    return kernels.Symbols(levels, is_raw, *np.zeros((3, num_tokens), np.int32))
 
 
 def assert_same(symbols, others):
     """Of coded tokens, everything; of the others, that they are raw."""
     assert np.array_equal(symbols.is_raw, np.asarray(others.is_raw))
-    for name in ("levels", "rms", "finer"):
+    for name in ("levels", "rms", "finer", "trust"):
         parts = [np.asarray(getattr(side, name)) for side in (symbols, others)]
         assert parts[1].dtype == np.int32
         assert np.array_equal(*(part[~symbols.is_raw] for part in parts)), name
