@@ -26,6 +26,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.windows import MicroBatch, make_microbatches
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.models.stage import Objective, TokenWindows
+from pipeline.records.files import check_writable
 from pipeline.records.identity import digest_of
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.gradients import GradientPass
@@ -43,8 +44,9 @@ def calibrate(config: RunConfig, deployment: Deployment, out: Path, *, use_token
     """Calibrate all links; every rank calls it. Returns the files that this rank has, of which it says what it wrote.
 
     What an interrupted one has left in `out` is taken up. Raises ValueError where the text is too short or gives no
-    gradients.
+    gradients, or a rank cannot write there.
     """
+    _check_writable(deployment.control, out)
     text, dtype = deployment.text, TORCH_DTYPES[config.model.dtype]
     microbatches = whole_windows(make_microbatches(make_run_windows(config, text.ids, text.bos_id), config.batch_size))
     division = divide(microbatches)
@@ -60,6 +62,16 @@ def calibrate(config: RunConfig, deployment: Deployment, out: Path, *, use_token
     written = _write(deployment, out, gathered, narrow, digest, is_continued=is_continued)
     unfinished.remove()
     return written
+
+
+def _check_writable(control: Control, out: Path) -> None:
+    """Raise ValueError on every rank unless each one can write to `out`, on its machine."""
+
+    def check() -> tuple[None, None]:
+        check_writable(out)
+        return None, None
+
+    control.together(check)
 
 
 def _gather(

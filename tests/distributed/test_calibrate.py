@@ -154,11 +154,9 @@ def test_without_a_token_table_and_a_mixture(tmp_path):
 
 def interrupt(num_ranks, out, text, call, *, dying=1, end=signal.SIGKILL, save_every_s=0.0):
     """A calibration that saves after each pass, and is interrupted; returns the unfinished files that it leaves."""
+    arguments = command(out, text, "--set", "runtime.timeout_s=10")  # for a rank that waits without a connection
     finished = call_on_ranks(
-        num_ranks,
-        interrupted_main,
-        *(command(out, text), save_every_s, dying, call, end),
-        distributed=num_ranks > 1,
+        num_ranks, interrupted_main, arguments, save_every_s, dying, call, end, distributed=num_ranks > 1
     )
     assert all(one.returncode != 0 for one in finished)
     assert finished[dying].returncode == (130 if end == signal.SIGINT else -end), finished[dying].stderr
@@ -205,6 +203,34 @@ def test_it_goes_on_in_one_process_and_fits_no_link_twice(calibrations, tmp_path
     assert "26 of 26 micro-batches are done" in told
     assert f"written: {tmp_path / FILES[0]}" not in told and f"written: {tmp_path / FILES[1]}" in told
     assert_alike(tmp_path, calibrations / "1")
+
+
+def test_ranks_may_have_folders_of_their_own(calibrations, tmp_path):
+    """As on several machines."""
+    text, outs = calibrations / "text", [tmp_path / "0", tmp_path / "1"]
+    commands = [command(out, text) for out in outs]
+    call = ("gathering", "Gathered.take_states", 14)
+    interrupted = call_on_ranks(2, interrupted_main_of, commands, 0.0, 1, call, signal.SIGKILL)
+    assert interrupted[1].returncode == -signal.SIGKILL
+    assert [len(list(out.glob("unfinished-*-12.safetensors"))) for out in outs] == [1, 1]
+    for finished in call_on_ranks(2, interrupted_main_of, commands, 0.0, None, call, None):
+        finished.check()
+    assert [sorted(path.name for path in out.iterdir()) for out in outs] == [[FILES[0], FILES[2]], [FILES[1]]]
+    (outs[1] / FILES[1]).rename(outs[0] / FILES[1])
+    assert_alike(outs[0], calibrations / "2")
+
+
+def test_a_rank_without_a_place_to_write_is_told_before_the_passes(calibrations, tmp_path):
+    text = calibrations / "text"
+    commands = [command(out, text) for out in (tmp_path / "0", text / "1")]
+    for finished in call_on_ranks(2, interrupted_main_of, commands, 0.0, None, ("unfinished", "write_whole", 0), None):
+        assert finished.returncode != 0
+        assert f"{text / '1'}, cannot be written to: Not a directory" in finished.stderr
+        assert "calibrating:" not in finished.stderr
+
+
+def interrupted_main_of(rank, commands, *more):
+    return interrupted_main(rank, commands[rank], *more)
 
 
 def test_without_the_other_ranks_file_it_starts_anew(calibrations, tmp_path):
