@@ -259,6 +259,17 @@ def test_a_damaged_file_and_one_of_another_calibration_are_named_and_not_used(ca
     assert_alike(tmp_path, calibrations / "2")
 
 
+@pytest.mark.parametrize("change", ["--no-token-table", "--tokens=1300"])
+def test_with_other_features_or_text_it_starts_anew(change, calibrations, tmp_path):
+    text = calibrations / "text"
+    left = interrupt(1, tmp_path, text, ("gathering", "Gathered.take_states", 28), dying=0)
+    (finished,) = calibrate(1, tmp_path, text, change)
+    assert "starting anew" in finished.check().stdout
+    assert all(f"{name} is of another calibration" in finished.stderr for name in left)
+    files = FILES[:2] if change == "--no-token-table" else FILES
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*left, *files])
+
+
 def test_a_full_disk_meanwhile_does_not_end_it(calibrations, tmp_path):
     text, call = calibrations / "text", ("unfinished", "write_whole", 0)
     finished = call_on_ranks(2, full_disk_main, command(tmp_path, text), call)

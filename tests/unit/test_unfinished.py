@@ -38,17 +38,17 @@ def make_gathered(num_done=0, dtype=torch.bfloat16, links=LINKS):
     )
     tokens = TokenWindows(ids, microbatches, None)
     gathered = Gathered(deployment, tokens, divide(microbatches), TokenTable.empty(), dtype)
-    advance(gathered, num_done)
+    advance(gathered, num_done, dtype)
     return gathered
 
 
-def advance(gathered, num_done):
+def advance(gathered, num_done, dtype=torch.bfloat16):
     while gathered.num_done < num_done:
         m = gathered.division.order[gathered.num_done]
         for link in gathered.links:
             generator = torch.Generator().manual_seed(100 * m + link.index)
             x, gradients = torch.randn(2, 1, LENGTH, HIDDEN_SIZE, generator=generator)
-            gathered.take_states(link.index, m, x.to(gathered._dtype))
+            gathered.take_states(link.index, m, x.to(dtype))
             if m in gathered.division.graded:
                 gathered.take_gradients(link.index, x, gradients)
         gathered.num_done += 1
@@ -99,7 +99,7 @@ def test_what_is_loaded_is_what_was_saved(num_done, dtype, tmp_path, capsys):
         f"going on with an interrupted calibration: {num_done} of {NUM_WINDOWS} micro-batches are done\n"
     )
     assert_alike(loaded, saved)
-    advance(loaded, NUM_WINDOWS)
+    advance(loaded, NUM_WINDOWS, dtype)
     assert_alike(loaded, make_gathered(NUM_WINDOWS, dtype=dtype))
 
 
