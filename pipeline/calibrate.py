@@ -10,7 +10,8 @@ The codecs have one file per link: calibration text goes through the model over 
 same place on all. Half of the tokens (`--mixture`) are not the config's but of texts of many kinds that come with this
 project, since a codec that has seen one kind costs more on others. With `--shortcut`, the drafter's file is made
 instead, which takes no gradients and no mixture, and which rank 0 alone reads; both may be in one folder. Without
-torchrun one process plays all nodes. Use text that you will not score.
+torchrun one process plays all nodes. Use text that you will not score. One that was interrupted goes on when the same
+command is given again, but with `--shortcut`.
 """
 
 from __future__ import annotations

@@ -107,13 +107,15 @@ def write_calibration(
     text_sha256: str,
     num_tokens: int,
     text: str = "",
+    fitted_from: str = "",
 ) -> Path:
     """Write the file of a link; returns its path. Raises ValueError where the disk does not take it.
 
-    `text` says in words what was calibrated on; nothing reads it but people.
+    `text` says in words what was calibrated on; nothing reads it but people. `fitted_from` is a digest by which a
+    calibration knows its own file again.
     """
     facts = {"link": link_name, "checkpoint": checkpoint, "text_sha256": text_sha256, "num_tokens": str(num_tokens)}
-    return _write(folder / file_name(link_name), calibration, {**facts, "text": text})
+    return _write(folder / file_name(link_name), calibration, {**facts, "text": text, "fitted_from": fitted_from})
 
 
 def write_token_table(

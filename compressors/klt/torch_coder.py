@@ -429,7 +429,8 @@ def decode(data: torch.Tensor, models: Models, num_tokens: int) -> tuple[Symbols
         is_sound &= (tape.place == source.last).all()
     if not is_sound:
         return symbols, DAMAGED
-    return Symbols(levels.int(), is_raw, rms.int(), finer.int(), trust.int()), source.head_nbytes + 2 * int(tape.place[-1])
+    num_bytes = source.head_nbytes + 2 * int(tape.place[-1])
+    return Symbols(levels.int(), is_raw, rms.int(), finer.int(), trust.int()), num_bytes
 
 
 def _open(data: torch.Tensor, layout: _Layout) -> tuple[_Tape, _Source] | None:

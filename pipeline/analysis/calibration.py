@@ -2,29 +2,35 @@
 
 Each rank sums products of what it sends and of the gradients there (`compressors.klt.fit`), and writes the files of its
 own links. Every sixth micro-batch, up to 8192 tokens, is held out to fit the entropy models and to measure rates.
-Gradients, which cost twice what the states do, are taken of GRADIENT_TOKENS tokens, spread over the text.
+Gradients, which cost twice what the states do, are taken of GRADIENT_TOKENS tokens, spread over the text. What takes
+longer than some minutes goes on where it was interrupted (`analysis.unfinished`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from compressors.klt.calibration_file import write_calibration, write_token_table
+from compressors.klt.calibration_file import FORMAT, file_name, write_calibration, write_token_table
 from compressors.klt.fit import LinkStatistics, fit, token_importance
-from compressors.klt.models import SampleRow
 from compressors.klt.token_table import CHUNK, NarrowTable, TokenTable, make_token_table, narrow_token_table
+from pipeline.analysis.gathering import Division, Gathered
+from pipeline.analysis.unfinished import UnfinishedFiles, tensors_digest
 from pipeline.comm.control import Control
 from pipeline.config.schema import RunConfig
 from pipeline.data.windows import MicroBatch, make_microbatches
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.models.stage import Objective, TokenWindows
+from pipeline.records.files import check_writable
+from pipeline.records.identity import digest_of
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.gradients import GradientPass
+from pipeline.runtime.placement import balanced_layers
 from pipeline.runtime.text import make_run_windows
 
 __all__ = ["calibrate", "held_out_microbatches", "token_counts", "whole_windows"]
@@ -35,92 +41,151 @@ GRADIENT_TOKENS = 12_288
 
 
 def calibrate(config: RunConfig, deployment: Deployment, out: Path, *, use_token_ids: bool) -> list[Path]:
-    """Calibrate all links; every rank calls it. Returns the files that this rank wrote.
+    """Calibrate all links; every rank calls it. Returns the files that this rank has, of which it says what it wrote.
 
-    Raises ValueError where the text is too short or gives no gradients.
+    What an interrupted one has left in `out` is taken up. Raises ValueError where the text is too short or gives no
+    gradients, or a rank cannot write there.
     """
-    control, text, plan = deployment.control, deployment.text, deployment.plan
+    _check_writable(deployment.control, out)
+    text, dtype = deployment.text, TORCH_DTYPES[config.model.dtype]
     microbatches = whole_windows(make_microbatches(make_run_windows(config, text.ids, text.bos_id), config.batch_size))
-    held_out = held_out_microbatches(microbatches)
+    division = divide(microbatches)
     tokens = TokenWindows(text.ids, microbatches, text.bos_id)
-    hidden_size, vocab_size = deployment.model.config.hidden_size, deployment.model.config.vocab_size
-    counts = token_counts(tokens, vocab_size)
-    own_links = [link for link in plan.links if link.index in deployment.stages]
+    counts = token_counts(tokens, deployment.model.config.vocab_size)
     table = _wide_table(deployment, counts) if use_token_ids else TokenTable.empty()
-    statistics = {
-        link.index: LinkStatistics(hidden_size, table.num_features, deployment.devices[link.index])
-        for link in own_links
-    }
-    samples: dict[int, list[SampleRow]] = {link.index: [] for link in own_links}
+    gathered = Gathered(deployment, tokens, division, table, dtype)
+    digest = _digest(config, deployment, division, table)
+    unfinished = UnfinishedFiles(out, digest, gathered, deployment.control)
+    is_continued = unfinished.load()
+    _gather(deployment, microbatches, dtype, gathered, unfinished)
+    narrow = _narrow_table(deployment, table, counts, gathered.statistics.values()) if use_token_ids else None
+    written = _write(deployment, out, gathered, narrow, digest, is_continued=is_continued)
+    unfinished.remove()
+    return written
 
-    fitted = [m for m in range(len(microbatches)) if m not in held_out] or [0]
-    graded = spread(fitted, [microbatches[m].num_tokens for m in fitted], GRADIENT_TOKENS)
 
-    def take_states(link_index: int, m: int, hidden_states: torch.Tensor) -> None:
-        ids = tokens.input_ids(m)
-        if m in held_out:
-            samples[link_index] += [SampleRow(x.clone(), row.int()) for x, row in zip(hidden_states, ids, strict=True)]
-        if m in fitted:
-            features = table.features(ids.reshape(-1)) if use_token_ids else torch.zeros(ids.numel(), 0)
-            statistics[link_index].add(hidden_states, features.view(*ids.shape, -1).to(hidden_states.device))
+def _check_writable(control: Control, out: Path) -> None:
+    """Raise ValueError on every rank unless each one can write to `out`, on its machine."""
 
-    def run(chosen: Sequence[int], objective: Objective | None) -> None:
+    def check() -> tuple[None, None]:
+        check_writable(out)
+        return None, None
+
+    control.together(check)
+
+
+def _gather(
+    deployment: Deployment,
+    microbatches: Sequence[MicroBatch],
+    dtype: torch.dtype,
+    gathered: Gathered,
+    unfinished: UnfinishedFiles,
+) -> None:
+    """What is missing, in passes of a few micro-batches each."""
+    division = gathered.division
+
+    def run(chosen: Sequence[int]) -> None:
         def take(stage_index: int, index: int, _: torch.Tensor, hidden_states: torch.Tensor) -> None:
-            if stage_index in statistics:
-                take_states(stage_index, chosen[index], hidden_states)
+            if stage_index in gathered.statistics:
+                gathered.take_states(stage_index, chosen[index], hidden_states)
 
         GradientPass(
             deployment,
             [microbatches[m] for m in chosen],
-            dtype=TORCH_DTYPES[config.model.dtype],
-            objective=objective,
+            dtype=dtype,
+            objective=Objective.NLL if gathered.num_done < len(division.graded) else None,
             on_forward=take,
-            on_gradient=lambda link_index, _, x, gradient: statistics[link_index].add_gradients(x, gradient),
+            on_gradient=lambda link_index, _, x, gradient: gathered.take_gradients(link_index, x, gradient),
             on_finished=lambda _: bar.update(),
         ).run()
+        gathered.num_done += len(chosen)
 
     with tqdm(
-        total=len(microbatches), desc="calibrating", unit="batch", disable=control.world.rank != 0, dynamic_ncols=True
+        total=len(microbatches),
+        initial=gathered.num_done,
+        desc="calibrating",
+        unit="batch",
+        disable=deployment.control.world.rank != 0,
+        dynamic_ncols=True,
     ) as bar:
-        run(graded, Objective.NLL)
-        if others := [m for m in range(len(microbatches)) if m not in graded]:
-            run(others, None)
-    narrow = _narrow_table(deployment, table, counts, statistics.values()) if use_token_ids else None
-    written = _write(deployment, out, statistics, samples, narrow)
-    control.barrier()
-    return written
+        while chosen := division.next_pass(gathered.num_done):
+            run(chosen)
+            unfinished.save_if_due()
+
+
+def _digest(config: RunConfig, deployment: Deployment, division: Division, table: TokenTable) -> str:
+    """Of all that decides what is gathered and what is made of it."""
+    text = deployment.text
+    return digest_of(
+        {
+            **config.numerics(balanced_layers(config, deployment.plan)),
+            "format": FORMAT,
+            "links": [link.name for link in deployment.plan.links],
+            "checkpoint": deployment.model.checkpoint_digest,
+            "text": text.text_sha256,
+            "ids": text.ids_sha256,
+            "bos_id": text.bos_id,
+            "division": [sorted(division.held_out), sorted(division.fitted), division.graded, division.others],
+            # Features may come out rotated on another machine, and sums of both would mean nothing.
+            "table": tensors_digest(_tensors(table)),
+        }
+    )
 
 
 def _write(
     deployment: Deployment,
     out: Path,
-    statistics: Mapping[int, LinkStatistics],
-    samples: Mapping[int, Sequence[SampleRow]],
+    gathered: Gathered,
     tokens: NarrowTable | None,
+    digest: str,
+    *,
+    is_continued: bool,
 ) -> list[Path]:
-    """Fit and write this rank's links, by link index, and on rank 0 the token table."""
-    control = deployment.control
-    text = deployment.text
+    """Fit and write this rank's links, and on rank 0 the token table.
+
+    Where an interrupted calibration is continued, links that it has written are left as they are.
+    """
+    control, text = deployment.control, deployment.text
     origin = {
         "checkpoint": deployment.model.checkpoint_digest,
         "text_sha256": text.text_sha256,
         "text": text.description,
     }
-    written = []
+    narrow = tokens or NarrowTable.empty()
+    fitted_from = digest_of([digest, tensors_digest(_tensors(narrow.table))])
+    paths = []
     if tokens is not None and control.world.rank == 0:
-        written.append(write_token_table(out, tokens.table, **origin))
-    for link in deployment.plan.links:
-        if link.index in statistics:
+        paths.append(write_token_table(out, tokens.table, **origin))
+        _tell_written(paths[-1])
+    for link in gathered.links:
+        path = out / file_name(link.name)
+        if not (is_continued and _is_fitted(path, fitted_from)):
             control.report(f"fitting {link.name}")
-            of_link = statistics[link.index]
-            calibration = fit(of_link, samples[link.index], tokens or NarrowTable.empty())
-            path = write_calibration(
-                out, calibration, link_name=link.name, num_tokens=of_link.num_tokens, **origin
+            statistics = gathered.statistics[link.index]
+            calibration = fit(statistics, gathered.samples[link.index], narrow)
+            write_calibration(
+                out,
+                calibration,
+                link_name=link.name,
+                num_tokens=statistics.num_tokens,
+                fitted_from=fitted_from,
+                **origin,
             )
-            written.append(path)
-    for path in written:
-        print(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
-    return written
+            _tell_written(path)
+        paths.append(path)
+    return paths
+
+
+def _is_fitted(path: Path, fitted_from: str) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("fitted_from") == fitted_from
+    except (OSError, SafetensorError, RuntimeError):
+        return False
+
+
+def _tell_written(path: Path) -> None:
+    print(f"written: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
 
 def token_counts(tokens: TokenWindows, vocab_size: int) -> torch.Tensor:
@@ -149,6 +214,19 @@ def held_out_microbatches(microbatches: Sequence[MicroBatch]) -> set[int]:
             break
         chosen.add(m)
     return chosen
+
+
+def divide(microbatches: Sequence[MicroBatch]) -> Division:
+    """What micro-batches are for; the only one serves for everything."""
+    held_out = held_out_microbatches(microbatches)
+    fitted = [m for m in range(len(microbatches)) if m not in held_out] or [0]
+    graded = spread(fitted, [microbatches[m].num_tokens for m in fitted], GRADIENT_TOKENS)
+    return Division(
+        held_out=frozenset(held_out),
+        fitted=frozenset(fitted),
+        graded=tuple(graded),
+        others=tuple(m for m in range(len(microbatches)) if m not in graded),
+    )
 
 
 def spread(indices: Sequence[int], num_tokens: Sequence[int], wanted: int) -> list[int]:
@@ -195,10 +273,13 @@ def _narrow_table(
 
 
 def _broadcast_table(control: Control, table: TokenTable) -> TokenTable:
-    names = [f.name for f in dataclasses.fields(TokenTable)]
-    tensors = [getattr(table, name) for name in names]
-    shapes = control.gather([list(tensor.shape) for tensor in tensors])[0]
-    return TokenTable(**dict(zip(names, _broadcast(control, tensors, shapes), strict=True)))
+    tensors = _tensors(table)
+    shapes = control.gather([list(tensor.shape) for tensor in tensors.values()])[0]
+    return TokenTable(**dict(zip(tensors, _broadcast(control, list(tensors.values()), shapes), strict=True)))
+
+
+def _tensors(table: TokenTable) -> dict[str, torch.Tensor]:
+    return {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
 
 
 def _broadcast(
