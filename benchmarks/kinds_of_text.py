@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "model": DEMO_MODEL,
             "window": arguments.window,
             "versions": software_versions(),
-            "rows": rows,
+            "by_text": rows,
         },
     )
     print(table(rows))

@@ -127,6 +127,7 @@ def figures(paths: list[str]) -> Figures:
         record = json.loads((ROOT / path).read_text())
         kinds = {"ladder": of_drafts, "codecs": of_drafts, "acceptance": of_acceptance, "conditions": of_thin_links}
         kinds |= {"columns": of_publication, "points": of_importance, "T=1024": of_costs}
+        kinds |= {"by_text": of_texts}
         kinds |= {"new_tokens": of_generated_text, "runs": of_generation_speed, "rows": of_codecs}
         read = next(kind for key, kind in kinds.items() if key in record)
         for label, by_heading in read(record).items():
@@ -233,6 +234,14 @@ def of_thin_links(record: dict) -> Figures:
             own["bytes/token/link"] = [row["bytes_per_token_per_link"]]
             own[f"first token over {row['rate']}, s"] = [row["ttft_s"]]
             own[f"ms/token over {row['rate']}"] = [1e3 * row["tpot_s"]]
+    return known
+
+
+def of_texts(record: dict) -> Figures:
+    """By kind of text: what each codec takes and costs there."""
+    known: Figures = defaultdict(dict)
+    for row in record["by_text"]:
+        known[row["text"]][row["codec"]] = [row["bits_per_value"], 1 + row["ppl_change"]]
     return known
 
 
