@@ -15,7 +15,8 @@ import torch
 from codec_cases import DTYPES, MANY_SLOW_SPECS, compress, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compressors.check import hidden_states, side_inputs
+from compressors.check import hidden_states, side_inputs, travelling
+from compressors.klt.transform import TorchTransform
 from compressors.rows import divide
 from tests.helpers.marks import slow_but
 
@@ -76,7 +77,17 @@ def test_no_division_by_a_number_in_calibrated_codecs(options):
     codec = subject.make(x)
     side = side_inputs(codec, x)
     with Divisions() as divisions:
-        codec.decompress(codec.compress(x, **side), x.device, x.dtype)
+        codec.decompress(codec.compress(x, **side), x.device, x.dtype, **travelling(codec, side))
+    assert divisions.replaced == []
+
+
+def test_no_division_by_a_number_in_klts_transform_for_accelerators():
+    x, cpu = hidden_states((1, 9, 96)), torch.device("cpu")
+    calibration, tokens = klt_cases.calibrate(96, True)
+    transform = TorchTransform(calibration, tokens, 0.3, cpu)
+    with Divisions() as divisions:
+        analysis = transform.analyse(x[0])
+        transform.synthesise(analysis.y, analysis.rms.numpy(), cpu, torch.float32)
     assert divisions.replaced == []
 
 
