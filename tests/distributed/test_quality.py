@@ -47,7 +47,7 @@ def measured(tmp_path_factory):
     text = ("--config", "demo.yaml", "--first_k_tokens", "2048", "--max_length", "512", "--stride", "512")
     arguments = (*text, "--sweep", str(sweep), "--exp_dir", str(folder / "runs"), *ONE_PROCESS)
     run_alone(*arguments, timeout_s=290).check()
-    records = {record.args.config["compressor"]: record for record in load_records([folder / "runs"])}
+    records = {record.args.config.compressor: record for record in load_records([folder / "runs"])}
     uncompressed = records["none"].results.avg_ppl
     return {
         name: (records[spec].traffic_totals.bits_per_value, records[spec].results.avg_ppl / uncompressed - 1)
