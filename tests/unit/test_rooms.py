@@ -91,6 +91,12 @@ def called(call):
     return getattr(call.func, "attr", getattr(call.func, "id", None))
 
 
+def test_test_files_have_names_of_their_own():
+    """Where a folder of tests is no package, pytest takes a module's name alone, and of two it loads one."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_tests_touch_no_private_names():
     """They would fail where nothing that anyone can see has changed, and pass where it has."""
     found, allowed = [], set()
