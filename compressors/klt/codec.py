@@ -45,6 +45,7 @@ __all__ = ["Klt", "KltCoder", "Quantized", "trellis_rates"]
 
 STEP_RANGE = (2.0**-10, 2.0**4)
 SIDE_NBYTES = 16  # of a token at most, beside what a raw one takes
+BLOCK_NBYTES = 36  # of a block's length and states at most
 LAMBDA = 0.15  # squared half steps that the trellis gives for a bit
 CPU = torch.device("cpu")
 
@@ -82,8 +83,12 @@ class Klt(Compressor):
         return super().format_config() | chosen
 
     def max_nbytes(self, shape: Sequence[int]) -> int:
+        from compressors.kernels.klt import BLOCK_VALUES
+
         num_tokens = math.prod(shape[:-1])
-        return num_tokens * (2 * shape[-1] + 2 + SIDE_NBYTES) + 12 if num_tokens else 0
+        num_blocks = 1 + num_tokens * shape[-1] // BLOCK_VALUES
+        side = num_tokens * SIDE_NBYTES + num_blocks * BLOCK_NBYTES
+        return num_tokens * (2 * shape[-1] + 2) + side if num_tokens else 0
 
     @torch.no_grad()
     def compress(self, x: torch.Tensor, **side: Any) -> Payload:
