@@ -2,7 +2,7 @@
 
 Each rank sums products of what it sends and of the gradients there (`compressors.klt.fit`), and writes the files of its
 own links. Every sixth micro-batch, up to 8192 tokens, is held out to fit the entropy models and to measure rates.
-Gradients, which cost twice what the states do, are taken of GRADIENT_TOKENS tokens, spread over the text. What takes
+Gradients, which cost more than the states do, are taken of GRADIENT_TOKENS tokens, spread over the text. What takes
 longer than some minutes goes on where it was interrupted (`analysis.unfinished`).
 """
 
@@ -37,7 +37,7 @@ __all__ = ["calibrate", "held_out_microbatches", "token_counts", "whole_windows"
 
 HELD_OUT_EVERY = 6  # micro-batches
 MAX_HELD_OUT_TOKENS = 8192
-GRADIENT_TOKENS = 12_288
+GRADIENT_TOKENS = 49_152
 
 
 def calibrate(config: RunConfig, deployment: Deployment, out: Path, *, use_token_ids: bool) -> list[Path]:
