@@ -451,6 +451,13 @@ def simulate(plan, seed, *, failing=0.0, cancels=0.0, breaks=0.0, drafts=False, 
                 scored_from = rng.choice([1, len(prompt) - 1, rng.randrange(1, len(prompt))])
             everyone.append(Asked(prompt, some_options(rng), num_tokens, scored_from))
             scheduler.submit(everyone[-1])
+            if scores and rng.random() < 0.5:  # others of its length, which go with it, and share nothing or much
+                kept = rng.choice([0, max(0, len(prompt) - 2)])
+                for _ in range(min(left, rng.randint(1, 3))):
+                    left -= 1
+                    other = prompt[:kept] + [rng.randrange(VOCABULARY) for _ in prompt[kept:]]
+                    everyone.append(Asked(other, some_options(rng), num_tokens, scored_from))
+                    scheduler.submit(everyone[-1])
             if not left:
                 scheduler.close()
             ring.start()

@@ -283,6 +283,15 @@ class RandomLogits:
         return output
 
 
+@pytest.mark.parametrize("num_top", [1, 2, 5])
+def test_of_equals_the_first_are_told(num_top):
+    """As argmax takes them, or a text that is greedy would not seem so; low precisions have many."""
+    logits = torch.zeros(50_000)
+    logits[[40, 70, 20_000, 49_000]] = 2.0
+    top = Sampler(SamplingOptions(num_top=num_top)).tell(logits, 40, 1).top
+    assert [token_id for token_id, _ in top] == [40, 70, 20_000, 49_000, 0][:num_top]
+
+
 def test_logits_that_rule_out_a_token_of_the_prompt_are_an_error():
     logits = torch.zeros(VOCABULARY)
     logits[3] = -torch.inf
