@@ -234,10 +234,7 @@ class Sampler:
         whatever was drawn before. Raises ValueError for logits that are no numbers, and where dividing by the
         temperature leaves none.
         """
-        logits = _on_cpu(logits)
-        log_total = torch.logsumexp(logits, -1).item()
-        if not math.isfinite(log_total):
-            raise ValueError(f"the logits for position {position} hold NaN or infinity, or nothing above -infinity")
+        logits, log_total = _with_log_total(logits, position)
         if self.options.greedy:
             scores = self._penalties(ids[None], logits[None])[0] if self._penalties else logits
             token_id = int(scores.numpy().argmax())
@@ -254,13 +251,25 @@ class Sampler:
             token_id = int(kept[np.searchsorted(cumulated, drawn, side="right")])
         return Sampled(token_id, logits[token_id].item() - log_total, self._top(logits, log_total))
 
+    def tell(self, logits: torch.Tensor, token_id: int, position: int) -> Sampled:
+        """Of the token that is at `position`, from the head's logits [V] at the position before it.
+
+        Raises ValueError for logits that are no numbers, and for a token that they rule out.
+        """
+        logits, log_total = _with_log_total(logits, position)
+        logprob = logits[token_id].item() - log_total
+        if logprob == -math.inf:
+            raise ValueError(f"the logits for position {position} rule out its token {token_id}")
+        return Sampled(token_id, logprob, self._top(logits, log_total))
+
     def _top(self, logits: torch.Tensor, log_total: float) -> tuple[tuple[int, float], ...]:
         if self.options.num_top == 0:
             return ()
-        likeliest = torch.topk(logits, min(self.options.num_top, len(logits)))
-        by_value = sorted(zip((-likeliest.values).tolist(), likeliest.indices.tolist(), strict=True))
-        possible = [(token_id, -negative) for negative, token_id in by_value if negative < math.inf]
-        return tuple((token_id, value - log_total) for token_id, value in possible)
+        num_top = min(self.options.num_top, len(logits))
+        last = torch.topk(logits, num_top).values[-1]  # of equals, topk names any
+        likely = torch.nonzero((logits >= last) & (logits > -math.inf)).flatten()
+        by_value = sorted(zip((-logits[likely]).tolist(), likely.tolist(), strict=True))[:num_top]
+        return tuple((token_id, -negative - log_total) for negative, token_id in by_value)
 
     def distribution(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a draw draws from: ids, int64 [k], ascending, and their probabilities, float64 [k]; others have none."""
@@ -277,6 +286,15 @@ def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) with 53 random bits, the same on every machine: Philox4x64 with the key (seed, position)."""
     generator = np.random.Philox(key=np.array([seed, position], dtype=np.uint64))
     return (int(generator.random_raw()) >> 11) * 2.0**-53
+
+
+def _with_log_total(logits: torch.Tensor, position: int) -> tuple[torch.Tensor, float]:
+    """Logits [V] on the CPU, and the logarithm of the sum of their exponentials."""
+    logits = _on_cpu(logits)
+    log_total = torch.logsumexp(logits, -1).item()
+    if not math.isfinite(log_total):
+        raise ValueError(f"the logits for position {position} hold NaN or infinity, or nothing above -infinity")
+    return logits, log_total
 
 
 def _on_cpu(logits: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,18 @@ from pipeline.runtime.engine import Engine, Failure
 from pipeline.runtime.head import Head
 from pipeline.runtime.worker import EndCodecs, StageWorker
 
-__all__ = ["NO_TEXT", "PLANS", "VOCABULARY", "Asked", "Ring", "Scripted", "drafting_of", "expected", "simulate"]
+__all__ = [
+    "NO_TEXT",
+    "PLANS",
+    "VOCABULARY",
+    "Asked",
+    "Ring",
+    "Scripted",
+    "drafting_of",
+    "expected",
+    "expected_told",
+    "simulate",
+]
 
 CPU = torch.device("cpu")
 VOCABULARY = 12
@@ -275,8 +286,9 @@ class Ring:
 class Asked:
     """A request (`Answering`)."""
 
-    def __init__(self, prompt, options, num_tokens):
+    def __init__(self, prompt, options, num_tokens, scored_from=None):
         self.prompt_ids, self.options, self.num_tokens = tuple(prompt), options, num_tokens
+        self.scored_from, self.told, self.is_cancelled = scored_from, [], False
         self.ids, self.reason, self.error, self.has_begun = [], None, None, False
         self.expires_s = math.inf
         self.num_passes = self.num_drafts_accepted = self.num_bytes = 0
@@ -293,8 +305,13 @@ class Asked:
         assert not self.has_begun and not self.is_finished
         self.has_begun = True
 
+    def take_prompt(self, tokens):
+        assert not self.is_finished and self.has_begun and not self.ids
+        self.told += tokens
+
     def take(self, token, *, was_draft):
-        assert not self.is_finished and self.has_begun
+        assert not self.is_finished and self.has_begun and self.num_wanted
+        assert self.scored_from is None or len(self.told) == len(self.prompt_ids) - self.scored_from
         self.num_drafts_accepted += was_draft
         self.ids.append(token.token_id)
         if len(self.ids) == self.num_tokens:
@@ -308,6 +325,18 @@ class Asked:
     def finish(self, reason, error=None):
         assert not self.is_finished
         self.reason, self.error = reason, error
+
+
+def expected_told(plan, asked):
+    """Log-probabilities of the prompt's tokens that are to be told, computed alone and at once."""
+    values = torch.tensor(asked.prompt_ids, dtype=torch.float64)
+    for index in range(len(plan.stages)):
+        values = checksums(index, values)
+    logprobs = [torch.log_softmax(logits_of(value), -1) for value in values.tolist()]
+    return [
+        (asked.prompt_ids[position], logprobs[position - 1][asked.prompt_ids[position]].item())
+        for position in range(asked.scored_from, len(asked.prompt_ids))
+    ]
 
 
 def expected(plan, asked, num_tokens):
@@ -378,7 +407,7 @@ def some_options(rng):
     )
 
 
-def simulate(plan, seed, *, failing=0.0, cancels=0.0, breaks=0.0, drafts=False, num_requests=30):
+def simulate(plan, seed, *, failing=0.0, cancels=0.0, breaks=0.0, drafts=False, scores=False, num_requests=30):
     rng = random.Random(seed)
     num_slots, slot_length = rng.choice([1, 2, 3, 5]), rng.choice([24, 48])
     scheduler = Scheduler(SchedulerConfig(
@@ -416,8 +445,19 @@ def simulate(plan, seed, *, failing=0.0, cancels=0.0, breaks=0.0, drafts=False, 
             if everyone and rng.random() < 0.4:  # the next turn of a conversation
                 before = rng.choice(everyone)
                 prompt = [*before.prompt_ids, *before.ids, rng.randrange(VOCABULARY)][:slot_length]
-            everyone.append(Asked(prompt, some_options(rng), rng.randint(1, slot_length)))
+            num_tokens, scored_from = rng.randint(1, slot_length), None
+            if scores and len(prompt) > 1 and rng.random() < 0.7:
+                num_tokens = rng.choice([0, 0, rng.randint(0, 4)])
+                scored_from = rng.choice([1, len(prompt) - 1, rng.randrange(1, len(prompt))])
+            everyone.append(Asked(prompt, some_options(rng), num_tokens, scored_from))
             scheduler.submit(everyone[-1])
+            if scores and rng.random() < 0.5:  # others of its length, which go with it, and share nothing or much
+                kept = rng.choice([0, max(0, len(prompt) - 2)])
+                for _ in range(min(left, rng.randint(1, 3))):
+                    left -= 1
+                    other = prompt[:kept] + [rng.randrange(VOCABULARY) for _ in prompt[kept:]]
+                    everyone.append(Asked(other, some_options(rng), num_tokens, scored_from))
+                    scheduler.submit(everyone[-1])
             if not left:
                 scheduler.close()
             ring.start()
@@ -425,7 +465,9 @@ def simulate(plan, seed, *, failing=0.0, cancels=0.0, breaks=0.0, drafts=False, 
             waiting = [asked for asked in everyone if not asked.is_finished]
             if waiting:
                 chosen = rng.choice(waiting)
-                if rng.random() < 0.5:
+                if scores and rng.random() < 0.5:
+                    chosen.is_cancelled = True
+                elif rng.random() < 0.5:
                     chosen.finish("cancelled")
                 else:
                     chosen.expires_s = 0
