@@ -13,7 +13,7 @@ from pipeline.data.windows import make_microbatches, make_windows
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.models.stage import Objective
 from pipeline.runtime.deployment import deploy
-from pipeline.runtime.gradients import GradientPass
+from pipeline.runtime.gradients import GradientPass, Observers
 from tests.helpers.launch import call_on_ranks
 from tests.helpers.tiny_models import tiny_model, write_text
 
@@ -49,8 +49,7 @@ def pass_on_rank(rank, arguments, objective, out):
         make_microbatches(windows, config.batch_size),
         dtype=TORCH_DTYPES[config.model.dtype],
         objective=Objective(objective),
-        on_gradient=take,
-        on_finished=finished.append,
+        seen=Observers(on_gradient=take, on_finished=finished.append),
     )
     seen["value"] = torch.tensor(gradients.run(), dtype=torch.float64)
     seen["ids"] = deployment.text.ids

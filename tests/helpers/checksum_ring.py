@@ -219,7 +219,7 @@ class Ring:
                 ids_onward=frozenset(range(len(plan.links))) if plan.last_node else frozenset(),
             )
             head = Head(NO_TEXT, result_link)
-            worker = Worker(own, codecs, head, None, dtype=torch.float64)
+            worker = Worker(own, codecs, head, dtype=torch.float64)
             self.workers.append(worker)
             self._ends.append(Ends(self, rank))
             source = self._source if rank == 0 else None

@@ -28,6 +28,9 @@ PRIVATE_NAMES_OF_OTHERS = {
     "_forward_pre_hooks": "torch: that a module has none left",
     "_exit": "os: public for all its underscore",
 }
+MAX_ARGUMENTS, MAX_CONSTRUCTOR_ARGUMENTS = 7, 6
+# Functions that may take more arguments, and why. Kernels take the arrays that they fill one by one.
+ARGUMENTS_OF_OTHERS = {"_over_slots": "transformers: calls it, and names what it passes"}
 NAMING_CALLS = {"setattr", "getattr", "hasattr", "delattr", "patch", "object"}
 
 
@@ -68,6 +71,37 @@ def test_no_pickle_no_eval(folder):
         calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         assert not any(isinstance(f, ast.Name) and f.id in ("eval", "exec") for f in calls), path
         assert "torch.load(" not in path.read_text() and "_object(" not in path.read_text(), path
+
+
+def too_many_arguments(tree):
+    """(function, number of arguments) of those that take more than a function or constructor may."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = sum(argument.arg not in OWN for argument in taken)
+            if count > (MAX_CONSTRUCTOR_ARGUMENTS if node.name == "__init__" else MAX_ARGUMENTS):
+                yield node.name, count
+
+
+def test_functions_take_few_arguments():
+    """Of more, some belong together and want an object of their own."""
+    found = []
+    for path in [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "compressors").rglob("*.py")]:
+        if path.parent.name != "kernels":
+            found += too_many_arguments(ast.parse(path.read_text()))
+    assert {name for name, _ in found} == set(ARGUMENTS_OF_OTHERS), found
+
+
+def test_many_arguments_are_found():
+    text = """
+class A:
+    def __init__(self, a, b, c, d, e, f, *more, **others): ...
+    def method(self, a, b, c, d, e, /, f, *, g): ...
+class B:
+    def __init__(self, a, b, c, d, e, f, *, g=0): ...
+async def one(a, b, c, d, e, f, *, g, h=None): ...
+"""
+    assert sorted(too_many_arguments(ast.parse(text))) == [("__init__", 7), ("one", 8)]
 
 
 def private_names(tree):

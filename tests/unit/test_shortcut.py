@@ -92,7 +92,7 @@ class Ring:
             for link in PLAN.links
         }
         self.worker = StageWorker(
-            self.stages, EndCodecs(encoders=codecs, decoders=codecs), head, None, dtype=dtype
+            self.stages, EndCodecs(encoders=codecs, decoders=codecs), head, dtype=dtype
         )
 
     def context(self, plan=PLAN, **other):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from compressors.klt.calibration_file import write_calibration, write_token_table
+from compressors.klt.calibration_file import Origin, write_calibration, write_token_table
 from pipeline.analysis.plots import plot_heads
-from pipeline.importance.files import write_head_relevance, write_token_importance
+from pipeline.importance.files import TokenOwner, write_head_relevance, write_token_importance
 from pipeline.models.staging import stage_directory
 from pipeline.records.files import RecordError, check_writable, write_json, write_whole
 from pipeline.records.journal import FinishedMicroBatch, Journal
@@ -40,8 +40,8 @@ def journal(folder):
 
 
 def token_importance(folder):
-    owner = {"checkpoint_fingerprint": "a", "ids_sha256": "b", "max_length": 8, "stride": 8, "bos": "text"}
-    write_token_importance(folder / "tokens.safetensors", {"link": torch.zeros(5000)}, **owner)
+    owner = TokenOwner(checkpoint_fingerprint="a", ids_sha256="b", max_length=8, stride=8, bos="text")
+    write_token_importance(folder / "tokens.safetensors", {"link": torch.zeros(5000)}, owner)
 
 
 def staged(folder):
@@ -59,8 +59,9 @@ def source_of(folder):
 
 def calibration(folder):
     link, tokens = calibrate(64, True)
-    write_calibration(folder, link, link_name="a", checkpoint="b", text_sha256="c", num_tokens=1)
-    write_token_table(folder, tokens, checkpoint="b", text_sha256="c")
+    origin = Origin(checkpoint="b", text_sha256="c")
+    write_calibration(folder, link, origin, link_name="a", num_tokens=1)
+    write_token_table(folder, tokens, origin)
 
 
 def report(folder):
