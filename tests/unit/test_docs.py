@@ -36,7 +36,7 @@ from pipeline.models.attention import Attention
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-MAX_README_LINES = 140
+MAX_README_LINES = 125
 
 # By what a row's first cell says, then by heading; a string where a cell is words.
 Figures = dict[str, dict[str, list[float] | str]]
