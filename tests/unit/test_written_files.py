@@ -1,6 +1,5 @@
 """Files that are written: for whom the umask says, whole or not at all, and with a cure where the disk takes none."""
 
-import ast
 import errno
 import json
 import os
@@ -26,8 +25,8 @@ from tests.compressors.klt_cases import calibrate
 from tests.helpers.marks import slow_but
 from tests.helpers.records import make_record, write_failed_point, write_point
 from tests.helpers.small_files import small_files
+from tests.helpers.sources import nodes_of, sources
 
-ROOT = Path(__file__).parents[2]
 DIGEST = "ab" * 32
 
 
@@ -114,8 +113,8 @@ def test_files_are_for_whom_the_umask_says(write, umask, tmp_path):
 def test_nothing_writes_files_for_their_owner_alone():
     """safetensors' save_file and tempfile's named files do, whatever the umask."""
     found = []
-    for path in [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "compressors").rglob("*.py")]:
-        nodes = list(ast.walk(ast.parse(path.read_text())))
+    for path in sources("pipeline", "compressors"):
+        nodes = nodes_of(path)
         names = {getattr(node, "attr", getattr(node, "id", "")) for node in nodes}
         found += [(path.name, name) for name in names & {"save_file", "NamedTemporaryFile", "mkstemp", "mkdtemp"}]
     assert found == []  # gguf.py, whose files transformers writes, mends their modes
