@@ -5,6 +5,7 @@
 # make gpu-check: everything that one GPU can show, with a dated JSON; on such a machine: make gpu-check TORCH=torch
 # make lint, make reference: parts of what .ci/run runs.
 # make start-check PYTHON=python3.13 VENV=.venv-3.13: does a run start and end under that Python?
+# make wheel-check: does it from a wheel, in an environment of its own and another folder?
 # All set up .venv first, with the versions of .ci/constraints.txt. LATEST=1 takes the newest ones that setup.cfg allows,
 # in .venv-latest. On a machine with CUDA wheels at hand: make demo TORCH=torch
 
@@ -30,7 +31,7 @@ NO_NETWORK = { echo "error: pip could not install $(1); is a package index reach
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: demo test check gpu-check lint reference start-check clean
+.PHONY: demo test check gpu-check lint reference start-check wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -56,6 +57,23 @@ start-check: $(VENV)/.installed
 	$(BIN)/torchrun --standalone --nproc_per_node=2 run_pipeline.py --config demo.yaml --compressor int8 \
 		--first_k_tokens 600 --set partition.num_nodes=2 --exp_dir build/start-check
 	@echo "==> starts under $$($(BIN)/python --version)"
+
+# The requirements are those of $(VENV), whose packages the new environment sees; its editable thinwire it does not.
+wheel-check: WHEEL = $(abspath build/wheel)
+wheel-check: $(VENV)/.installed
+	rm -rf $(WHEEL) build/lib build/bdist.*
+	$(BIN)/python -m pip wheel -q $(PIP_ARGS) --no-deps -w $(WHEEL) .
+	$(BIN)/python -m venv --without-pip $(WHEEL)/venv
+	$(BIN)/python -m pip --python $(WHEEL)/venv/bin/python install -q --no-index --no-deps $(WHEEL)/thinwire-*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>$$(ls -d $(WHEEL)/venv/lib/python3.*/site-packages)/requirements.pth
+	mkdir $(WHEEL)/elsewhere
+	cd $(WHEEL)/elsewhere && ../venv/bin/thinwire --config demo.yaml --plan
+	cd $(WHEEL)/elsewhere && ../venv/bin/thinwire --config demo.yaml --compressor int8 \
+		--first_k_tokens 300 --set partition.num_nodes=2 --exp_dir alone
+	cd $(WHEEL)/elsewhere && ../venv/bin/python -m torch.distributed.run --standalone --nproc_per_node=2 \
+		-m run_pipeline --config demo.yaml --compressor int8 --first_k_tokens 300 --set partition.num_nodes=2 --exp_dir ranks
+	@echo "==> starts from a wheel"
 
 reference: $(VENV)/.installed-reference
 	PYTHONPATH=$(VENV)/reference $(BIN)/python -m pytest -q tests/compressors/test_reference_libraries.py $(PYTEST_ARGS)

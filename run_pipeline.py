@@ -3,6 +3,8 @@
 torchrun --nproc_per_node=4 run_pipeline.py --config demo.yaml
 python run_pipeline.py --config demo.yaml --compressor nf4
 torchrun --nproc_per_node=4 run_pipeline.py --config demo.yaml --compressor nf4 --generate "The canal was built"
+
+Installed: `thinwire --config demo.yaml`, and `torchrun --nproc_per_node=4 -m run_pipeline --config demo.yaml`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from compressors.console import run_command
 from pipeline.comm.world import World
@@ -298,6 +300,11 @@ def show_sweep(sweep: Sweep, config: RunConfig, result: SweepResult) -> None:
             print(f"failed: {failure.label}: {failure.error}", file=sys.stderr)
     if result.num_run and result.records:
         write_page(sweep, config, result)
+
+
+def command() -> NoReturn:
+    """The installed command `thinwire`."""
+    run_command(main)
 
 
 if __name__ == "__main__":

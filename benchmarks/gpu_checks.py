@@ -377,13 +377,14 @@ def _median_s(operation: Callable[[], Any], device: torch.device, repeats: int =
 
 def klt(device: torch.device, figures: Figures) -> None:
     """klt and klt_fixed at Qwen3-32B's width, with made-up tables: times, and the device against the CPU."""
-    from compressors.klt.calibration_file import write_calibration
+    from compressors.klt.calibration_file import Origin, write_calibration
 
     width, num_tokens = (5120, 2048) if device.type == "cuda" else (64, 16)
     x = hidden_states((1, num_tokens, width), torch.bfloat16)
     with tempfile.TemporaryDirectory(prefix="thinwire_klt_") as folder:
         tables = _random_calibration(x[0].float(), device)
-        write_calibration(Path(folder), tables, link_name="check", checkpoint="none", text_sha256="0", num_tokens=1)
+        origin = Origin(checkpoint="none", text_sha256="0")
+        write_calibration(Path(folder), tables, origin, link_name="check", num_tokens=1)
         for options in ({"name": "klt", "step": 0.3}, {"name": "klt_fixed", "nbits": 3.0}):
             name, decoded = options["name"], []
             codec = make_compressor({**options, "calibration": folder}, _link(x))

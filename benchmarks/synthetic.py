@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from compressors.klt.calibration_file import LinkCalibration, write_calibration, write_token_table
+from compressors.klt.calibration_file import LinkCalibration, Origin, write_calibration, write_token_table
 from compressors.bitpack import packed_nbytes
 from compressors.klt.models import prior_models
 from compressors.klt.token_table import TokenTable
@@ -73,7 +73,7 @@ def save_random_calibration(
     """Files of `klt` as large as real ones, for hidden states as `save_random_llama`'s models have them."""
     folder.mkdir(parents=True, exist_ok=True)
     size, features = hidden_size, min(1024, hidden_size)
-    origin = {"checkpoint": checkpoint, "text_sha256": "none"}
+    origin = Origin(checkpoint=checkpoint, text_sha256="none")
     zeros, eye = torch.zeros(size), torch.eye(size, dtype=torch.bfloat16)
     calibration = LinkCalibration(
         mean=zeros,
@@ -94,7 +94,7 @@ def save_random_calibration(
         rate_bits=torch.tensor([4.0, 1.0], dtype=torch.float64),
     )
     for name in link_names:
-        write_calibration(folder, calibration, link_name=name, num_tokens=0, **origin)
+        write_calibration(folder, calibration, origin, link_name=name, num_tokens=0)
     table = TokenTable(
         frequent=torch.zeros(0, 0, dtype=torch.uint8),
         rare=torch.randint(0, 256, (vocab_size, packed_nbytes(features, 2)), dtype=torch.uint8),
@@ -102,7 +102,7 @@ def save_random_calibration(
         group_sizes=torch.tensor([[0] * 8, [0, 0, 0, 0, 0, 0, features, 0]]),
         steps=torch.ones(2, features),
     )
-    write_token_table(folder, table, **origin)
+    write_token_table(folder, table, origin)
 
 
 def _shapes(config: LlamaConfig) -> Iterator[tuple[str, torch.Size]]:

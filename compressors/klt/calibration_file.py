@@ -43,6 +43,7 @@ __all__ = [
     "TOKENS_FILE",
     "Calibration",
     "LinkCalibration",
+    "Origin",
     "file_name",
     "read_calibration",
     "write_calibration",
@@ -98,31 +99,35 @@ def file_name(link_name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", link_name).strip("-") + ".safetensors"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What was calibrated, and on what. `text` says it in words; nothing reads it but people."""
+
+    checkpoint: str
+    text_sha256: str
+    text: str = ""
+
+
 def write_calibration(
     folder: Path,
     calibration: LinkCalibration,
+    origin: Origin,
     *,
     link_name: str,
-    checkpoint: str,
-    text_sha256: str,
     num_tokens: int,
-    text: str = "",
     fitted_from: str = "",
 ) -> Path:
     """Write the file of a link; returns its path. Raises ValueError where the disk does not take it.
 
-    `text` says in words what was calibrated on; nothing reads it but people. `fitted_from` is a digest by which a
-    calibration knows its own file again.
+    `fitted_from` is a digest by which a calibration knows its own file again.
     """
-    facts = {"link": link_name, "checkpoint": checkpoint, "text_sha256": text_sha256, "num_tokens": str(num_tokens)}
-    return _write(folder / file_name(link_name), calibration, {**facts, "text": text, "fitted_from": fitted_from})
+    facts = {"link": link_name, "num_tokens": str(num_tokens), "fitted_from": fitted_from}
+    return _write(folder / file_name(link_name), calibration, {**dataclasses.asdict(origin), **facts})
 
 
-def write_token_table(
-    folder: Path, table: TokenTable, *, checkpoint: str, text_sha256: str, text: str = ""
-) -> Path:
+def write_token_table(folder: Path, table: TokenTable, origin: Origin) -> Path:
     """Write the file of token ids; returns its path. Raises ValueError where the disk does not take it."""
-    return _write(folder / TOKENS_FILE, table, {"checkpoint": checkpoint, "text_sha256": text_sha256, "text": text})
+    return _write(folder / TOKENS_FILE, table, dataclasses.asdict(origin))
 
 
 def _write(path: Path, content: LinkCalibration | TokenTable, facts: dict[str, str]) -> Path:

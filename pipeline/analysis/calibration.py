@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from compressors.klt.calibration_file import FORMAT, file_name, write_calibration, write_token_table
+from compressors.klt.calibration_file import FORMAT, Origin, file_name, write_calibration, write_token_table
 from compressors.klt.fit import LinkStatistics, fit, token_importance
 from compressors.klt.token_table import CHUNK, NarrowTable, TokenTable, make_token_table, narrow_token_table
 from pipeline.analysis.gathering import Division, Gathered
@@ -29,7 +29,7 @@ from pipeline.models.stage import Objective, TokenWindows
 from pipeline.records.files import check_writable
 from pipeline.records.identity import digest_of
 from pipeline.runtime.deployment import Deployment
-from pipeline.runtime.gradients import GradientPass
+from pipeline.runtime.gradients import GradientPass, Observers
 from pipeline.runtime.placement import balanced_layers
 from pipeline.runtime.text import make_run_windows
 
@@ -94,9 +94,11 @@ def _gather(
             [microbatches[m] for m in chosen],
             dtype=dtype,
             objective=Objective.NLL if gathered.num_done < len(division.graded) else None,
-            on_forward=take,
-            on_gradient=lambda link_index, _, x, gradient: gathered.take_gradients(link_index, x, gradient),
-            on_finished=lambda _: bar.update(),
+            seen=Observers(
+                on_forward=take,
+                on_gradient=lambda link_index, _, x, gradient: gathered.take_gradients(link_index, x, gradient),
+                on_finished=lambda _: bar.update(),
+            ),
         ).run()
         gathered.num_done += len(chosen)
 
@@ -146,16 +148,14 @@ def _write(
     Where an interrupted calibration is continued, links that it has written are left as they are.
     """
     control, text = deployment.control, deployment.text
-    origin = {
-        "checkpoint": deployment.model.checkpoint_digest,
-        "text_sha256": text.text_sha256,
-        "text": text.description,
-    }
+    origin = Origin(
+        checkpoint=deployment.model.checkpoint_digest, text_sha256=text.text_sha256, text=text.description
+    )
     narrow = tokens or NarrowTable.empty()
     fitted_from = digest_of([digest, tensors_digest(_tensors(narrow.table))])
     paths = []
     if tokens is not None and control.world.rank == 0:
-        paths.append(write_token_table(out, tokens.table, **origin))
+        paths.append(write_token_table(out, tokens.table, origin))
         _tell_written(paths[-1])
     for link in gathered.links:
         path = out / file_name(link.name)
@@ -166,10 +166,10 @@ def _write(
             write_calibration(
                 out,
                 calibration,
+                origin,
                 link_name=link.name,
                 num_tokens=statistics.num_tokens,
                 fitted_from=fitted_from,
-                **origin,
             )
             _tell_written(path)
         paths.append(path)

@@ -20,7 +20,7 @@ from pipeline.analysis.relevance import attnlrp, check_rules
 from pipeline.comm.control import Control
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.windows import MicroBatch, make_microbatches
-from pipeline.importance.files import write_head_relevance, write_token_importance
+from pipeline.importance.files import TokenOwner, write_head_relevance, write_token_importance
 from pipeline.importance.metrics import METRICS, AttentionMetric, MetricSetting
 from pipeline.models.attention import Attention, AttentionReader
 from pipeline.models.loading import TORCH_DTYPES, check_attention_readable
@@ -30,7 +30,7 @@ from pipeline.records.environment import software_versions
 from pipeline.records.files import write_json
 from pipeline.records.labels import model_label
 from pipeline.runtime.deployment import Deployment
-from pipeline.runtime.gradients import GradientPass
+from pipeline.runtime.gradients import GradientPass, Observers
 from pipeline.runtime.text import make_run_windows
 
 __all__ = [
@@ -84,8 +84,9 @@ def analyse_layers(config: RunConfig, deployment: Deployment, out: Path) -> None
             microbatches,
             dtype=TORCH_DTYPES[config.model.dtype],
             objective=None,
-            on_finished=advance,
-            attention_readers={i: reader_of(plan.stages[i]) for i in deployment.stages},
+            seen=Observers(
+                on_finished=advance, attention_readers={i: reader_of(plan.stages[i]) for i in deployment.stages}
+            ),
         ).run()
     windows: list[np.ndarray] = []  # [metrics, layers, T] each
     for microbatch in microbatches:
@@ -131,8 +132,7 @@ def analyse_heads(config: RunConfig, deployment: Deployment, out: Path) -> None:
                 microbatches,
                 dtype=TORCH_DTYPES[config.model.dtype],
                 objective=Objective.TARGET_LOGIT,
-                on_gradient=lambda *_: None,
-                on_finished=advance,
+                seen=Observers(on_finished=advance),
             )
             logits = gradients.run()
     heads = torch.zeros(plan.num_layers, deployment.model.config.num_attention_heads, dtype=torch.float64)
@@ -180,7 +180,7 @@ def analyse_oracle(config: RunConfig, deployment: Deployment, out: Path) -> None
     To first order an error e_j changes the loss by <g_j, e_j>; where errors are proportional to the token's length and
     of no preferred direction, the product is how large that change is.
     """
-    plan, control, dataset = deployment.plan, deployment.control, config.dataset
+    plan, control = deployment.plan, deployment.control
     microbatches = _microbatches(config, deployment)
     starts = [0]
     for microbatch in microbatches:
@@ -193,7 +193,10 @@ def analyse_oracle(config: RunConfig, deployment: Deployment, out: Path) -> None
 
     with _progress(control, "loss gradients", len(microbatches)) as advance:
         gradients = GradientPass(
-            deployment, microbatches, dtype=TORCH_DTYPES[config.model.dtype], on_gradient=take, on_finished=advance
+            deployment,
+            microbatches,
+            dtype=TORCH_DTYPES[config.model.dtype],
+            seen=Observers(on_gradient=take, on_finished=advance),
         )
         gradients.run()
     importance = control.sum_over_ranks(importance)
@@ -201,11 +204,7 @@ def analyse_oracle(config: RunConfig, deployment: Deployment, out: Path) -> None
         write_token_importance(
             out / "token_importance.safetensors",
             {link.name: importance[link.index] for link in plan.links},
-            checkpoint_fingerprint=deployment.model.checkpoint_digest,
-            ids_sha256=deployment.text.ids_sha256,
-            max_length=dataset.max_length,
-            stride=dataset.stride,
-            bos=dataset.bos,
+            TokenOwner.of(config.dataset, deployment.model.checkpoint_digest, deployment.text.ids_sha256),
         )
         print(f"written: {out}/token_importance.safetensors")
 

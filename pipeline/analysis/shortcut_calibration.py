@@ -29,7 +29,7 @@ from pipeline.models.sampling import read_generation_defaults
 from pipeline.models.stage import Stage, TokenWindows
 from pipeline.partition.passes import Row
 from pipeline.runtime.deployment import Deployment
-from pipeline.runtime.gradients import GradientPass
+from pipeline.runtime.gradients import GradientPass, Observers
 from pipeline.runtime.text import make_run_windows
 
 __all__ = ["Agreement", "LeastSquares", "calibrate_shortcut", "check_hidden_size"]
@@ -193,8 +193,10 @@ def calibrate_shortcut(config: RunConfig, deployment: Deployment, out: Path) -> 
             microbatches,
             dtype=TORCH_DTYPES[config.model.dtype],
             objective=None,
-            on_forward=(lambda *_: None) if fitting is None else fitting.take,
-            on_finished=lambda _: bar.update(),
+            seen=Observers(
+                on_forward=(lambda *_: None) if fitting is None else fitting.take,
+                on_finished=lambda _: bar.update(),
+            ),
         ).run()
     agreement = None
     if fitting is not None:

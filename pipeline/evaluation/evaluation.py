@@ -119,11 +119,9 @@ class Evaluation(Job):
         plan = self.plan
         return StageWorker(
             self.deployment.stages,
-            EndCodecs.make(plan, self.codecs, self.decode_codecs),
+            EndCodecs.make(plan, self.codecs, self.decode_codecs, self.metrics),
             Head(tokens, len(plan.links) if plan.last_node != 0 else None),
-            tokens,
             dtype=TORCH_DTYPES[self.config.model.dtype],
-            metrics=self.metrics,
             probes=self._make_probes(),
             slowdown=slowdown_of(self.config, self.control.world),
         )

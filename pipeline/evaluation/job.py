@@ -8,6 +8,7 @@ from __future__ import annotations
 from pipeline.comm.link import LinkSpec
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.windows import make_microbatches
+from pipeline.importance.files import TokenOwner
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.partition.schedule import passes_in_flight
 from pipeline.runtime.codecs import (
@@ -22,7 +23,6 @@ from pipeline.runtime.codecs import (
 )
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.emulation import check_emulation, emulated_links, receives_ahead_of
-from pipeline.runtime.head import max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import Workload, id_nbytes, link_specs
 from pipeline.runtime.placement import credits_of
 from pipeline.runtime.text import make_run_windows
@@ -70,8 +70,7 @@ class Job:
             self.codecs,
             self.microbatches,
             model_config=deployment.model.config,
-            checkpoint_digest=deployment.model.checkpoint_digest,
-            ids_sha256=text.ids_sha256,
+            owner=TokenOwner.of(config.dataset, deployment.model.checkpoint_digest, text.ids_sha256),
         )
         self.metrics, self.specs, self.importance = parts.metrics, parts.specs, parts.importance
         if self.decodes:
@@ -135,6 +134,4 @@ class Job:
             dtype=TORCH_DTYPES[self.config.model.dtype],
             decoding=self.decode_codecs.ends,
             id_nbytes=id_nbytes(self.deployment.model.config.vocab_size),
-            result_bound=lambda work: result_nbytes(windows, work),
-            max_result_nbytes=max_result_nbytes(windows, 0, 0),
         )

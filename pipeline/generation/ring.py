@@ -24,7 +24,7 @@ from pipeline.runtime.codecs import CodecFacts, make_decode_codecs
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.emulation import check_emulation, emulated_links, receives_ahead_of, slowdown_of
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.head import Head, max_result_nbytes, result_nbytes
+from pipeline.runtime.head import Head
 from pipeline.runtime.link_specs import generation_workload, id_nbytes, link_specs
 from pipeline.runtime.pass_costs import measure_pass_costs, ranks_at_once
 from pipeline.runtime.placement import credits_of
@@ -105,7 +105,6 @@ class GenerationRing:
             deployment.stages,
             end_codecs,
             Head(tokens, result_link),
-            tokens,
             dtype=dtype,
             slowdown=slowdown_of(config, control.world),
         )
@@ -178,8 +177,6 @@ class GenerationRing:
             codecs,
             control,
             at_once=at_once,
-            hidden_size=model.config.hidden_size,
-            dtype=TORCH_DTYPES[config.model.dtype],
             depth=generation.draft_depth,
             slowdown=slowdown_of(config, control.world),
         )
@@ -203,8 +200,6 @@ class GenerationRing:
             dtype=TORCH_DTYPES[self.config.model.dtype],
             decoding=self.decode_codecs.ends,
             id_nbytes=id_nbytes(deployment.model.config.vocab_size),
-            result_bound=lambda work: result_nbytes((), work),
-            max_result_nbytes=max_result_nbytes((), self.workload.max_rows, self.workload.max_tokens),
         )
 
 

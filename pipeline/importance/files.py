@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from pipeline.config.schema import DatasetConfig
 from pipeline.records.files import disk_problem, write_whole
 
 __all__ = [
     "ImportanceFileError",
+    "TokenOwner",
     "file_digest",
     "read_head_relevance",
     "read_token_importance",
@@ -38,22 +41,42 @@ class ImportanceFileError(ValueError):
     """A file that is damaged, of another kind, or made for another model, text or protocol."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenOwner:
+    """Which runs a file of token importance is made for: their model, text and windows (`dataset.max_length`, ...)."""
+
+    checkpoint_fingerprint: str
+    ids_sha256: str
+    max_length: int
+    stride: int
+    bos: str
+
+    @classmethod
+    def of(cls, dataset: DatasetConfig, checkpoint_fingerprint: str, ids_sha256: str) -> TokenOwner:
+        """Of runs of this model that cut the text with these ids as `dataset` says."""
+        return cls(
+            checkpoint_fingerprint=checkpoint_fingerprint,
+            ids_sha256=ids_sha256,
+            max_length=dataset.max_length,
+            stride=dataset.stride,
+            bos=dataset.bos,
+        )
+
+    def metadata(self) -> dict[str, str]:
+        return {key: str(value) for key, value in asdict(self).items()}
+
+
 def write_token_importance(
     path: Path,
     by_link: Mapping[str, torch.Tensor],
+    owner: TokenOwner,
     *,
-    checkpoint_fingerprint: str,
-    ids_sha256: str,
-    max_length: int,
-    stride: int,
-    bos: str,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write float32 [num tokens of all windows] per link name.
+    """Write float32 [num tokens of all windows] per link name; `notes` are kept and not compared.
 
-    The keywords are those of the run that it is made for (`dataset.max_length`, ...); `notes` are kept and not
-    compared. Raises ValueError unless all tensors are 1-D float32 without NaN, and of one length, and where the disk
-    does not take it.
+    Raises ValueError unless all tensors are 1-D float32 without NaN, and of one length, and where the disk does not
+    take it.
     """
     for link, values in by_link.items():
         if values.dim() != 1 or values.dtype != torch.float32 or values.isnan().any():
@@ -62,23 +85,12 @@ def write_token_importance(
     lengths = {link: values.numel() for link, values in by_link.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"importance must have as many values on every link, got {lengths}")
-    owner = _token_owner(checkpoint_fingerprint, ids_sha256, max_length, stride, bos)
-    _write(path, TOKEN_IMPORTANCE, by_link, owner, notes)
+    _write(path, TOKEN_IMPORTANCE, by_link, owner.metadata(), notes)
 
 
-def read_token_importance(
-    path: Path,
-    link: str,
-    *,
-    checkpoint_fingerprint: str,
-    ids_sha256: str,
-    max_length: int,
-    stride: int,
-    bos: str,
-) -> torch.Tensor:
-    """One link's values, float32 1-D on the CPU. Raises ImportanceFileError where it cannot be this run's."""
-    owner = _token_owner(checkpoint_fingerprint, ids_sha256, max_length, stride, bos)
-    values = _read(path, TOKEN_IMPORTANCE, link, owner)
+def read_token_importance(path: Path, link: str, owner: TokenOwner) -> torch.Tensor:
+    """One link's values, float32 1-D on the CPU. Raises ImportanceFileError where it cannot be this owner's."""
+    values = _read(path, TOKEN_IMPORTANCE, link, owner.metadata())
     if values.dim() != 1 or values.isnan().any():
         raise ImportanceFileError(f"{path}: {link} must be a row of numbers, got {tuple(values.shape)} or a NaN")
     return values
@@ -115,18 +127,6 @@ def file_digest(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as e:
         raise ImportanceFileError(f"{path} cannot be read: {e.strerror}") from e
-
-
-def _token_owner(
-    checkpoint_fingerprint: str, ids_sha256: str, max_length: int, stride: int, bos: str
-) -> dict[str, str]:
-    return {
-        "checkpoint_fingerprint": checkpoint_fingerprint,
-        "ids_sha256": ids_sha256,
-        "max_length": str(max_length),
-        "stride": str(stride),
-        "bos": bos,
-    }
 
 
 def _relevance_problem(relevance: torch.Tensor) -> str | None:

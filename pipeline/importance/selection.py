@@ -10,7 +10,7 @@ from compressors import Compressor
 from compressors.user_files import user_path
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.windows import MicroBatch
-from pipeline.importance.files import file_digest, read_head_relevance, read_token_importance
+from pipeline.importance.files import TokenOwner, file_digest, read_head_relevance, read_token_importance
 from pipeline.importance.metrics import METRICS, Metric, MetricSetting
 from pipeline.models.loading import check_attention_readable
 from pipeline.partition.plan import Plan, StagePlan
@@ -25,12 +25,11 @@ def make_metrics(
     microbatches: Sequence[MicroBatch],
     *,
     model_config: Any,
-    checkpoint_digest: str,
-    ids_sha256: str,
+    owner: TokenOwner,
 ) -> dict[int, Metric]:
     """What computes the importance for those of `encoders` that need it, by link index as they.
 
-    Raises ConfigError or another ValueError for what this model, plan, text or kernel cannot give.
+    `owner` is this run. Raises ConfigError or another ValueError for what its model, plan, text or kernel cannot give.
     """
     metrics = {}
     for index, codec in encoders.items():
@@ -50,20 +49,12 @@ def make_metrics(
             if key == "head_weights":
                 options["head_relevance"] = read_head_relevance(
                     path,
-                    checkpoint_fingerprint=checkpoint_digest,
+                    checkpoint_fingerprint=owner.checkpoint_fingerprint,
                     num_layers=plan.num_layers,
                     num_heads=model_config.num_attention_heads,
                 )
             else:
-                options["token_importance"] = read_token_importance(
-                    path,
-                    plan.links[index].name,
-                    checkpoint_fingerprint=checkpoint_digest,
-                    ids_sha256=ids_sha256,
-                    max_length=config.dataset.max_length,
-                    stride=config.dataset.stride,
-                    bos=config.dataset.bos,
-                )
+                options["token_importance"] = read_token_importance(path, plan.links[index].name, owner)
         metrics[index] = cls(MetricSetting(**options))
     return metrics
 

@@ -18,13 +18,13 @@ from pipeline.comm.control import Control
 from pipeline.comm.link import LinkSpec
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.windows import MicroBatch
+from pipeline.importance.files import TokenOwner
 from pipeline.importance.metrics import METRICS, Metric
 from pipeline.importance.selection import make_metrics
 from pipeline.models.loading import TORCH_DTYPES
 from pipeline.partition.passes import Pass, PassKind
 from pipeline.partition.plan import Plan
 from pipeline.records.identity import digest_of
-from pipeline.runtime.head import max_result_nbytes, result_nbytes
 from pipeline.runtime.link_specs import Workload, link_specs
 from pipeline.runtime.placement import balanced_layers
 
@@ -255,23 +255,17 @@ def make_link_parts(
     microbatches: Sequence[MicroBatch],
     *,
     model_config: Any,
-    checkpoint_digest: str,
-    ids_sha256: str,
+    owner: TokenOwner,
 ) -> LinkParts:
     """Metrics and link specs at this rank's ends, and what metrics the other ranks have; every rank calls it.
 
-    Raises on every rank where they cannot be made on one, or where a link's ends differ.
+    `owner` is this run, for which files of importance have to be made. Raises on every rank where they cannot be made
+    on one, or where a link's ends differ.
     """
 
     def make() -> tuple[tuple[dict[int, Metric], dict[int, LinkSpec]], list[dict[str, Any]]]:
         metrics = make_metrics(
-            config,
-            plan,
-            codecs.encoders,
-            microbatches,
-            model_config=model_config,
-            checkpoint_digest=checkpoint_digest,
-            ids_sha256=ids_sha256,
+            config, plan, codecs.encoders, microbatches, model_config=model_config, owner=owner
         )
         specs = link_specs(
             plan,
@@ -279,8 +273,6 @@ def make_link_parts(
             Workload(microbatches=microbatches),
             hidden_size=model_config.hidden_size,
             dtype=TORCH_DTYPES[config.model.dtype],
-            result_bound=lambda work: result_nbytes(microbatches, work),
-            max_result_nbytes=max_result_nbytes(microbatches, 0, 0),
         )
         shapes = {microbatch.shape: microbatch.index for microbatch in microbatches}
         bounds = {

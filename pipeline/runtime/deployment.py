@@ -23,6 +23,7 @@ from pipeline.comm.mailbox import BodyChannel
 from pipeline.comm.watchdog import tell
 from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.data.windows import make_microbatches
+from pipeline.importance.files import TokenOwner
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.loading import TORCH_DTYPES, WeightFormat, load_model_config, load_stage
 from pipeline.models.source import checkpoint_fingerprint, resolve_model
@@ -267,8 +268,7 @@ def _prepare_text(
         codecs,
         make_microbatches(make_run_windows(config, text.ids, text.bos_id), config.batch_size),
         model_config=model.config,
-        checkpoint_digest=model.checkpoint_digest,
-        ids_sha256=text.ids_sha256,
+        owner=TokenOwner.of(config.dataset, model.checkpoint_digest, text.ids_sha256),
     )
     if claim is not None and control.world.rank == 0:
         claim(

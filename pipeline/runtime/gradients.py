@@ -9,7 +9,7 @@ Nothing is trained: weights need no gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,7 +25,7 @@ from pipeline.runtime.engine import Departure, Engine, Entry, Result, StageError
 from pipeline.runtime.link_specs import gradient_specs
 from pipeline.runtime.sources import MicroBatches
 
-__all__ = ["GradientPass", "OnForward", "OnGradient"]
+__all__ = ["GradientPass", "Observers", "OnForward", "OnGradient"]
 
 # Called on the rank that sends on a link, once per micro-batch: link index, micro-batch index, hidden states
 # [B, T, H] in the run's dtype and the objective's gradient at them, float32 [B, T, H]; both on the stage's device.
@@ -36,17 +36,29 @@ OnGradient = Callable[[int, int, torch.Tensor, torch.Tensor], None]
 OnForward = Callable[[int, int, torch.Tensor, torch.Tensor], None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Observers:
+    """What is shown of a pass.
+
+    `on_gradient` takes hidden states and gradients at this rank's outgoing links, `on_forward` hidden states at both
+    ends of this rank's stages. `on_finished` is told on node 0 that a micro-batch is done, by its index.
+    `attention_readers`, by stage index, are as `Stage.forward` takes them.
+    """
+
+    on_gradient: OnGradient = lambda *_: None
+    on_forward: OnForward = lambda *_: None
+    on_finished: Callable[[int], None] = lambda microbatch_index: None
+    attention_readers: Mapping[int, AttentionReader] = field(default_factory=dict)
+
+
 class GradientPass:
     """One pass over micro-batches on a deployed model.
 
     Args:
         deployment: the loaded stages; every rank makes a pass alike.
         microbatches: of the deployment's text.
-        objective: what is differentiated, summed over scored positions; None: forward only, for the readers' sake.
-        on_gradient: takes hidden states and gradients at this rank's outgoing links.
-        on_forward: takes hidden states at both ends of this rank's stages.
-        on_finished: told on node 0 that a micro-batch is done, by its index.
-        attention_readers: of stages, by stage index, as `Stage.forward` takes them.
+        objective: what is differentiated, summed over scored positions; None: forward only, for what is `seen` of it.
+        seen: what is shown of it.
     """
 
     def __init__(
@@ -56,16 +68,11 @@ class GradientPass:
         *,
         dtype: torch.dtype,
         objective: Objective | None = Objective.NLL,
-        on_gradient: OnGradient = lambda *_: None,
-        on_forward: OnForward = lambda *_: None,
-        on_finished: Callable[[int], None] = lambda microbatch_index: None,
-        attention_readers: Mapping[int, AttentionReader] = MappingProxyType({}),
+        seen: Observers,
     ) -> None:
         text = deployment.text
         self._deployment, self._microbatches = deployment, microbatches
-        self._dtype, self._objective = dtype, objective
-        self._on_gradient, self._on_forward, self._on_finished = on_gradient, on_forward, on_finished
-        self._attention_readers = attention_readers
+        self._dtype, self._objective, self._seen = dtype, objective, seen
         self._tokens = TokenWindows(text.ids, microbatches, text.bos_id)
         self._num_links = len(deployment.plan.links)
         self._graphs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # stage -> (input, output)
@@ -119,7 +126,7 @@ class GradientPass:
             return self._back(index, frame.work, None)
         _, output = self._graphs[index]
         gradient = inputs.to(output.device)
-        self._on_gradient(index, _index(frame.work), output.detach(), gradient)
+        self._seen.on_gradient(index, _index(frame.work), output.detach(), gradient)
         return self._backward(index, frame.work, gradient.to(output.dtype))
 
     def spare(self, link_index: int, frame: Frame) -> Result:
@@ -133,8 +140,8 @@ class GradientPass:
 
     def _forward(self, index: int, work: Pass, x: torch.Tensor) -> Departure | Result:
         stage = self._deployment.stages[index]
-        output = stage.forward(x.requires_grad_(), self._attention_readers.get(index))
-        self._on_forward(index, _index(work), x.detach(), output.detach())
+        output = stage.forward(x.requires_grad_(), self._seen.attention_readers.get(index))
+        self._seen.on_forward(index, _index(work), x.detach(), output.detach())
         if not stage.plan.is_last:
             if self._objective is not None:
                 self._graphs[index] = x, output
@@ -156,7 +163,7 @@ class GradientPass:
     def _back(self, index: int, work: Pass, gradient: torch.Tensor | None) -> Departure | Result:
         """Towards node 0, without a gradient where none is taken."""
         if index == 0:
-            self._on_finished(_index(work))
+            self._seen.on_finished(_index(work))
             return Result(None, ())
         link_index = 2 * self._num_links - index
         if gradient is not None:

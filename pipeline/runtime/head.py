@@ -71,12 +71,13 @@ def begin_note(options_of_slot: dict[int, SamplingOptions]) -> bytes:
 class Head:
     """Scores of a text's tokens, and next tokens of the sequences in slots, of which it keeps the ids.
 
-    `result_link` is the link that carries results to node 0, None where the head is there.
+    `tokens` are those of the text, `result_link` is the link that carries results to node 0, None where the head is
+    there.
     """
 
     def __init__(self, tokens: TokenWindows, result_link: int | None) -> None:
         self.result_link = result_link
-        self._tokens = tokens
+        self.tokens = tokens
         self._ids: dict[int, array[int]] = {}  # of the sequence in each slot
         self._samplers: dict[int, Sampler] = {}
 
@@ -90,7 +91,7 @@ class Head:
         """
         if work.kind is PassKind.SCORE:
             assert work.microbatch_index is not None
-            return stage.score(output, *self._tokens.scored(work.microbatch_index))
+            return stage.score(output, *self.tokens.scored(work.microbatch_index))
         if work.scores:
             return self._scores(work, stage, output)
         self._follow(work, ids, note)
@@ -107,7 +108,7 @@ class Head:
     def from_payload(self, work: Pass, data: torch.Tensor) -> Scores | list[list[Sampled]] | None:
         """Inverse of `to_payload`, from uint8 data. Raises BadFrame for other bytes."""
         if work.kind is PassKind.SCORE or work.scores:
-            count = num_scored(self._tokens.microbatches, work)
+            count = num_scored(self.tokens.microbatches, work)
             if data.numel() != 8 * count:
                 raise BadFrame(f"result of {data.numel()} bytes for {count} scored tokens")
             return Scores(data[: 4 * count].view(torch.float32), data[4 * count :].view(torch.int32))
@@ -115,7 +116,7 @@ class Head:
 
     def _scores(self, work: Pass, stage: Stage, output: torch.Tensor) -> Scores:
         assert work.microbatch_index is not None
-        rows, columns, targets = self._tokens.scored(work.microbatch_index)
+        rows, columns, targets = self.tokens.scored(work.microbatch_index)
         columns = columns - torch.tensor([row.start for row in work.rows])[rows]
         here = (columns >= 0) & (columns < work.num_tokens)
         return stage.score(output, rows[here], columns[here], targets[here])

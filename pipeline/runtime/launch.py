@@ -16,8 +16,9 @@ from pipeline.comm.world import World
 from pipeline.config.schema import RunConfig
 
 if TYPE_CHECKING:
+    from pipeline.comm.control import Control
     from pipeline.partition.plan import Plan
-    from pipeline.runtime.deployment import Deployment
+    from pipeline.runtime.deployment import Deployment, LoadedStages
 
 __all__ = ["on_deployment"]
 
@@ -52,7 +53,14 @@ def on_deployment(
         sys.exit(2)
     watchdog = Watchdog(world, config.runtime.timeout_s)
     try:
-        return _work(config, world, watchdog, folder, work, check, claim, with_text, progress)
+        control = _join(config, world, watchdog, rejoin_s=0.0 if progress is None else config.runtime.rejoin_s)
+
+        def deployed(loaded: LoadedStages) -> Deployment:
+            from pipeline.runtime.deployment import deploy
+
+            return deploy(config, control, check, claim, with_text=with_text, loaded=loaded)
+
+        return _work(control, folder, deployed, work, progress)
     except RunFinished:
         watchdog.stop()
         tell(f"rank {world.rank}: the run has come to its end meanwhile\n")
@@ -61,49 +69,50 @@ def on_deployment(
         watchdog.abort(e)
 
 
-def _work(
-    config: RunConfig,
-    world: World,
-    watchdog: Watchdog,
-    folder: Path,
-    work: Callable[[Deployment], T],
-    check: Callable[[Plan, Any], None] | None,
-    claim: Callable[[str], None] | None,
-    with_text: bool,
-    progress: Callable[[], int | None] | None,
-) -> T:
+def _join(config: RunConfig, world: World, watchdog: Watchdog, *, rejoin_s: float) -> Control:
+    """Before the imports of seconds: from here on, what goes wrong on one rank is known to all."""
     # Torch's C++ stacks for a lost connection would bury the message that names the lost rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if config.runtime.backend == "nccl":
         # Loaded at its first launch, a kernel may wait for the whole device, and so for a send that no one has met.
         os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     from pipeline.comm.control import Control
-    from pipeline.comm.mailbox import LinkError
 
-    # Joined before the imports of seconds: from here on, what goes wrong on one rank is known to all.
     runtime = config.runtime
-    control = Control(
+    return Control(
         world,
         timeout_s=runtime.timeout_s,
         load_timeout_s=runtime.load_timeout_s,
         interface=runtime.interface,
         watchdog=watchdog,
-        rejoin_s=0.0 if progress is None else runtime.rejoin_s,
+        rejoin_s=rejoin_s,
     )
+
+
+def _work(
+    control: Control,
+    folder: Path,
+    deployed: Callable[[LoadedStages], Deployment],
+    work: Callable[[Deployment], T],
+    progress: Callable[[], int | None] | None,
+) -> T:
+    """`work` on what is `deployed`, anew each time that the ring is formed."""
+    from pipeline.comm.mailbox import LinkError
+
     loaded = None
     while True:
         try:
             control.form()
             from pipeline.records.files import check_writable
-            from pipeline.runtime.deployment import LoadedStages, deploy
+            from pipeline.runtime.deployment import LoadedStages
             from pipeline.runtime.memory import keep_freed_memory, return_freed_memory
 
             if loaded is None:
                 loaded = LoadedStages()
-                if world.rank == 0:
+                if control.world.rank == 0:
                     check_writable(folder)
             return_freed_memory()
-            deployment = deploy(config, control, check, claim, with_text=with_text, loaded=loaded)
+            deployment = deployed(loaded)
             keep_freed_memory()
             result = work(deployment)
             control.close()

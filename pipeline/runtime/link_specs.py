@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -15,8 +16,9 @@ from pipeline.comm.link import HiddenSpec, LinkSpec, ResultSpec
 from pipeline.comm.wire import WireFormat
 from pipeline.config.schema import RunConfig
 from pipeline.data.windows import MicroBatch
-from pipeline.partition.passes import Pass, PassKind
+from pipeline.partition.passes import PassKind
 from pipeline.partition.plan import Plan
+from pipeline.runtime.head import max_result_nbytes, result_nbytes
 
 __all__ = ["Workload", "generation_workload", "gradient_specs", "id_nbytes", "link_specs"]
 
@@ -52,12 +54,10 @@ def link_specs(
     dtype: torch.dtype,
     decoding: Mapping[int, Compressor] = MappingProxyType({}),
     id_nbytes: int = 4,
-    result_bound: Callable[[Pass], int] | None = None,
-    max_result_nbytes: int = 0,
 ) -> dict[int, LinkSpec]:
     """By link index as `codecs`, and of the link of results, which is there where the head is not on node 0.
 
-    `decoding` are the codecs of DECODE passes, where they are others. A result has at most `result_bound(pass)` bytes.
+    `decoding` are the codecs of DECODE passes, where they are others.
     """
     shapes = [m.shape for m in workload.microbatches]
     specs: dict[int, LinkSpec] = {}
@@ -83,13 +83,12 @@ def link_specs(
             max_tokens=workload.max_tokens,
         )
     if plan.last_node != 0:
-        assert result_bound is not None
         num_links = len(plan.links)
         specs[num_links] = ResultSpec(
             name=plan.chain_names[num_links],
             wire=WireFormat(link_index=num_links, num_trail=num_links, codec_ids=()),
-            bound=result_bound,
-            max_nbytes=max_result_nbytes,
+            bound=functools.partial(result_nbytes, workload.microbatches),
+            max_nbytes=max_result_nbytes(workload.microbatches, workload.max_rows, workload.max_tokens),
             max_rows=workload.max_rows,
         )
     return specs

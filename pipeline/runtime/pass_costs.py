@@ -49,8 +49,6 @@ def measure_pass_costs(
     control: Control,
     *,
     at_once: Mapping[str, int],
-    hidden_size: int,
-    dtype: torch.dtype,
     depth: int,
     slowdown: float,
 ) -> PassCosts:
@@ -65,6 +63,8 @@ def measure_pass_costs(
     A codec or stage that raises is a StageError on all ranks.
     """
     widths = _widths(1 + depth, stages, control)
+    model_config = next(iter(stages.values())).decoder.config
+    hidden_size, dtype = model_config.hidden_size, model_config.dtype
     ends = codecs.of(PassKind.DECODE)
     own_s = [0.0] * len(widths)
     written = {}

@@ -7,7 +7,7 @@ i leads from stage i to stage i + 1; the one behind the last stage, where there 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +17,7 @@ from compressors.base import Compressor, Payload
 from pipeline.comm.link import Frame
 from pipeline.importance.metrics import AttentionMetric, Metric
 from pipeline.models.attention import Attention, AttentionReader
-from pipeline.models.stage import Stage, TokenWindows
+from pipeline.models.stage import Stage
 from pipeline.partition.passes import Pass, PassKind
 from pipeline.partition.plan import Plan
 from pipeline.runtime.codecs import CodecFacts, LinkCodecs, naming
@@ -40,17 +40,25 @@ Tap = Callable[[Pass, torch.Tensor, torch.Tensor], None]
 class EndCodecs:
     """The codec objects at this rank's link ends, by link index.
 
-    `decoding` are those for DECODE passes, where they are others. `ids_onward` has the links over which generation
-    sends token ids along, because a codec or head further on needs them.
+    `metrics` compute the importance of tokens for encoders that need it. `decoding` are those for DECODE passes, where
+    they are others. `ids_onward` has the links over which generation sends token ids along, because a codec or head
+    further on needs them.
     """
 
     encoders: Mapping[int, Compressor]
     decoders: Mapping[int, Compressor]
+    metrics: Mapping[int, Metric] = field(default_factory=dict)
     decoding: EndCodecs | None = None
     ids_onward: frozenset[int] = frozenset()
 
     @classmethod
-    def make(cls, plan: Plan, codecs: LinkCodecs, decode_codecs: LinkCodecs) -> EndCodecs:
+    def make(
+        cls,
+        plan: Plan,
+        codecs: LinkCodecs,
+        decode_codecs: LinkCodecs,
+        metrics: Mapping[int, Metric] = MappingProxyType({}),
+    ) -> EndCodecs:
         """Of a job whose DECODE passes have `decode_codecs`, which may be `codecs`."""
         decoding = None
         if decode_codecs is not codecs:
@@ -59,6 +67,7 @@ class EndCodecs:
         return cls(
             encoders=codecs.encoders,
             decoders=codecs.decoders,
+            metrics=metrics,
             decoding=decoding,
             ids_onward=_ids_onward(plan, facts),
         )
@@ -73,10 +82,9 @@ class StageWorker:
     Args:
         stages: this rank's stages by stage index.
         codecs: of this rank's link ends.
-        head: what comes of the last stage's output, and of result frames; every rank has one.
-        tokens: of the micro-batches that SCORE passes name; every rank has them.
+        head: what comes of the last stage's output, and of result frames; every rank has one, with the tokens of the
+            micro-batches that SCORE passes name.
         dtype: of the hidden states.
-        metrics: what computes the importance for encoders that need it, by link index.
         probes: told of what this rank sends, by link index, outside the phases that are timed.
         slowdown: of all that this rank computes (`StageTimes`).
 
@@ -88,17 +96,14 @@ class StageWorker:
         stages: Mapping[int, Stage],
         codecs: EndCodecs,
         head: Head,
-        tokens: TokenWindows,
         *,
         dtype: torch.dtype,
-        metrics: Mapping[int, Metric] = MappingProxyType({}),
         probes: Mapping[int, Probe] = MappingProxyType({}),
         slowdown: float = 1.0,
     ) -> None:
         self.times = {index: StageTimes(slowdown=slowdown) for index in stages}
         self.last_tokens: dict[int, torch.Tensor] = {}
-        self._stages, self._codecs, self._head, self._tokens, self._dtype = stages, codecs, head, tokens, dtype
-        self._metrics, self._probes = metrics, probes
+        self._stages, self._codecs, self._head, self._dtype, self._probes = stages, codecs, head, dtype, probes
         self._taps: list[tuple[Tap, Tap]] = []
 
     def watch(self, sent: Tap, returned: Tap) -> None:
@@ -165,7 +170,7 @@ class StageWorker:
         """Token ids int64 [B, T] of a pass, where this rank knows them."""
         if work.kind is PassKind.SCORE:
             assert work.microbatch_index is not None
-            return self._tokens.input_ids(work.microbatch_index)
+            return self._head.tokens.input_ids(work.microbatch_index)
         return None if carried is None else torch.from_numpy(carried)
 
     def _forward(
@@ -214,9 +219,9 @@ class StageWorker:
         with times.measure("importance", stage.device):
             if "token_ids" in codec.needs:
                 side["token_ids"] = ids
-            if index in self._metrics:
+            if index in self._codecs.metrics:
                 assert work.microbatch_index is not None
-                side["importance"] = self._metrics[index].importance(hidden_states, work.microbatch_index)
+                side["importance"] = self._codecs.metrics[index].importance(hidden_states, work.microbatch_index)
         with times.measure("compress", stage.device):
             with naming(codec):
                 payload = codec.compress(hidden_states, **side)
@@ -234,7 +239,7 @@ class StageWorker:
 
     def _attention_reader(self, index: int) -> AttentionReader | None:
         """What takes in the attention of a stage, where the link behind it has a metric that reads it."""
-        metric, times, device = self._metrics.get(index), self.times[index], self._stages[index].device
+        metric, times, device = self._codecs.metrics.get(index), self.times[index], self._stages[index].device
         if not isinstance(metric, AttentionMetric):
             return None
 

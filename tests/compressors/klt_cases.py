@@ -10,7 +10,7 @@ import torch
 
 from compressors import LinkInfo, make_compressor
 from compressors.check import Subject, hidden_states
-from compressors.klt.calibration_file import write_calibration, write_token_table
+from compressors.klt.calibration_file import Origin, write_calibration, write_token_table
 from compressors.klt.fit import LinkStatistics, fit, token_importance
 from compressors.klt.models import SampleRow
 from compressors.klt.token_table import NarrowTable, TokenTable, make_token_table, narrow_token_table
@@ -51,9 +51,10 @@ def folder(hidden_size, use_token_ids=True, checkpoint="some model"):
     """A folder with the files of link `check`. They stay for the session."""
     path = Path(tempfile.mkdtemp(prefix="thinwire-calibration-"))
     calibration, tokens = calibrate(hidden_size, use_token_ids)
-    write_calibration(path, calibration, link_name=LINK, checkpoint=checkpoint, text_sha256="0", num_tokens=1)
+    origin = Origin(checkpoint=checkpoint, text_sha256="0")
+    write_calibration(path, calibration, origin, link_name=LINK, num_tokens=1)
     if use_token_ids:
-        write_token_table(path, tokens, checkpoint=checkpoint, text_sha256="0")
+        write_token_table(path, tokens, origin)
     return str(path)
 
 

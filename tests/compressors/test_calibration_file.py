@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compressors import LinkInfo, make_compressor
-from compressors.klt.calibration_file import TOKENS_FILE, file_name, write_calibration, write_token_table
+from compressors.klt.calibration_file import TOKENS_FILE, Origin, file_name, write_calibration, write_token_table
 from tests.compressors.klt_cases import LINK, calibrate, folder
 
 HIDDEN_SIZE, NUM_IDS = 96, 1_600_000
@@ -51,9 +51,9 @@ def large_place(tmp_path):
     calibration, tokens = calibrate(HIDDEN_SIZE, True)
     rare = torch.ones(NUM_IDS - len(tokens.frequent), tokens.rare.shape[1], dtype=torch.uint8)
     table = dataclasses.replace(tokens, rare=rare, rows=torch.arange(NUM_IDS, dtype=torch.int32))
-    origin = {"checkpoint": "some model", "text_sha256": "0"}
-    write_calibration(tmp_path, calibration, link_name=LINK, num_tokens=1, **origin)
-    write_token_table(tmp_path, table, **origin)
+    origin = Origin(checkpoint="some model", text_sha256="0")
+    write_calibration(tmp_path, calibration, origin, link_name=LINK, num_tokens=1)
+    write_token_table(tmp_path, table, origin)
     settle(tmp_path)
     return tmp_path
 
@@ -99,8 +99,8 @@ def test_a_file_in_the_place_of_another_is_read_and_leaves_codecs_as_they_are(pl
     other, tokens = calibrate(HIDDEN_SIZE, True)
     other.mean[0] += 1
     try:
-        origin = {"checkpoint": "some model", "text_sha256": "0"}
-        write_calibration(place, other, link_name=LINK, num_tokens=1, **origin)
+        origin = Origin(checkpoint="some model", text_sha256="0")
+        write_calibration(place, other, origin, link_name=LINK, num_tokens=1)
     finally:
         other.mean[0] -= 1
     assert torch.equal(round_trip(codec), decoded)

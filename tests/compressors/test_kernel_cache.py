@@ -50,14 +50,20 @@ def encode(tmp_path, damage="", **variables):
     )
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """With a cache of its own."""
+    return encode(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "cause"),
     [(NO_PLACE, "no locator available"), (FULL, "No space left on device"), (DAMAGED, "Ran out of input")],
     ids=["no place", "full disk", "damaged"],
 )
-def test_kernels_run_without_a_cache(damage, cause, tmp_path):
-    whole, ended = encode(tmp_path), encode(tmp_path / "other", damage)
+def test_kernels_run_without_a_cache(damage, cause, whole, tmp_path):
+    ended = encode(tmp_path, damage)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == whole.stdout and whole.stderr == ""
     (line,) = ended.stderr.splitlines()

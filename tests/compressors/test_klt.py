@@ -262,6 +262,7 @@ def test_options(options, message):
         make(options)
 
 
+@pytest.mark.slow
 def test_a_calibration_from_little_text_and_dead_channels():
     """Fewer tokens than channels, channels that never change, tokens far from the others: still a codec."""
     from compressors.klt.codec import KltCoder

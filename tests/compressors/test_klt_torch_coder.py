@@ -11,6 +11,7 @@ from compressors.kernels import trellis
 from compressors.klt import torch_coder
 from compressors.klt.codec import trellis_rates
 from compressors.klt.models import prior_models
+from tests.helpers.marks import slow_but, slowly
 
 NO_RAW_COST = 1 << 40
 SIDE_CLASSES = np.array([9, -3], np.int32)
@@ -26,11 +27,6 @@ SHAPES = {
     (1001, 135): (2, 8),
     (5, 40003): (3, 8),
 }
-
-
-def large(*values):
-    """Parameters of a test that takes thousands of steps."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def both_models(classes):
@@ -109,14 +105,14 @@ def exchange(sent, models, raw_cost=NO_RAW_COST, tail=b"\x07\x00"):
     return data
 
 
-@pytest.mark.parametrize(("shape", "cut"), [large(*s) if s[1][0] > 1 else s for s in SHAPES.items()])
+@pytest.mark.parametrize(("shape", "cut"), [slowly(*s) if s[1][1] > 1 else s for s in SHAPES.items()])
 def test_frames_of_all_sizes(shape, cut):
     assert (kernels.num_blocks(*shape), kernels.num_states(*shape)) == cut
     classes = classes_of(shape[1])
     exchange(frame(shape[0], classes, outliers=0.001), both_models(classes))
 
 
-@pytest.mark.parametrize("shape", [(1, 7), (20, 33), (16, 323), (300, 96)])
+@pytest.mark.parametrize("shape", slow_but([(1, 7), (20, 33)], [(1, 7), (20, 33), (16, 323), (300, 96)]))
 @pytest.mark.parametrize("raw", [0.3, 1.0])
 def test_raw_tokens(shape, raw):
     classes = classes_of(shape[1])
@@ -125,6 +121,7 @@ def test_raw_tokens(shape, raw):
     exchange(sent, both_models(classes))
 
 
+@pytest.mark.slow
 def test_dear_tokens_and_side_information_out_of_range_become_raw():
     classes = classes_of(96)
     sent = frame(40, classes, outliers=0.01)
@@ -135,7 +132,7 @@ def test_dear_tokens_and_side_information_out_of_range_become_raw():
     assert 8 < sent.is_raw.sum() < 32
 
 
-@pytest.mark.parametrize("shape", [(3, 43), (120, 43), (500, 43)])
+@pytest.mark.parametrize("shape", slow_but([(3, 43)], [(3, 43), (120, 43), (500, 43)]))
 @pytest.mark.parametrize(("first", "last"), [(-32, -60), (20, 20), (21, 77), (170, -40)])
 def test_escapes_and_low_bits(shape, first, last):
     """Levels up to the largest, also where the models expect none such."""
@@ -151,7 +148,7 @@ def test_escapes_and_low_bits(shape, first, last):
     exchange(sent, both_models(classes))
 
 
-@pytest.mark.parametrize("place", [0, 7, 63, 64, 100, 127, 128, 191])
+@pytest.mark.parametrize("place", slow_but([63, 64], [0, 7, 63, 64, 100, 127, 128, 191]))
 def test_a_lone_escape_among_many_small_levels(place):
     """What is decoded without a look for escapes is decoded anew from before the first."""
     classes = np.full(192, -20, np.int32)
@@ -185,7 +182,14 @@ def damaged(data, generator, count):
 
 @pytest.mark.parametrize(
     ("shape", "count"),
-    [((1, 1), 50), ((1, 7), 40), ((3, 40), 20), large((20, 320), 2), large((230, 96), 1), large((3, 45003), 1)],
+    [
+        ((1, 1), 50),
+        slowly((1, 7), 40),
+        slowly((3, 40), 20),
+        slowly((20, 320), 1),
+        slowly((230, 96), 1),
+        slowly((3, 45003), 1),
+    ],
 )
 @pytest.mark.parametrize("raw", [False, True])
 def test_damaged_bytes_are_refused_or_read_alike(shape, count, raw):
@@ -221,7 +225,7 @@ def levels_of_both(values, predicted, finer, classes, is_raw):
     return levels, of_kernels
 
 
-@pytest.mark.parametrize("width", [1, 7, 8, 9, 61, 576])
+@pytest.mark.parametrize("width", slow_but([1, 9, 61], [1, 7, 8, 9, 61, 576]))
 def test_levels_are_equal(width):
     generator = np.random.default_rng(width)
     classes = classes_of(width, 30, -5)

@@ -20,7 +20,7 @@ import compressors.kernels
 from compressors.check import hidden_states, side_inputs, travelling
 
 CPU = torch.device("cpu")
-NUM_FRAMES = 20_000
+NUM_FRAMES = 10_000
 WIDTH = 96
 KLT = "klt"
 GENERATING = [s for s in SPECS if make(s).frame_invariant and "importance" not in make(s).needs] + [KLT]

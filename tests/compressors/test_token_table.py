@@ -8,7 +8,7 @@ import torch
 from compressors import LinkInfo
 from compressors.bitpack import pack, packed_nbytes
 from compressors.klt.bit_allocation import allocate
-from compressors.klt.calibration_file import read_calibration, write_calibration, write_token_table
+from compressors.klt.calibration_file import Origin, read_calibration, write_calibration, write_token_table
 from compressors.klt.token_table import TokenTable, make_token_table, narrow_token_table
 from tests.compressors.klt_cases import LINK, calibrate
 
@@ -152,11 +152,11 @@ def damage(table, what):
 )
 def test_a_table_that_leads_out_of_bounds_is_refused(what, message, tmp_path):
     calibration, tokens = calibrate(64, True)
-    origin = {"checkpoint": "some model", "text_sha256": "0"}
-    write_calibration(tmp_path, calibration, link_name=LINK, num_tokens=1, **origin)
+    origin = Origin(checkpoint="some model", text_sha256="0")
+    write_calibration(tmp_path, calibration, origin, link_name=LINK, num_tokens=1)
     link = LinkInfo(name=LINK, hidden_size=64, max_tokens=64)
-    write_token_table(tmp_path, tokens, **origin)
+    write_token_table(tmp_path, tokens, origin)
     read_calibration("klt", str(tmp_path), link)
-    write_token_table(tmp_path, damage(tokens, what), **origin)
+    write_token_table(tmp_path, damage(tokens, what), origin)
     with pytest.raises(ValueError, match=f"a whole file of format .*{message}"):
         read_calibration("klt", str(tmp_path), link)

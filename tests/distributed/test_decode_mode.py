@@ -37,21 +37,36 @@ def calibration(tmp_path_factory):
     return folder / "files"
 
 
-@pytest.mark.parametrize("codec", ["none", "int4", "nf4", "hadamard(int4)"])
+CODECS = ("none", "int4", "nf4", "hadamard(int4)")
+
+
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_it_is_the_windowed_perplexity_in_fp64(model_type, codec, tmp_path):
+def test_it_is_the_windowed_perplexity_in_fp64(model_type, tmp_path):
     """Same losses, and payload bytes: every token crosses every link once."""
-    shared = ("--dtype", "fp64", "--compressor", codec)
-    record, loss = score(tmp_path / "windows", *shared, model_type=model_type)
+    sweep = tmp_path / "codecs.yaml"
+    sweep.write_text(json.dumps({"name": "codecs", "points": [{"compressor": codec} for codec in CODECS]}))
+
+    def score_all(name, *more):
+        words = ("--dtype", "fp64", "--sweep", str(sweep), *more)
+        run_alone(*tiny_arguments(tmp_path / name, *words, num_tokens=200, model_type=model_type)).check()
+        found = {}
+        for path in (tmp_path / name).glob("*.json"):
+            record = read_record(path)
+            found[record.args.config.compressor] = record, read_per_token(path)["loss"].tobytes()
+        assert found.keys() == set(CODECS)
+        return found
+
+    windows = score_all("windows")
     for name, chunk, batch in (("one", 1, 1), ("seven", 7, 3)):
         more = ("--set", f"evaluation.decode_chunk={chunk}", "--batch_size", str(batch))
-        decoded, decoded_loss = score(tmp_path / name, *shared, *DECODE, *more, model_type=model_type)
-        assert decoded_loss == loss, name
-        for link, traffic in record.traffic_per_link.items():
-            other = decoded.traffic_per_link[link]
-            assert (other.bytes, other.tokens) == (traffic.bytes, traffic.tokens)
-            assert other.tx > traffic.tx and other.header_bytes > traffic.header_bytes
-        assert (decoded.protocol.mode, record.protocol.mode) == ("decode", "window")
+        for codec, (decoded, decoded_loss) in score_all(name, *DECODE, *more).items():
+            record, loss = windows[codec]
+            assert decoded_loss == loss, (name, codec)
+            for link, traffic in record.traffic_per_link.items():
+                other = decoded.traffic_per_link[link]
+                assert (other.bytes, other.tokens) == (traffic.bytes, traffic.tokens)
+                assert other.tx > traffic.tx and other.header_bytes > traffic.header_bytes
+            assert (decoded.protocol.mode, record.protocol.mode) == ("decode", "window")
 
 
 @pytest.mark.parametrize("wrap", ["true", "false"])

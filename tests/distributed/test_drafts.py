@@ -91,16 +91,16 @@ def test_answers_are_those_without_drafts(case, request, tmp_path):
         assert link["tokens"] > before[name]["tokens"], "no draft was wrong"
 
 
-@pytest.mark.parametrize("first", range(0, len(CODECS), 4))
+@pytest.mark.parametrize("first", range(0, len(CODECS), 8))
 def test_every_codec_takes_drafts(first, tmp_path):
-    """Four at a time, each on a link of its own; `klt` is tried above."""
-    names = [link.name for link in default_plan(6, 4).links]
-    codecs = dict(zip(names, (CODECS[first : first + 4] * 4)[:4], strict=True))
-    settings = (f"compressor_per_link={json.dumps(codecs)}", "partition.num_nodes=4")
+    """Eight at a time, each on a link of its own; `klt` is tried above."""
+    model, names = tiny_model(num_layers=12), [link.name for link in default_plan(12, 8).links]
+    codecs = dict(zip(names, (CODECS[first : first + 8] * 8)[:8], strict=True))
+    settings = (f"compressor_per_link={json.dumps(codecs)}", "partition.num_nodes=8")
     few = {"prompts": PROMPTS[:3], "num_tokens": [16, 7, 16], "num_ranks": 1}
-    plain, before = generate(tiny_model(), tmp_path / "plain", *settings, **few)
-    drafts = known(tmp_path, tiny_model(), plain)
-    drafted, traffic = generate(tiny_model(), tmp_path / "drafted", *settings, drafts=drafts, **few)
+    plain, before = generate(model, tmp_path / "plain", *settings, **few)
+    drafts = known(tmp_path, model, plain)
+    drafted, traffic = generate(model, tmp_path / "drafted", *settings, drafts=drafts, **few)
     check_alike(drafted, plain)
     assert all(link["tokens"] > before[name]["tokens"] for name, link in traffic.items())
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.importance.files import write_head_relevance, write_token_importance
+from pipeline.importance.files import TokenOwner, write_head_relevance, write_token_importance
 from pipeline.importance.metrics import METRICS, AttentionMetric
 from pipeline.models.source import checkpoint_fingerprint
 from pipeline.partition.plan import default_plan
@@ -67,18 +67,20 @@ def test_ranks_and_one_process_choose_the_same_tokens_and_the_choice_matters(tmp
     folders = {(name, place): tmp_path / f"{name}-{place}" for name in METRICS for place in ("alone", "ranks")}
     model = tiny_model(num_layers=8)  # in the plan of four nodes with wrap, every sending stage has layers
     relevance, oracle = tmp_path / "heads", tmp_path / "oracle"
-    owner = {"checkpoint_fingerprint": checkpoint_fingerprint(model)}
+    checkpoint = checkpoint_fingerprint(model)
     torch.manual_seed(0)
-    write_head_relevance(relevance, torch.rand(8, 4) ** 8 + 1e-3, **owner)
+    write_head_relevance(relevance, torch.rand(8, 4) ** 8 + 1e-3, checkpoint_fingerprint=checkpoint)
     first = overrides(model, text, tmp_path / "first", 4, dataset__stride=20, batch_size=2)
     run_cases(1, {"first": first})
     record, _ = record_of(first)
     write_token_importance(
         oracle,
         {link.name: torch.rand(record.results.total_processed_tokens) for link in default_plan(8, 4).links},
-        **owner,
-        ids_sha256=record.dataset.ids_sha256,
-        **{key: getattr(record.protocol, key) for key in ("max_length", "stride", "bos")},
+        TokenOwner(
+            checkpoint_fingerprint=checkpoint,
+            ids_sha256=record.dataset.ids_sha256,
+            **{key: getattr(record.protocol, key) for key in ("max_length", "stride", "bos")},
+        ),
     )
     cases = {
         (name, place): {

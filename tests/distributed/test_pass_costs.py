@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from pipeline.comm.watchdog import tell
 from pipeline.config.reading import load_config
@@ -24,7 +23,6 @@ def measure(rank, folder, num_nodes, depth, max_length):
     config = load_config(None, [*given.items(), ("compressor", "nf4"), ("compressor_decode", "int8")])
 
     def work(deployment):
-        from pipeline.models.loading import TORCH_DTYPES
         from pipeline.runtime.codecs import make_decode_codecs
 
         codecs = make_decode_codecs(
@@ -39,7 +37,7 @@ def measure(rank, folder, num_nodes, depth, max_length):
         for name, slowdown in (("plain", 1.0), ("slow", SLOW if is_last else 1.0)):
             costs = measure_pass_costs(
                 deployment.stages, EndCodecs.make(deployment.plan, deployment.codecs, codecs), deployment.control,
-                at_once=at_once, hidden_size=HIDDEN_SIZE, dtype=TORCH_DTYPES["fp32"], depth=depth, slowdown=slowdown,
+                at_once=at_once, depth=depth, slowdown=slowdown,
             )  # fmt: skip
             told[name] = [costs.num_tokens, costs.lap_s, costs.busy_s]
         told["held"] = [stage.slots.length(0) for stage in deployment.stages.values()]
@@ -94,8 +92,7 @@ def test_passes_are_apart_by_the_slowest_rank_or_by_what_a_host_can_do(at_once, 
     stages = dict(enumerate(load_stages(tiny_model(num_layers=4))[:1]))
     stages[0].open_slots(1, 1)  # so a pass has one token
     costs = measure_pass_costs(
-        stages, EndCodecs(encoders={}, decoders={}), Ranks(), at_once=at_once, hidden_size=HIDDEN_SIZE,
-        dtype=torch.float64, depth=8, slowdown=1.0,
+        stages, EndCodecs(encoders={}, decoders={}), Ranks(), at_once=at_once, depth=8, slowdown=1.0,
     )  # fmt: skip
     own_s = costs.lap_s[0] - 0.3 - 4 * 0.5
     assert costs.num_tokens == (1,) and 0 < own_s < 1

@@ -208,7 +208,7 @@ def test_a_record_that_lacks_the_error_is_made_anew(tmp_path):
 
 
 def test_killed_in_mid_sweep_and_started_again(tmp_path):
-    """Under torchrun, as a user has it: same table, no point computed twice."""
+    """Killed under torchrun, as a user has it: same table, no point computed twice."""
     points = [{"compressor": c} for c in ("none", "int8", "nf4", "zstd(int8)", "fp4", "int4")]
     sweep, num_tokens = write_sweep(tmp_path, *points), 2500
     reference = run(tmp_path / "reference", sweep, num_tokens=num_tokens)
@@ -224,13 +224,11 @@ def test_killed_in_mid_sweep_and_started_again(tmp_path):
         assert "the same command goes on from them" in torchrun.rank_stderr(0)
     finished = {read_record(path).run_id for path in runs.glob("*.json")}
     assert 2 <= len(finished) < len(points)
-    with start_torchrun(4, *command(runs, sweep, num_tokens=num_tokens)) as torchrun:
-        assert torchrun.wait(100).returncode == 0
-        stdout, stderr = torchrun.rank_stdout(0), torchrun.rank_stderr(0)
-    assert stderr.count("done before") == len(finished)
+    first = [one.check() for one in run(runs, sweep, num_tokens=num_tokens)][0]
+    assert first.stderr.count("done before") == len(finished)
     assert finished <= {read_record(path).run_id for path in runs.glob("*.json")}
     assert records(runs) == records(tmp_path / "reference")
-    assert table(stdout) == table(reference[0].stdout)
+    assert table(first.stdout) == table(reference[0].stdout)
     assert list(runs.glob("*.journal*")) == []
 
 

@@ -7,8 +7,8 @@ that a slot which holds anything but its sequence gives other tokens. Passes fai
 from __future__ import annotations
 
 import contextlib
-import json
 import functools
+import json
 import math
 import random
 import struct
@@ -74,8 +74,13 @@ def checksums(index, seen, start=0):
 
 
 def logits_of(value):
+    return torch.tensor(_logits_of(value), dtype=torch.float64)
+
+
+@functools.lru_cache(maxsize=1 << 16)  # a ring and what is expected of it come to the same values
+def _logits_of(value):
     words = [zlib.crc32(struct.pack("<dI", value, token)) for token in range(VOCABULARY)]
-    return torch.tensor([4 * word / 2**32 for word in words], dtype=torch.float64)
+    return [4 * word / 2**32 for word in words]
 
 
 class ChecksumStage:
@@ -230,7 +235,7 @@ class Ring:
                 ids_onward=frozenset(range(len(plan.links))) if plan.last_node else frozenset(),
             )
             head = Head(NO_TEXT, result_link)
-            worker = Worker(own, codecs, head, None, dtype=torch.float64)
+            worker = Worker(own, codecs, head, dtype=torch.float64)
             self.workers.append(worker)
             self._ends.append(Ends(self, rank))
             source = self._source if rank == 0 else None

@@ -13,7 +13,7 @@ from pipeline.models.families import FAMILIES
 from pipeline.models.loading import ModelError, WeightFormat, load_model_config, load_stage, stage_parameter_bytes
 from pipeline.models.source import checkpoint_fingerprint
 from pipeline.partition.plan import default_plan
-from tests.helpers.marks import slow_but
+from tests.helpers.marks import slow_but, slowly
 from tests.helpers.tiny_models import VOCAB_SIZE, skip_dropped_caps
 from tests.unit.test_hf_model import OWN_SIZES, SIZES
 
@@ -128,7 +128,7 @@ class TestTying:
         change_config(tmp_path, tie_word_embeddings=tied)
         assert len(check_equal(tmp_path)) == tied
 
-    @pytest.mark.parametrize("model_type", ["llama", "gpt_neox", *slow_but((), ["gemma"])])
+    @pytest.mark.parametrize("model_type", slow_but(["gpt_neox"], ["llama", "gpt_neox", "gemma"]))
     def test_the_only_matrix_has_the_heads_name(self, tmp_path, model_type):
         def rename(stored):
             (name,) = [name for name in stored if "embed" in name]
@@ -153,7 +153,7 @@ class TestTying:
         change_tensors(tmp_path, lambda stored: without(stored, EMBEDDING))
         check_refused(tmp_path, f"lacks {EMBEDDING}")
 
-    @pytest.mark.parametrize("model_type", slow_but(("llama", "gemma3_text", "gpt_neox"), sorted(FAMILIES)))
+    @pytest.mark.parametrize("model_type", slow_but(["llama"], sorted(FAMILIES)))
     def test_every_family_ties_by_default_or_not(self, tmp_path, model_type):
         skip_dropped_caps(model_type)
         save_model(tmp_path, model_type)
@@ -162,7 +162,7 @@ class TestTying:
 
 
 class TestNames:
-    @pytest.mark.parametrize("model_type", ["llama", "gpt_neox", *slow_but((), ["mixtral", "qwen3_moe"])])
+    @pytest.mark.parametrize("model_type", slow_but(["llama"], ["llama", "gpt_neox", "mixtral", "qwen3_moe"]))
     @pytest.mark.parametrize("tied", slow_but([True], [True, False]))
     def test_without_the_decoders_prefix(self, tmp_path, model_type, tied):
         prefix = f"{FAMILIES[model_type].decoder}."
@@ -170,6 +170,7 @@ class TestNames:
         change_tensors(tmp_path, lambda stored: {name.removeprefix(prefix): t for name, t in stored.items()})
         assert check_equal(tmp_path) == ()
 
+    @pytest.mark.slow
     def test_some_with_the_prefix_and_some_without(self, tmp_path):
         def rename(stored):
             return {n.removeprefix("model.") if "layers.2" in n else n: t for n, t in stored.items()}
@@ -183,6 +184,7 @@ class TestNames:
         change_tensors(tmp_path, lambda stored: stored | {"norm.weight": stored["model.norm.weight"] + 1})
         check_refused(tmp_path, "twice", "'norm.weight'", "'model.norm.weight'")
 
+    @pytest.mark.slow
     def test_the_heads_old_name(self, tmp_path):
         save_model(tmp_path, "gpt_neox")
         change_tensors(tmp_path, lambda stored: {n.replace("lm_head", "embed_out"): t for n, t in stored.items()})
@@ -199,8 +201,8 @@ class TestTensors:
         ("model_type", "name", "tensor"),
         [
             ("gpt_neox", "gpt_neox.layers.{}.attention.bias", torch.ones(1, 1, 8, 8, dtype=torch.uint8)),
-            ("gpt_neox", "gpt_neox.layers.{}.attention.masked_bias", torch.tensor(-1e9)),
-            ("gpt_neox", "layers.{}.attention.bias", torch.ones(1, 1, 8, 8, dtype=torch.bool)),
+            slowly("gpt_neox", "gpt_neox.layers.{}.attention.masked_bias", torch.tensor(-1e9)),
+            slowly("gpt_neox", "layers.{}.attention.bias", torch.ones(1, 1, 8, 8, dtype=torch.bool)),
             ("llama", "model.layers.{}.self_attn.rotary_emb.cos_cached", torch.zeros(1, 1, 8, 16)),
         ],
     )
@@ -413,19 +415,14 @@ class TestLayerFields:
         ("model_type", "fields"),
         [
             ("llama", {"layer_types": ["sliding_attention"] * 5, "sliding_window": 8}),
-            ("mixtral", {"layer_types": WINDOWS, "sliding_window": 8}),
-            ("llama", {"embedding_multiplier": 12.0}),
-            *(
-                pytest.param(model_type, fields, marks=pytest.mark.slow)
-                for model_type, fields in [
-                    ("llama", {"no_rope_layers": [0, 1, 1, 1, 0]}),
-                    ("llama", {"final_logit_softcapping": 3.0}),
-                    ("gemma", {"final_logit_softcapping": 3.0}),
-                    ("gemma3_text", {"attn_logit_softcapping": 3.0}),
-                    ("mixtral", {"mlp_only_layers": [1]}),
-                    ("olmo2", {"clip_qkv": 8.0}),
-                ]
-            ),
+            slowly("mixtral", {"layer_types": WINDOWS, "sliding_window": 8}),
+            slowly("llama", {"embedding_multiplier": 12.0}),
+            slowly("llama", {"no_rope_layers": [0, 1, 1, 1, 0]}),
+            slowly("llama", {"final_logit_softcapping": 3.0}),
+            slowly("gemma", {"final_logit_softcapping": 3.0}),
+            slowly("gemma3_text", {"attn_logit_softcapping": 3.0}),
+            slowly("mixtral", {"mlp_only_layers": [1]}),
+            slowly("olmo2", {"clip_qkv": 8.0}),
         ],
     )
     def test_what_transformers_does_not_read_is_noted(self, tmp_path, model_type, fields):

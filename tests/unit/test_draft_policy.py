@@ -7,9 +7,11 @@ from pipeline.drafting.drafter import Draft
 from pipeline.drafting.policy import PROBE_EVERY, Drafting, DraftLimits
 from pipeline.planner.pass_costs import PassCosts, predicted_rate
 from tests.helpers.draft_world import Clock, World, flat_costs, stepped_costs
+from tests.helpers.marks import slow_but
 
 FIXED = [(1, 1), (4, 1), (8, 1), (1, 4), (4, 4), (8, 4), (8, 8)]
 COSTS = {"flat": flat_costs(), "stepped": stepped_costs()}
+ACCEPTANCES = {"none": 0.0, "some": 0.3, "many": 0.6, "most": 0.9}
 NUM_TOKENS = 480
 CHANCES = {
     "none": lambda position: 0.0,
@@ -25,9 +27,9 @@ def world(costs, away_s, chances, **options):
     return World(costs=COSTS[costs], away_s=away_s, chance_at=CHANCES[chances], **options)
 
 
-@pytest.mark.parametrize("chances", CHANCES)
-@pytest.mark.parametrize("away_s", [0.0, 0.08, 0.2])
-@pytest.mark.parametrize("costs", COSTS)
+@pytest.mark.parametrize("chances", slow_but(["changing"], CHANCES))
+@pytest.mark.parametrize("away_s", slow_but([0.08], [0.0, 0.08, 0.2]))
+@pytest.mark.parametrize("costs", slow_but(["stepped"], COSTS))
 def test_adapted_is_as_good_as_the_best_fixed(costs, away_s, chances):
     here = world(costs, away_s, chances)
     adapted, without = here.rate(DraftLimits(depth=8, passes=8)), here.rate(None)
@@ -58,10 +60,11 @@ def test_a_drafter_that_takes_long_is_asked_where_it_pays():
             assert drafting.figures.undrafted.total() > 0.9 * NUM_TOKENS
 
 
-@pytest.mark.parametrize("costs", COSTS)
-@pytest.mark.parametrize("away_s", [0.0, 0.2])
-@pytest.mark.parametrize("chances, acceptance", [("none", 0.0), ("some", 0.3), ("many", 0.6), ("most", 0.9)])
-def test_predicted_rates_are_those_of_the_simulation(costs, away_s, chances, acceptance):
+@pytest.mark.parametrize("costs", slow_but(["stepped"], COSTS))
+@pytest.mark.parametrize("away_s", slow_but([0.2], [0.0, 0.2]))
+@pytest.mark.parametrize("chances", slow_but(["some"], ACCEPTANCES))
+def test_predicted_rates_are_those_of_the_simulation(costs, away_s, chances):
+    acceptance = ACCEPTANCES[chances]
     here = world(costs, away_s, chances, num_tokens=1500)
     assert predicted_rate([], depth=8, passes=4, costs=COSTS[costs], away_s=away_s) == pytest.approx(
         here.rate(None), rel=0.01

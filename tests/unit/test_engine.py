@@ -161,7 +161,7 @@ def test_one_stage_needs_no_links():
     assert source.results == [expected(ring.plan, index) for index in range(5)]
 
 
-@pytest.mark.parametrize("depth", [None, 1, 2])
+@pytest.mark.parametrize("depth", slow_but([None, 1], [None, 1, 2]))
 @pytest.mark.parametrize("name", PLANS)
 def test_a_failure_fails_its_pass_alone(name, depth):
     """At every place of the chain, several passes apart and right behind each other; later ranks drop it, too."""
@@ -201,7 +201,7 @@ class Voiding(Windows):
         return work.microbatch_index in self.void
 
 
-@pytest.mark.parametrize("depth", [None, 1, 2])
+@pytest.mark.parametrize("depth", slow_but([None, 1], [None, 1, 2]))
 @pytest.mark.parametrize("name", PLANS)
 def test_a_void_pass_is_not_computed_to_its_end(name, depth):
     """Its bytes have been sent, and are told; one that failed has failed."""
@@ -258,7 +258,7 @@ class Prompts(Windows):
         return entry(self.handed.popleft())
 
 
-@pytest.mark.parametrize("depth", [None, 1, 3])
+@pytest.mark.parametrize("depth", slow_but([None, 1], [None, 1, 3]))
 @pytest.mark.parametrize("name", [*PLANS, "one stage"])
 def test_a_source_that_has_nothing_is_asked_again_when_it_wakes_the_engine(name, depth):
     plan = PLANS.get(name, default_plan(12, 1))

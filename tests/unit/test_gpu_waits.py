@@ -5,24 +5,20 @@ for instead; the rule is kept by looking at the code, since no machine without G
 """
 
 import ast
-from pathlib import Path
 
-import pytest
 import torch
 
 from pipeline.runtime.timing import wait_for_stream
+from tests.helpers.sources import ROOT, nodes_of, sources
 
-ROOT = Path(__file__).parents[2]
-FOLDERS = ("pipeline", "compressors", "benchmarks")
-SOURCES = [ROOT / "run_pipeline.py", *sorted(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
 # Of torch.cuda, torch.accelerator and torch: all wait until the device has nothing left to do.
 DEVICE_WIDE = {"synchronize", "empty_cache", "ipc_collect"}
 MODULES = {"cuda", "accelerator", "mps", "xpu"}
 
 
-def device_wide_waits(source):
-    """(line, name) of what waits for a device, in Python source."""
-    for node in ast.walk(ast.parse(source)):
+def device_wide_waits(nodes):
+    """(line, name) of what waits for a device, of a syntax tree's nodes."""
+    for node in nodes:
         if isinstance(node, ast.Attribute) and node.attr in DEVICE_WIDE:
             owner = node.value
             if getattr(owner, "attr", getattr(owner, "id", None)) in MODULES:
@@ -31,9 +27,10 @@ def device_wide_waits(source):
             yield from ((node.lineno, alias.name) for alias in node.names if alias.name in DEVICE_WIDE)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_wait_for_a_whole_device(path):
-    assert list(device_wide_waits(path.read_text())) == [], "wait for a stream or an event instead (wait_for_stream)"
+def test_no_wait_for_a_whole_device():
+    paths = [ROOT / "run_pipeline.py", *sources("pipeline", "compressors", "benchmarks")]
+    found = [(path, wait) for path in paths for wait in device_wide_waits(nodes_of(path))]
+    assert found == [], "wait for a stream or an event instead (wait_for_stream)"
 
 
 def test_the_rule_sees_what_it_forbids():
@@ -47,7 +44,7 @@ torch.accelerator.synchronize()
 torch.cuda.current_stream(device).synchronize()
 event.synchronize()
 """
-    assert [line for line, _ in device_wide_waits(source)] == [3, 4, 5, 6, 7]
+    assert [line for line, _ in device_wide_waits(ast.walk(ast.parse(source)))] == [3, 4, 5, 6, 7]
 
 
 class Gpu:

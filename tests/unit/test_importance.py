@@ -1,5 +1,6 @@
 """Metrics against their formulas, and files that belong to another run."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from pipeline.config.schema import ConfigError
 from pipeline.data.windows import make_microbatches, make_windows
 from pipeline.importance.files import (
     ImportanceFileError,
+    TokenOwner,
     file_digest,
     read_head_relevance,
     read_token_importance,
@@ -29,8 +31,7 @@ from pipeline.partition.plan import default_plan
 BATCH, HEADS, NUM_TOKENS = 2, 4, 23
 RELEVANCE = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [4, 0, 3, 1], [1, 0, 0, 0]])
 MICROBATCHES = make_microbatches(make_windows(100, 23, 20), 2)
-WINDOW = {"max_length": 23, "stride": 20, "bos": "text"}
-OWNER = {"checkpoint_fingerprint": "abc", "ids_sha256": "def", **WINDOW}
+OWNER = TokenOwner(checkpoint_fingerprint="abc", ids_sha256="def", max_length=23, stride=20, bos="text")
 
 
 def make_attention(seed):
@@ -180,9 +181,9 @@ def test_a_metric_says_what_determines_it():
 def test_files_come_back(tmp_path):
     path = tmp_path / "importance.safetensors"
     by_link = {"layer:1:node0->node1": torch.rand(9), "layer:2:node1->node0": torch.rand(9)}
-    write_token_importance(path, by_link, **OWNER, notes={"objective": "nll"})
+    write_token_importance(path, by_link, OWNER, notes={"objective": "nll"})
     for link, values in by_link.items():
-        assert torch.equal(read_token_importance(path, link, **OWNER), values)
+        assert torch.equal(read_token_importance(path, link, OWNER), values)
     heads = tmp_path / "heads.safetensors"
     write_head_relevance(heads, RELEVANCE, checkpoint_fingerprint="abc")
     got = read_head_relevance(heads, checkpoint_fingerprint="abc", num_layers=4, num_heads=4)
@@ -198,20 +199,20 @@ def test_files_come_back(tmp_path):
 )
 def test_token_importance_of_another_run_is_refused(key, value, tmp_path):
     path = tmp_path / "importance.safetensors"
-    write_token_importance(path, {"link": torch.rand(9)}, **OWNER)
-    with pytest.raises(ImportanceFileError, match=f"was made for {key} {OWNER[key]}, this run has {value}"):
-        read_token_importance(path, "link", **{**OWNER, key: value})
+    write_token_importance(path, {"link": torch.rand(9)}, OWNER)
+    with pytest.raises(ImportanceFileError, match=f"was made for {key} {getattr(OWNER, key)}, this run has {value}"):
+        read_token_importance(path, "link", dataclasses.replace(OWNER, **{key: value}))
 
 
 @pytest.mark.parametrize("values", [torch.tensor([1.0, torch.nan]), torch.ones(2, 2)])
 def test_token_importance_that_is_no_row_of_numbers_is_refused(values, tmp_path):
     path = tmp_path / "importance.safetensors"
-    write_token_importance(path, {"link": torch.rand(9)}, **OWNER)
+    write_token_importance(path, {"link": torch.rand(9)}, OWNER)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     save_file({"link": values}, path, metadata)
     with pytest.raises(ImportanceFileError, match="link must be a row of numbers"):
-        read_token_importance(path, "link", **OWNER)
+        read_token_importance(path, "link", OWNER)
 
 
 @pytest.mark.parametrize(
@@ -226,29 +227,27 @@ def test_layers_that_a_stage_does_not_hold_are_named(layers, message):
     section = SimpleNamespace(layers=layers, seed=0)
     config = SimpleNamespace(importance=section)
     encoders = {0: make_compressor("token_mixed(metric=column, fraction=0.5)")}
-    owner = {"checkpoint_digest": "abc", "ids_sha256": "def"}
+    plan, model_config = default_plan(4, 2, wrap=False), LlamaConfig(**sizes)
     with pytest.raises(ConfigError, match=message):
-        make_metrics(
-            config, default_plan(4, 2, wrap=False), encoders, MICROBATCHES, model_config=LlamaConfig(**sizes), **owner
-        )
+        make_metrics(config, plan, encoders, MICROBATCHES, model_config=model_config, owner=OWNER)
 
 
 def test_unusable_files_are_refused(tmp_path):
     path = tmp_path / "file"
     heads = {"checkpoint_fingerprint": "abc", "num_layers": 4, "num_heads": 4}
     with pytest.raises(ImportanceFileError, match="cannot be read"):
-        read_token_importance(path, "link", **OWNER)
+        read_token_importance(path, "link", OWNER)
     with pytest.raises(ImportanceFileError, match="cannot be read"):
         file_digest(path)
     path.write_bytes(b"not a tensor")
     with pytest.raises(ImportanceFileError, match="cannot be read"):
-        read_token_importance(path, "link", **OWNER)
+        read_token_importance(path, "link", OWNER)
     save_file({"link": torch.rand(9)}, path)
     with pytest.raises(ImportanceFileError, match="a 'thinwire token importance' file of version 1 is needed"):
-        read_token_importance(path, "link", **OWNER)
-    write_token_importance(path, {"link": torch.rand(9)}, **OWNER)
+        read_token_importance(path, "link", OWNER)
+    write_token_importance(path, {"link": torch.rand(9)}, OWNER)
     with pytest.raises(ImportanceFileError, match="has nothing for other, only for: link"):
-        read_token_importance(path, "other", **OWNER)
+        read_token_importance(path, "other", OWNER)
     with pytest.raises(ImportanceFileError, match="a 'thinwire head relevance' file"):
         read_head_relevance(path, **heads)
     write_head_relevance(path, RELEVANCE[:, :2], checkpoint_fingerprint="abc")
@@ -278,4 +277,4 @@ def test_relevance_that_is_no_weight_is_not_written(relevance, words, tmp_path):
 )
 def test_importance_that_is_no_row_per_link_is_not_written(by_link, tmp_path):
     with pytest.raises(ValueError, match="importance"):
-        write_token_importance(tmp_path / "file", by_link, **OWNER)
+        write_token_importance(tmp_path / "file", by_link, OWNER)

@@ -109,6 +109,7 @@ def test_what_was_set_aside_before_stays(tmp_path):
         assert len(resumed(tmp_path).finished) == number
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_any_truncation_resumes_to_a_prefix_and_goes_on(tmp_path_factory, data):

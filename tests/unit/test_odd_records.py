@@ -25,6 +25,7 @@ from pipeline.report.recommendation import Outlook, recommendation_text
 from pipeline.report.results import load_files, load_records, read_results, setting_key
 from pipeline.report.summary import print_summary, summary_rows, write_report
 from pipeline.report.text_page import csv_table, markdown_page
+from tests.helpers.marks import slow_but
 from tests.helpers.records import (
     PLAN,
     losses,
@@ -375,7 +376,7 @@ FORMS = [value for name, value in sorted(globals().items()) if name.startswith("
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-@pytest.mark.parametrize("kind", ["record", "generation"])
+@pytest.mark.parametrize("kind", slow_but(["record"], ["record", "generation"]))
 def test_a_file_of_another_form(kind, form, folder, tables, request):
     path = folder / "odd.json"
     form(path, json.dumps(request.getfixturevalue(kind)))
@@ -440,7 +441,7 @@ PER_TOKEN = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("damage", PER_TOKEN.values(), ids=PER_TOKEN)
-@pytest.mark.parametrize("which", ["none", "nf4", "every codec"])
+@pytest.mark.parametrize("which", slow_but(["every codec"], ["none", "nf4", "every codec"]))
 def test_an_odd_per_token_file_is_no_verdict(damage, which, tmp_path):
     """It costs the figures that need it, and the report says so where it would have drawn a conclusion from them."""
     whole = {}

@@ -5,15 +5,14 @@ import dataclasses
 import importlib
 import os
 import typing
-from pathlib import Path
 
 import pytest
 
 from pipeline.config.options import OptionParser, add_config_options, given_keys, read_config
 from pipeline.config.reading import find_config, load_config, parse_override
 from pipeline.config.schema import FLAG_KEYS, ConfigError, RunConfig
+from tests.helpers.sources import ROOT, nodes_of, sources
 
-ROOT = Path(__file__).parents[2]
 PROGRAMS = {
     "run_pipeline": [],
     "pipeline.calibrate": ["--out", "x"],
@@ -207,24 +206,17 @@ def test_home_in_the_names_of_configs(tmp_path, monkeypatch):
     assert find_config("~/mine.yaml", "sweeps") == tmp_path / "mine.yaml"
 
 
-def sources():
-    yield ROOT / "run_pipeline.py"
-    for folder in ("pipeline", "compressors", "benchmarks"):
-        yield from sorted((ROOT / folder).rglob("*.py"))
-
-
-@pytest.mark.parametrize("path", list(sources()), ids=lambda p: str(p.relative_to(ROOT)))
-def test_paths_and_yaml_are_read_in_one_place(path):
+def test_paths_and_yaml_are_read_in_one_place():
     """Options that are paths go through `path_option`, `~` through `user_path`, YAML through `strict_yaml`."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.keyword) and node.arg == "type" and isinstance(node.value, ast.Name):
-            assert node.value.id != "Path", f"line {node.value.lineno}: say type=path_option"
-        if isinstance(node, ast.Attribute) and path.name != "user_files.py":
-            assert node.attr != "expanduser", f"line {node.lineno}: say user_path"
-        if isinstance(node, ast.Attribute) and path.name != "strict_yaml.py":
-            is_reader = isinstance(node.value, ast.Name) and node.value.id == "yaml" and "load" in node.attr
-            assert not is_reader, f"line {node.lineno}: say parse_yaml or read_yaml"
+    for path in [ROOT / "run_pipeline.py", *sources("pipeline", "compressors", "benchmarks")]:
+        for node in nodes_of(path):
+            if isinstance(node, ast.keyword) and node.arg == "type" and isinstance(node.value, ast.Name):
+                assert node.value.id != "Path", f"{path}:{node.value.lineno}: say type=path_option"
+            if isinstance(node, ast.Attribute) and path.name != "user_files.py":
+                assert node.attr != "expanduser", f"{path}:{node.lineno}: say user_path"
+            if isinstance(node, ast.Attribute) and path.name != "strict_yaml.py":
+                is_reader = isinstance(node.value, ast.Name) and node.value.id == "yaml" and "load" in node.attr
+                assert not is_reader, f"{path}:{node.lineno}: say parse_yaml or read_yaml"
 
 
 @pytest.mark.parametrize("program", ["pipeline.report.__main__", "pipeline.report.importance_curves"])

@@ -4,11 +4,12 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.sources import ROOT, nodes_of, sources
+
+OURS = ("pipeline", "compressors")
 # Importing these does not load torch.
 PLAIN_ROOMS = ["report", "records", "config", "planner", "partition"]
 PLAIN_MODULES = [
@@ -28,12 +29,15 @@ PRIVATE_NAMES_OF_OTHERS = {
     "_forward_pre_hooks": "torch: that a module has none left",
     "_exit": "os: public for all its underscore",
 }
+MAX_ARGUMENTS, MAX_CONSTRUCTOR_ARGUMENTS = 7, 6
+# Functions that may take more arguments, and why. Kernels take the arrays that they fill one by one.
+ARGUMENTS_OF_OTHERS = {"_over_slots": "transformers: calls it, and names what it passes"}
 NAMING_CALLS = {"setattr", "getattr", "hasattr", "delattr", "patch", "object"}
 
 
 def imports(path):
     """Modules named in import statements anywhere in a file."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -47,7 +51,7 @@ def test_every_room_says_what_belongs_there():
 
 
 def test_process_groups_belong_to_two_rooms():
-    for path in [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "compressors").rglob("*.py")]:
+    for path in sources(*OURS):
         if path.parent.name not in PROCESS_GROUP_ROOMS:
             assert not any(name.startswith("torch.distributed") for name in imports(path)), path
 
@@ -63,16 +67,47 @@ def test_plain_modules_do_not_load_torch():
 
 @pytest.mark.parametrize("folder", ["pipeline", "compressors"])
 def test_no_pickle_no_eval(folder):
-    for path in (ROOT / folder).rglob("*.py"):
+    for path in sources(folder):
         assert not {"pickle", "dill", "marshal", "shelve"} & {name.split(".")[0] for name in imports(path)}, path
-        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        calls = [node.func for node in nodes_of(path) if isinstance(node, ast.Call)]
         assert not any(isinstance(f, ast.Name) and f.id in ("eval", "exec") for f in calls), path
         assert "torch.load(" not in path.read_text() and "_object(" not in path.read_text(), path
 
 
-def private_names(tree):
+def too_many_arguments(nodes):
+    """(function, number of arguments) of those that take more than a function or constructor may."""
+    for node in nodes:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = sum(argument.arg not in OWN for argument in taken)
+            if count > (MAX_CONSTRUCTOR_ARGUMENTS if node.name == "__init__" else MAX_ARGUMENTS):
+                yield node.name, count
+
+
+def test_functions_take_few_arguments():
+    """Of more, some belong together and want an object of their own."""
+    found = []
+    for path in sources(*OURS):
+        if path.parent.name != "kernels":
+            found += too_many_arguments(nodes_of(path))
+    assert {name for name, _ in found} == set(ARGUMENTS_OF_OTHERS), found
+
+
+def test_many_arguments_are_found():
+    text = """
+class A:
+    def __init__(self, a, b, c, d, e, f, *more, **others): ...
+    def method(self, a, b, c, d, e, /, f, *, g): ...
+class B:
+    def __init__(self, a, b, c, d, e, f, *, g=0): ...
+async def one(a, b, c, d, e, f, *, g, h=None): ...
+"""
+    assert sorted(too_many_arguments(ast.walk(ast.parse(text)))) == [("__init__", 7), ("one", 8)]
+
+
+def private_names(nodes):
     """(line, name) of what a file touches of others that begins with one underscore."""
-    for node in ast.walk(tree):
+    for node in nodes:
         names = []
         if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in OWN):
             names = [node.attr]
@@ -100,8 +135,8 @@ def test_test_files_have_names_of_their_own():
 def test_tests_touch_no_private_names():
     """They would fail where nothing that anyone can see has changed, and pass where it has."""
     found, allowed = [], set()
-    for path in sorted((ROOT / "tests").rglob("*.py")):
-        for line, name in private_names(ast.parse(path.read_text())):
+    for path in sources("tests"):
+        for line, name in private_names(nodes_of(path)):
             if name in PRIVATE_NAMES_OF_OTHERS:
                 allowed.add(name)
             else:
@@ -122,18 +157,18 @@ def test_tests_touch_no_private_names():
     ],
 )
 def test_a_private_name_is_found(text):
-    assert [name for _, name in private_names(ast.parse(text))]
+    assert [name for _, name in private_names(ast.walk(ast.parse(text)))]
 
 
 def test_what_is_no_private_name_of_another():
     text = "self._x = cls._y = a.__name__\nmonkeypatch.setenv('_A', '')\nmonkeypatch.setattr('os.cpu_count', _own)"
-    assert list(private_names(ast.parse(text))) == []
+    assert list(private_names(ast.walk(ast.parse(text)))) == []
 
 
 def test_every_command_ends_as_commands_do():
     """With no traceback where the reader of its output has gone; what only prints a table for the docs has no main."""
     programs = [ROOT / "run_pipeline.py"]
-    programs += [path for room in ("pipeline", "compressors", "benchmarks") for path in (ROOT / room).rglob("*.py")]
+    programs += sources(*OURS, "benchmarks")
     num_commands = 0
     for path in programs:
         text = path.read_text()

@@ -131,6 +131,7 @@ UNIFORM[2**63 - 1, 2**40] = 0.8413283553663722
 
 
 class TestDraws:
+    @pytest.mark.slow
     def test_follow_the_distribution(self):
         options = SamplingOptions(temperature=1.3, seed=20)
         sampler, logits, num_draws = Sampler(options), logits_of(5, scale=1.5), 4000

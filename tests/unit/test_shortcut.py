@@ -26,6 +26,7 @@ from pipeline.partition.passes import Pass, PassKind, Row
 from pipeline.partition.plan import default_plan, explicit_plan
 from pipeline.runtime.engine import Entry
 from pipeline.runtime.worker import EndCodecs, StageWorker
+from tests.helpers.marks import slow_but
 from tests.helpers.tiny_models import EOS_ID, VOCAB_SIZE, pass_on_unchanged, save_tiny_model, skip_dropped_caps
 
 CPU = torch.device("cpu")
@@ -92,7 +93,7 @@ class Ring:
             for link in PLAN.links
         }
         self.worker = StageWorker(
-            self.stages, EndCodecs(encoders=codecs, decoders=codecs), head, None, dtype=dtype
+            self.stages, EndCodecs(encoders=codecs, decoders=codecs), head, dtype=dtype
         )
 
     def context(self, plan=PLAN, **other):
@@ -428,7 +429,7 @@ def test_a_head_that_cannot_be_cut_serves_whole(llama, tmp_path, monkeypatch):
     check(llama, drafter, TEXT[:21], 20)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16], [torch.float32, torch.bfloat16, torch.float16]))
 def test_lossy_codecs_and_other_dtypes(passing_on, dtype, tmp_path):
     write_map(tmp_path)
     ring = Ring(passing_on("llama"), dtype, codec="int8")

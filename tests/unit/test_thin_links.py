@@ -2,6 +2,8 @@
 
 import itertools
 
+import pytest
+
 from benchmarks.thin_links import draw, main, table
 
 LINKS = [(None, "0"), *itertools.product(("1mbit", "100mbit"), ("1ms", "20ms"))]
@@ -28,6 +30,7 @@ def test_a_row_of_the_table():
     assert lines[4] == "| 1mbit, 1ms, `bf16` | 1172 | 1446.25 | 100 | 99 | 7.50 |  |"
 
 
+@pytest.mark.slow
 def test_the_figure_is_a_picture(tmp_path):
     draw(ROWS, tmp_path / "thin.png")
     assert (tmp_path / "thin.png").read_bytes().startswith(b"\x89PNG")

@@ -16,6 +16,7 @@ from pipeline.models.sampling import Sampled, SamplingOptions
 from pipeline.partition.passes import Pass, PassKind, Row
 from pipeline.runtime.head import Head, result_nbytes
 from tests.helpers.checksum_ring import NO_TEXT, PLANS, VOCABULARY, Asked, Ring, drafting_of, expected, simulate
+from tests.helpers.marks import slow_but
 
 OPTIONS = {
     "greedy": SamplingOptions(),
@@ -66,7 +67,7 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("passes", [1, 2, 5])
+@pytest.mark.parametrize("passes", slow_but([2], [1, 2, 5]))
 def test_drafts_change_no_token(plan, script, passes):
     scheduler, ring = make_ring(plan, SCRIPTS[script], passes=passes)
     options = list(OPTIONS.values())[(passes + list(SCRIPTS).index(script)) % len(OPTIONS)]
@@ -274,6 +275,7 @@ def test_every_answer_is_that_of_its_prompt(plan, failing, cancels, breaks):
     assert breaks or (num_void > 0) == (plan != "one"), "one stage has one pass under way"
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     plan=st.sampled_from(sorted(PLANS)),

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.comm.wire import (
@@ -296,6 +296,7 @@ def test_what_does_not_fit_is_refused_by_the_sender(header, words):
         WireFormat(link_index=0, num_trail=0, codec_ids=(), id_nbytes=2).encode(header)
 
 
+@settings(max_examples=25, deadline=None)  # texts of thousands of characters are drawn slowly
 @given(st.text(max_size=6000))
 def test_causes_are_bounded_and_printable(text):
     body = encode_text(text)

@@ -1,6 +1,5 @@
 """Files that are written: for whom the umask says, whole or not at all, and with a cure where the disk takes none."""
 
-import ast
 import errno
 import json
 import os
@@ -11,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from compressors.klt.calibration_file import write_calibration, write_token_table
+from compressors.klt.calibration_file import Origin, write_calibration, write_token_table
 from pipeline.analysis.plots import plot_heads
-from pipeline.importance.files import write_head_relevance, write_token_importance
+from pipeline.importance.files import TokenOwner, write_head_relevance, write_token_importance
 from pipeline.models.staging import stage_directory
 from pipeline.records.files import RecordError, check_writable, write_json, write_whole
 from pipeline.records.journal import FinishedMicroBatch, Journal
@@ -26,8 +25,8 @@ from tests.compressors.klt_cases import calibrate
 from tests.helpers.marks import slow_but
 from tests.helpers.records import make_record, write_failed_point, write_point
 from tests.helpers.small_files import small_files
+from tests.helpers.sources import nodes_of, sources
 
-ROOT = Path(__file__).parents[2]
 DIGEST = "ab" * 32
 
 
@@ -40,8 +39,8 @@ def journal(folder):
 
 
 def token_importance(folder):
-    owner = {"checkpoint_fingerprint": "a", "ids_sha256": "b", "max_length": 8, "stride": 8, "bos": "text"}
-    write_token_importance(folder / "tokens.safetensors", {"link": torch.zeros(5000)}, **owner)
+    owner = TokenOwner(checkpoint_fingerprint="a", ids_sha256="b", max_length=8, stride=8, bos="text")
+    write_token_importance(folder / "tokens.safetensors", {"link": torch.zeros(5000)}, owner)
 
 
 def staged(folder):
@@ -59,8 +58,9 @@ def source_of(folder):
 
 def calibration(folder):
     link, tokens = calibrate(64, True)
-    write_calibration(folder, link, link_name="a", checkpoint="b", text_sha256="c", num_tokens=1)
-    write_token_table(folder, tokens, checkpoint="b", text_sha256="c")
+    origin = Origin(checkpoint="b", text_sha256="c")
+    write_calibration(folder, link, origin, link_name="a", num_tokens=1)
+    write_token_table(folder, tokens, origin)
 
 
 def report(folder):
@@ -113,8 +113,8 @@ def test_files_are_for_whom_the_umask_says(write, umask, tmp_path):
 def test_nothing_writes_files_for_their_owner_alone():
     """safetensors' save_file and tempfile's named files do, whatever the umask."""
     found = []
-    for path in [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "compressors").rglob("*.py")]:
-        nodes = list(ast.walk(ast.parse(path.read_text())))
+    for path in sources("pipeline", "compressors"):
+        nodes = nodes_of(path)
         names = {getattr(node, "attr", getattr(node, "id", "")) for node in nodes}
         found += [(path.name, name) for name in names & {"save_file", "NamedTemporaryFile", "mkstemp", "mkdtemp"}]
     assert found == []  # gguf.py, whose files transformers writes, mends their modes
