@@ -18,7 +18,7 @@ from compressors.kernels.klt.models import (
     LAST_WIDE_CLASS,
     NUM_CLASSES,
 )
-from compressors.kernels.trellis import LANES
+from compressors.kernels.vectors import LANES, leading_zeros
 
 __all__ = [
     "Token",
@@ -28,6 +28,7 @@ __all__ = [
     "classify",
     "count_symbols",
     "decayed",
+    "model_of",
     "next_state",
     "room_for",
     "shift_of",
@@ -51,20 +52,17 @@ class Token(NamedTuple):
 
     statics: np.ndarray  # int32 [P], classes before anything is known of the levels
     levels: np.ndarray  # int32 [P]
-    trellis: np.ndarray  # int32 [LANES], states
     expected: np.ndarray  # int32 [2 LARGEST_FINER + 1, P / LANES], `_expect` for each finer that was met
     is_met: np.ndarray  # bool [2 LARGEST_FINER + 1]
+    found: np.ndarray  # int32 [3 LANES], of a stripe
 
 
 @jit
 def _log2_eighths(value):
     """About 8 log2(value) of a positive int64, rounded; integers only."""
-    exponent, rest = np.uint64(0), np.uint64(value) >> np.uint64(1)
-    while rest:
-        rest >>= np.uint64(1)
-        exponent += np.uint64(1)
-    fraction = ((np.uint64(value) << np.uint64(6)) >> exponent) & np.uint64(63)
-    return np.int32(8 * np.int64(exponent) + _LOG2_FRACTION[fraction])
+    exponent = 63 - leading_zeros(value)
+    fraction = np.uint64(((value << 6) >> exponent) & 63)
+    return np.int32(8 * exponent + _LOG2_FRACTION[fraction])
 
 
 @jit
@@ -106,9 +104,9 @@ def room_for(width):
     return Token(
         np.full(stripes * LANES, FIRST_CLASS, np.int32),
         np.zeros(stripes * LANES, np.int32),
-        np.zeros(LANES, np.int32),
         np.empty((2 * LARGEST_FINER + 1, stripes), np.int32),
         np.zeros(2 * LARGEST_FINER + 1, np.bool_),
+        np.zeros(3 * LANES, np.int32),
     )
 
 
@@ -116,12 +114,14 @@ def room_for(width):
 def begin_token(room, component_class, finer, magnitude):
     """Make `room` ready for a token; returns what is expected of its stripes."""
     _static_classes(component_class, np.int32(finer), room.statics)
-    room.trellis[:] = 0
     i = finer + LARGEST_FINER
     if not room.is_met[i]:
         _expect(room.statics, component_class.size, magnitude, room.expected[i])
         room.is_met[i] = True
     return room.expected[i]
+
+
+# Of integers and of vectors of them:
 
 
 @inlined
@@ -136,8 +136,14 @@ def shift_of(index):
 
 
 @inlined
-def next_state(state, index):
-    return (state >> np.int32(1)) + np.int32(2) * ((index ^ state) & np.int32(1))
+def model_of(index, shift, state):
+    """The model of a class, with its shift, in a state of the trellis."""
+    return index - np.int32(FIRST_CLASS) - shift * np.int32(8) + (state >> np.int32(1)) * np.int32(NUM_CLASSES)
+
+
+@inlined
+def next_state(state, value):
+    return (state >> np.int32(1)) + ((value ^ state) & np.int32(1)) * np.int32(2)
 
 
 @jit
@@ -162,9 +168,8 @@ def count_symbols(levels, classes, counts):
         trellis = np.zeros(LANES, np.int32)
         for k in range(levels.shape[1]):
             state, level, index = trellis[k % LANES], levels[t, k], np.int32(classes[t, k])
-            quantizer, shift = state >> np.int32(1), shift_of(index)
-            value = (level + (quantizer if level > 0 else np.int32(0))) >> np.int32(1)
+            shift = shift_of(index)
+            value = (level + (state >> np.int32(1) if level > 0 else np.int32(0))) >> np.int32(1)
             high = (value + ((np.int32(1) << shift) >> np.int32(1))) >> shift
-            model = index - np.int32(8) * shift - FIRST_CLASS + quantizer * NUM_CLASSES
-            counts[model, min((high << np.int32(1)) ^ (high >> np.int32(31)), ESCAPE)] += 1
+            counts[model_of(index, shift, state), min((high << np.int32(1)) ^ (high >> np.int32(31)), ESCAPE)] += 1
             trellis[k % LANES] = next_state(state, value)

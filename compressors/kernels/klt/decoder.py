@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from compressors.kernels.bits import inlined, jit
-from compressors.kernels.klt.classes import activity_of, begin_token, class_of, decayed, next_state, shift_of
+from compressors.kernels.klt.classes import activity_of, begin_token, class_of, decayed, model_of, next_state, shift_of
 from compressors.kernels.klt.models import (
     CODED_FREQUENCY,
     ESCAPE,
@@ -15,11 +15,11 @@ from compressors.kernels.klt.models import (
     KIND_PRECISION,
     LARGEST_FINER,
     LARGEST_RMS,
-    NUM_CLASSES,
     NUM_SYMBOLS,
 )
-from compressors.kernels.rans import PRECISION, take_bits, take_span, take_stripe
-from compressors.kernels.trellis import LANES, MAX_LEVEL
+from compressors.kernels.rans import PRECISION, take_bits, take_lanes, take_span, take_stripe
+from compressors.kernels.trellis import MAX_LEVEL
+from compressors.kernels.vectors import LANES, bits_of, load, magnitude, select, splat, store, total
 
 __all__ = ["decode_block"]
 
@@ -62,53 +62,21 @@ def _take_sides(symbols, first, last, models, states, words, position, end):
     return position, True
 
 
-# The loops below are over the size of `trellis`, which is LANES: the compiler would unroll a number that it knows, and
-# not make vectors of the lanes.
-
-
 @inlined
-def _stripe_models(statics, activity, trellis, bases, shifts):
-    """The models of a stripe's symbols, and whether any has more to send."""
-    more = np.int32(0)
-    for lane in range(trellis.size):
-        index = class_of(statics[lane], activity)
-        shift = shift_of(index)
-        quantizer = trellis[lane] >> np.int32(1)
-        model = index - np.int32(8) * shift - np.int32(FIRST_CLASS) + quantizer * np.int32(NUM_CLASSES)
-        bases[lane], shifts[lane] = model * np.int32(NUM_SYMBOLS), shift
-        more |= shift
-    return more != 0
-
-
-@inlined
-def _integers(symbols, trellis, values):
-    """Whether a stripe has an escape; `values` becomes what its symbols stand for."""
-    largest = np.int32(0)
-    for lane in range(trellis.size):
-        symbol = symbols[lane]
-        values[lane] = (symbol >> np.int32(1)) ^ -(symbol & np.int32(1))
-        largest |= symbol + np.int32(1)
-    return largest >= np.int32(NUM_SYMBOLS)
-
-
-@inlined
-def _stripe_levels(values, trellis, levels):
-    """A stripe's levels from its integers; returns the sum of their sizes."""
-    total = np.int32(0)
-    for lane in range(trellis.size):
-        value, state = values[lane], trellis[lane]
-        quantizer = state >> np.int32(1)
-        sign = (np.int32(1) if value > np.int32(0) else np.int32(0)) - (value >> np.int32(31) & np.int32(1))
-        level = np.int32(2) * value - sign * quantizer
-        levels[lane] = level
-        trellis[lane] = next_state(state, value)
-        total += abs(level)
-    return total
+def _levels(values, trellis):
+    """What integers stand for in each state."""
+    quantizer = trellis >> 1
+    return values * 2 - select(values > 0, quantizer, 0) + select(values < 0, quantizer, 0)
 
 
 @jit
-def _take_more(symbols, shifts, count, last_state, states, words, position, end, values):
-    """Inverse of `_put_more`; returns the place of the next word, and whether all is in range."""
+def _take_more(found, count, last_state, states, words, position, end):
+    """Inverse of `_put_more`, from and into `Token.found`: symbols, numbers of low bits, integers.
+
+    Returns the place of the next word, and whether all is in range.
+    """
+    symbols, shifts, values = found[:LANES], found[LANES : 2 * LANES], found[2 * LANES :]
+    values[count:] = 0
     high = np.zeros(LANES, np.int64)
     for lane in range(count):
         high[lane] = symbols[lane]
@@ -134,24 +102,34 @@ def _take_token(symbols, t, models, room, last_state, states, words, position, e
     """Inverse of `_put_token`; returns the place of the next word, and whether all is in range."""
     width = models.component_class.size
     expected, seen = begin_token(room, models.component_class, symbols.finer[t], models.magnitude), np.int64(0)
-    bases, shifts = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
-    found, values = np.zeros(LANES, np.int32), np.empty(LANES, np.int32)
+    trellis, found = splat(np.int32(0)), room.found
     for stripe in range(expected.size):
         begin = stripe * LANES
         count = min(LANES, width - begin)
-        activity = activity_of(seen, expected[stripe])
-        has_more = _stripe_models(room.statics[begin:], activity, room.trellis, bases, shifts)
-        if count < LANES:
-            found[count:] = 0
-        position = take_stripe(
-            bases, count, last_state, models.spans, models.guesses, states, words, position, end, found
-        )
-        if _integers(found, room.trellis, values) or has_more:
-            position, fits = _take_more(found, shifts, count, last_state, states, words, position, end, values)
+        index = class_of(load(room.statics, begin), activity_of(seen, expected[stripe]))
+        shifts = shift_of(index)
+        bases = model_of(index, shifts, trellis) * NUM_SYMBOLS
+        if count == LANES and states.size == LANES and position + np.uint64(LANES) <= end:
+            codes, position = take_lanes(bases, models.spans, models.guesses, states, words, position)
+        else:
+            store(found, 0, splat(np.int32(0)))
+            store(found, LANES, bases)
+            position = take_stripe(
+                found[LANES:], count, last_state, models.spans, models.guesses, states, words, position, end, found
+            )
+            codes = load(found, 0)
+        values = (codes >> 1) ^ (0 - (codes & 1))
+        if bits_of((shifts > 0) | (codes == ESCAPE)):
+            store(found, 0, codes)
+            store(found, LANES, shifts)
+            position, fits = _take_more(found, count, last_state, states, words, position, end)
             if not fits:
                 return position, False
-        total = _stripe_levels(values, room.trellis, room.levels[begin:])
-        seen = decayed(seen) + (np.int64(total) << 7)
+            values = load(found, 2 * LANES)
+        levels = _levels(values, trellis)
+        store(room.levels, begin, levels)
+        trellis = next_state(trellis, values)
+        seen = decayed(seen) + (np.int64(total(magnitude(levels))) << 7)
     symbols.levels[t] = room.levels[:width]
     return position, True
 

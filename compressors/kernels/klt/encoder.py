@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from compressors.kernels.bits import inlined, jit
-from compressors.kernels.klt.classes import activity_of, begin_token, class_of, decayed, next_state, shift_of
+from compressors.kernels.klt.classes import activity_of, begin_token, class_of, decayed, model_of, next_state, shift_of
 from compressors.kernels.klt.models import (
     CODED_FREQUENCY,
     ESCAPE,
@@ -15,42 +15,27 @@ from compressors.kernels.klt.models import (
     KIND_PRECISION,
     LARGEST_FINER,
     LARGEST_RMS,
-    NUM_CLASSES,
     NUM_SYMBOLS,
     RAW_FREQUENCY,
 )
-from compressors.kernels.rans import PRECISION, encode_span, encode_stripe
-from compressors.kernels.trellis import LANES
+from compressors.kernels.rans import PRECISION, encode_lanes, encode_span, encode_stripe
+from compressors.kernels.vectors import LANES, bits_of, load, magnitude, select, splat, store, total
 
 __all__ = ["MAX_SIDE_OPS", "encode_block"]
 
 MAX_SIDE_OPS = 8  # of a token
 
-# The loops below are over the size of `trellis`, which is LANES: the compiler would unroll a number that it knows, and
-# not make vectors of the lanes.
-
 
 @inlined
-def _stripe_symbols(levels, statics, activity, trellis, found):
-    """Fill `found` int32 [3 LANES] with a stripe's symbols, as places in the models' tables, then the integers, then
-    the number of their low bits that the models do not cover.
-
-    Returns (sum of the levels' sizes, whether there is more to send than symbols).
-    """
-    total, more = np.int32(0), np.int32(0)
-    for lane in range(trellis.size):
-        index, state, level = class_of(statics[lane], activity), trellis[lane], levels[lane]
-        shift, quantizer = shift_of(index), state >> np.int32(1)
-        value = (level + (quantizer if level > np.int32(0) else np.int32(0))) >> np.int32(1)
-        high = (value + ((np.int32(1) << shift) >> np.int32(1))) >> shift
-        symbol = min((high << np.int32(1)) ^ (high >> np.int32(31)), np.int32(ESCAPE))
-        model = index - np.int32(8) * shift - np.int32(FIRST_CLASS) + quantizer * np.int32(NUM_CLASSES)
-        found[lane] = model * np.int32(NUM_SYMBOLS) + symbol
-        found[lane + LANES], found[lane + 2 * LANES] = value, shift
-        more |= shift + ((symbol + np.int32(1)) >> np.int32(6))
-        trellis[lane] = next_state(state, value)
-        total += abs(level)
-    return total, more != 0
+def _stripe_symbols(levels, statics, activity, trellis):
+    """A stripe's symbols, as places in the models' tables; the integers that they stand for, the number of low bits
+    that the models do not cover, and the next states."""
+    index = class_of(statics, activity)
+    shift = shift_of(index)
+    value = (levels + select(levels > 0, trellis >> 1, 0)) >> 1
+    high = (value + (splat(np.int32(1)) << shift >> 1)) >> shift
+    symbol = min((high << 1) ^ (high >> 31), ESCAPE)
+    return model_of(index, shift, trellis) * NUM_SYMBOLS + symbol, value, shift, next_state(trellis, value)
 
 
 @inlined
@@ -79,26 +64,29 @@ def _put_more(found, count, more, num_more):
 
 
 @jit
-def _put_token(symbols, t, models, room, raw_cost, entries, num_more_of, more, num_more):
+def _put_token(levels, finer, models, room, raw_cost, entries, num_more_of, more, num_more):
     """A token's symbols into `entries` uint16 [P], and what they leave to send behind the `num_more` of `more`.
 
     `num_more_of` [stripes] becomes its number by stripe. Returns the new `num_more`; -1 where all that costs more than
     `raw_cost`.
     """
     width, first = models.component_class.size, num_more
-    expected, seen = begin_token(room, models.component_class, symbols.finer[t], models.magnitude), np.int64(0)
-    room.levels[:width] = symbols.levels[t]
-    found = np.empty(3 * LANES, np.int32)
+    expected, seen = begin_token(room, models.component_class, finer, models.magnitude), np.int64(0)
+    room.levels[:width] = levels
+    trellis = splat(np.int32(0))
     for stripe in range(expected.size):
         begin = stripe * LANES
-        activity = activity_of(seen, expected[stripe])
-        total, has_more = _stripe_symbols(room.levels[begin:], room.statics[begin:], activity, room.trellis, found)
-        entries[begin : begin + LANES] = found[:LANES]
+        stripe_levels, activity = load(room.levels, begin), activity_of(seen, expected[stripe])
+        symbols, values, shifts, trellis = _stripe_symbols(stripe_levels, load(room.statics, begin), activity, trellis)
+        store(entries, begin, symbols)
         before = num_more
-        if has_more:
-            num_more = _put_more(found, min(LANES, width - begin), more, num_more)
+        if bits_of((shifts > 0) | (symbols & ESCAPE == ESCAPE)):
+            store(room.found, 0, symbols)
+            store(room.found, LANES, values)
+            store(room.found, 2 * LANES, shifts)
+            num_more = _put_more(room.found, min(LANES, width - begin), more, num_more)
         num_more_of[stripe] = num_more - before
-        seen = decayed(seen) + (np.int64(total) << 7)
+        seen = decayed(seen) + (np.int64(total(magnitude(stripe_levels))) << 7)
     cost = np.int64(width) * (PRECISION << 8)  # a symbol takes no more
     for i in range(first, num_more):
         cost += more[i, 1] << 8
@@ -160,7 +148,9 @@ def encode_block(symbols, begin, end, models, room, raw_cost, states, words, pos
             symbols.is_raw[t] = True
         if not symbols.is_raw[t]:
             row, row_more = entries[t - begin], num_more_of[t - begin]
-            after = _put_token(symbols, t, models, room, raw_cost, row, row_more, more, num_more)
+            after = _put_token(
+                symbols.levels[t], symbols.finer[t], models, room, raw_cost, row, row_more, more, num_more
+            )
             if after < 0:
                 symbols.is_raw[t] = True
             else:
@@ -177,9 +167,12 @@ def encode_block(symbols, begin, end, models, room, raw_cost, states, words, pos
                 position = encode_span(value, 1, nbits, i, states, words, position)
             first = stripe * LANES
             count = min(LANES, width - first)
-            position = encode_stripe(
-                row[first:], count, last_state, models.spans, models.inverses, states, words, position
-            )
+            if count == LANES and states.size == LANES:
+                position = encode_lanes(row, first, models.spans, states, words, position)
+            else:
+                position = encode_stripe(
+                    row[first:], count, last_state, models.spans, models.inverses, states, words, position
+                )
     ops = np.empty(((end - begin) * MAX_SIDE_OPS, 3), np.int64)
     for i in range(_put_sides(symbols, begin, end, models, ops) - 1, -1, -1):
         position = encode_span(ops[i, 0], ops[i, 1], ops[i, 2], np.uint64(0), states, words, position)

@@ -9,7 +9,7 @@ from compressors.kernels.klt.classes import room_for
 from compressors.kernels.klt.decoder import decode_block
 from compressors.kernels.klt.encoder import MAX_SIDE_OPS, encode_block
 from compressors.kernels.klt.models import FIRST_STATE
-from compressors.kernels.trellis import LANES
+from compressors.kernels.vectors import LANES
 
 __all__ = ["BLOCK_VALUES", "VALUES_PER_STATE", "decode", "encode", "num_blocks", "num_states"]
 

@@ -54,7 +54,7 @@ class Models(NamedTuple):
     spans: np.ndarray  # uint32, start + 2**16 * frequency
     inverses: np.ndarray  # uint64, `rans.reciprocals`
     costs: np.ndarray  # int32, 1/256 bits, rounded up
-    guesses: np.ndarray  # uint8 [2 NUM_CLASSES * 2**GUESS_BITS], the first symbol that a slot's upper bits can be
+    guesses: np.ndarray  # uint8, the first symbol that a slot's upper bits can be: 2**GUESS_BITS a model, and 3 more
 
 
 class Symbols(NamedTuple):
@@ -90,7 +90,7 @@ def make_models(
         spans=(starts[:, :-1].reshape(-1) + (frequencies << 16)).astype(np.uint32),
         inverses=reciprocals(frequencies),
         costs=np.ceil(256 * (PRECISION - np.log2(frequencies))).astype(np.int32),
-        guesses=np.concatenate(guesses).astype(np.uint8),
+        guesses=np.concatenate([*guesses, np.zeros(3, np.int64)]).astype(np.uint8),
     )
 
 
