@@ -9,7 +9,8 @@ sources"; the states and the 0 of the second quantiser as in Schwarz et al. 2021
 the Versatile Video Coding (VVC) standard".
 
 A token has LANES machines, each begun in state 0: component k is the next of machine k % LANES. So LANES components at
-once, a stripe, can be searched, coded and decoded.
+once, a stripe, can be searched, coded and decoded. Each machine's beginning costs about 1.5 bits: 0.02 to 0.03 bits per
+value at H = 576, against one lane; 16 would cost 0.04, 4 would cost 0.01.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ __all__ = [
     "total",
 ]
 
-LANES = 8
+LANES = 8  # a part of klt's format
 _I32 = ir.IntType(32)
 
 
