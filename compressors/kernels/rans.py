@@ -11,14 +11,28 @@ from __future__ import annotations
 import numpy as np
 
 from compressors.kernels.bits import inlined, jit
+from compressors.kernels.vectors import (
+    LANES,
+    as_floats,
+    as_integers,
+    as_unsigned,
+    bits_of,
+    gather,
+    load,
+    number_of_bits,
+    select,
+    store,
+)
 
 __all__ = [
     "GUESS_BITS",
     "PRECISION",
     "encode_span",
+    "encode_lanes",
     "encode_stripe",
     "reciprocals",
     "take_bits",
+    "take_lanes",
     "take_span",
     "take_stripe",
 ]
@@ -32,6 +46,10 @@ SLOT_BITS, SLOT_MASK = np.uint64(PRECISION), np.uint64((1 << PRECISION) - 1)
 RECIPROCAL_BITS = np.uint64(47)
 GUESS_BITS = 8  # of a slot, by which the decoder begins its search
 ZERO, ONE = np.uint64(0), np.uint64(1)
+# By a reciprocal a little too small in float32, a quotient below 2**17 comes out whole, or 1 too small.
+NEARLY_ONE = np.float32(1 - 2**-21)
+# Of each mask of lanes, how many of those before a lane it has; LANES a mask.
+_NUM_BEFORE = np.array([[bin(m & ((1 << i) - 1)).count("1") for i in range(8)] for m in range(256)], np.uint8).ravel()
 
 
 def reciprocals(frequencies: np.ndarray) -> np.ndarray:
@@ -56,6 +74,24 @@ def encode_stripe(entries, count, last_state, spans, inverses, states, words, po
         state = state >> WORD if is_full else state
         quotient = (state * inverse) >> RECIPROCAL_BITS
         states[i] = np.uint32((quotient << SLOT_BITS) + (state - quotient * frequency) + (span & LOW_WORD))
+    return position
+
+
+@inlined
+def encode_lanes(entries, begin, spans, states, words, position):
+    """`encode_stripe` of LANES symbols from entries [begin], with as many states."""
+    state, span = load(states, 0), gather(spans, load(entries, begin))
+    frequency = span >> 16
+    is_full = state >= frequency << (32 - PRECISION)
+    full = np.uint64(bits_of(is_full))
+    for lane in range(LANES - 1, -1, -1):
+        words[position - ONE] = np.uint16(states[np.uint64(lane)] & np.uint32(0xFFFF))
+        position -= (full >> np.uint64(lane)) & ONE
+    state = select(is_full, state >> 16, state)
+    quotient = as_unsigned(as_integers(as_floats(state) * (NEARLY_ONE / as_floats(frequency))))
+    rest = state - quotient * frequency
+    missing = select(rest >= frequency, (1 << PRECISION) - frequency, 0)
+    store(states, 0, (quotient << PRECISION) + rest + (span & 0xFFFF) + missing)
     return position
 
 
@@ -102,6 +138,28 @@ def take_stripe(bases, count, last_state, spans, guesses, states, words, positio
         states[i] = np.uint32(state)
         symbols[lane] = np.int32(symbol)
     return position
+
+
+@inlined
+def take_lanes(bases, spans, guesses, states, words, position):
+    """`take_stripe` of LANES symbols with as many states, where as many words are left: (symbols, place)."""
+    state = load(states, 0)
+    slot = as_integers(state & ((1 << PRECISION) - 1))
+    symbols = gather(guesses, (bases << (GUESS_BITS - 6)) + (slot >> (PRECISION - GUESS_BITS)))
+    span = as_integers(gather(spans, bases + symbols))
+    rest = slot - (span & 0xFFFF)
+    is_beyond = rest >= span >> 16
+    while bits_of(is_beyond):
+        symbols = symbols + as_integers(is_beyond)
+        span = as_integers(gather(spans, bases + symbols))
+        rest = slot - (span & 0xFFFF)
+        is_beyond = rest >= span >> 16
+    state = as_unsigned(span >> 16) * (state >> PRECISION) + as_unsigned(rest)
+    is_low = state < (1 << 16)
+    low = bits_of(is_low)
+    word = gather(words, load(_NUM_BEFORE, low * LANES) + position)
+    store(states, 0, select(is_low, (state << 16) | as_unsigned(word), state))
+    return symbols, position + np.uint64(number_of_bits(low))
 
 
 @jit

@@ -9,7 +9,8 @@ sources"; the states and the 0 of the second quantiser as in Schwarz et al. 2021
 the Versatile Video Coding (VVC) standard".
 
 A token has LANES machines, each begun in state 0: component k is the next of machine k % LANES. So LANES components at
-once, a stripe, can be searched, coded and decoded.
+once, a stripe, can be searched, coded and decoded. Each machine's beginning costs about 1.5 bits: 0.02 to 0.03 bits per
+value at H = 576, against one lane; 16 would cost 0.04, 4 would cost 0.01.
 """
 
 from __future__ import annotations
@@ -19,12 +20,21 @@ from typing import NamedTuple
 import numpy as np
 
 from compressors.kernels.bits import inlined, jit
+from compressors.kernels.vectors import (
+    LANES,
+    as_floats,
+    as_integers,
+    gather,
+    lane_numbers,
+    load,
+    magnitude,
+    select,
+    splat,
+    store,
+)
 
 __all__ = ["LANES", "MAX_LEVEL", "Prices", "quantize", "reconstruct"]
 
-# Of one token. Each begins in state 0, which costs it about 1.5 bits: 0.02 to 0.03 bits per value at H = 576, against
-# one lane. 16 would cost 0.04, 4 would cost 0.01.
-LANES = 8
 MAX_LEVEL = 1 << 20  # half steps
 LARGEST_COMPONENT = np.float32(1e4)  # that is reconstructed
 UNREACHED = np.float32(1e30)
@@ -38,109 +48,89 @@ class Prices(NamedTuple):
     rates: np.ndarray  # float32 [C, 2, S], of index magnitudes in each class and quantiser, squared half steps
 
 
-# The loops over lanes run on slices, where the compiler sees that no index is negative, and over the size of one, which
-# it does not know to be LANES: it would unroll them instead of making vectors of the lanes.
-# Costs of a stripe are 4 rows of LANES: of an even and an odd index in the first quantiser, then in the second.
+# Costs and paths are tuples of four: of an even and an odd index in the first quantiser, then in the second; of states.
 
 
 @inlined
-def _stripe_errors(target, class_row, limit, costs, entries):
-    for lane in range(class_row.size):
-        size, row = abs(target[lane]), class_row[lane]
-        even0 = FOUR * np.floor(QUARTER * size + HALF)
-        odd0 = FOUR * np.floor(QUARTER * size) + TWO
-        even1 = FOUR * np.floor(QUARTER * (size + THREE)) - ONE if size >= ONE + HALF else ZERO
-        odd1 = FOUR * np.floor(QUARTER * (size + ONE)) + ONE
-        costs[lane] = (size - even0) * (size - even0)
-        costs[lane + LANES] = (size - odd0) * (size - odd0)
-        costs[lane + 2 * LANES] = (size - even1) * (size - even1)
-        costs[lane + 3 * LANES] = (size - odd1) * (size - odd1)
-        second = row + limit + np.int32(1)
-        entries[lane] = row + min(np.int32(even0) >> np.int32(1), limit)
-        entries[lane + LANES] = row + min(np.int32(odd0) >> np.int32(1), limit)
-        entries[lane + 2 * LANES] = second + min((np.int32(even1) + np.int32(1)) >> np.int32(1), limit)
-        entries[lane + 3 * LANES] = second + min((np.int32(odd1) + np.int32(1)) >> np.int32(1), limit)
+def _errors(target, row, limit, rates):
+    """Costs of the nearest level of each parity and quantiser: squared errors and the rates of their indices.
 
-
-@jit
-def _errors(target, class_rows, limit, costs, entries):
-    """Squared errors of the nearest level of each parity and quantiser, and their places in the rates."""
-    for stripe in range(target.size // LANES):
-        part, rows = target[stripe * LANES :][:LANES], class_rows[stripe * LANES :][:LANES]
-        wide = slice(stripe * 4 * LANES, (stripe + 1) * 4 * LANES)
-        _stripe_errors(part, rows, limit, costs[wide], entries[wide])
-
-
-@jit
-def _add_rates(costs, entries, rates):
-    for i in range(costs.size):
-        costs[i] += rates[np.uint32(entries[i])]
+    The rates of a lane's class begin at `row`; `limit` is the largest index that they have.
+    """
+    size = magnitude(target)
+    quarter = size * QUARTER
+    even0 = as_integers(quarter + HALF)
+    odd0 = as_integers(quarter)
+    even1 = select(size >= ONE + HALF, as_integers((size + THREE) * QUARTER), 0)
+    odd1 = as_integers((size + ONE) * QUARTER)
+    error0 = size - as_floats(even0) * FOUR
+    error1 = size - (as_floats(odd0) * FOUR + TWO)
+    error2 = size - max(as_floats(even1) * FOUR - ONE, ZERO)
+    error3 = size - (as_floats(odd1) * FOUR + ONE)
+    second = row + (limit + 1)
+    rate0 = gather(rates, row + min(even0 * 2, limit))
+    rate1 = gather(rates, row + min(odd0 * 2 + 1, limit))
+    rate2 = gather(rates, second + min(even1 * 2, limit))
+    rate3 = gather(rates, second + min(odd1 * 2 + 1, limit))
+    return error0 * error0 + rate0, error1 * error1 + rate1, error2 * error2 + rate2, error3 * error3 + rate3
 
 
 @inlined
-def _stripe_advance(costs, paths, decisions):
-    """One step of the search in all lanes. `paths` float32 [4 LANES] is what reaching each state costs; bit s of a
-    lane's decision says that state s is reached from the second of its two predecessors."""
-    for lane in range(decisions.size):
-        even0, odd0 = costs[lane], costs[lane + LANES]
-        even1, odd1 = costs[lane + 2 * LANES], costs[lane + 3 * LANES]
-        path0, path1 = paths[lane], paths[lane + LANES]
-        path2, path3 = paths[lane + 2 * LANES], paths[lane + 3 * LANES]
-        # States 0 and 2 are reached from 0 and 1, states 1 and 3 from 2 and 3.
-        to_0, other_0 = path0 + even0, path1 + odd0
-        to_1, other_1 = path2 + even1, path3 + odd1
-        to_2, other_2 = path0 + odd0, path1 + even0
-        to_3, other_3 = path2 + odd1, path3 + even1
-        decisions[lane] = (
-            (np.int32(1) if other_0 < to_0 else np.int32(0))
-            | (np.int32(2) if other_1 < to_1 else np.int32(0))
-            | (np.int32(4) if other_2 < to_2 else np.int32(0))
-            | (np.int32(8) if other_3 < to_3 else np.int32(0))
-        )
-        to_0 = other_0 if other_0 < to_0 else to_0
-        to_1 = other_1 if other_1 < to_1 else to_1
-        to_2 = other_2 if other_2 < to_2 else to_2
-        to_3 = other_3 if other_3 < to_3 else to_3
-        least0, least1 = (to_0 if to_0 < to_1 else to_1), (to_2 if to_2 < to_3 else to_3)
-        least = least0 if least0 < least1 else least1
-        paths[lane], paths[lane + LANES] = to_0 - least, to_1 - least
-        paths[lane + 2 * LANES], paths[lane + 3 * LANES] = to_2 - least, to_3 - least
+def _advance(costs, paths):
+    """One step of the search in all lanes: what reaching each state costs, and the decisions. Bit s of a lane's says
+    that state s is reached from the second of its two predecessors."""
+    even0, odd0, even1, odd1 = costs
+    path0, path1, path2, path3 = paths
+    # States 0 and 2 are reached from 0 and 1, states 1 and 3 from 2 and 3.
+    to_0, other_0 = path0 + even0, path1 + odd0
+    to_1, other_1 = path2 + even1, path3 + odd1
+    to_2, other_2 = path0 + odd0, path1 + even0
+    to_3, other_3 = path2 + odd1, path3 + even1
+    of_even = select(other_0 < to_0, 1, splat(0)) | select(other_2 < to_2, 4, splat(0))
+    of_odd = select(other_1 < to_1, 2, splat(0)) | select(other_3 < to_3, 8, splat(0))
+    to_0, to_1 = min(other_0, to_0), min(other_1, to_1)
+    to_2, to_3 = min(other_2, to_2), min(other_3, to_3)
+    least = min(min(to_0, to_1), min(to_2, to_3))
+    return (to_0 - least, to_1 - least, to_2 - least, to_3 - least), of_even | of_odd
 
 
 @jit
-def _advance(costs, paths, decisions):
-    for stripe in range(decisions.size // LANES):
-        _stripe_advance(costs[stripe * 4 * LANES :][: 4 * LANES], paths, decisions[stripe * LANES :][:LANES])
+def _search(target, classes, change, rates, limit, width, decisions):
+    """Fill `decisions` int32 [P] for `target` float32 [P]; returns the states int32 at the end of the cheapest path.
 
-
-@jit
-def _best_states(paths, states):
-    for lane in range(LANES):
-        state = np.int32(2) if paths[lane + 2 * LANES] == ZERO else np.int32(3)
-        state = np.int32(1) if paths[lane + LANES] == ZERO else state
-        states[lane] = np.int32(0) if paths[lane] == ZERO else state
-
-
-@inlined
-def _stripe_walk_back(target, decisions, states, levels):
-    """A stripe's levels, and in `states` int32 [LANES], the states after it, those before it."""
-    for lane in range(states.size):
-        state, value = states[lane], target[lane]
-        size = abs(value)
-        second = (decisions[lane] >> state) & np.int32(1)
-        quantizer, is_odd = state & np.int32(1), second ^ (state >> np.int32(1))
-        add = np.float32(np.int32(2) + quantizer - np.int32(2) * is_odd)  # the four lines of `_errors`
-        level = np.int32(FOUR * np.floor(QUARTER * (size + add)) + (TWO - add))
-        level = np.int32(0) if add == THREE and size < ONE + HALF else level
-        levels[lane] = level if value >= ZERO else -level
-        states[lane] = np.int32(2) * quantizer + second
+    `classes` int32 [P] and `change` give the components' classes, `rates` float32 are flat.
+    """
+    length = np.int32(2 * limit + 2)
+    last = np.int32(rates.size // length - 1)
+    paths = splat(ZERO), splat(UNREACHED), splat(UNREACHED), splat(UNREACHED)
+    for begin in range(0, target.size, LANES):
+        row = min(max(load(classes, begin) + change, 0), last) * length
+        costs = _errors(load(target, begin), row, limit, rates)
+        if begin + LANES > width:  # what is missing in the last stripe costs nothing
+            is_there = lane_numbers() < np.int32(width - begin)
+            even0, odd0, even1, odd1 = costs
+            even0, odd0 = select(is_there, even0, ZERO), select(is_there, odd0, ZERO)
+            even1, odd1 = select(is_there, even1, ZERO), select(is_there, odd1, ZERO)
+            costs = even0, odd0, even1, odd1
+        paths, chosen = _advance(costs, paths)
+        store(decisions, begin, chosen)
+    path0, path1, path2, _ = paths
+    return select(path0 == ZERO, 0, select(path1 == ZERO, 1, select(path2 == ZERO, 2, splat(3))))
 
 
 @jit
 def _walk_back(target, decisions, states, levels):
-    for stripe in range(target.size // LANES - 1, -1, -1):
-        begin = stripe * LANES
-        _stripe_walk_back(target[begin:], decisions[begin:], states, levels[begin:])
+    """Fill `levels` int32 [P] from the states at the end."""
+    for begin in range(target.size - LANES, -1, -LANES):
+        value = load(target, begin)
+        size = magnitude(value)
+        second = (load(decisions, begin) >> states) & 1
+        quantizer, is_odd = states & 1, second ^ (states >> 1)
+        add = quantizer - is_odd * 2 + 2  # the four lines of `_errors`
+        level = as_integers((size + as_floats(add)) * QUARTER) * 4 + 2 - add
+        level = select(size < select(add == 3, ONE + HALF, splat(ZERO)), 0, level)
+        store(levels, begin, select(value < ZERO, level * -1, level))
+        states = quantizer * 2 + second
 
 
 @jit
@@ -155,13 +145,6 @@ def _scale(values, expected, inverse, target):
 
 
 @jit
-def _class_rows(classes, change, last, length, rows):
-    """Where the rates of each component's class begin."""
-    for k in range(classes.size):
-        rows[k] = min(max(classes[k] + change, np.int32(0)), last) * length
-
-
-@jit
 def quantize(y, predicted, steps, finer, prices, levels, is_raw):
     """Levels int32 [N, H] of what `predicted` leaves of components `y`, both float32 [N, H].
 
@@ -169,28 +152,18 @@ def quantize(y, predicted, steps, finer, prices, levels, is_raw):
     with a level out of range is marked in `is_raw`; raw tokens have levels 0.
     """
     num_tokens, width = y.shape
-    num_stripes = (width + LANES - 1) // LANES
-    last, largest = np.int32(prices.rates.shape[0] - 1), prices.rates.shape[2] - 1
-    rates = prices.rates.reshape(-1)
-    target, class_rows = np.zeros(num_stripes * LANES, np.float32), np.zeros(num_stripes * LANES, np.int32)
-    decisions, row_levels = np.empty(num_stripes * LANES, np.int32), np.empty(num_stripes * LANES, np.int32)
-    costs, entries = np.empty(num_stripes * 4 * LANES, np.float32), np.empty(num_stripes * 4 * LANES, np.int32)
-    paths, states = np.empty(4 * LANES, np.float32), np.empty(LANES, np.int32)
+    padded = (width + LANES - 1) // LANES * LANES
+    limit, rates = np.int32(prices.rates.shape[2] - 1), prices.rates.reshape(-1)
+    target, classes = np.zeros(padded, np.float32), np.zeros(padded, np.int32)
+    decisions, row_levels = np.empty(padded, np.int32), np.empty(padded, np.int32)
+    classes[:width] = prices.classes
     for t in range(num_tokens):
         if not _scale(y[t], predicted[t], ONE / (HALF * steps[t]), target[:width]):
             is_raw[t] = True
         if is_raw[t]:
             levels[t] = 0
             continue
-        _class_rows(prices.classes, np.int32(2 * finer[t]), last, np.int32(2 * largest + 2), class_rows[:width])
-        _errors(target, class_rows, np.int32(largest), costs, entries)
-        _add_rates(costs, entries, rates)
-        if width % LANES:  # what is missing in the last stripe costs nothing
-            for row in range(4 * (num_stripes - 1), 4 * num_stripes):
-                costs[row * LANES + width % LANES : (row + 1) * LANES] = 0
-        paths[:LANES], paths[LANES:] = 0, UNREACHED
-        _advance(costs, paths, decisions)
-        _best_states(paths, states)
+        states = _search(target, classes, np.int32(2 * finer[t]), rates, limit, width, decisions)
         _walk_back(target, decisions, states, row_levels)
         levels[t] = row_levels[:width]
 

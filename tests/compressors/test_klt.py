@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -178,6 +179,37 @@ def test_any_bytes(name, seed, nbytes, shape):
     except CorruptPayload:
         return
     assert decoded.shape == shape
+
+
+def test_the_largest_frame_of_several_blocks_is_as_large_as_promised():
+    """Tokens that cost just what raw ones may: more than their own bound, without that of the blocks."""
+    from compressors.kernels import klt as kernels
+
+    num_tokens, width = 4, 40_000
+    frequencies = np.ones(kernels.NUM_SYMBOLS, np.int64)
+    frequencies[0] = frequencies[-2] = 1 << 14  # a level of 0 takes 1 bit, others 15, escapes 37
+    frequencies[-2] -= kernels.NUM_SYMBOLS - 2
+    starts = np.tile(np.concatenate([[0], frequencies.cumsum()]).astype(np.int32), (2 * kernels.NUM_CLASSES, 1))
+    models = kernels.make_models(
+        side_classes=np.full(2, kernels.FIRST_CLASS, np.int32),
+        component_class=np.full(width, -1000, np.int32),
+        magnitude=np.zeros(kernels.LAST_WIDE_CLASS - kernels.FIRST_CLASS + 1, np.int64),
+        trust_starts=np.array([0, 1, 2, 1 << 15], np.int32),
+        starts=starts,
+    )
+    nbits = 16 * (width + 1)
+    num_escapes, rest = 0, nbits - width
+    while rest % 14 or rest // 14 > width - num_escapes:
+        num_escapes, rest = num_escapes + 1, rest - 36
+    levels = np.zeros((num_tokens, width), np.int32)  # multiples of 4 keep to the first quantiser
+    levels[:, :num_escapes], levels[:, num_escapes : num_escapes + rest // 14] = 128, -4
+    sides = [np.full(num_tokens, value, np.int32) for value in (1000, 64, 0)]
+    symbols = kernels.Symbols(levels, np.zeros(num_tokens, np.bool_), *sides)
+    frame = kernels.encode(symbols, models, 256 * nbits)
+    assert kernels.num_blocks(num_tokens, width) == 2 and not symbols.is_raw.any()
+    assert num_tokens * (2 * width + 18) < frame.size <= make().max_nbytes((1, num_tokens, width))
+    kernels.encode(symbols, models, 256 * nbits - 1)
+    assert symbols.is_raw.all()
 
 
 def test_bits_of_klt_fixed_are_whole_and_add_up():
