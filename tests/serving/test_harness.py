@@ -1,0 +1,246 @@
+"""lm-evaluation-harness through the ring: the numbers and texts of its own `hf` model, where nothing is compressed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config.reading import load_config
+from pipeline.generation.ring import GenerationRing
+from pipeline.runtime.launch import on_deployment
+from pipeline.serving.harness import HarnessJob
+from tests.helpers.launch import call_on_ranks, run_alone, run_ranks
+from tests.helpers.tiny_models import tiny_model
+
+lm_eval = pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+SLOT_LENGTH = 96
+WINDOW = SLOT_LENGTH - 1
+PAIRS = [
+    ("The canal was", " built"),
+    ("The canal was", " closed in"),
+    ("The canal was", " dug"),
+    ("The canal is", "a"),
+    ("The canal is", "b"),
+    ("", "no context"),
+    ("", "n"),
+    ("<bos>", "told"),
+    ("<bos>The canal", " was"),
+    ("a trailing space ", "moves"),
+    ("long " * 40, "context"),
+    ("long " * 40, "contest, and more"),
+    ("a", "b" * (WINDOW - 1)),
+    ("a", "c" * WINDOW),
+]
+TEXTS = ["short", "", "x", "a stage sends packed bytes to the next one and the last returns a loss. " * 4]
+ASKED = [
+    ("The canal", {"until": ["e"], "max_gen_toks": 24}),
+    ("The canal", {"until": ["<bos>", "\n\n"], "max_gen_toks": 40, "do_sample": False, "temperature": 0.7}),
+    ("Once upon a time", {"max_gen_toks": 3, "repetition_penalty": 1.4}),
+    ("<bos>Once", {"until": "\x10P", "max_new_tokens": 16, "temperature": 0.0, "top_p": 0.9}),
+    ("long " * 40, {"until": ["zz"], "max_gen_toks": 20}),
+]
+
+
+def without_bos(folder):
+    """A copy of a tiny model, whose tokenizer has no BOS and adds none."""
+    shutil.copytree(tiny_model(), folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["bos_token"]
+    path.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["adds BOS", "without BOS"])
+def model_dir(request, tmp_path_factory):
+    return tiny_model() if request.param == "adds BOS" else without_bos(tmp_path_factory.mktemp("models") / "plain")
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir):
+    """The harness' own model in float64, with our window."""
+    return HFLM(pretrained=str(model_dir), device="cpu", dtype="float64", max_length=WINDOW)
+
+
+def instances(kind, arguments):
+    return [Instance(kind, {}, own, index) for index, own in enumerate(arguments)]
+
+
+def requests(greedy):
+    """By kind of request; `greedy` are pairs whose continuation is the likeliest."""
+    return {
+        "loglikelihood": [*PAIRS, *greedy],
+        "loglikelihood_rolling": [(text,) for text in TEXTS],
+        "generate_until": ASKED,
+    }
+
+
+def answers(model, greedy):
+    return {kind: getattr(model, kind)(instances(kind, own)) for kind, own in requests(greedy).items()}
+
+
+def greedy_pairs(reference):
+    """Contexts with the one character that comes next, where it is one that a text can have."""
+    found = []
+    for number in range(60):
+        context = f"lock {number}"
+        with torch.inference_mode():
+            token = reference.model(torch.tensor([reference.tok_encode(context)])).logits[0, -1].argmax()
+        text = reference.tok_decode([token.item()])
+        if text.isascii() and text.isprintable() and text.strip():
+            found.append((context, text))
+    return found
+
+
+def ask_ring(rank, model_dir, out, greedy, *settings):
+    """On every rank: what the ring's model says to the same requests."""
+    keys = [("model.name", model_dir), ("model.dtype", "fp64"), ("runtime.threads", 1), ("exp_dir", out)]
+    keys += [("generation.max_length", SLOT_LENGTH), ("generation.max_slots", 3), *settings]
+    config = load_config(None, keys)
+    job = HarnessJob(lambda model: answers(model, greedy))
+    worked = on_deployment(config, Path(out), lambda d: job.run(GenerationRing(config, d)), with_text=False)
+    if worked is not None:
+        told = {name: value for name, value in vars(worked.asking).items() if name.startswith("num_")}
+        Path(out, "answers.json").write_text(json.dumps([worked.result, told]))
+
+
+@pytest.fixture(scope="module")
+def expected(reference):
+    greedy = greedy_pairs(reference)
+    return greedy, answers(reference, greedy)
+
+
+RINGS = {
+    "1 process": (1, ()),
+    "4 ranks": (4, ()),
+    "4 ranks, chunks of 7": (4, (("generation.prefill_chunk", 7),)),
+    "4 ranks, head away": (4, (("partition.wrap", False), ("generation.max_slots", 8))),
+}
+
+
+@pytest.mark.parametrize("ring", RINGS)
+def test_numbers_and_texts_are_those_of_the_harness_own_model(ring, model_dir, expected, tmp_path):
+    num_ranks, settings = RINGS[ring]
+    greedy, reference = expected
+    ranks = call_on_ranks(
+        num_ranks, ask_ring, str(model_dir), str(tmp_path), greedy, *settings, distributed=num_ranks > 1
+    )
+    for rank in ranks:
+        rank.check()
+    got, told = json.loads((tmp_path / "answers.json").read_text())
+    for kind in ("loglikelihood", "loglikelihood_rolling"):
+        expected_numbers = [one[0] if kind == "loglikelihood" else one for one in reference[kind]]
+        numbers = [one[0] if kind == "loglikelihood" else one for one in got[kind]]
+        assert numbers == pytest.approx(expected_numbers, abs=1e-4), kind
+    flags = [is_greedy for _, is_greedy in reference["loglikelihood"]]
+    assert [is_greedy for _, is_greedy in got["loglikelihood"]] == flags
+    assert sum(flags) >= len(greedy) > 3 and not all(flags)
+    assert got["generate_until"] == reference["generate_until"]
+    assert got["generate_until"][3] == "PPPP", "it ends at its stop string"
+    assert told["num_requests"] >= sum(map(len, requests(greedy).values()))
+
+
+def write_tasks(folder):
+    """A task of each kind, from JSONL files."""
+    folder.mkdir()
+    words = ["built", "closed", "dug", "sold"]
+    samples = [{"text": f"The canal number {i} was", "words": words, "answer": i % 4} for i in range(6)]
+    texts = [{"text": text} for text in (TEXTS[0], TEXTS[3], "another one")]
+    kinds = {
+        "tiny_choice": (samples, 'output_type: multiple_choice\ndoc_to_text: "{{text}}"\ndoc_to_target: "{{answer}}"\n'
+                        'doc_to_choice: "{{words}}"\n', "acc"),
+        "tiny_rolling": (texts, 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n',
+                         "bits_per_byte"),
+        "tiny_answer": (samples, 'output_type: generate_until\ndoc_to_text: "{{text}}"\ndoc_to_target: "{{words[0]}}"\n'
+                        "generation_kwargs: {until: [e], max_gen_toks: 12}\n", "exact_match"),
+    }  # fmt: skip
+    for name, (lines, form, metric) in kinds.items():
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        (folder / f"{name}.yaml").write_text(f"{head}{form}metric_list: [{{metric: {metric}}}]\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks_dir(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("harness") / "tasks")
+
+
+def command(tasks_dir, exp_dir, *more, tasks="tiny_choice,tiny_rolling,tiny_answer"):
+    settings = ("model.dtype=fp64", "runtime.threads=1", f"generation.max_length={SLOT_LENGTH}")
+    words = [word for setting in settings for word in ("--set", setting)]
+    return ["--model_name", str(tiny_model()), "--exp_dir", str(exp_dir), *words, "--lm_eval", tasks,
+            "--lm_eval_tasks", str(tasks_dir), *more]  # fmt: skip
+
+
+def test_tasks_end_to_end(tasks_dir, tmp_path):
+    """Four ranks, by the command: the harness' results of its own model, a record with every sample, a table."""
+    words = command(tasks_dir, tmp_path, "--limit", "5", "--log_samples")
+    shown = run_ranks([words] * 4)[0].check()
+    (path,) = tmp_path.glob("*.json")
+    record = json.loads(path.read_text())
+    model = HFLM(pretrained=str(tiny_model()), device="cpu", dtype="float64", max_length=WINDOW)
+    manager = lm_eval.tasks.TaskManager(include_path=str(tasks_dir))
+    names = ["tiny_choice", "tiny_rolling", "tiny_answer"]
+    expected = lm_eval.simple_evaluate(model=model, tasks=names, limit=5, task_manager=manager)["results"]
+    found = {task["name"]: task for task in record["tasks"]}
+    assert list(found) == names
+    for name, metric in (("tiny_choice", "acc"), ("tiny_rolling", "bits_per_byte"), ("tiny_answer", "exact_match")):
+        (told,) = (m for m in found[name]["metrics"] if m["name"] == metric)
+        assert told["value"] == pytest.approx(expected[name][f"{metric},none"], abs=1e-6)
+        assert f"{name} {metric}" in shown.stdout
+    (choice,) = found["tiny_choice"]["metrics"]
+    assert len(choice["samples"]) == 5 and choice["stderr"] == pytest.approx(expected["tiny_choice"]["acc_stderr,none"])
+    (rolling,) = found["tiny_rolling"]["metrics"]
+    assert rolling["samples"] is None  # bits of all texts over bytes of all texts: no mean of the texts'
+    own = json.loads((tmp_path / record["harness"]["results_file"]).read_text())
+    assert own["results"]["tiny_choice"]["acc,none"] == choice["value"]
+    assert len(list((tmp_path / "lm_eval").glob("*-samples_tiny_*.jsonl"))) == 3
+    for link in record["traffic_per_link"].values():
+        assert link["bits_per_value"] == 64 and link["tokens"] > 0
+
+
+def test_a_sweep_pairs_samples(tasks_dir, tmp_path):
+    """Points share the deployment; a codec that cannot generate fails alone; changes stand in the table."""
+    sweep = tmp_path / "some.yaml"
+    sweep.write_text("points: [{compressor: none}, {compressor: int2}, {compressor: token_mixed(fraction=0.5)}]\n")
+    words = command(tasks_dir, tmp_path / "out", "--sweep", str(sweep), tasks="tiny_choice")
+    ranks = run_ranks([words] * 4)
+    assert [rank.returncode for rank in ranks] == [3, 0, 0, 0], ranks[0].stderr
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*-tasks-*.json")]
+    assert len(records) == 2 and len(list((tmp_path / "out").glob("failed-*.json"))) == 1
+    lines = [line for line in ranks[0].stdout.splitlines() if line.startswith(("none", "int2"))]
+    assert len(lines) == 2 and "(" in lines[1] and "(" not in lines[0]
+
+
+def test_a_failed_request_ends_the_evaluation(tasks_dir, tmp_path):
+    codec = "tests.helpers.bad_codecs:RaisingForShape"
+    words = command(tasks_dir, tmp_path, "--compressor", codec, "--set", "generation.prefill_chunk=5",
+                    tasks="tiny_choice")  # fmt: skip
+    finished = run_alone(*words, "--set", "partition.num_nodes=2")
+    assert finished.returncode != 0
+    assert "loglikelihood request" in finished.stderr and "no bits for" in finished.stderr
+    assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--lm_eval", "no_such_task"], "'no_such_task' is no task"),
+        (["--limit", "3"], "--limit belongs to --lm_eval"),
+        (["--lm_eval", "a", "--limit", "1.5"], "--limit is 1.5"),
+        (["--lm_eval", "a", "--generate", "b"], "--lm_eval and --generate"),
+    ],
+)
+def test_what_cannot_be_asked_for(options, told, tmp_path):
+    finished = run_alone("--model_name", str(tiny_model()), "--exp_dir", str(tmp_path), *options)
+    assert finished.returncode != 0 and told in finished.stderr
