@@ -4,8 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 from pipeline.config.reading import load_config
 from pipeline.generation.ring import GenerationRing
@@ -13,11 +16,6 @@ from pipeline.runtime.launch import on_deployment
 from pipeline.serving.harness import HarnessJob
 from tests.helpers.launch import call_on_ranks, run_alone, run_ranks
 from tests.helpers.tiny_models import tiny_model
-
-lm_eval = pytest.importorskip("lm_eval")
-
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 SLOT_LENGTH = 96
 WINDOW = SLOT_LENGTH - 1
