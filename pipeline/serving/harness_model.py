@@ -202,10 +202,10 @@ class ThinwireLM(TemplateLM):
             raise ValueError(f"{name} has the option {key}={options[key]!r}, which does not exist here")
         if not do_sample:
             given = {key: value for key, value in given.items() if key not in _CUTS}
-        room = self._maker.slot_length - num_wanted
+        room = self.max_length - num_wanted
         if room <= 0:
             raise ValueError(
-                f"{name} asks for {num_wanted} tokens, but a sequence has at most {self._maker.slot_length}; ask for "
+                f"{name} asks for {num_wanted} tokens, but a sequence has at most {self.max_length}; ask for "
                 "fewer (max_gen_toks), or raise generation.max_length as far as the model goes"
             )
         special = {"add_special_tokens": False} if has_bos_prefix(context, self.tokenizer.bos_token) else {}

@@ -101,7 +101,8 @@ def greedy_pairs(reference):
 def ask_ring(rank, model_dir, out, greedy, *settings):
     """On every rank: what the ring's model says to the same requests."""
     keys = [("model.name", model_dir), ("model.dtype", "fp64"), ("runtime.threads", 1), ("exp_dir", out)]
-    keys += [("generation.max_length", SLOT_LENGTH), ("generation.max_slots", 3), *settings]
+    keys += [("generation.max_length", SLOT_LENGTH), ("generation.max_new_tokens", 8)]
+    keys += [("generation.max_slots", 3), *settings]
     config = load_config(None, keys)
     job = HarnessJob(lambda model: answers(model, greedy))
     worked = on_deployment(config, Path(out), lambda d: job.run(GenerationRing(config, d)), with_text=False)
@@ -175,6 +176,7 @@ def tasks_dir(tmp_path_factory):
 
 def command(tasks_dir, exp_dir, *more, tasks="tiny_choice,tiny_rolling,tiny_answer"):
     settings = ("model.dtype=fp64", "runtime.threads=1", f"generation.max_length={SLOT_LENGTH}")
+    settings += ("generation.max_new_tokens=8",)
     words = [word for setting in settings for word in ("--set", setting)]
     return ["--model_name", str(tiny_model()), "--exp_dir", str(exp_dir), *words, "--lm_eval", tasks,
             "--lm_eval_tasks", str(tasks_dir), *more]  # fmt: skip
