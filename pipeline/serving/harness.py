@@ -5,6 +5,7 @@ Imports lm_eval only where it is used: rank 0 alone needs it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -172,10 +173,19 @@ def evaluate_tasks(options: HarnessOptions) -> Callable[[ThinwireLM], Results]:
     return work
 
 
+@functools.cache
 def _task_manager(options: HarnessOptions) -> Any:
+    """The index of tasks; that of the harness' own takes many seconds, and is left out where it is not needed."""
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as e:
         raise ConfigError(f"lm-evaluation-harness cannot be imported ({e}); pip install 'thinwire[lm_eval]'") from e
-    return TaskManager(include_path=None if options.include_path is None else str(options.include_path))
+    if options.include_path is None:
+        return TaskManager()
+    own = TaskManager(include_path=str(options.include_path), include_defaults=False)
+    found = [own.match_tasks([name]) for name in options.tasks]
+    # Groups and tags may have members among the harness' own.
+    if all(names and set(names) <= set(own.all_subtasks) for names in found):
+        return own
+    return TaskManager(include_path=str(options.include_path))

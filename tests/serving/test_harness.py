@@ -2,18 +2,14 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import lm_eval
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
-from pipeline.config.reading import load_config
-from pipeline.generation.ring import GenerationRing
-from pipeline.runtime.launch import on_deployment
-from pipeline.serving.harness import HarnessJob
+from tests.helpers.harness_ring import answers_to, ask_ring
 from tests.helpers.launch import call_on_ranks, run_alone, run_ranks
 from tests.helpers.tiny_models import tiny_model
 
@@ -57,19 +53,8 @@ def without_bos(folder):
     return folder
 
 
-@pytest.fixture(scope="module", params=["adds BOS", "without BOS"])
-def model_dir(request, tmp_path_factory):
-    return tiny_model() if request.param == "adds BOS" else without_bos(tmp_path_factory.mktemp("models") / "plain")
-
-
-@pytest.fixture(scope="module")
-def reference(model_dir):
-    """The harness' own model in float64, with our window."""
-    return HFLM(pretrained=str(model_dir), device="cpu", dtype="float64", max_length=WINDOW)
-
-
-def instances(kind, arguments):
-    return [Instance(kind, {}, own, index) for index, own in enumerate(arguments)]
+def answers(model, greedy):
+    return answers_to(model, requests(greedy))
 
 
 def requests(greedy):
@@ -79,10 +64,6 @@ def requests(greedy):
         "loglikelihood_rolling": [(text,) for text in TEXTS],
         "generate_until": ASKED,
     }
-
-
-def answers(model, greedy):
-    return {kind: getattr(model, kind)(instances(kind, own)) for kind, own in requests(greedy).items()}
 
 
 def greedy_pairs(reference):
@@ -98,53 +79,36 @@ def greedy_pairs(reference):
     return found
 
 
-def ask_ring(rank, model_dir, out, greedy, *settings):
-    """On every rank: what the ring's model says to the same requests."""
-    keys = [("model.name", model_dir), ("model.dtype", "fp64"), ("runtime.threads", 1), ("exp_dir", out)]
-    keys += [("generation.max_length", SLOT_LENGTH), ("generation.max_new_tokens", 8)]
-    keys += [("generation.max_slots", 3), *settings]
-    config = load_config(None, keys)
-    job = HarnessJob(lambda model: answers(model, greedy))
-    worked = on_deployment(config, Path(out), lambda d: job.run(GenerationRing(config, d)), with_text=False)
-    if worked is not None:
-        told = {name: value for name, value in vars(worked.asking).items() if name.startswith("num_")}
-        Path(out, "answers.json").write_text(json.dumps([worked.result, told]))
-
-
-@pytest.fixture(scope="module")
-def expected(reference):
-    greedy = greedy_pairs(reference)
-    return greedy, answers(reference, greedy)
-
-
 RINGS = {
-    "1 process": (1, ()),
-    "4 ranks": (4, ()),
-    "4 ranks, chunks of 7": (4, (("generation.prefill_chunk", 7),)),
-    "4 ranks, head away": (4, (("partition.wrap", False), ("generation.max_slots", 8))),
+    "1 process": (1, {}),
+    "4 ranks, chunks of 7": (4, {"generation.prefill_chunk": 7}),
+    "4 ranks, head away": (4, {"partition.wrap": False, "generation.max_slots": 8}),
 }
 
 
-@pytest.mark.parametrize("ring", RINGS)
-def test_numbers_and_texts_are_those_of_the_harness_own_model(ring, model_dir, expected, tmp_path):
-    num_ranks, settings = RINGS[ring]
-    greedy, reference = expected
-    ranks = call_on_ranks(
-        num_ranks, ask_ring, str(model_dir), str(tmp_path), greedy, *settings, distributed=num_ranks > 1
-    )
-    for rank in ranks:
-        rank.check()
-    got, told = json.loads((tmp_path / "answers.json").read_text())
-    for kind in ("loglikelihood", "loglikelihood_rolling"):
-        expected_numbers = [one[0] if kind == "loglikelihood" else one for one in reference[kind]]
-        numbers = [one[0] if kind == "loglikelihood" else one for one in got[kind]]
-        assert numbers == pytest.approx(expected_numbers, abs=1e-4), kind
-    flags = [is_greedy for _, is_greedy in reference["loglikelihood"]]
-    assert [is_greedy for _, is_greedy in got["loglikelihood"]] == flags
+@pytest.mark.parametrize("tokenizer", ["adds BOS", "without BOS"])
+def test_numbers_and_texts_are_those_of_the_harness_own_model(tokenizer, tmp_path):
+    """Whose window is ours; both in float64."""
+    model_dir = tiny_model() if tokenizer == "adds BOS" else without_bos(tmp_path / "model")
+    model = HFLM(pretrained=str(model_dir), device="cpu", dtype="float64", max_length=WINDOW)
+    greedy = greedy_pairs(model)
+    expected = answers(model, greedy)
+    flags = [is_greedy for _, is_greedy in expected["loglikelihood"]]
     assert sum(flags) >= len(greedy) > 3 and not all(flags)
-    assert got["generate_until"] == reference["generate_until"]
-    assert got["generate_until"][3] == "PPPP", "it ends at its stop string"
-    assert told["num_requests"] >= sum(map(len, requests(greedy).values()))
+    for name, (num_ranks, settings) in RINGS.items():
+        keys = {"model.name": str(model_dir), "generation.max_length": SLOT_LENGTH, "exp_dir": str(tmp_path / name)}
+        asked = requests(greedy)
+        ranks = call_on_ranks(num_ranks, ask_ring, keys | settings, asked, distributed=num_ranks > 1)
+        for rank in ranks:
+            rank.check()
+        got, told = json.loads((tmp_path / name / "answers.json").read_text())
+        numbers = [logprob for logprob, _ in got["loglikelihood"]]
+        assert numbers == pytest.approx([logprob for logprob, _ in expected["loglikelihood"]], abs=1e-4), name
+        assert [is_greedy for _, is_greedy in got["loglikelihood"]] == flags, name
+        assert got["loglikelihood_rolling"] == pytest.approx(expected["loglikelihood_rolling"], abs=1e-4), name
+        assert got["generate_until"] == expected["generate_until"], name
+        assert got["generate_until"][3] == "PPPP", "it ends at its stop string"
+        assert told["num_requests"] >= sum(map(len, asked.values()))
 
 
 def write_tasks(folder):
@@ -189,7 +153,7 @@ def test_tasks_end_to_end(tasks_dir, tmp_path):
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
     model = HFLM(pretrained=str(tiny_model()), device="cpu", dtype="float64", max_length=WINDOW)
-    manager = lm_eval.tasks.TaskManager(include_path=str(tasks_dir))
+    manager = TaskManager(include_path=str(tasks_dir), include_defaults=False)
     names = ["tiny_choice", "tiny_rolling", "tiny_answer"]
     expected = lm_eval.simple_evaluate(model=model, tasks=names, limit=5, task_manager=manager)["results"]
     found = {task["name"]: task for task in record["tasks"]}
