@@ -1,5 +1,6 @@
-"""A ring that answers the requests of lm-evaluation-harness, on ranks of a test; lm_eval is imported on rank 0 alone."""
+"""A ring that answers what lm-evaluation-harness asks, on ranks of a test; lm_eval is imported on rank 0 alone."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from pipeline.generation.ring import GenerationRing
 from pipeline.runtime.launch import on_deployment
 from pipeline.serving.harness import HarnessJob
 
-__all__ = ["answers_to", "ask_ring"]
+__all__ = ["answers_to", "ask_ring", "run_lm_eval"]
 
 _KEYS = {"model.dtype": "fp64", "runtime.threads": 1, "generation.max_new_tokens": 8, "generation.max_slots": 3}
 
@@ -31,3 +32,13 @@ def ask_ring(rank, keys, requests):
     if worked is not None:
         told = {name: value for name, value in vars(worked.asking).items() if name.startswith("num_")}
         Path(config.exp_dir, "answers.json").write_text(json.dumps([worked.result, told]))
+
+
+def run_lm_eval(rank, words):
+    """The harness' own command line, on every rank, without the index of its own tasks, which takes many seconds."""
+    import lm_eval.tasks
+
+    from pipeline.serving.lm_eval import main
+
+    lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    return main(words)

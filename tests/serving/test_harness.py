@@ -9,7 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tests.helpers.harness_ring import answers_to, ask_ring
+from tests.helpers.harness_ring import answers_to, ask_ring, run_lm_eval
 from tests.helpers.launch import call_on_ranks, run_alone, run_ranks
 from tests.helpers.tiny_models import tiny_model
 
@@ -171,6 +171,19 @@ def test_tasks_end_to_end(tasks_dir, tmp_path):
     assert len(list((tmp_path / "lm_eval").glob("*-samples_tiny_*.jsonl"))) == 3
     for link in record["traffic_per_link"].values():
         assert link["bits_per_value"] == 64 and link["tokens"] > 0
+
+
+def test_the_harness_own_command_line(tasks_dir, tmp_path):
+    model_args = f"model_name={tiny_model()},dtype=fp64,compressor=hadamard(int4),exp_dir={tmp_path / 'records'}"
+    words = ["run", "--model", "thinwire", "--model_args", model_args, "--tasks", "tiny_choice", "--limit", "3"]
+    words += ["--include_path", str(tasks_dir), "--output_path", str(tmp_path / "out")]
+    ranks = call_on_ranks(2, run_lm_eval, words)
+    for rank in ranks:
+        rank.check()
+    (path,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(path.read_text())
+    assert results["config"]["model"] == "thinwire" and results["n-samples"]["tiny_choice"]["effective"] == 3
+    assert "tiny_choice" in ranks[0].stdout and "tiny_choice" not in ranks[1].stdout
 
 
 def test_a_sweep_pairs_samples(tasks_dir, tmp_path):
