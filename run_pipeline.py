@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from pipeline.partition.plan import Plan
     from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
     from pipeline.runtime.deployment import Deployment
-    from pipeline.serving.harness import HarnessJob, HarnessOptions
-    from pipeline.serving.harness_sweep import TasksSweepResult
 
 EXIT_POINTS_FAILED = 3
 
@@ -307,7 +305,8 @@ def run_chat(config: RunConfig) -> int:
 
 def run_tasks(config: RunConfig, sweep: Sweep | None, arguments: argparse.Namespace) -> int:
     """Tasks of lm-evaluation-harness, on one config or on every point of a sweep."""
-    from pipeline.serving.harness import HarnessOptions, check_tasks
+    from pipeline.serving.harness_options import HarnessOptions
+    from pipeline.serving.harness_runs import score_sweep, score_tasks
 
     options = HarnessOptions(
         tasks=tuple(filter(None, arguments.lm_eval.split(","))),
@@ -317,49 +316,18 @@ def run_tasks(config: RunConfig, sweep: Sweep | None, arguments: argparse.Namesp
         apply_chat_template=arguments.apply_chat_template,
         log_samples=arguments.log_samples,
     )
-
-    def check(plan: Plan, model_config: Any) -> None:
-        if _is_rank_0():
-            check_tasks(options)
-
+    has_failures = False
     if sweep is None:
-        return _score_tasks(config, options, check)
-
-    def run_points(deployment: Deployment) -> TasksSweepResult:
-        from pipeline.serving.harness_sweep import run_task_points
-
-        return run_task_points(sweep, config, deployment, options)
-
-    result = on_deployment(sweep.deployed(config), Path(config.exp_dir), run_points, check, with_text=False)
-    if result.records:
+        path = score_tasks(config, options)
+        records = [] if path is None else [path]
+    else:
+        result = score_sweep(sweep, config, options)
+        records, has_failures = result.records, bool(result.failures)
+    if records:
         from pipeline.report.summary import print_summary
 
-        print_summary(result.records)
-    return _status(bool(result.failures))
-
-
-def _score_tasks(config: RunConfig, options: HarnessOptions, check: Callable[[Plan, Any], None]) -> int:
-    job: HarnessJob | None = None
-
-    def score(deployment: Deployment) -> Path | None:
-        from pipeline.generation.ring import GenerationRing
-        from pipeline.serving.harness import HarnessJob, evaluate_tasks
-        from pipeline.serving.harness_record import write_results
-
-        nonlocal job
-        job = job or HarnessJob(evaluate_tasks(options))
-        worked = job.run(GenerationRing(config, deployment))
-        return None if worked is None else write_results(worked, options)
-
-    def progress() -> int | None:
-        return 0 if job is None else job.progress
-
-    path = on_deployment(config, Path(config.exp_dir), score, check, with_text=False, progress=progress)
-    if path is not None:
-        from pipeline.report.summary import print_summary
-
-        print_summary([path])
-    return 0
+        print_summary(records)
+    return _status(has_failures)
 
 
 def run_sweep(sweep: Sweep, config: RunConfig) -> int:

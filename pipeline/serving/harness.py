@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import ConfigError
@@ -21,30 +20,15 @@ from pipeline.generation.ring import GenerationRing
 from pipeline.generation.scheduler import Scheduler
 from pipeline.records.generation_record import Interruptions
 from pipeline.serving.asking import Asking
+from pipeline.serving.harness_options import HarnessOptions
 
 if TYPE_CHECKING:
     from pipeline.serving.harness_model import ThinwireLM
 
-__all__ = ["HarnessJob", "HarnessOptions", "Worked", "check_tasks", "evaluate_tasks"]
+__all__ = ["HarnessJob", "Worked", "check_tasks", "evaluate_tasks"]
 
 Results = Mapping[str, Any]
 _JOBS = itertools.count()  # of this process, to know what one before it has begun
-
-
-@dataclass(frozen=True, kw_only=True)
-class HarnessOptions:
-    """What the harness is asked for, by its own names.
-
-    `tasks` are names or patterns; `include_path` has YAML files of further tasks. `limit` is a number of samples of
-    each task, a share below 1, or None for all.
-    """
-
-    tasks: tuple[str, ...]
-    include_path: Path | None = None
-    limit: float | None = None
-    num_fewshot: int | None = None
-    apply_chat_template: bool = False
-    log_samples: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

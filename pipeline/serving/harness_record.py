@@ -29,7 +29,8 @@ from pipeline.records.tasks_record import (
 )
 from pipeline.runtime.placement import balanced_layers
 from pipeline.runtime.record_parts import codec_configs, emulation, planned_stages, recorded_model, stage_seconds
-from pipeline.serving.harness import HarnessOptions, Worked
+from pipeline.serving.harness import Worked
+from pipeline.serving.harness_options import HarnessOptions
 
 __all__ = ["FOLDER", "task_scores", "write_results"]
 

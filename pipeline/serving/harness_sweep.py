@@ -22,7 +22,8 @@ from pipeline.records.identity import digest_of
 from pipeline.records.store import failure_path, write_failure
 from pipeline.runtime.deployment import Deployment, generation_codecs
 from pipeline.runtime.engine import StageError
-from pipeline.serving.harness import HarnessJob, HarnessOptions, evaluate_tasks
+from pipeline.serving.harness import HarnessJob, evaluate_tasks
+from pipeline.serving.harness_options import HarnessOptions
 from pipeline.serving.harness_record import write_results
 
 __all__ = ["TasksSweepResult", "run_task_points"]
