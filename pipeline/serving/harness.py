@@ -5,12 +5,13 @@ Imports lm_eval only where it is used: rank 0 alone needs it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["HarnessJob", "Worked", "check_tasks", "evaluate_tasks"]
 
 Results = Mapping[str, Any]
+_FILE_FORMATS = ("json", "csv", "text", "parquet", "arrow")  # as `datasets` names them
 _JOBS = itertools.count()  # of this process, to know what one before it has begun
 
 
@@ -144,20 +146,42 @@ def evaluate_tasks(options: HarnessOptions) -> Callable[[ThinwireLM], Results]:
         import lm_eval
 
         manager = _task_manager(options)
-        results = lm_eval.simple_evaluate(
-            model=model,
-            tasks=manager.match_tasks(list(options.tasks)),
-            num_fewshot=options.num_fewshot,
-            limit=options.limit,
-            apply_chat_template=options.apply_chat_template,
-            task_manager=manager,
-            log_samples=True,
-        )
+        names = manager.match_tasks(list(options.tasks))
+        with _offline() if _are_local(manager, names) else contextlib.nullcontext():
+            results = lm_eval.simple_evaluate(
+                model=model,
+                tasks=names,
+                num_fewshot=options.num_fewshot,
+                limit=options.limit,
+                apply_chat_template=options.apply_chat_template,
+                task_manager=manager,
+                log_samples=True,
+            )
         if results is None:
             raise ConfigError("the harness gives results where LOCAL_RANK is 0 only; let rank 0 be a machine's first")
         return results
 
     return work
+
+
+def _are_local(manager: Any, names: Sequence[str]) -> bool:
+    """Whether all are tasks over files."""
+    entries = [manager.task_index[name].cfg for name in names]
+    return all(entry and entry.get("dataset_path") in _FILE_FORMATS for entry in entries)
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Let nothing be asked of the hub: `datasets` would look there for a data set that is called `json`."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    flags = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = flags
 
 
 @functools.cache
