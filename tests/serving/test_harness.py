@@ -1,5 +1,6 @@
 """lm-evaluation-harness through the ring: the numbers and texts of its own `hf` model, where nothing is compressed."""
 
+import functools
 import json
 import shutil
 
@@ -9,6 +10,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from pipeline.config.schema import ConfigError
+from pipeline.serving.harness import check_tasks
+from pipeline.serving.harness_options import HarnessOptions
+from pipeline.serving.lm_eval import config_of
 from tests.helpers.harness_ring import answers_to, ask_ring, run_lm_eval
 from tests.helpers.launch import call_on_ranks, run_alone, run_ranks
 from tests.helpers.tiny_models import tiny_model
@@ -175,6 +180,7 @@ def test_tasks_end_to_end(tasks_dir, tmp_path):
 
 def test_the_harness_own_command_line(tasks_dir, tmp_path):
     model_args = f"model_name={tiny_model()},dtype=fp64,compressor=hadamard(int4),exp_dir={tmp_path / 'records'}"
+    model_args += ",partition.num_nodes=2"
     words = ["run", "--model", "thinwire", "--model_args", model_args, "--tasks", "tiny_choice", "--limit", "3"]
     words += ["--include_path", str(tasks_dir), "--output_path", str(tmp_path / "out")]
     ranks = call_on_ranks(2, run_lm_eval, words)
@@ -200,7 +206,7 @@ def test_a_sweep_pairs_samples(tasks_dir, tmp_path):
 
 
 def test_a_failed_request_ends_the_evaluation(tasks_dir, tmp_path):
-    codec = "tests.helpers.bad_codecs:RaisingForShape"
+    codec = "tests.helpers.bad_codecs:RaisingForShape(tokens=5)"
     words = command(tasks_dir, tmp_path, "--compressor", codec, "--set", "generation.prefill_chunk=5",
                     tasks="tiny_choice")  # fmt: skip
     finished = run_alone(*words, "--set", "partition.num_nodes=2")
@@ -212,7 +218,6 @@ def test_a_failed_request_ends_the_evaluation(tasks_dir, tmp_path):
 @pytest.mark.parametrize(
     "options, told",
     [
-        (["--lm_eval", "no_such_task"], "'no_such_task' is no task"),
         (["--limit", "3"], "--limit belongs to --lm_eval"),
         (["--lm_eval", "a", "--limit", "1.5"], "--limit is 1.5"),
         (["--lm_eval", "a", "--generate", "b"], "--lm_eval and --generate"),
@@ -221,3 +226,18 @@ def test_a_failed_request_ends_the_evaluation(tasks_dir, tmp_path):
 def test_what_cannot_be_asked_for(options, told, tmp_path):
     finished = run_alone("--model_name", str(tiny_model()), "--exp_dir", str(tmp_path), *options)
     assert finished.returncode != 0 and told in finished.stderr
+
+
+def test_a_name_that_is_no_tasks(tasks_dir, monkeypatch):
+    """The index of the harness' own tasks, which takes many seconds, is left out."""
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", functools.partial(TaskManager, include_defaults=False))
+    with pytest.raises(ConfigError, match="'no_such_task' is no task"):
+        check_tasks(HarnessOptions(tasks=("tiny_choice", "no_such_task"), include_path=tasks_dir))
+    check_tasks(HarnessOptions(tasks=("tiny_*",), include_path=tasks_dir))
+
+
+def test_model_args_are_a_config():
+    config = config_of({"config": "demo.yaml", "compressor": "nf4", "generation.max_slots": 3, "dtype": "fp64"})
+    assert (config.compressor, config.generation.max_slots, config.model.dtype) == ("nf4", 3, "fp64")
+    with pytest.raises(ConfigError, match="no_such_key"):
+        config_of({"no_such_key": 1})
