@@ -3,15 +3,18 @@
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import lm_eval
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer
 
 from pipeline.config.schema import ConfigError
 from pipeline.serving.harness import check_tasks
+from pipeline.serving.harness_model import ThinwireLM
 from pipeline.serving.harness_options import HarnessOptions
 from pipeline.serving.lm_eval import config_of
 from tests.helpers.harness_ring import answers_to, ask_ring, run_lm_eval
@@ -241,3 +244,29 @@ def test_model_args_are_a_config():
     assert (config.compressor, config.generation.max_slots, config.model.dtype) == ("nf4", 3, "fp64")
     with pytest.raises(ConfigError, match="no_such_key"):
         config_of({"no_such_key": 1})
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none here') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SYSTEM, USER, BEGUN = ({"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant"))
+
+
+@pytest.mark.parametrize(
+    ("history", "adds_prompt", "expected"),
+    [
+        ([USER], True, "<user>user says<assistant>"),
+        ([SYSTEM, USER], True, "<user>user says<assistant>"),
+        ([USER, BEGUN], False, "<user>user says<assistant>assistant says"),
+    ],
+)
+def test_chat_templates(history, adds_prompt, expected):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    tokenizer.chat_template = TEMPLATE
+    model = ThinwireLM(None, SimpleNamespace(tokenizer=tokenizer, slot_length=SLOT_LENGTH), {})
+    reference = SimpleNamespace(tokenizer=tokenizer, chat_template_args={})
+    assert HFLM.apply_chat_template(reference, history, adds_prompt) == expected
+    assert model.apply_chat_template(history, adds_prompt) == expected
+    assert model.chat_template(True) == TEMPLATE
+    assert "/" not in model.tokenizer_name
