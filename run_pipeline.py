@@ -54,6 +54,15 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DRAFTER",
         help="with --generate or --chat: guesses tokens that one pass verifies, e.g. ngram; may be given several times",
     )
+    parser.add_argument(
+        "--lm_eval", metavar="TASKS", help="score tasks of lm-evaluation-harness, names with commas between them"
+    )
+    tasks = parser.add_argument_group("with --lm_eval")
+    tasks.add_argument("--lm_eval_tasks", metavar="DIR", type=path_option, help="YAML files of further tasks")
+    tasks.add_argument("--limit", metavar="N", type=float, help="samples of each task, or a share below 1")
+    tasks.add_argument("--num_fewshot", metavar="N", type=int, help="examples in front of each sample")
+    tasks.add_argument("--apply_chat_template", action="store_true", help="prompts go through the chat template")
+    tasks.add_argument("--log_samples", action="store_true", help="write the harness' samples, too")
     parser.add_argument("--plan", action="store_true", help="print stages, links, bytes and memory; load nothing")
     planning = parser.add_argument_group("with --plan")
     planning.add_argument("--link_rate", metavar="RATE", help="of every link, such as 10mbit, in place of the config's")
@@ -90,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_chat(config)
     if arguments.generate is not None:
         return run_generate(config, arguments.generate, resume=arguments.resume)
+    if arguments.lm_eval is not None:
+        return run_tasks(config, sweep, arguments)
     if sweep:
         return run_sweep(sweep, config)
     return run(config, resume=arguments.resume)
@@ -104,6 +115,8 @@ def _own_keys(arguments: argparse.Namespace, sweep: Sweep | None) -> list[tuple[
 def _contradiction(arguments: argparse.Namespace) -> str | None:
     """Why these options do not go together."""
     chosen = [name for name in ("sweep", "generate", "chat", "plan") if getattr(arguments, name) not in (None, False)]
+    if arguments.lm_eval is not None:
+        chosen = [name for name in chosen if name != "sweep"] and ["lm_eval", *chosen]
     if len(chosen) > 1:
         return f"--{chosen[0]} and --{chosen[1]} are two different things; choose one"
     options = ("link_rate", "link_delay", "records", "max_ppl_increase")
@@ -114,12 +127,30 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
         return "--link_delay needs --link_rate, the links' rate, such as 10mbit"
     if arguments.max_ppl_increase is not None and arguments.records is None:
         return "--max_ppl_increase needs --records, a folder with the records of a sweep"
+    if (message := _tasks_contradiction(arguments)) is not None:
+        return message
     if arguments.draft is not None and not arguments.chat and arguments.generate is None:
         return "--draft belongs to --generate and --chat; with --plan it is --set generation.draft=..."
     if arguments.chat and arguments.resume:
         return "--chat keeps nothing that --resume could go on from"
     if arguments.generate == "-" and arguments.resume:
         return "--resume needs prompts that are known beforehand; write those of standard input to a .jsonl file"
+    return None
+
+
+def _tasks_contradiction(arguments: argparse.Namespace) -> str | None:
+    """Why options of --lm_eval do not go together, or stand without it."""
+    options = ("lm_eval_tasks", "limit", "num_fewshot", "apply_chat_template", "log_samples")
+    given = [name for name in options if getattr(arguments, name) not in (None, False)]
+    if arguments.lm_eval is None:
+        return f"--{given[0]} belongs to --lm_eval" if given else None
+    limit, num_fewshot = arguments.limit, arguments.num_fewshot
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
+        return f"--limit is {limit:g}, but must be a number of samples, or a share between 0 and 1"
+    if num_fewshot is not None and num_fewshot < 0:
+        return f"--num_fewshot is {num_fewshot}, but must be at least 0"
+    if arguments.resume:
+        return "--lm_eval keeps nothing that --resume could go on from"
     return None
 
 
@@ -272,6 +303,33 @@ def run_chat(config: RunConfig) -> int:
 
     on_deployment(config, Path(config.exp_dir), talk, _check_drafts(config), with_text=False, progress=progress)
     return 0
+
+
+def run_tasks(config: RunConfig, sweep: Sweep | None, arguments: argparse.Namespace) -> int:
+    """Tasks of lm-evaluation-harness, on one config or on every point of a sweep."""
+    from pipeline.serving.harness_options import HarnessOptions
+    from pipeline.serving.harness_runs import score_sweep, score_tasks
+
+    options = HarnessOptions(
+        tasks=tuple(filter(None, arguments.lm_eval.split(","))),
+        include_path=arguments.lm_eval_tasks,
+        limit=arguments.limit,
+        num_fewshot=arguments.num_fewshot,
+        apply_chat_template=arguments.apply_chat_template,
+        log_samples=arguments.log_samples,
+    )
+    has_failures = False
+    if sweep is None:
+        path = score_tasks(config, options)
+        records = [] if path is None else [path]
+    else:
+        result = score_sweep(sweep, config, options)
+        records, has_failures = result.records, bool(result.failures)
+    if records:
+        from pipeline.report.summary import print_summary
+
+        print_summary(records)
+    return _status(has_failures)
 
 
 def run_sweep(sweep: Sweep, config: RunConfig) -> int:

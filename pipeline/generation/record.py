@@ -35,7 +35,15 @@ from pipeline.records.labels import model_label
 from pipeline.records.run_record import Args
 from pipeline.runtime.record_parts import codec_configs, emulation, planned_stages, recorded_model, stage_seconds
 
-__all__ = ["Session", "generation_record", "recorded_drafts"]
+__all__ = [
+    "Session",
+    "generation_record",
+    "interruption_notes",
+    "recorded_drafts",
+    "recorded_link",
+    "recorded_ranks",
+    "recorded_schedule",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,33 +88,39 @@ def generation_record(
             ttft_s=_spread(ttft),
             tpot_s=_spread(gaps),
         ),
-        traffic_per_link={link.name: _link(sent[link.name]) for link in plan.links},
+        traffic_per_link={link.name: recorded_link(sent[link.name]) for link in plan.links},
         requests=tuple(map(_request, lines)),
         time_run_s=run_s,
         codecs=codec_configs(plan, ring.codecs),
         codecs_decode=codec_configs(plan, ring.decode_codecs),
         plan=planned_stages(plan),
         stages=stage_seconds(reports),
-        ranks=tuple(
-            GenerationRank(**{key: report[key] for key in GenerationRank.model_fields}) for report in reports
-        ),
-        schedule=GenerationSchedule(
-            max_slots=config.generation.max_slots,
-            slot_length=ring.slot_length,
-            prefill_chunk=ring.prefill_chunk,
-            passes=ring.passes,
-            in_flight=ring.credits,
-            receives_ahead=ring.receives_ahead,
-        ),
+        ranks=recorded_ranks(reports),
+        schedule=recorded_schedule(ring),
         backend=deployment.backend,
         emulation=emulation(config, plan, ring.emulated_links),
         model=recorded_model(deployment),
         interruptions=session.interruptions,
         drafts=recorded_drafts(session.drafting, config.generation.draft) if session.drafting else None,
-        notes=(*deployment.model.notes, *ring.notes, *_interruption_notes(session.interruptions)),
+        notes=(*deployment.model.notes, *ring.notes, *interruption_notes(session.interruptions)),
         versions=software_versions(),
         environment=dict(deployment.environment),
     )
+
+
+def recorded_schedule(ring: GenerationRing) -> GenerationSchedule:
+    return GenerationSchedule(
+        max_slots=ring.config.generation.max_slots,
+        slot_length=ring.slot_length,
+        prefill_chunk=ring.prefill_chunk,
+        passes=ring.passes,
+        in_flight=ring.credits,
+        receives_ahead=ring.receives_ahead,
+    )
+
+
+def recorded_ranks(reports: Sequence[Mapping[str, Any]]) -> tuple[GenerationRank, ...]:
+    return tuple(GenerationRank(**{key: report[key] for key in GenerationRank.model_fields}) for report in reports)
 
 
 def recorded_drafts(drafting: Drafting, specs: Sequence[str]) -> Drafts:
@@ -139,7 +153,8 @@ def _dense(counts: Mapping[int, int]) -> tuple[int, ...]:
     return tuple(counts.get(number, 0) for number in range(1 + max(counts, default=-1)))
 
 
-def _interruption_notes(interruptions: Interruptions) -> list[str]:
+def interruption_notes(interruptions: Interruptions) -> list[str]:
+    """What a reader of the figures must know."""
     notes = []
     if interruptions.count:
         notes.append(
@@ -153,7 +168,7 @@ def _interruption_notes(interruptions: Interruptions) -> list[str]:
     return notes
 
 
-def _link(sent: Mapping[str, int]) -> GenerationLink:
+def recorded_link(sent: Mapping[str, int]) -> GenerationLink:
     """Of `LinkTraffic.as_dict`."""
     return GenerationLink(
         payload_bytes=sent["payload_bytes"],

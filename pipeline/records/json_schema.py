@@ -1,4 +1,4 @@
-"""The JSON Schema of the three kinds of records, made from their models, for readers in other languages.
+"""The JSON Schema of the four kinds of records, made from their models, for readers in other languages.
 
     python -m pipeline.records.json_schema > docs/record.schema.json
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.records.generation_record import GenerationRecord
 from pipeline.records.run_record import RESULT_LINK, EmulatedLink, Emulation, RunRecord
+from pipeline.records.tasks_record import TasksRecord
 
 __all__ = [
     "chain_names",
@@ -23,7 +24,7 @@ __all__ = [
 ]
 
 
-def codec_label(record: RunRecord | GenerationRecord) -> str:
+def codec_label(record: RunRecord | GenerationRecord | TasksRecord) -> str:
     """The codecs of a run for tables: what the user wrote, and what differs on single links."""
     if not record.codecs:
         return "unsplit"
@@ -31,7 +32,7 @@ def codec_label(record: RunRecord | GenerationRecord) -> str:
     return _label(config.compressor, config.compressor_per_link, config.compressor_decode)
 
 
-def codec_labels(records: Sequence[RunRecord]) -> list[str]:
+def codec_labels(records: Sequence[RunRecord | TasksRecord]) -> list[str]:
     """Labels of runs that stand together, without the paths of calibrations if these do not tell any two apart."""
     labels = [codec_label(record) for record in records]
     short = [re.sub(r"calibration=[^,)]*, ", "", label) for label in labels]
@@ -43,7 +44,7 @@ def config_label(config: Mapping[str, Any]) -> str:
     return _label(config["compressor"], config["compressor_per_link"], config["compressor_decode"])
 
 
-def chain_names(record: RunRecord | GenerationRecord) -> tuple[str, ...]:
+def chain_names(record: RunRecord | GenerationRecord | TasksRecord) -> tuple[str, ...]:
     """Of all links of a lap, that of results included where there is one (`partition.Plan.chain_names`)."""
     first, last = record.plan[0].node, record.plan[-1].node
     result = () if first == last else (f"{RESULT_LINK}node{last}->node{first}",)

@@ -22,6 +22,7 @@ from pipeline.records.files import RecordError, disk_problem, write_whole
 from pipeline.records.generation_record import GENERATION_KIND, GenerationRecord
 from pipeline.records.migrations import lift
 from pipeline.records.run_record import RUN_KIND, RunRecord
+from pipeline.records.tasks_record import TASKS_KIND, TasksRecord
 
 __all__ = [
     "AnyRecord",
@@ -34,13 +35,15 @@ __all__ = [
     "write_failure",
     "write_generation",
     "write_record",
+    "write_tasks",
 ]
 
-AnyRecord = RunRecord | GenerationRecord | FailedPoint
+AnyRecord = RunRecord | GenerationRecord | TasksRecord | FailedPoint
 
 _MODELS: dict[str, type[AnyRecord]] = {
     RUN_KIND: RunRecord,
     GENERATION_KIND: GenerationRecord,
+    TASKS_KIND: TasksRecord,
     FAILURE_KIND: FailedPoint,
 }
 _PER_TOKEN = {"loss": np.dtype(np.float32), "top1": np.dtype(np.int32), "window": np.dtype(np.int32)}
@@ -73,6 +76,11 @@ def write_record(folder: Path, record: RunRecord, per_token: Mapping[str, np.nda
 
 
 def write_generation(folder: Path, record: GenerationRecord) -> Path:
+    """Write `<run_id>.json`; returns its path. Raises RecordError when the disk does not take it."""
+    return _write(folder / f"{record.run_id}.json", _content(record))
+
+
+def write_tasks(folder: Path, record: TasksRecord) -> Path:
     """Write `<run_id>.json`; returns its path. Raises RecordError when the disk does not take it."""
     return _write(folder / f"{record.run_id}.json", _content(record))
 

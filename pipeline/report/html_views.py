@@ -17,6 +17,7 @@ from markupsafe import Markup
 from pipeline.report.charts import ChartPoint, trade_off_svg
 from pipeline.report.columns import Column, shown, significant
 from pipeline.report.generation import drafter_table
+from pipeline.report.tasks import TasksTable, tasks_tables
 from pipeline.report.measured_point import PHASES, MeasuredPoint
 from pipeline.report.point_columns import SHOWN_COLUMNS
 from pipeline.report.prediction import Network, emulated_network
@@ -44,6 +45,7 @@ __all__ = [
     "published_panel",
     "short_link",
     "shown",
+    "tasks",
     "terms",
     "time_bars",
     "without_quality",
@@ -150,6 +152,11 @@ def drafters(results: Results) -> tuple[list[str], list[list[str]]]:
 
 def generation_notes(results: Results) -> list[str]:
     return sorted({note for run in results.generated for note in run.notes})
+
+
+def tasks(results: Results) -> list[TasksTable]:
+    """Scores by setting (`tasks_tables`)."""
+    return tasks_tables(results.tasks)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from pipeline.records.identity import digest_of
 from pipeline.records.labels import codec_labels, emulation_labels, model_label
 from pipeline.records.run_record import RunRecord
 from pipeline.records.store import read_any, read_per_token
+from pipeline.records.tasks_record import TasksRecord
 from pipeline.report.printable import printable
 from pipeline.report.generation import GeneratedRun
 from pipeline.report.measured_point import MeasuredPoint, is_uncompressed
@@ -37,6 +38,7 @@ __all__ = [
     "load_files",
     "load_generated",
     "load_records",
+    "load_tasks",
     "read_own_per_token",
     "read_results",
     "recommend",
@@ -79,6 +81,7 @@ class Results:
     skipped: tuple[str, ...]
     skipped_names: tuple[str, ...]
     generated: tuple[GeneratedRun, ...] = ()
+    tasks: tuple[TasksRecord, ...] = ()
 
     @property
     def points(self) -> list[MeasuredPoint]:
@@ -106,6 +109,7 @@ class _Files:
     failed: list[FailedPoint] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, why)
     generated: list[GeneratedRun] = field(default_factory=list)
+    tasks: list[TasksRecord] = field(default_factory=list)
 
 
 def load_records(paths: Sequence[Path]) -> list[RunRecord]:
@@ -118,6 +122,11 @@ def load_records(paths: Sequence[Path]) -> list[RunRecord]:
 def load_generated(paths: Sequence[Path]) -> list[GeneratedRun]:
     """Runs that generated, in `paths`."""
     return _read_files(paths).generated
+
+
+def load_tasks(paths: Sequence[Path]) -> list[TasksRecord]:
+    """Runs of tasks, in `paths`."""
+    return _read_files(paths).tasks
 
 
 def load_files(paths: Sequence[Path]) -> list[tuple[Path, RunRecord]]:
@@ -148,6 +157,7 @@ def read_results(paths: Sequence[Path]) -> Results:
         skipped=tuple(text for _, text in files.skipped),
         skipped_names=tuple(name for name, _ in files.skipped),
         generated=tuple(files.generated),
+        tasks=tuple(files.tasks),
     )
 
 
@@ -226,6 +236,8 @@ def _read_files(paths: Sequence[Path]) -> _Files:
                     files.records.append((file, record))
                 case GenerationRecord():
                     files.generated.append(GeneratedRun.of(record))
+                case TasksRecord():
+                    files.tasks.append(record)
                 case FailedPoint():
                     files.failed.append(record)
     files.records.sort(key=lambda item: _finished(item[1]))

@@ -14,8 +14,9 @@ from pipeline.report.printable import printable
 from pipeline.report.html_page import html_page
 from pipeline.report.point_columns import CONSOLE_COLUMNS
 from pipeline.report.recommendation import Outlook, verdict_text
-from pipeline.report.results import load_generated, load_records, read_results, summary_points
-from pipeline.report.text_page import csv_table, generation_csv, markdown_page
+from pipeline.report.results import load_generated, load_records, load_tasks, read_results, summary_points
+from pipeline.report.tasks import tasks_tables
+from pipeline.report.text_page import csv_table, generation_csv, markdown_page, tasks_csv
 
 __all__ = ["load_records", "print_summary", "summary_rows", "write_report"]
 
@@ -36,15 +37,18 @@ def summary_rows(records: Sequence[RunRecord]) -> list[dict[str, str]]:
 
 def print_summary(paths: Sequence[Path]) -> None:
     """Print the table of `paths` and where the records lie. What is no record is named on standard error."""
-    generated = load_generated(paths)
+    generated, tasks = load_generated(paths), load_tasks(paths)
     rows = summary_rows(load_records(paths))
-    if rows or not generated:
+    if rows or not (generated or tasks):
         headings = {column.key: column.heading for column in CONSOLE_COLUMNS}
         keys = rows[0] if rows else [column.key for column in CONSOLE_COLUMNS if not column.if_any]
         _print_table([headings[key] for key in keys], [list(row.values()) for row in rows])
     if generated:
         columns = shown(generation_columns.SHOWN_COLUMNS, generated)
         _print_table([c.heading for c in columns], [[c.text(run) for c in columns] for run in generated])
+    for table in tasks_tables(tasks):
+        print(printable(table.title, sys.stdout))
+        _print_table(table.headings, table.rows)
     places = paths if len(paths) == 1 else dict.fromkeys(path if path.is_dir() else path.parent for path in paths)
     for place in places:
         print(printable(f"record{'s in' if place.is_dir() else ''}: {place}", sys.stdout))
@@ -60,7 +64,7 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None
 def write_report(paths: Sequence[Path], page: Path, outlook: Outlook) -> None:
     """Write `page` (HTML), and Markdown and CSV of the same name beside it. Raises RecordError.
 
-    Runs that generated have a CSV of their own, `.generation.csv`.
+    Runs that generated have a CSV of their own, `.generation.csv`, as have runs of tasks, `.tasks.csv`.
     """
     if page.suffix not in (".html", ".htm"):  # .md and .csv would overwrite the page, .json a record
         raise RecordError(f"the page {str(page)!r} must end in .html; Markdown and CSV are written beside it")
@@ -76,6 +80,8 @@ def write_report(paths: Sequence[Path], page: Path, outlook: Outlook) -> None:
     }
     if results.generated:
         files[page.with_suffix(".generation.csv")] = generation_csv(results)
+    if results.tasks:
+        files[page.with_suffix(".tasks.csv")] = tasks_csv(results)
     for path, text in files.items():
         try:
             # Names of files may have bytes that are no UTF-8.

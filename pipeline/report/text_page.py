@@ -12,15 +12,20 @@ from pipeline.report.generation import drafter_table
 from pipeline.report.printable import escape_controls
 from pipeline.report.recommendation import Outlook, predict, predicted_figure, verdict_text
 from pipeline.report.results import Results, Setting
+from pipeline.report.tasks import CSV_HEADINGS, task_scores, tasks_tables
 
-__all__ = ["csv_table", "generation_csv", "markdown_page"]
+__all__ = ["csv_table", "generation_csv", "markdown_page", "tasks_csv"]
 
 
 def markdown_page(results: Results, outlook: Outlook) -> str:
-    """Per setting: recommendation, points, predictions; then what generated, and what failed or was skipped."""
+    """Per setting: recommendation, points, predictions; then tasks, what generated, and what failed or was skipped."""
     parts = ["# Thinwire report"]
     for setting in results.settings:
         parts += _setting(results, setting, outlook)
+    for table in tasks_tables(results.tasks):
+        parts += [f"## Tasks: {_escape(table.title)}", _table(table.headings, table.rows)]
+    if results.tasks:
+        parts.append("In brackets: the change to the uncompressed run, sample by sample; ± is a standard error.")
     if results.generated:
         parts += ["## Generation, measured", _column_table(generation_columns.SHOWN_COLUMNS, results.generated)]
         headings, rows = drafter_table(results.generated)
@@ -44,6 +49,11 @@ def csv_table(results: Results) -> str:
     columns = point_columns.COLUMNS
     lines = [[setting.title, *(column.value(point) for column in columns)] for setting, point in results.members]
     return _csv(["setting", *(column.key for column in columns)], lines)
+
+
+def tasks_csv(results: Results) -> str:
+    """One line per run, task and metric, raw values; empty where a figure is missing."""
+    return _csv(CSV_HEADINGS, [score.values for score in task_scores(results.tasks)])
 
 
 def generation_csv(results: Results) -> str:

@@ -62,7 +62,7 @@ from pipeline.runtime.text import (
 )
 from pipeline.runtime.timing import time_one_token
 
-__all__ = ["DeployedModel", "Deployment", "LoadedStages", "deploy"]
+__all__ = ["DeployedModel", "Deployment", "LoadedStages", "deploy", "generation_codecs"]
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def deploy(
     if with_text:
         text, codecs = _prepare_text(config, control, plan, model, claim)
     else:
-        text, codecs = NO_TEXT, _generation_codecs(config, control, plan, model)
+        text, codecs = NO_TEXT, generation_codecs(config, control, plan, model)
     environment = gather_environment(control, devices, threads)
     gpus, backend, channels = _open_channels(config, control, plan, devices)
     control.report("loading weights")
@@ -285,7 +285,8 @@ def _prepare_text(
     return text, codecs
 
 
-def _generation_codecs(config: RunConfig, control: Control, plan: Plan, model: DeployedModel) -> LinkCodecs:
+def generation_codecs(config: RunConfig, control: Control, plan: Plan, model: DeployedModel) -> LinkCodecs:
+    """Codecs that can carry prompts. Every rank calls it; raises ConfigError, on all ranks if on one."""
     control.report("making codecs")
     requests = codec_requests(
         config,

@@ -9,7 +9,8 @@ from pipeline.records.failed_point import FailedPoint
 from pipeline.records.generation_record import GenerationRecord
 from pipeline.records.perplexity import perplexity
 from pipeline.records.run_record import RunRecord
-from pipeline.records.store import write_failure, write_generation, write_record
+from pipeline.records.store import write_failure, write_generation, write_record, write_tasks
+from pipeline.records.tasks_record import TasksRecord
 from pipeline.records.traffic import LinkTraffic, link_record, link_totals
 
 PLAN = default_plan(8, 4)
@@ -154,14 +155,7 @@ def write_generation_point(folder, run_id, **changes):
         "codecs_decode": dict.fromkeys(names, {"name": "int8"}),
         **_stages(PLAN, times),
         "ranks": [_rank(rank) | {"cache_bytes": 2**20} for rank in range(PLAN.num_nodes)],
-        "schedule": {
-            "max_slots": 8,
-            "slot_length": 2048,
-            "prefill_chunk": 256,
-            "passes": 4,
-            "in_flight": 6,
-            "receives_ahead": 2,
-        },
+        "schedule": _SCHEDULE,
         "drafts": None,
         "interruptions": {"count": 2, "pause_s": 9.5, "tokens_prefilled_again": 77, "started_again": False},
         "backend": "gloo",
@@ -172,6 +166,64 @@ def write_generation_point(folder, run_id, **changes):
         "environment": {"threads": "1"},
     }
     return write_generation(folder, GenerationRecord.from_plain(record | changes))
+
+
+def make_tasks_record(run_id, compressor="none", *, samples=(1.0, 0.0, 1.0, 1.0), bits=32, **changes):
+    """The record of a run of one task with a metric of these samples."""
+    names = [link.name for link in PLAN.links]
+    times = {"device": "cpu", "compute_s": 0.1, "compress_s": 0.01, "decompress_s": 0.01, "wait_s": 0.3}
+    times |= {"importance_s": 0.0, "measure_s": 0.0, "head_s": 0.02}
+    payload_bytes = bits * HIDDEN_SIZE * 40 // 8
+    link = {"payload_bytes": payload_bytes, "header_bytes": 400, "control_bytes": 12, "frames": 8, "tokens": 40}
+    link |= {"bytes_per_token": payload_bytes / 40, "header_bytes_per_token": 10.0, "bits_per_value": float(bits)}
+    metric = {"name": "acc", "filter": "none", "value": sum(samples) / len(samples), "stderr": 0.25}
+    metric |= {"higher_is_better": True, "samples": list(samples)}
+    record = {
+        "run_id": run_id,
+        "digest": "d" * 64,
+        "finished_at": now(),
+        "args": _args(compressor),
+        "harness": {
+            "version": "0.4.13",
+            "tasks": ["a_task"],
+            "limit": 4.0,
+            "num_fewshot": None,
+            "apply_chat_template": False,
+            "max_length": 2047,
+            "results_file": "lm_eval/a.json",
+        },
+        "tasks": [
+            {
+                "name": "a_task",
+                "version": "1",
+                "num_fewshot": 0,
+                "num_samples": len(samples),
+                "docs_sha256": "ab" * 32,
+                "metrics": [metric],
+            }
+        ],
+        "totals": {"num_requests": 16, "prompt_tokens": 160, "scored_tokens": 32, "generated_tokens": 0},
+        "traffic_per_link": dict.fromkeys(names, link),
+        "time_run_s": 0.2,
+        "codecs": dict.fromkeys(names, {"name": compressor}),
+        "codecs_decode": dict.fromkeys(names, {"name": compressor}),
+        **_stages(PLAN, times),
+        "ranks": [_rank(rank) | {"cache_bytes": 2**20} for rank in range(PLAN.num_nodes)],
+        "schedule": _SCHEDULE,
+        "interruptions": {"count": 0, "pause_s": 0.0, "tokens_prefilled_again": 0, "started_again": False},
+        "backend": "gloo",
+        "emulation": None,
+        "model": _MODEL,
+        "notes": [],
+        "versions": {"python": "3.11", "torch": "2.13"},
+        "environment": {"threads": "1"},
+    }
+    return TasksRecord.from_plain(record | {key: _merged(record[key], change) for key, change in changes.items()})
+
+
+def write_tasks_point(folder, run_id, compressor="none", **changes):
+    """Write `make_tasks_record`; returns its path."""
+    return write_tasks(folder, make_tasks_record(run_id, compressor, **changes))
 
 
 def make_drafts(**changes):
@@ -196,6 +248,8 @@ def make_drafts(**changes):
     }
 
 
+_SCHEDULE = {"max_slots": 8, "slot_length": 2048, "prefill_chunk": 256, "passes": 4}
+_SCHEDULE |= {"in_flight": 6, "receives_ahead": 2}
 _MODEL = {"model_type": "llama", "hidden_size": HIDDEN_SIZE, "num_hidden_layers": 8}
 _MODEL["checkpoint_fingerprint"] = "ab" * 32
 

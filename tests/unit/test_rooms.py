@@ -15,6 +15,7 @@ PLAIN_ROOMS = ["report", "records", "config", "planner", "partition"]
 PLAIN_MODULES = [
     "comm.world", "comm.watchdog", "comm.network", "data.windows", "runtime.launch", "runtime.memory",
     "evaluation.progress", "evaluation.tracking", "generation.text", "analysis.layer_statistics", "analysis.plots",
+    "serving.harness_runs",
 ]  # fmt: skip
 PROCESS_GROUP_ROOMS = {"comm", "runtime"}
 # Private names that tests may touch, and why.

@@ -1,0 +1,1 @@
+"""A deployed model for other programs: an evaluation harness, a server."""
