@@ -19,7 +19,7 @@ from pipeline.config.schema import ConfigError, GenerationConfig
 from pipeline.data.text import check_vocabulary, encode
 from pipeline.models.sampling import GenerationDefaults, SamplingOptions, sampling_options
 
-__all__ = ["OWN_KEYS", "RefusedRequest", "Request", "RequestMaker", "read_requests"]
+__all__ = ["OWN_KEYS", "RefusedRequest", "Request", "RequestMaker", "parse_object", "read_requests"]
 
 MAX_LINE_NBYTES = 16 * 2**20
 _MAX_ERROR_LENGTH = 1000
@@ -200,14 +200,29 @@ def _parse(line: bytes) -> Mapping[str, Any]:
     except UnicodeDecodeError as e:
         raise ValueError(f"it is not UTF-8, from byte {e.start} on; convert the file: iconv -f ... -t UTF-8") from e
     try:
-        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once_each)
-    except (ValueError, RecursionError) as e:
+        content = _strict_json(text)
+    except ValueError as e:
         raise ValueError(f'it is no JSON ({e}); write {{"prompt": "..."}}, or the prompt in double quotes') from e
     if isinstance(content, str):
         return {"prompt": content}
     if not isinstance(content, dict):
         raise ValueError(f"it must be an object with prompt or messages, or a string, got {text.strip()[:40]}")
     return content
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """A JSON object of UTF-8, without NaN, infinity or keys given twice. Raises ValueError."""
+    value = _strict_json(content.decode("utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"it must be an object, not {type(value).__name__}")
+    return value
+
+
+def _strict_json(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once_each)
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
 
 
 def _once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
