@@ -35,7 +35,7 @@ __all__ = [
     "is_end",
 ]
 
-VERSION = 2
+VERSION = 3
 MAX_BODY_NBYTES = 2**32 - 1
 MAX_ROWS = 255
 MAX_ROW_TOKENS = 2**16 - 1
@@ -49,7 +49,7 @@ _CODE_PLACE = 8
 _ROW = struct.Struct("<I")  # slot, start in 23 bits, and whether it has a `from_slot`
 _INDEX = struct.Struct("<I")
 _LENGTH = struct.Struct("<H")
-# The code: the kind of pass in two bits (0: END), then flags.
+# The code: the kind of pass in two bits (0: END), then flags. No pass samples and scores: both together are `echoes`.
 _FAILED, _SAMPLES, _SCORES, _HAS_IDS, _HAS_META, _HAS_NOTE = (1 << bit for bit in range(2, 8))
 _MAX_VARINT_NBYTES = 5
 
@@ -96,7 +96,7 @@ class WireFormat:
             return _BASE.pack(0, 0, 0, 0, 0), b""
         self._check_fits(header, work)
         code = int(work.kind)
-        code |= (_FAILED * header.failed) | (_SAMPLES * work.samples) | (_SCORES * work.scores)
+        code |= (_FAILED * header.failed) | (_SAMPLES * work.samples) | (_SCORES * (work.scores or work.echoes))
         code |= (_HAS_IDS * (header.token_ids is not None)) | (_HAS_META * (header.meta_nbytes > 0))
         code |= _HAS_NOTE * (len(header.note) > 0)
         base = _BASE.pack(0, header.body_nbytes, code, len(work.rows), work.num_tokens)
@@ -140,7 +140,11 @@ class WireFormat:
             rows = tuple(
                 Row(word & 0xFF, word >> 8 & MAX_START, source) for word, source in zip(words, sources, strict=True)
             )
-            is_indexed = kind is PassKind.SCORE or bool(code & _SCORES)
+            samples, scores = bool(code & _SAMPLES), bool(code & _SCORES)
+            echoes = samples and scores
+            if echoes and kind is not PassKind.PREFILL:
+                raise BadFrame(f"a {kind.name} pass that samples and scores")
+            is_indexed = kind is PassKind.SCORE or (scores and not echoes)
             index = reader.unpack(_INDEX) if is_indexed else None
             trail = tuple(reader.varint() for _ in range(self.num_trail))
             meta_nbytes = reader.unpack(_LENGTH) if code & _HAS_META else 0
@@ -158,8 +162,9 @@ class WireFormat:
             kind=kind,
             rows=rows,
             num_tokens=num_tokens,
-            samples=bool(code & _SAMPLES),
-            scores=bool(code & _SCORES),
+            samples=samples,
+            echoes=echoes,
+            scores=scores and not echoes,
             microbatch_index=index,
         )
         header = Header(
@@ -189,6 +194,8 @@ class WireFormat:
                 f"{len(work.rows)} rows of {work.num_tokens} tokens do not fit into a frame, which has at most "
                 f"{MAX_ROWS} rows and {MAX_ROW_TOKENS} tokens a row"
             )
+        if (work.samples and work.scores) or (work.echoes and not (work.samples and work.kind is PassKind.PREFILL)):
+            raise ValueError(f"{work} cannot sample and score, and a PREFILL that samples alone can echo")
         for row in work.rows:
             slots = (row.slot, row.slot if row.from_slot is None else row.from_slot)
             if not 0 <= min(slots) <= max(slots) <= MAX_SLOT or not 0 <= row.start <= MAX_START:

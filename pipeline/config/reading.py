@@ -281,6 +281,11 @@ def _check_generation(generation: GenerationConfig, prefix: str) -> None:
     """Rules between keys of the section, whose dotted key with a trailing dot is `prefix`."""
     if "" in generation.stop:
         raise ConfigError(f"{prefix}stop holds an empty string, which every answer begins with; leave it out")
+    if generation.max_new_tokens == 0 and not (generation.echo and generation.logprobs is not None):
+        raise ConfigError(
+            f"{prefix}max_new_tokens is 0, which leaves nothing to tell; for the log-probabilities of prompts set "
+            f"{prefix}echo to true and {prefix}logprobs to a number"
+        )
     if 0 < generation.max_length <= generation.max_new_tokens:
         raise ConfigError(
             f"{prefix}max_length is {generation.max_length} and {prefix}max_new_tokens {generation.max_new_tokens}, "

@@ -283,7 +283,7 @@ class GenerationConfig:
     (`models.sampling`).
     """
 
-    max_new_tokens: int = _key("the longest answer, in tokens", 128, minimum=1)
+    max_new_tokens: int = _key("the longest answer, in tokens; 0 with `echo` alone", 128, minimum=0)
     temperature: float | None = _key(
         "0: greedy, the likeliest token each time; above 0: sampling. `null`: the checkpoint's, greedy or sampling "
         "as its `do_sample` says",
@@ -326,6 +326,7 @@ class GenerationConfig:
         minimum=0,
         maximum=MAX_LOGPROBS,
     )
+    echo: bool = _key("with `logprobs`, tell those of the prompt's tokens, too", False)
     max_slots: int = _key("sequences at once", 8, minimum=1, maximum=255)
     max_length: int = _key(
         f"positions that a slot holds, prompt and answer together; 0: what the model has, at most {MAX_SLOT_LENGTH}",

@@ -27,6 +27,8 @@ class Answer:
     Attributes:
         num_passes: of its own that have brought tokens.
         num_drafts_accepted: tokens that had gone ahead as drafts.
+        prompt_logprobs: of the prompt's tokens from the request's `scored_from` on, so far.
+        is_cancelled: whether `cancel` was called; it is finished, as "cancelled", once the scheduler has seen it.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class Answer:
         self.finish_reason: str | None = None
         self.error: str | None = None
         self.num_passes = self.num_drafts_accepted = 0
+        self.prompt_logprobs: list[Sampled] = []
+        self.is_cancelled = False
         self._tokenizer = tokenizer
         self._text: TextStream | None = None  # while tokens come: thousands of answers may wait
         self._pieces: list[str] = []
@@ -71,6 +75,10 @@ class Answer:
     @property
     def num_wanted(self) -> int:
         return self.request.max_new_tokens - len(self.token_ids)
+
+    @property
+    def scored_from(self) -> int | None:
+        return self.request.scored_from
 
     @property
     def is_finished(self) -> bool:
@@ -121,6 +129,10 @@ class Answer:
             return None
         return {"token_logprobs": self._logprobs, "top_logprobs": self._top_logprobs}
 
+    def cancel(self) -> None:
+        """Nobody waits for it any more. From any thread; without effect once it is finished."""
+        self.is_cancelled = True
+
     def begin(self) -> None:
         self._began_s = time.monotonic()
         self._text = TextStream(self._tokenizer, self.request.stop)
@@ -141,6 +153,9 @@ class Answer:
             self.finish(self._text.finish_reason)
         elif len(self.token_ids) == self.request.max_new_tokens:
             self.finish("length")
+
+    def take_prompt(self, tokens: Sequence[Sampled]) -> None:
+        self.prompt_logprobs += tokens
 
     def count(self, payload_bytes: Sequence[float], *, brings_tokens: bool) -> None:
         if brings_tokens:
@@ -167,6 +182,7 @@ class Answer:
             "text": self.text,
             "token_ids": self.token_ids,
             "logprobs": self.logprobs,
+            "prompt_logprobs": self._prompt_logprobs_line(),
             "finish_reason": self.finish_reason,
             "num_prompt_tokens": len(self.request.prompt_ids),
             "queued_s": None if began_s is None else began_s - self._submitted_s,
@@ -177,6 +193,12 @@ class Answer:
             "num_drafts_accepted": self.num_drafts_accepted,
             "error": self.error,
         }
+
+    def _prompt_logprobs_line(self) -> dict[str, Any] | None:
+        if self.scored_from is None:
+            return None
+        told = self.prompt_logprobs
+        return {"token_logprobs": [t.logprob for t in told], "top_logprobs": [t.top for t in told]}
 
     def _show(self, text: str) -> None:
         if text:
@@ -192,6 +214,7 @@ def refusal_line(refused: RefusedRequest) -> dict[str, Any]:
         "text": "",
         "token_ids": [],
         "logprobs": None,
+        "prompt_logprobs": None,
         "finish_reason": "error",
         "num_prompt_tokens": 0,
         "queued_s": None,

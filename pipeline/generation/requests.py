@@ -1,7 +1,8 @@
 """Requests for answers: lines of a file or of standard input, checked, tokenised, with the options that each has.
 
-In front of the scheduler, on rank 0. A line is a JSON object, with `prompt` or `messages` and any of `OWN_KEYS` of the
-config's `generation` section, or a JSON string, which is a prompt. A line at fault is refused and the others go on.
+In front of the scheduler, on rank 0. A line is a JSON object, with `prompt` (a text, or a list of token ids) or
+`messages` and any of `OWN_KEYS` of the config's `generation` section, or a JSON string, which is a prompt. A line at
+fault is refused and the others go on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO
 
 from compressors.user_files import InputError, user_path
 from pipeline.config.reading import generation_with
-from pipeline.config.schema import ConfigError, GenerationConfig
+from pipeline.config.schema import MAX_LOGPROBS, ConfigError, GenerationConfig
 from pipeline.data.text import check_vocabulary, encode
 from pipeline.models.sampling import GenerationDefaults, SamplingOptions, sampling_options
 
@@ -27,8 +28,9 @@ _CUTS = ("top_k", "top_p", "min_p")
 # Keys of `generation` that a request may have for itself.
 OWN_KEYS = (
     *("max_new_tokens", "temperature", *_CUTS, "repetition_penalty"),
-    *("stop", "seed", "ignore_eos", "logprobs", "deadline_s"),
+    *("stop", "seed", "ignore_eos", "logprobs", "echo", "deadline_s"),
 )
+_NO_TOKENS = "the prompt has no tokens, so there is nothing to go on from; write a longer one"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -36,7 +38,9 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class Request:
     """A prompt and how it is to be answered.
 
-    `text` is the prompt as it was tokenised, behind the chat template where there are messages. `eos_ids` end the
+    `text` is the prompt as it was tokenised, behind the chat template where there are messages, or the text of the ids
+    that were given. `scored_from` is the first position of the prompt whose token's log-probability is told, from 1 on,
+    None for none; with it, `max_new_tokens` may be 0. `eos_ids` end the
     answer, and are empty where end-of-sequence tokens are ignored. `logprobs` is how many of the likeliest tokens are
     told of beside each token's own log-probability, None for neither. `deadline_s` counts from when the request is
     taken.
@@ -51,6 +55,7 @@ class Request:
     eos_ids: tuple[int, ...]
     logprobs: int | None
     deadline_s: float | None
+    scored_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,20 +89,12 @@ class RequestMaker:
         if lost and sampling.greedy and "temperature" not in own:
             name = lost[0]
             raise ConfigError(f"{name} is {own[name]}, but answers are greedy; give a temperature above 0 with it")
-        if "messages" in fields:
-            text = self._chat(fields["messages"])
-        else:
-            text = _checked_text(fields["prompt"], "prompt")
-        # A template writes the special tokens itself.
-        ids = encode(self.tokenizer, text, "the prompt cannot be tokenised", add_special_tokens="prompt" in fields)
-        if not ids:
-            raise ValueError("the prompt has no tokens, so there is nothing to go on from; write a longer one")
-        check_vocabulary(self.tokenizer, ids, "the prompt", vocab_size=self.vocab_size)
-        if len(ids) + generation.max_new_tokens > self.slot_length:
+        text, ids = self._prompt(fields)
+        self._check_length(len(ids), generation.max_new_tokens)
+        scored_from = 1 if generation.echo and generation.logprobs is not None and len(ids) > 1 else None
+        if scored_from is None and generation.max_new_tokens == 0:
             raise ValueError(
-                f"the prompt has {len(ids)} tokens and max_new_tokens is {generation.max_new_tokens}, but a sequence "
-                f"has at most {self.slot_length}; shorten the one or the other, or raise generation.max_length as far "
-                "as the model goes"
+                "the prompt has one token, which has no log-probability, and max_new_tokens is 0; write a longer one"
             )
         return Request(
             line=line,
@@ -109,7 +106,66 @@ class RequestMaker:
             eos_ids=() if generation.ignore_eos else self._eos_ids(),
             logprobs=generation.logprobs,
             deadline_s=generation.deadline_s,
+            scored_from=scored_from,
         )
+
+    def make_scored(self, prompt_ids: Sequence[int], scored_from: int, num_top: int = 1, *, line: int = 1) -> Request:
+        """For the log-probabilities of a prompt's tokens from position `scored_from` on, each told with the `num_top`
+        likeliest in its place. Raises ValueError where there is no such position, or what cannot be answered.
+        """
+        ids = self._checked_ids(prompt_ids)
+        if type(scored_from) is not int or not 0 < scored_from < len(ids):
+            raise ValueError(f"scored_from is {scored_from!r}; in a prompt of {len(ids)} tokens, 1 to {len(ids) - 1}")
+        if type(num_top) is not int or not 0 <= num_top <= MAX_LOGPROBS:
+            raise ValueError(f"num_top is {num_top!r}; 0 to {MAX_LOGPROBS} are possible")
+        return Request(
+            line=line,
+            text=self._text_of(ids),
+            prompt_ids=ids,
+            max_new_tokens=0,
+            sampling=SamplingOptions(num_top=num_top),
+            stop=(),
+            eos_ids=(),
+            logprobs=num_top,
+            deadline_s=None,
+            scored_from=scored_from,
+        )
+
+    def _prompt(self, fields: Mapping[str, Any]) -> tuple[str, Sequence[int]]:
+        """Text and ids."""
+        if isinstance(fields.get("prompt"), list):
+            own = self._checked_ids(fields["prompt"])
+            return self._text_of(own), own
+        if "messages" in fields:
+            text = self._chat(fields["messages"])
+        else:
+            text = _checked_text(fields["prompt"], "prompt")
+        # A template writes the special tokens itself.
+        ids = encode(self.tokenizer, text, "the prompt cannot be tokenised", add_special_tokens="prompt" in fields)
+        if not ids:
+            raise ValueError(_NO_TOKENS)
+        check_vocabulary(self.tokenizer, ids, "the prompt", vocab_size=self.vocab_size)
+        return text, ids
+
+    def _checked_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
+        if not ids:
+            raise ValueError(_NO_TOKENS)
+        self._check_length(len(ids), 0)
+        for place, token_id in enumerate(ids):
+            if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"prompt[{place}] must be a token id, 0 to {self.vocab_size - 1}, got {token_id!r}")
+        return tuple(ids)
+
+    def _check_length(self, num_ids: int, max_new_tokens: int) -> None:
+        if num_ids + max_new_tokens > self.slot_length:
+            raise ValueError(
+                f"the prompt has {num_ids} tokens and max_new_tokens is {max_new_tokens}, but a sequence has at most "
+                f"{self.slot_length}; shorten the one or the other, or raise generation.max_length as far as the model "
+                "goes"
+            )
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def _eos_ids(self) -> tuple[int, ...]:
         """The checkpoint's and the tokenizer's: either may lack the token that ends a turn."""
@@ -251,7 +307,8 @@ def _check_keys(fields: Mapping[str, Any]) -> None:
 
 def _checked_text(value: Any, key: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{key} must be a string, got {value!r}")
+        or_ids = " or a list of token ids" if key == "prompt" else ""
+        raise ValueError(f"{key} must be a string{or_ids}, got {value!r}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as e:

@@ -204,7 +204,7 @@ class GenerationRing:
             decoding=self.decode_codecs.ends,
             id_nbytes=id_nbytes(deployment.model.config.vocab_size),
             result_bound=lambda work: result_nbytes((), work),
-            max_result_nbytes=max_result_nbytes((), self.workload.max_rows, self.workload.max_sampled),
+            max_result_nbytes=max_result_nbytes((), self.workload.max_rows, self.workload.max_tokens),
         )
 
 

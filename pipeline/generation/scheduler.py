@@ -4,13 +4,17 @@ The source of an engine (`runtime.engine`). It knows slots, positions and token 
 answer ends, is the answer's business.
 
 * A request gets a slot when one is free. If a slot holds a prefix of its prompt already, that is not computed again.
-* Prompts go in chunks, of which several are under way at once; passes of sampled tokens and chunks take turns.
+* Prompts go in chunks, of which several are under way at once; passes of sampled tokens and chunks take turns. Chunks
+  of equal length share a pass, up to `prefill_chunk` tokens in all.
+* Where log-probabilities of a prompt are wanted, its chunks echo from there on (`ActiveSequence.next_chunk`); what is
+  before may be shared.
 * Sampled tokens of several sequences share a pass: as many as make `passes` of them, so that each pass costs the
   reading of the weights once and as many ranks work as can. A sequence waits for its own token only.
 * With drafters, drafts may go behind a sequence's newest token, and further passes of the sequence behind that, which
   take them for right (`drafting.policy` says how many). Where one was wrong, all that went behind it is void.
 * What a failed pass has left on the ranks, they undo (`Worker.drop`); a slot that was to begin with a copy then holds
   nothing. A pass of several rows, or with drafts, is tried again row by row, without drafts.
+* A request that is cancelled leaves between passes, whether it has a slot or waits for one.
 
 Void passes need not be computed to their end: their sequence goes on at or before where they began, and other sequences
 copy, or go on with, what `HeldIds` has: of sampled tokens only those whose passes came back, and were not void.
@@ -39,6 +43,7 @@ from pipeline.generation.sequences import (
     WaitingRequest,
     is_over,
     shared_length,
+    takes_a_source,
 )
 from pipeline.models.sampling import Sampled
 from pipeline.models.stage import Scores
@@ -50,6 +55,7 @@ __all__ = ["Scheduler", "SchedulerConfig"]
 
 MIN_SHARED = 16  # positions of a prefix that are worth a copy
 LOOK_S = 0.1  # between looks at requests that wait
+MAX_PROMPTS = 16  # that share a pass: what the head must know of those that begin is to fit into a frame's note
 MAX_LOOK = 64  # requests of them that may overtake one that waits for its prompt to be computed
 
 
@@ -63,7 +69,7 @@ class SchedulerConfig:
         passes: of sampled tokens that are under way at once, passes that take drafts for right not among them.
         shares_prefixes: whether what a slot holds may serve another prompt.
         shares_answers: whether sampled tokens in it may; not where they have another codec than prompts.
-        shares_passes: whether sequences may decode together; not where the model lets them change each other's tokens.
+        shares_passes: whether sequences may share a pass; not where the model lets them change each other's tokens.
     """
 
     num_slots: int
@@ -102,8 +108,18 @@ class Scheduler:
         self.num_prefilled_again = 0
 
     def submit(self, answering: Answering) -> None:
-        """Answer one more request."""
-        waiting = WaitingRequest(answering, np.array(answering.prompt_ids, np.int32))
+        """Answer one more request.
+
+        Raises ValueError for a `scored_from` that is no position of the prompt behind its first, and where without one
+        no token is wanted.
+        """
+        prompt, scored_from = np.array(answering.prompt_ids, np.int32), answering.scored_from
+        if scored_from is not None and not 0 < scored_from < len(prompt):
+            last = len(prompt) - 1
+            raise ValueError(f"scored_from is {scored_from}; in a prompt of {last + 1} tokens, 1 to {last}")
+        if scored_from is None and not answering.num_wanted:
+            raise ValueError("no token is wanted, and none of the prompt's log-probabilities")
+        waiting = WaitingRequest(answering, prompt, scored_from)
         with self._lock:
             self._queue.append(waiting)
         self.wake()
@@ -126,6 +142,7 @@ class Scheduler:
             WaitingRequest(
                 s.answering,
                 np.array(s.ids[: s.num_certain], np.int32),
+                s.to_tell,
                 num_lost=max(min(s.sent, s.num_certain), s.num_lost),
             )
             for s in self._active
@@ -172,7 +189,7 @@ class Scheduler:
             return self._decode(ready)
         if prefilling:
             self._prefilled_last = True
-            return self._prefill(prefilling[0])
+            return self._prefill(*prefilling)
         return self._decode_ahead() if not ready else None
 
     def is_void(self, work: Pass) -> bool:
@@ -194,12 +211,18 @@ class Scheduler:
                 if counts:
                     self._fail(row, result.cause, work)
             else:
+                own = tokens[place] if counts and tokens is not None else []
+                if work.echoes:
+                    is_last = row.start + work.num_tokens == sequence.num_prompt
+                    told, own = own[:-1], own[-1:] if is_last and sequence.answering.num_wanted else []
                 if not sequence.answering.is_finished:
                     shares = [nbytes / len(under_way.rows) for nbytes in result.trail]
-                    sequence.answering.count(shares, brings_tokens=counts and tokens is not None)
-                if counts:
+                    sequence.answering.count(shares, brings_tokens=bool(own))
+                if counts and not sequence.answering.is_finished:
                     sequence.is_alone = False
-                    num_taken = self._extend(row, tokens[place]) if tokens is not None else 0
+                    if work.echoes:
+                        self._tell(row, told)
+                    num_taken = self._extend(row, own) if own else 0
             if is_decode and self.drafting is not None and sequence.track is not None:
                 self.drafting.came(sequence.track, num_tokens=num_taken or None)
 
@@ -240,7 +263,7 @@ class Scheduler:
             else:
                 slot = self._free.popleft()
             is_new = waiting.num_lost is None
-            sequence = ActiveSequence(answering, slot, waiting.prompt, sent=shared)
+            sequence = ActiveSequence(answering, slot, waiting.prompt, sent=shared, to_tell=waiting.to_tell)
             sequence.track = self.drafting.track() if self.drafting is not None else None
             sequence.num_lost = waiting.num_lost or 0
             sequence.source = source if shared else None
@@ -257,7 +280,8 @@ class Scheduler:
         best, longest = self._free[0], 0
         if not self._config.shares_prefixes:
             return best, 0
-        prompt = waiting.prompt[:-1]  # its last token is computed in any case, or nothing would come of it
+        # Its last token is computed in any case, or nothing would come of it; so is the one before the first to tell.
+        prompt = waiting.prompt[: -1 if waiting.to_tell is None else waiting.to_tell - 1]
         for slot, held in enumerate(self._held):
             shared = shared_length(held.ids, prompt)
             if shared > longest or (shared == longest and slot in self._free and best not in self._free):
@@ -268,34 +292,60 @@ class Scheduler:
                 return best, None
         return (best, longest) if longest >= MIN_SHARED else (self._free[0], 0)
 
-    def _prefill(self, sequence: ActiveSequence) -> Entry:
-        if not sequence.has_begun:
-            self._begin(sequence)
-        start = sequence.sent
-        chunk = sequence.prompt[start : start + self._config.prefill_chunk]
-        sequence.sent += len(chunk)
-        self.num_prefilled_again += max(0, min(sequence.sent, sequence.num_lost) - start)
-        is_last = not sequence.is_prefilling
-        note, source, held, kept = b"", None, self._held[sequence.slot], start
-        if not sequence.has_begun:
-            note = begin_note({sequence.slot: sequence.answering.options})
-            source = None if sequence.source == sequence.slot else sequence.source
-            sequence.has_begun, kept = True, 0  # what it begins with may not be there
-        held.put(start, chunk)
-        rows = [UnderWayRow(sequence, sequence.epoch, start, held, kept)]
-        self._under_way.append(UnderWay(rows, is_prompt=True))
+    def _prefill(self, first: ActiveSequence, *others: ActiveSequence) -> Entry:
+        """A chunk of the first prompt, beside it those of others that are as long."""
+        self._check_source(first)
+        most = self._config.prefill_chunk
+        chunk = first.next_chunk(most)
+        num_tokens, is_last = chunk.end - chunk.start, chunk.end == first.num_prompt
+        together, rows = [first], [first.row_from(chunk.start)]
+        at_once = min(MAX_PROMPTS, most // num_tokens) if self._config.shares_passes and not first.is_alone else 1
+        for sequence in others:
+            if len(together) >= at_once:
+                break
+            own = sequence.next_chunk(most)
+            is_alike = (own.end - own.start, own.echoes) == (num_tokens, chunk.echoes)
+            if sequence.is_alone or not is_alike or (own.end == sequence.num_prompt) != is_last:
+                continue
+            row = sequence.row_from(own.start)
+            if self._check_source(sequence) and not takes_a_source([*rows, row]):
+                together.append(sequence)
+                rows.append(row)
+        begins = {s.slot: s.answering.options for s in together if not s.has_begun}
+        chunks = [self._send_chunk(s, row.start, num_tokens) for s, row in zip(together, rows, strict=True)]
+        self._under_way.append(UnderWay([row for row, _ in chunks], is_prompt=True))
         work = Pass(
-            kind=PassKind.PREFILL, rows=(Row(sequence.slot, start, source),), num_tokens=len(chunk), samples=is_last
+            kind=PassKind.PREFILL,
+            rows=tuple(rows),
+            num_tokens=num_tokens,
+            samples=is_last or chunk.echoes,
+            echoes=chunk.echoes,
         )
-        return Entry(work=work, token_ids=torch.from_numpy(chunk.astype(np.int64))[None], note=note)
+        token_ids = np.stack([ids for _, ids in chunks]).astype(np.int64)
+        return Entry(work=work, token_ids=torch.from_numpy(token_ids), note=begin_note(begins))
 
-    def _begin(self, sequence: ActiveSequence) -> None:
-        """Its slot is its own from here on."""
+    def _send_chunk(self, sequence: ActiveSequence, start: int, num_tokens: int) -> tuple[UnderWayRow, np.ndarray]:
+        """Positions from `start` on of a prompt are under way; their ids. With its first ones, its slot is its own."""
+        kept = start
+        if not sequence.has_begun:
+            self._held[sequence.slot] = HeldIds(self._config.slot_length)
+            self._held[sequence.slot].put(0, sequence.prompt[:start])
+            sequence.has_begun, kept = True, 0  # what it begins with may not be there
+        held, ids = self._held[sequence.slot], sequence.prompt[start : start + num_tokens]
+        held.put(start, ids)
+        before, sequence.sent = sequence.sent, start + num_tokens
+        self.num_prefilled_again += max(0, min(sequence.sent, sequence.num_lost) - before)
+        return UnderWayRow(sequence, sequence.epoch, start, held, kept), ids
+
+    def _check_source(self, sequence: ActiveSequence) -> bool:
+        """Whether the slot that its first positions are taken from still has them; else it begins at its beginning."""
         source, start = sequence.source, sequence.sent
-        if source is not None and shared_length(self._held[source].ids, sequence.prompt[:start]) < start:
-            sequence.source, sequence.sent = None, 0  # another has the source by now
-        self._held[sequence.slot] = HeldIds(self._config.slot_length)
-        self._held[sequence.slot].put(0, sequence.prompt[: sequence.sent])
+        if sequence.has_begun or source is None:
+            return True
+        if shared_length(self._held[source].ids, sequence.prompt[:start]) == start:
+            return True
+        sequence.source, sequence.sent = None, 0
+        return False
 
     @property
     def _num_decoding(self) -> int:
@@ -411,22 +461,37 @@ class Scheduler:
             self._leave(sequence)
         return num_taken
 
+    def _tell(self, row: UnderWayRow, tokens: Sequence[Sampled]) -> None:
+        """Of the prompt; where no answer is wanted, it is finished behind the last."""
+        sequence, answering = row.sequence, row.sequence.answering
+        assert sequence.to_tell == row.start + 1, "passes come in their order"
+        sequence.to_tell += len(tokens)
+        if sequence.to_tell == sequence.num_prompt:
+            sequence.to_tell = None
+        self._num_tokens += len(tokens)
+        answering.take_prompt(tokens)
+        if sequence.to_tell is None and not answering.num_wanted:
+            answering.finish("length")
+            self._leave(sequence)
+
     def _fail(self, row: UnderWayRow, cause: str, work: Pass) -> None:
         """Send a sequence back to where the pass began, alone, or a prompt to its beginning without a shared prefix.
 
         Where it had drafts, it has none from here on: what cannot take several tokens would fail again and again.
         """
-        sequence = row.sequence
-        is_simple = work.kind is not PassKind.DECODE or len(work.rows) == work.num_tokens == 1
+        sequence, is_decode = row.sequence, work.kind is PassKind.DECODE
         if sequence.answering.is_finished:
             self._leave(sequence)
-        elif not is_simple:
+        elif len(work.rows) > 1 or (is_decode and work.num_tokens > 1):
             sequence.is_alone = True
-            sequence.may_draft &= work.num_tokens == 1
-            sequence.go_back()
+            if is_decode:
+                sequence.may_draft &= work.num_tokens == 1
+                sequence.go_back()
+            else:
+                sequence.prefill_from(row.start, has_begun=row.kept > 0)
         elif sequence.source is not None and row.start < sequence.num_prompt:
-            sequence.epoch += 1
-            sequence.source, sequence.sent, sequence.has_begun = None, 0, False
+            sequence.source = None
+            sequence.prefill_from(0, has_begun=False)
         else:
             sequence.answering.finish("error", cause)
             self._leave(sequence)

@@ -234,10 +234,7 @@ class Sampler:
         whatever was drawn before. Raises ValueError for logits that are no numbers, and where dividing by the
         temperature leaves none.
         """
-        logits = _on_cpu(logits)
-        log_total = torch.logsumexp(logits, -1).item()
-        if not math.isfinite(log_total):
-            raise ValueError(f"the logits for position {position} hold NaN or infinity, or nothing above -infinity")
+        logits, log_total = _with_log_total(logits, position)
         if self.options.greedy:
             scores = self._penalties(ids[None], logits[None])[0] if self._penalties else logits
             token_id = int(scores.numpy().argmax())
@@ -253,6 +250,17 @@ class Sampler:
             drawn = min(uniform(self.options.seed, position) * total, np.nextafter(total, 0))
             token_id = int(kept[np.searchsorted(cumulated, drawn, side="right")])
         return Sampled(token_id, logits[token_id].item() - log_total, self._top(logits, log_total))
+
+    def tell(self, logits: torch.Tensor, token_id: int, position: int) -> Sampled:
+        """Of the token that is at `position`, from the head's logits [V] at the position before it.
+
+        Raises ValueError for logits that are no numbers, and for a token that they rule out.
+        """
+        logits, log_total = _with_log_total(logits, position)
+        logprob = logits[token_id].item() - log_total
+        if logprob == -math.inf:
+            raise ValueError(f"the logits for position {position} rule out its token {token_id}")
+        return Sampled(token_id, logprob, self._top(logits, log_total))
 
     def _top(self, logits: torch.Tensor, log_total: float) -> tuple[tuple[int, float], ...]:
         if self.options.num_top == 0:
@@ -277,6 +285,15 @@ def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) with 53 random bits, the same on every machine: Philox4x64 with the key (seed, position)."""
     generator = np.random.Philox(key=np.array([seed, position], dtype=np.uint64))
     return (int(generator.random_raw()) >> 11) * 2.0**-53
+
+
+def _with_log_total(logits: torch.Tensor, position: int) -> tuple[torch.Tensor, float]:
+    """Logits [V] on the CPU, and the logarithm of the sum of their exponentials."""
+    logits = _on_cpu(logits)
+    log_total = torch.logsumexp(logits, -1).item()
+    if not math.isfinite(log_total):
+        raise ValueError(f"the logits for position {position} hold NaN or infinity, or nothing above -infinity")
+    return logits, log_total
 
 
 def _on_cpu(logits: torch.Tensor) -> torch.Tensor:

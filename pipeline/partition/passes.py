@@ -39,14 +39,16 @@ class Pass:
     """A SCORE pass names its micro-batch, the others have rows of `num_tokens` each.
 
     `samples` asks for next tokens: of a PREFILL after each row's last token; of a DECODE after each token, up to the
-    first that is not the row's next one, so that the tokens behind a row's first are drafts. `scores` asks for the
-    losses of a window's tokens, a row's window being that of the micro-batch.
+    first that is not the row's next one, so that the tokens behind a row's first are drafts. `echoes`, of a PREFILL
+    that samples, asks for the log-probabilities of each row's own tokens behind its first as well. `scores` asks for
+    the losses of a window's tokens, a row's window being that of the micro-batch.
     """
 
     kind: PassKind
     rows: tuple[Row, ...] = ()
     num_tokens: int = 0
     samples: bool = False
+    echoes: bool = False
     scores: bool = False
     microbatch_index: int | None = None
 

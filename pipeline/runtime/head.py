@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from pipeline.partition.passes import Pass, PassKind, Row
 
 __all__ = ["Head", "begin_note", "max_result_nbytes", "result_nbytes"]
 
-_MAX_LOGITS = 256  # rows of logits at once, if one row of the pass has no more
+_MAX_LOGITS = 256  # rows of logits at once
 _COUNT = struct.Struct("<H")
 _TOKEN = struct.Struct("<IdB")
 _CANDIDATE = struct.Struct("<Id")
@@ -34,10 +35,10 @@ def result_nbytes(microbatches: Sequence[MicroBatch], work: Pass) -> int:
     return nbytes
 
 
-def max_result_nbytes(microbatches: Sequence[MicroBatch], max_rows: int, max_sampled: int) -> int:
-    """Of any pass's result, with at most `max_sampled` tokens chosen in all rows."""
+def max_result_nbytes(microbatches: Sequence[MicroBatch], max_rows: int, max_tokens: int) -> int:
+    """Of any pass's result, with at most `max_tokens` tokens in all rows."""
     scored = max((m.num_scored for m in microbatches), default=0)
-    return max(8 * scored, _sampled_nbytes(max_rows, max_sampled))
+    return max(8 * scored, _sampled_nbytes(max_rows, max_tokens))
 
 
 def _sampled_nbytes(num_rows: int, num_tokens: int) -> int:
@@ -45,8 +46,8 @@ def _sampled_nbytes(num_rows: int, num_tokens: int) -> int:
 
 
 def _max_sampled(work: Pass) -> int:
-    """Tokens that may be chosen for each row of a pass that samples."""
-    return work.num_tokens if work.kind is PassKind.DECODE else 1
+    """Tokens that may be told of for each row of a pass that samples."""
+    return work.num_tokens if work.kind is PassKind.DECODE or work.echoes else 1
 
 
 def num_scored(microbatches: Sequence[MicroBatch], work: Pass) -> int:
@@ -85,7 +86,7 @@ class Head:
         """Of hidden states [B, T, H] of a pass; `ids` int64 [B, T] and `note` are what the pass brought.
 
         Scores of a SCORE pass or one that `scores`; of one that `samples` tokens, by row: 1, of a DECODE 1 to T (see
-        `Pass`); else None.
+        `Pass`), of one that `echoes` T, of which the first T - 1 are the row's own from its second on; else None.
         """
         if work.kind is PassKind.SCORE:
             assert work.microbatch_index is not None
@@ -132,25 +133,25 @@ class Head:
             self._samplers[int(slot)] = Sampler(SamplingOptions.from_json(options))
 
     def _sample(self, work: Pass, stage: Stage, output: torch.Tensor) -> list[list[Sampled]]:
-        num_chosen = _max_sampled(work)
-        rows_at_once = max(1, _MAX_LOGITS // num_chosen)
-        tokens = []
-        for first in range(0, len(work.rows), rows_at_once):
-            rows = work.rows[first : first + rows_at_once]
-            chosen = output[first : first + rows_at_once, -num_chosen:]
-            logits = stage.logits(chosen.flatten(0, 1)).unflatten(0, (len(rows), num_chosen))
-            tokens += [self._sample_row(row, work.num_tokens, own) for row, own in zip(rows, logits, strict=True)]
-        return tokens
+        num_told = _max_sampled(work)
+        parts = output[:, -num_told:].flatten(0, 1).split(_MAX_LOGITS)
+        logits = itertools.chain.from_iterable(map(stage.logits, parts))
+        return [self._sample_row(work, row, logits) for row in work.rows]
 
-    def _sample_row(self, row: Row, num_tokens: int, logits: torch.Tensor) -> list[Sampled]:
-        """After each of the row's last tokens, whose logits [n, V] these are, up to the first that is not the next."""
-        sampler, held, end = self._samplers[row.slot], self._ids[row.slot], row.start + num_tokens
+    def _sample_row(self, work: Pass, row: Row, logits: Iterator[torch.Tensor]) -> list[Sampled]:
+        """After each of the row's last tokens, whose logits [V] come next, up to the first that is not the next."""
+        sampler, held, end = self._samplers[row.slot], self._ids[row.slot], row.start + work.num_tokens
         ids = torch.from_numpy(np.array(held)) if sampler.reads_ids else _NO_IDS
         tokens: list[Sampled] = []
-        for position, own in enumerate(logits, end - len(logits) + 1):
-            tokens.append(sampler(own, ids[:position], position))
-            if position < end and tokens[-1].token_id != held[position]:
-                break
+        is_over = False
+        for position in range(end - _max_sampled(work) + 1, end + 1):
+            own = next(logits)
+            if work.echoes and position < end:
+                tokens.append(sampler.tell(own, held[position], position))
+            elif not is_over:
+                tokens.append(sampler(own, ids[:position], position))
+                is_over = position < end and tokens[-1].token_id != held[position]
+            del own  # it holds the logits that it is a row of, while the next ones come
         return tokens
 
 
@@ -171,11 +172,12 @@ def _to_bytes(rows: list[list[Sampled]]) -> bytes:
 def _from_bytes(data: bytes, work: Pass) -> list[list[Sampled]]:
     rows: list[list[Sampled]] = []
     num_rows, most, place = len(work.rows), _max_sampled(work), 0
+    fewest = most if work.echoes else 1
     try:
         for _ in range(num_rows):
             (count,) = _COUNT.unpack_from(data, place)
-            if not 1 <= count <= most:
-                raise BadFrame(f"result with {count} tokens of a row; 1 to {most} are possible in {work}")
+            if not fewest <= count <= most:
+                raise BadFrame(f"result with {count} tokens of a row; {fewest} to {most} are possible in {work}")
             place += _COUNT.size
             rows.append([])
             for _ in range(count):

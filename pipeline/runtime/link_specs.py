@@ -23,28 +23,24 @@ __all__ = ["Workload", "generation_workload", "gradient_specs", "id_nbytes", "li
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Which passes a job may make: SCORE passes of `microbatches`, others with so many rows and tokens in all.
-
-    `max_sampled`: of tokens that one of them chooses, in all rows.
-    """
+    """Which passes a job may make: SCORE passes of `microbatches`, others with so many rows and tokens in all."""
 
     microbatches: Sequence[MicroBatch] = ()
     max_rows: int = 0
     max_tokens: int = 0
-    max_sampled: int = 0
 
 
 def generation_workload(config: RunConfig, model_config: Any) -> Workload:
-    """One row a slot; a prompt's chunk, or one token of every slot and the drafts behind it.
+    """One row a slot; a chunk of prompts, or one token of every slot and the drafts behind it.
 
-    Raises ConfigError for slots that are too long.
+    Two tokens are the least that tells of one. Raises ConfigError for slots that are too long.
     """
     generation = config.generation
     length = generation.slot_length(getattr(model_config, "max_position_embeddings", None))
-    chunk = min(generation.prefill_chunk or length, length)
+    chunk = min(max(generation.prefill_chunk, 2) if generation.prefill_chunk else length, length)
     num_drafts = generation.draft_depth if generation.draft else 0
     max_decoded = generation.max_slots * min(1 + num_drafts, length)
-    return Workload(max_rows=generation.max_slots, max_tokens=max(chunk, max_decoded), max_sampled=max_decoded)
+    return Workload(max_rows=generation.max_slots, max_tokens=max(chunk, max_decoded))
 
 
 def link_specs(

@@ -34,7 +34,18 @@ from pipeline.runtime.engine import Engine, Failure
 from pipeline.runtime.head import Head
 from pipeline.runtime.worker import EndCodecs, StageWorker
 
-__all__ = ["NO_TEXT", "PLANS", "VOCABULARY", "Asked", "Ring", "Scripted", "drafting_of", "expected", "simulate"]
+__all__ = [
+    "NO_TEXT",
+    "PLANS",
+    "VOCABULARY",
+    "Asked",
+    "Ring",
+    "Scripted",
+    "drafting_of",
+    "expected",
+    "expected_told",
+    "simulate",
+]
 
 CPU = torch.device("cpu")
 VOCABULARY = 12
@@ -275,8 +286,9 @@ class Ring:
 class Asked:
     """A request (`Answering`)."""
 
-    def __init__(self, prompt, options, num_tokens):
+    def __init__(self, prompt, options, num_tokens, scored_from=None):
         self.prompt_ids, self.options, self.num_tokens = tuple(prompt), options, num_tokens
+        self.scored_from, self.told, self.is_cancelled = scored_from, [], False
         self.ids, self.reason, self.error, self.has_begun = [], None, None, False
         self.expires_s = math.inf
         self.num_passes = self.num_drafts_accepted = self.num_bytes = 0
@@ -293,8 +305,13 @@ class Asked:
         assert not self.has_begun and not self.is_finished
         self.has_begun = True
 
+    def take_prompt(self, tokens):
+        assert not self.is_finished and self.has_begun and not self.ids
+        self.told += tokens
+
     def take(self, token, *, was_draft):
-        assert not self.is_finished and self.has_begun
+        assert not self.is_finished and self.has_begun and self.num_wanted
+        assert self.scored_from is None or len(self.told) == len(self.prompt_ids) - self.scored_from
         self.num_drafts_accepted += was_draft
         self.ids.append(token.token_id)
         if len(self.ids) == self.num_tokens:
@@ -308,6 +325,18 @@ class Asked:
     def finish(self, reason, error=None):
         assert not self.is_finished
         self.reason, self.error = reason, error
+
+
+def expected_told(plan, asked):
+    """Log-probabilities of the prompt's tokens that are to be told, computed alone and at once."""
+    values = torch.tensor(asked.prompt_ids, dtype=torch.float64)
+    for index in range(len(plan.stages)):
+        values = checksums(index, values)
+    logprobs = [torch.log_softmax(logits_of(value), -1) for value in values.tolist()]
+    return [
+        (asked.prompt_ids[position], logprobs[position - 1][asked.prompt_ids[position]].item())
+        for position in range(asked.scored_from, len(asked.prompt_ids))
+    ]
 
 
 def expected(plan, asked, num_tokens):

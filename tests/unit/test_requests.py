@@ -67,13 +67,13 @@ def test_lines_become_requests(tmp_path, tokenizer):
 
 def test_every_own_key_has_its_effect(tokenizer):
     own = {"max_new_tokens": 5, "temperature": 1, "top_k": 2, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2}
-    own |= {"stop": ["a", "b"], "seed": 8, "ignore_eos": True, "deadline_s": 3, "logprobs": 4}
+    own |= {"stop": ["a", "b"], "seed": 8, "ignore_eos": True, "deadline_s": 3, "logprobs": 4, "echo": True}
     assert set(own) == set(requests.OWN_KEYS)
     request = maker_of(tokenizer).make({"prompt": "x", **own}, line=4)
     assert (request.line, request.max_new_tokens, request.stop, request.eos_ids, request.deadline_s) == (
         *(4, 5, ("a", "b"), (), 3.0),
     )
-    assert request.logprobs == 4
+    assert request.logprobs == 4 and request.scored_from == 1
     assert request.sampling == SamplingOptions(
         temperature=1.0, top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=1.2, seed=8, num_top=4
     )
@@ -122,7 +122,18 @@ AT_FAULT = {
     "null": "it must be an object",
     "{}": "it must have either prompt or messages",
     '{"prompt": "x", "messages": []}': "it must have either prompt or messages",
-    '{"prompt": 7}': "prompt must be a string, got 7",
+    '{"prompt": 7}': "prompt must be a string or a list of token ids, got 7",
+    '{"prompt": []}': "the prompt has no tokens",
+    '{"prompt": [1, -1]}': r"prompt\[1\] must be a token id, 0 to 257, got -1",
+    '{"prompt": [258]}': r"prompt\[0\] must be a token id, 0 to 257, got 258",
+    '{"prompt": [true]}': r"prompt\[0\] must be a token id, 0 to 257, got True",
+    '{"prompt": [1.0]}': r"prompt\[0\] must be a token id, 0 to 257, got 1.0",
+    '{"prompt": [[1]]}': r"prompt\[0\] must be a token id, 0 to 257, got \[1\]",
+    json.dumps({"prompt": [1] * 201}): "the prompt has 201 tokens and max_new_tokens is 0, but .* at most 200",
+    '{"prompt": "x", "max_new_tokens": 0, "echo": true}': "max_new_tokens is 0, .*logprobs",
+    '{"prompt": [1], "max_new_tokens": 0, "echo": true, "logprobs": 1}': "the prompt has one token, which has no log",
+    '{"prompt": "x", "echo": 1}': "echo must be true or false",
+    '{"prompt": "x", "max_new_tokens": -1}': "max_new_tokens must be at least 0, got -1",
     '{"prompt": "x", "temprature": 1}': "unknown key 'temprature'; did you mean temperature",
     '{"prompt": "x", "max_slots": 1}': "unknown key 'max_slots'; .*Allowed: prompt, messages, max_new_tokens",
     '{"prompt": "x", "prompt": "y"}': "the key 'prompt' is given twice",
@@ -130,7 +141,7 @@ AT_FAULT = {
     '{"prompt": "x", "max_new_tokens": 4.0}': "max_new_tokens must be an integer, got 4.0; write 4",
     '{"prompt": "x", "max_new_tokens": true}': "max_new_tokens must be an integer, got True",
     '{"prompt": "x", "max_new_tokens": null}': "max_new_tokens must be an integer, got None",
-    '{"prompt": "x", "max_new_tokens": 0}': "max_new_tokens must be at least 1, got 0",
+    '{"prompt": "x", "max_new_tokens": 0}': "max_new_tokens is 0, .* set echo to true and logprobs to a number",
     '{"prompt": "x", "temperature": NaN}': "NaN is no JSON number",
     '{"prompt": "x", "temperature": 1e999}': "temperature must be a finite number",
     '{"prompt": "x", "top_p": 1.5}': "top_p must be at most 1, got 1.5",
@@ -237,3 +248,31 @@ def test_standard_input_line_by_line(tokenizer, monkeypatch):
     assert next(found).text == "first"
     first_was_seen = True
     assert [request.text for request in found] == ["second"]
+
+
+def test_prompts_of_token_ids(tokenizer):
+    ids = ids_of(tokenizer, "hi")
+    request = maker_of(tokenizer).make({"prompt": list(ids), "logprobs": 0, "echo": True, "max_new_tokens": 0})
+    assert (request.text, request.prompt_ids, request.max_new_tokens, request.scored_from) == ("hi", ids, 0, 1)
+    one = maker_of(tokenizer).make({"prompt": [104], "logprobs": 0, "echo": True, "max_new_tokens": 1})
+    assert one.scored_from is None, "of one token there is nothing to tell"
+    assert maker_of(tokenizer).make({"prompt": "hi", "echo": True}).scored_from is None
+
+
+def test_requests_for_scores(tokenizer):
+    maker = maker_of(tokenizer, slot_length=5, max_new_tokens=3, temperature=1.0, logprobs=4)
+    request = maker.make_scored((BOS_ID, 104, 105, 106, 107), 4)
+    assert request.scored_from == 4 and request.max_new_tokens == 0 and request.logprobs == 1
+    assert request.sampling == SamplingOptions(num_top=1) and request.prompt_ids == (BOS_ID, 104, 105, 106, 107)
+    assert maker.make_scored([1, 2], 1, 0).sampling.num_top == 0
+    for ids, scored_from, num_top, words in (
+        ([1, 2, 3], 3, 1, "scored_from is 3; in a prompt of 3 tokens, 1 to 2"),
+        ([1, 2, 3], 0, 1, "scored_from is 0"),
+        ([1], 1, 1, "scored_from is 1; in a prompt of 1 tokens"),
+        ([], 1, 1, "the prompt has no tokens"),
+        ([1] * 6, 1, 1, "the prompt has 6 tokens and max_new_tokens is 0, but a sequence has at most 5"),
+        ([1, 258], 1, 1, r"prompt\[1\] must be a token id"),
+        ([1, 2], 1, 21, "num_top is 21; 0 to 20 are possible"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            maker.make_scored(ids, scored_from, num_top)

@@ -134,7 +134,7 @@ def test_nobody_waits_for_anothers_answer(fails_together):
     ))
     rng = random.Random(0)
     ring = Ring(PLANS["ring"], rng, scheduler, num_slots=num_slots, slot_length=48, credits=1, failing=0)
-    everyone = [Asked([number], SamplingOptions(), 20) for number in range(num_slots)]
+    everyone = [Asked([number] * (number + 1), SamplingOptions(), 20) for number in range(num_slots)]
     for asked in everyone:
         scheduler.submit(asked)
     ring.start()

@@ -26,12 +26,14 @@ from pipeline.partition.passes import Pass, PassKind, Row
 WIRE = WireFormat(link_index=2, num_trail=2, codec_ids=(0x0123456789ABCDEF,), dtype=torch.bfloat16)
 SCORE = Pass(kind=PassKind.SCORE, microbatch_index=7)
 PREFILL = Pass(kind=PassKind.PREFILL, rows=(Row(3, 0), Row(255, 2**23 - 1, from_slot=9)), num_tokens=2, samples=True)
+ECHO = Pass(kind=PassKind.PREFILL, rows=(Row(3, 9), Row(4, 2)), num_tokens=2, samples=True, echoes=True)
 DECODE = Pass(kind=PassKind.DECODE, rows=(Row(1, 300),), num_tokens=1, scores=True, microbatch_index=2**32 - 1)
 IDS = np.array([[5, 70_000], [2**31 - 1, 0]])
 
 HEADERS = {
     "score": Header(work=SCORE, body_nbytes=1034, meta_nbytes=10, trail=(1000, 2**34)),
     "prefill": Header(work=PREFILL, body_nbytes=512, trail=(0, 127), token_ids=IDS, note=b"seed"),
+    "echo": Header(work=ECHO, body_nbytes=64, trail=(1, 2)),
     "decode": Header(work=DECODE, body_nbytes=64, trail=(128, 16384)),
     "failed": Header(work=SCORE, failed=True, body_nbytes=40, trail=(0, 0)),
     "end": Header(work=None),
@@ -40,6 +42,7 @@ HEADERS = {
 GOLDEN = {
     "score": ("0a040000 41 00 0000", "07000000 e807 8080808040 0a00"),
     "prefill": ("00020000 aa 02 0200", "03000000 ffffffff 09 00 7f 05000000 70110100 ffffff7f 00000000 0400 73656564"),
+    "echo": ("40000000 1a 02 0200", "03090000 04020000 01 02"),
     "decode": ("40000000 13 01 0100", "012c0100 ffffffff 8001 808001"),
     "failed": ("28000000 05 00 0000", "07000000 00 00"),
     "end": ("00000000 00 00 0000", ""),
@@ -88,10 +91,10 @@ def test_golden_bytes(name):
 
 def test_golden_checksums():
     """Version, link, number of the frame, codec ids and dtype come before what is sent."""
-    told = bytes.fromhex("02 0200 00000000 efcdab8967452301") + b"torch.bfloat16"
+    told = bytes.fromhex("03 0200 00000000 efcdab8967452301") + b"torch.bfloat16"
     assert WIRE.checksum(0, b"abc") == zlib.crc32(told + b"abc")
-    assert WIRE.checksum(0) == 0xCA445890
-    assert WIRE.checksum(1, b"abc") == WIRE.checksum(1, b"a", memoryview(b"bc")) == 0xA8E37209
+    assert WIRE.checksum(0) == 0xA94381B4
+    assert WIRE.checksum(1, b"abc") == WIRE.checksum(1, b"a", memoryview(b"bc")) == 0x593977A3
 
 
 @pytest.mark.parametrize("name", HEADERS)
@@ -111,15 +114,22 @@ def wires_and_headers(draw):
         id_nbytes=draw(st.integers(2, 4)),
     )
     kind = draw(st.sampled_from(PassKind))
-    rows, num_tokens, scores = (), 0, False
+    rows, num_tokens, scores, samples = (), 0, False, False
     if kind is not PassKind.SCORE:
         slots, starts = st.integers(0, 255), st.integers(0, 2**23 - 1)
         row = st.builds(Row, slots, starts, st.none() | slots)
         rows, num_tokens = tuple(draw(st.lists(row, min_size=1, max_size=5))), draw(st.integers(1, 9))
-        scores = draw(st.booleans())
+        scores, samples = draw(st.sampled_from([(False, False), (False, True), (True, False)]))
+    echoes = samples and kind is PassKind.PREFILL and draw(st.booleans())
     index = draw(st.integers(0, 2**32 - 1)) if scores or kind is PassKind.SCORE else None
     work = Pass(
-        kind=kind, rows=rows, num_tokens=num_tokens, samples=draw(st.booleans()), scores=scores, microbatch_index=index
+        kind=kind,
+        rows=rows,
+        num_tokens=num_tokens,
+        samples=samples,
+        echoes=echoes,
+        scores=scores,
+        microbatch_index=index,
     )
     body_nbytes = draw(st.integers(0, 2**32 - 1))
     ids = None
@@ -200,6 +210,7 @@ def test_ids_of_no_tokens_are_refused(num_rows, num_tokens):
         (bytes(8) + b"\4\0\0\0", "END with code 4, 0 bytes and 0 rows"),
         (bytes(8) + b"\0\2\0\0", "END with code 0, 0 bytes and 2 rows"),
         (bytes(8) + b"\0\0\5\0", "END with code 0"),
+        (bytes(8) + b"\x1b\0\0\0", "a DECODE pass that samples and scores"),
         (bytes(8) + b"\1\0\0\0", "a tail of 0 bytes ends too early"),
     ],
 )
@@ -290,3 +301,16 @@ def test_causes_are_bounded_and_printable(text):
     body = encode_text(text)
     assert len(body) <= MAX_NOTE_NBYTES == 4096
     assert all(c.isprintable() for c in decode_text(body))
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        dataclasses.replace(DECODE, samples=True),
+        dataclasses.replace(DECODE, samples=True, scores=False, microbatch_index=None, echoes=True),
+        dataclasses.replace(ECHO, samples=False),
+    ],
+)
+def test_passes_that_a_code_cannot_tell_apart_are_not_sent(work):
+    with pytest.raises(ValueError, match="cannot sample and score"):
+        WIRE.encode(Header(work=work, trail=(1, 2)))
