@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from pipeline.serving.api_types import ChatBody, CompletionBody, SharedBody, read_body
 from pipeline.serving.errors import ApiError, failed, shutting_down
@@ -39,7 +40,7 @@ def make_app(
 ) -> Starlette:
     """`is_ready` says whether passes can go around the ring."""
     routes = _Routes(service, api_key, max_body_nbytes, is_ready)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/health", routes.health),
             Route("/metrics", routes.guarded("metrics", routes.metrics)),
@@ -50,6 +51,8 @@ def make_app(
         ],
         exception_handlers={HTTPException: _http_error, Exception: _unforeseen},
     )
+    app.router.redirect_slashes = False  # to wherever the request's Host says
+    return app
 
 
 @dataclass(frozen=True)
@@ -109,30 +112,15 @@ class _Routes:
         content = await self._content(request)
         ticket = await self.service.take(functools.partial(read_body, content, kind))
         if ticket.streams:
-            return StreamingResponse(self._stream(ticket, endpoint), media_type="text/event-stream")
+            return _EventStream(ticket, functools.partial(self._stream_ended, ticket, endpoint))
         try:
             return _json(await _unless_gone(request, _whole(ticket)))
         finally:
             self.service.end(ticket)
 
-    async def _stream(self, ticket: Ticket, endpoint: str) -> AsyncIterator[bytes]:
-        """Server-sent events; an error after the first is one of them, and the last."""
-        outcome = "cancelled"
-        try:
-            for chunk in ticket.reply.first_chunks(ticket.choices):
-                yield _event(chunk)
-            async for choice, text in ticket.events():
-                yield _event(ticket.reply.chunk(choice, text))
-            for chunk in ticket.reply.last_chunks(ticket.choices):
-                yield _event(chunk)
-            outcome = "completed"
-            yield _DONE
-        except ApiError as e:
-            outcome = _outcome(e.status)
-            yield _event(e.as_json())
-        finally:
-            self.service.end(ticket)
-            self._count(endpoint, outcome)
+    def _stream_ended(self, ticket: Ticket, endpoint: str, outcome: str) -> None:
+        self.service.end(ticket)
+        self._count(endpoint, outcome)
 
     async def _content(self, request: Request) -> bytes:
         """The body. Raises ApiError for one that is too long, before it is read where its length is told."""
@@ -173,6 +161,37 @@ class _Routes:
         self.service.metrics.requests.labels(endpoint, outcome).inc()
 
 
+class _EventStream(StreamingResponse):
+    """Answers as server-sent events; an error after the first is one of them, and the last.
+
+    `on_end` is told the outcome, also where the client has gone before anything was sent.
+    """
+
+    def __init__(self, ticket: Ticket, on_end: Callable[[str], None]) -> None:
+        super().__init__(self._events(ticket), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._on_end, self._outcome = on_end, "cancelled"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end(self._outcome)
+
+    async def _events(self, ticket: Ticket) -> AsyncIterator[bytes]:
+        try:
+            for chunk in ticket.reply.first_chunks(ticket.choices):
+                yield _event(chunk)
+            async for choice, text in ticket.events():
+                yield _event(ticket.reply.chunk(choice, text))
+            for chunk in ticket.reply.last_chunks(ticket.choices):
+                yield _event(chunk)
+            self._outcome = "completed"
+            yield _DONE
+        except ApiError as e:
+            self._outcome = _outcome(e.status)
+            yield _event(e.as_json())
+
+
 async def _whole(ticket: Ticket) -> dict[str, Any]:
     async for _ in ticket.events():
         pass
@@ -200,7 +219,7 @@ async def _gone(request: Request) -> None:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Of routing: no such path, or not by this method."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {request.scope['path']}: {error.detail}"
     return _error(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
 

@@ -213,18 +213,27 @@ class Service:
         reply = kind(self.model, self._texts, includes_usage=body.includes_usage)
         ticket = Ticket(reply, streams=bool(body.stream))
         first_seed = secrets.randbelow(MAX_SEED) if body.seed is None else body.seed
-        echoes = isinstance(body, CompletionBody) and bool(body.echo)
         for request in requests:
+            echoed = self._echoed(body, request)
             for number in range(body.num_choices):
                 seed = (first_seed + number) % (MAX_SEED + 1)
                 self._num_taken += 1
                 own = dataclasses.replace(
                     request, line=self._num_taken, sampling=dataclasses.replace(request.sampling, seed=seed)
                 )
-                ticket.choices.append(self._choice(ticket, own, echoes=echoes, arrived_s=arrived_s))
+                ticket.choices.append(self._choice(ticket, own, echoed, arrived_s))
         return ticket
 
-    def _choice(self, ticket: Ticket, request: Request, *, echoes: bool, arrived_s: float) -> Choice:
+    def _echoed(self, body: SharedBody, request: Request) -> str | None:
+        """What stands in front of answers to a prompt: of one that came as ids the text that they have in answers."""
+        if not isinstance(body, CompletionBody) or not body.echo:
+            return None
+        if isinstance(body.prompt, str) or isinstance(body.prompt[0], str):
+            return request.text
+        ids, tokenizer = request.prompt_ids, self._maker.tokenizer
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _choice(self, ticket: Ticket, request: Request, echoed: str | None, arrived_s: float) -> Choice:
         def on_text(text: str) -> None:
             self._hand_over(ticket.put, choice, text)
 
@@ -238,7 +247,6 @@ class Service:
             on_text=on_text if ticket.streams else _ignore,
             on_finish=on_finish,
         )
-        echoed = request.text if echoes else None
         trail = None
         if request.logprobs is not None:
             trail = TokenTrail(answer, self._maker.tokenizer, echoed=echoed)
