@@ -18,16 +18,15 @@ from compressors.user_files import InputError, user_path
 from pipeline.config.reading import generation_with
 from pipeline.config.schema import MAX_LOGPROBS, ConfigError, GenerationConfig
 from pipeline.data.text import check_vocabulary, encode
-from pipeline.models.sampling import GenerationDefaults, SamplingOptions, sampling_options
+from pipeline.models.sampling import UNCUT, GenerationDefaults, SamplingOptions, sampling_options
 
 __all__ = ["OWN_KEYS", "RefusedRequest", "Request", "RequestMaker", "parse_object", "read_requests"]
 
 MAX_LINE_NBYTES = 16 * 2**20
 _MAX_ERROR_LENGTH = 1000
-_CUTS = ("top_k", "top_p", "min_p")
 # Keys of `generation` that a request may have for itself.
 OWN_KEYS = (
-    *("max_new_tokens", "temperature", *_CUTS, "repetition_penalty"),
+    *("max_new_tokens", "temperature", *UNCUT, "repetition_penalty"),
     *("stop", "seed", "ignore_eos", "logprobs", "echo", "deadline_s"),
 )
 _NO_TOKENS = "the prompt has no tokens, so there is nothing to go on from; write a longer one"
@@ -85,7 +84,7 @@ class RequestMaker:
         own = {key: value for key, value in fields.items() if key in OWN_KEYS}
         generation = generation_with(self.generation, own)
         sampling = sampling_options(generation, self.defaults)
-        lost = [key for key in _CUTS if own.get(key) is not None]
+        lost = [key for key, uncut in UNCUT.items() if own.get(key) not in (None, uncut)]
         if lost and sampling.greedy and "temperature" not in own:
             name = lost[0]
             raise ConfigError(f"{name} is {own[name]}, but answers are greedy; give a temperature above 0 with it")

@@ -151,7 +151,8 @@ class _Routes:
         is_right = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), self.api_key)
         if scheme.lower() != "bearer" or not is_right:
             message = "the request has no valid key; send it as Authorization: Bearer KEY"
-            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}  # its body is not read
+            raise ApiError(401, message, code="invalid_api_key", headers=headers)
 
     def _model(self) -> dict[str, Any]:
         service = self.service

@@ -1,6 +1,7 @@
 """What the endpoint refuses, and how it ends: keys, bounds, signals. A server of its own for each kind."""
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import signal
@@ -33,7 +34,7 @@ def guarded(tmp_path_factory):
         yield server
 
 
-@pytest.mark.parametrize("header", ["", "Bearer wrong", "Bearer ", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer \u00e9"])
+@pytest.mark.parametrize("header", ["", "Bearer wrong", "Bearer", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer \u00e9"])
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/v1/chat/completions", "/metrics"])
 def test_a_key_that_is_missing_or_wrong(guarded, header, path):
     """Also before the body is read."""
@@ -91,7 +92,9 @@ def test_a_body_that_is_too_long(guarded):
 
 def test_what_is_no_http(guarded):
     assert b'"error"' in told_by(guarded, "nonsense")
-    assert told_by(guarded, "GET /health HTTP/1.1", "Host: x", "X: " + 100_000 * "x").startswith(b"HTTP/1.1 4")
+    with contextlib.suppress(ConnectionError):  # it may close while more is on its way
+        assert told_by(guarded, "GET /health HTTP/1.1", "Host: x", "X: " + 2_000_000 * "x")[:10] == b"HTTP/1.1 4"
+    assert httpx.get(f"{guarded.url}/health").status_code == 200
 
 
 def test_a_body_that_is_not_said_to_be_json(guarded):
@@ -156,6 +159,8 @@ def test_what_takes_too_long_is_named_and_dropped(tmp_path):
 def test_a_second_signal_ends_it_at_once(tmp_path):
     with serving(tmp_path) as server:
         stream, _ = interrupted_in(server)
+        while httpx.get(f"{server.url}/health").status_code == 200:
+            time.sleep(0.02)
         server.signal()
         (finished,) = server.ranks.wait(60)
         with pytest.raises((openai.APIError, httpx.HTTPError)):

@@ -51,7 +51,7 @@ ANYTHING = st.recursive(
 NAMES = st.sampled_from(sorted({*TEXT_FIELDS, *CHAT_FIELDS}))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(kind=st.sampled_from([CompletionBody, ChatBody]), fields=st.dictionaries(NAMES, ANYTHING, max_size=5))
 def test_any_json_is_a_body_or_refused(kind, fields):
     base = COMPLETION if kind is CompletionBody else CHAT
@@ -63,7 +63,7 @@ def test_any_json_is_a_body_or_refused(kind, fields):
         assert body.num_choices >= 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_refused(content):
     with pytest.raises(ApiError, match="body|model"):
