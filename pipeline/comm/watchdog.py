@@ -40,6 +40,7 @@ from typing import Any, NoReturn
 
 from pipeline.comm.epochs import Epoch
 from pipeline.comm.heartbeats import Clock, Heartbeats, heartbeat
+from pipeline.comm.stop_wish import StopWish
 from pipeline.comm.world import World
 
 __all__ = ["EXIT_INTERRUPTED", "PipelineError", "RunFinished", "Watchdog", "bounded", "tell"]
@@ -129,8 +130,7 @@ class Watchdog:
         self._is_due = False
         self._num_moves = self._num_moves_seen = 0
         self._still_s = 0.0  # how long no move has been seen while one was due
-        self._on_stop: Callable[[], None] | None = None
-        self._num_signals, self._has_stopped, self._has_told_stop = 0, False, False
+        self._wish = StopWish(world)
         self._all_told = threading.Event()
         self._stopping = threading.Event()
         self._wake_heart = threading.Event()
@@ -176,24 +176,7 @@ class Watchdog:
 
         On the main thread.
         """
-        self._on_stop = on_stop
-        signal.signal(signal.SIGINT, self._take_signal)
-        if self._world.world_size == 1:
-            signal.signal(signal.SIGTERM, self._take_signal)
-
-    def _take_signal(self, number: int, frame: object) -> None:
-        """With several ranks the watchdog's thread sees to it, also where the main thread is blocked."""
-        if self._world.world_size > 1:
-            return
-        self._num_signals += 1
-        if self._num_signals > 1:
-            raise KeyboardInterrupt
-        self._ask_to_stop()
-
-    def _ask_to_stop(self) -> None:
-        if self._on_stop is not None and not self._has_stopped:
-            self._has_stopped = True
-            self._on_stop()
+        self._wish.hear(on_stop)
 
     def stop(self) -> None:
         """End the watch; signals get the meaning back that they had before."""
@@ -202,8 +185,7 @@ class Watchdog:
         self._writer.send(b"\0")
         signal.set_wakeup_fd(self._old_wakeup_fd)
         signal.signal(signal.SIGTERM, self._old_sigterm)
-        if self._on_stop is not None:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._wish.forget()
         self._thread.join()
         self._reader.close()
         self._writer.close()
@@ -267,13 +249,11 @@ class Watchdog:
 
     def _look(self, received: Container[int]) -> str | None:
         """A reason to end, if there is one; `received` are the signals since the last look."""
-        if self._on_stop is not None and self._asks_to_stop(received):
-            self._num_signals += 1
-            if self._num_signals > 1:
+        if self._wish.is_heard and self._asks_to_stop(received):
+            if self._wish.count_signal():
                 self._exit_code = EXIT_INTERRUPTED
                 return self._publish(f"{self.place}: interrupted")
             self._wake_heart.set()
-            self._ask_to_stop()
             return None
         if signal.SIGINT in received:
             time.sleep(0.5)  # the main thread raises KeyboardInterrupt, unless it is blocked
@@ -359,7 +339,7 @@ class Watchdog:
                 elif self._world.hosts_store and self._store.check(self._keys_of_told()):
                     self._all_told.set()
                 self._look_at_epoch()
-                self._pass_on_stop()
+                self._wish.pass_on(self._store)
                 self._unanswered_s = 0.0
                 self._wake_heart.wait(0.05 if self._cause else self._interval_s)
                 self._wake_heart.clear()
@@ -372,18 +352,9 @@ class Watchdog:
         assert self._next is not None
         (self._store, self._epoch), self._next = self._next, None
         self._beats = Heartbeats(self._world)
-        self.epoch_is_over = self._ends_epoch = self._has_told_stop = False
+        self.epoch_is_over = self._ends_epoch = False
+        self._wish.begin_epoch()
         self._has_turned.set()
-
-    def _pass_on_stop(self) -> None:
-        """To rank 0, which decides on passes, and so on the end."""
-        if self._on_stop is None:
-            return
-        if self._world.rank == 0 and not self._has_stopped and self._store.check(["stop"]):
-            self._ask_to_stop()
-        elif self._world.rank != 0 and self._num_signals and not self._has_told_stop:
-            self._store.set("stop", "")
-            self._has_told_stop = True
 
     def _look_at_epoch(self) -> None:
         if self._epoch is None or self.epoch_is_over:

@@ -20,7 +20,7 @@ from pipeline.config.schema import MAX_LOGPROBS, ConfigError, GenerationConfig
 from pipeline.data.text import check_vocabulary, encode
 from pipeline.models.sampling import UNCUT, GenerationDefaults, SamplingOptions, sampling_options
 
-__all__ = ["OWN_KEYS", "RefusedRequest", "Request", "RequestMaker", "parse_object", "read_requests"]
+__all__ = ["OWN_KEYS", "RefusedRequest", "Request", "RequestMaker", "parse_fields", "read_requests"]
 
 MAX_LINE_NBYTES = 16 * 2**20
 _MAX_ERROR_LENGTH = 1000
@@ -265,7 +265,7 @@ def _parse(line: bytes) -> Mapping[str, Any]:
     return content
 
 
-def parse_object(content: bytes) -> dict[str, Any]:
+def parse_fields(content: bytes) -> dict[str, Any]:
     """A JSON object of UTF-8, without NaN, infinity or keys given twice. Raises ValueError."""
     value = _strict_json(content.decode("utf-8"))
     if not isinstance(value, dict):

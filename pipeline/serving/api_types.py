@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.config.schema import MAX_LOGPROBS, MAX_SEED
-from pipeline.generation.requests import parse_object
+from pipeline.generation.requests import parse_fields
 from pipeline.serving.errors import refused
 
 __all__ = ["MAX_CHOICES", "ChatBody", "CompletionBody", "SharedBody", "read_body"]
@@ -152,7 +152,7 @@ Body = TypeVar("Body", bound=SharedBody)
 def read_body(content: bytes, kind: type[Body]) -> Body:
     """Of a request's bytes. Raises ApiError (400) that names the field at fault."""
     try:
-        fields = parse_object(content)
+        fields = parse_fields(content)
     except ValueError as e:
         raise refused(f"the body is no JSON object that can be taken: {e}") from e
     try:
