@@ -192,15 +192,14 @@ class Service:
                 return [self._chat_request(body, own)]
             assert isinstance(body, CompletionBody)
             length = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-            own |= {"max_new_tokens": length, "logprobs": body.logprobs}
-            own |= {"echo": True} if body.echo else {}
+            own |= {"max_new_tokens": length, "logprobs": body.logprobs, "echo": bool(body.echo)}
             return [self._maker.make({"prompt": prompt, **own}) for prompt in body.prompts()]
         except ValueError as e:
             raise refused(str(e).replace("max_new_tokens", "max_tokens")) from e
 
     def _chat_request(self, body: ChatBody, own: dict[str, Any]) -> Request:
         """Without a length of its own it may fill its slot."""
-        own["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
+        own |= {"logprobs": (body.top_logprobs or 0) if body.logprobs else None, "echo": False}
         length = body.max_completion_tokens or body.max_tokens
         messages = [message.as_plain() for message in body.messages]
         request = self._maker.make({"messages": messages, **own, "max_new_tokens": length or 1})
