@@ -267,10 +267,11 @@ class Sampler:
     def _top(self, logits: torch.Tensor, log_total: float) -> tuple[tuple[int, float], ...]:
         if self.options.num_top == 0:
             return ()
-        likeliest = torch.topk(logits, min(self.options.num_top, len(logits)))
-        by_value = sorted(zip((-likeliest.values).tolist(), likeliest.indices.tolist(), strict=True))
-        possible = [(token_id, -negative) for negative, token_id in by_value if negative < math.inf]
-        return tuple((token_id, value - log_total) for token_id, value in possible)
+        num_top = min(self.options.num_top, len(logits))
+        last = torch.topk(logits, num_top).values[-1]  # of equals, topk names any
+        likely = torch.nonzero((logits >= last) & (logits > -math.inf)).flatten()
+        by_value = sorted(zip((-logits[likely]).tolist(), likely.tolist(), strict=True))[:num_top]
+        return tuple((token_id, -negative - log_total) for negative, token_id in by_value)
 
     def distribution(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What a draw draws from: ids, int64 [k], ascending, and their probabilities, float64 [k]; others have none."""

@@ -407,7 +407,7 @@ def some_options(rng):
     )
 
 
-def simulate(plan, seed, *, failing=0.0, cancels=0.0, breaks=0.0, drafts=False, num_requests=30):
+def simulate(plan, seed, *, failing=0.0, cancels=0.0, breaks=0.0, drafts=False, scores=False, num_requests=30):
     rng = random.Random(seed)
     num_slots, slot_length = rng.choice([1, 2, 3, 5]), rng.choice([24, 48])
     scheduler = Scheduler(SchedulerConfig(
@@ -445,8 +445,19 @@ def simulate(plan, seed, *, failing=0.0, cancels=0.0, breaks=0.0, drafts=False, 
             if everyone and rng.random() < 0.4:  # the next turn of a conversation
                 before = rng.choice(everyone)
                 prompt = [*before.prompt_ids, *before.ids, rng.randrange(VOCABULARY)][:slot_length]
-            everyone.append(Asked(prompt, some_options(rng), rng.randint(1, slot_length)))
+            num_tokens, scored_from = rng.randint(1, slot_length), None
+            if scores and len(prompt) > 1 and rng.random() < 0.7:
+                num_tokens = rng.choice([0, 0, rng.randint(0, 4)])
+                scored_from = rng.choice([1, len(prompt) - 1, rng.randrange(1, len(prompt))])
+            everyone.append(Asked(prompt, some_options(rng), num_tokens, scored_from))
             scheduler.submit(everyone[-1])
+            if scores and rng.random() < 0.5:  # others of its length, which go with it, and share nothing or much
+                kept = rng.choice([0, max(0, len(prompt) - 2)])
+                for _ in range(min(left, rng.randint(1, 3))):
+                    left -= 1
+                    other = prompt[:kept] + [rng.randrange(VOCABULARY) for _ in prompt[kept:]]
+                    everyone.append(Asked(other, some_options(rng), num_tokens, scored_from))
+                    scheduler.submit(everyone[-1])
             if not left:
                 scheduler.close()
             ring.start()
@@ -454,7 +465,9 @@ def simulate(plan, seed, *, failing=0.0, cancels=0.0, breaks=0.0, drafts=False, 
             waiting = [asked for asked in everyone if not asked.is_finished]
             if waiting:
                 chosen = rng.choice(waiting)
-                if rng.random() < 0.5:
+                if scores and rng.random() < 0.5:
+                    chosen.is_cancelled = True
+                elif rng.random() < 0.5:
                     chosen.finish("cancelled")
                 else:
                     chosen.expires_s = 0

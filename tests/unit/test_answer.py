@@ -124,3 +124,18 @@ def test_a_refusal_has_the_keys_of_an_answer():
     answer = asked()
     answer.finish("error", "x")
     assert refusal_line(RefusedRequest(3, "line 3: no")).keys() == answer.as_line().keys()
+
+
+def test_of_a_prompt_the_log_probabilities_are_told_and_no_token():
+    answer = asked(max_new_tokens=0, logprobs=1, scored_from=1)
+    assert (answer.scored_from, answer.num_wanted) == (1, 0)
+    for token_id in (3, 4):
+        answer.take_prompt([Sampled(token_id, -0.5, ((7, -0.25),))])
+    answer.finish("length")
+    line = answer.as_line()
+    assert json.loads(json.dumps(line["prompt_logprobs"])) == {
+        "token_logprobs": [-0.5, -0.5],
+        "top_logprobs": [[[7, -0.25]]] * 2,
+    }
+    assert (line["text"], line["token_ids"], line["ttft_s"], line["tpot_s"]) == ("", [], None, None)
+    assert asked().as_line()["prompt_logprobs"] is None

@@ -117,7 +117,7 @@ def test_what_no_record_could_hold_is_refused_before_the_run(key):
         ("generation.min_p=2", "generation.min_p must be at most 1, got 2"),
         ("generation.repetition_penalty=0", "generation.repetition_penalty must be above 0, got 0"),
         ("generation.seed=-1", "generation.seed must be at least 0"),
-        ("generation.max_new_tokens=0", "generation.max_new_tokens must be at least 1"),
+        ("generation.max_new_tokens=0", "generation.max_new_tokens is 0, which leaves nothing to tell"),
         ("generation.max_slots=256", "generation.max_slots must be at most 255"),
         ("generation.deadline_s=0", "generation.deadline_s must be above 0"),
         ("generation.stop=5", "generation.stop must be a list, got 5"),
