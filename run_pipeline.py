@@ -14,10 +14,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from compressors.console import run_command
+from pipeline.comm.watchdog import EXIT_INTERRUPTED
 from pipeline.comm.world import World
 from pipeline.config.options import OptionParser, add_config_options, path_option, read_config
 from pipeline.config.schema import ConfigError, RunConfig
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from pipeline.partition.plan import Plan
     from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
     from pipeline.runtime.deployment import Deployment
+    from pipeline.serving.job import ServeJob
 
 EXIT_POINTS_FAILED = 3
 
@@ -49,10 +52,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--chat", action="store_true", help="talk with the model in the terminal")
     parser.add_argument(
+        "--serve",
+        metavar="HOST:PORT",
+        help="answer requests of OpenAI's API, e.g. at 127.0.0.1:8000, until Ctrl-C",
+    )
+    parser.add_argument("--api_key_file", metavar="FILE", help="with --serve: the key that requests must bring")
+    parser.add_argument(
         "--draft",
         action="append",
         metavar="DRAFTER",
-        help="with --generate or --chat: guesses tokens that one pass verifies, e.g. ngram; may be given several times",
+        help="guesses tokens of answers that one pass verifies, e.g. ngram; may be given several times",
     )
     parser.add_argument(
         "--lm_eval", metavar="TASKS", help="score tasks of lm-evaluation-harness, names with commas between them"
@@ -97,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
     if arguments.chat:
         return run_chat(config)
+    if arguments.serve is not None:
+        return run_serve(config)
     if arguments.generate is not None:
         return run_generate(config, arguments.generate, resume=arguments.resume)
     if arguments.lm_eval is not None:
@@ -109,12 +120,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _own_keys(arguments: argparse.Namespace, sweep: Sweep | None) -> list[tuple[str, Any]]:
     """Config keys that a sweep or an option of this program sets over the file."""
     keys = [("measure_error", True), *sweep.base] if sweep else []
-    return keys if arguments.draft is None else [*keys, ("generation.draft", arguments.draft)]
+    options = {
+        "generation.draft": arguments.draft,
+        "serving.address": arguments.serve,
+        "serving.api_key_file": arguments.api_key_file,
+    }
+    return [*keys, *((key, value) for key, value in options.items() if value is not None)]
 
 
 def _contradiction(arguments: argparse.Namespace) -> str | None:
     """Why these options do not go together."""
-    chosen = [name for name in ("sweep", "generate", "chat", "plan") if getattr(arguments, name) not in (None, False)]
+    names = ("sweep", "generate", "chat", "serve", "plan")
+    chosen = [name for name in names if getattr(arguments, name) not in (None, False)]
     if arguments.lm_eval is not None:
         chosen = [name for name in chosen if name != "sweep"] and ["lm_eval", *chosen]
     if len(chosen) > 1:
@@ -129,10 +146,14 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
         return "--max_ppl_increase needs --records, a folder with the records of a sweep"
     if (message := _tasks_contradiction(arguments)) is not None:
         return message
-    if arguments.draft is not None and not arguments.chat and arguments.generate is None:
-        return "--draft belongs to --generate and --chat; with --plan it is --set generation.draft=..."
-    if arguments.chat and arguments.resume:
-        return "--chat keeps nothing that --resume could go on from"
+    is_answering = arguments.chat or arguments.generate is not None or arguments.serve is not None
+    if arguments.draft is not None and not is_answering:
+        return "--draft belongs to --generate, --chat and --serve; with --plan it is --set generation.draft=..."
+    if arguments.resume and (arguments.chat or arguments.serve is not None):
+        name = "chat" if arguments.chat else "serve"
+        return f"--{name} keeps nothing that --resume could go on from"
+    if arguments.api_key_file is not None and arguments.serve is None:
+        return "--api_key_file belongs to --serve"
     if arguments.generate == "-" and arguments.resume:
         return "--resume needs prompts that are known beforehand; write those of standard input to a .jsonl file"
     return None
@@ -330,6 +351,35 @@ def run_tasks(config: RunConfig, sweep: Sweep | None, arguments: argparse.Namesp
 
         print_summary(records)
     return _status(has_failures)
+
+
+def run_serve(config: RunConfig) -> int:
+    """Returns when a signal has ended it, with the status of that."""
+    missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        print(f"error: --serve needs {', '.join(missing)}: pip install 'thinwire[serve]'", file=sys.stderr)
+        return 2
+    job: ServeJob | None = None
+
+    def open_job(plan: Plan, model_config: Any) -> None:
+        from pipeline.serving.job import ServeJob
+
+        nonlocal job
+        _check_drafts(config)(plan, model_config)
+        job = job or ServeJob(config, is_first=_is_rank_0())
+
+    def serve(deployment: Deployment) -> None:
+        assert job is not None
+        if (record := job.run(deployment)) is not None:
+            from pipeline.report.summary import print_summary
+
+            print_summary([record])
+
+    def progress() -> int | None:
+        return 0 if job is None else job.progress
+
+    on_deployment(config, Path(config.exp_dir), serve, open_job, with_text=False, progress=progress)
+    return EXIT_INTERRUPTED
 
 
 def run_sweep(sweep: Sweep, config: RunConfig) -> int:

@@ -73,6 +73,7 @@ class Control:
     Attributes:
         num_interruptions: how often this process has formed the ring again.
         pause_s: for how long no passes could go around meanwhile.
+        own_ports: where this process listens for others than ranks, whose connections outlive a ring.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Control:
         self.timeout_s = timeout_s
         self.watchdog = watchdog or Watchdog(world, timeout_s)
         self.num_interruptions, self.pause_s = 0, 0.0
+        self.own_ports: set[int] = set()
         self._load_timeout = datetime.timedelta(seconds=load_timeout_s)
         self._rejoin_time = datetime.timedelta(seconds=rejoin_s)
         self._interface = interface
@@ -391,7 +393,7 @@ class Control:
             if not self._rejoin_time:  # a second descriptor would keep open what Gloo closes
                 self._init_group()
             else:
-                with self._connections.taking(but_port=int(os.environ["MASTER_PORT"])):
+                with self._connections.taking(but_ports={int(os.environ["MASTER_PORT"]), *self.own_ports}):
                     self._init_group()
         except RuntimeError as e:
             if self._is_formed_again:

@@ -11,7 +11,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -149,14 +149,14 @@ class Connections:
         self._held: list[socket.socket] = []
 
     @contextlib.contextmanager
-    def taking(self, *, but_port: int) -> Iterator[None]:
-        """Take down what is connected meanwhile in this process, but for connections to and from this port."""
+    def taking(self, *, but_ports: Container[int]) -> Iterator[None]:
+        """Take down what is connected meanwhile in this process, but for connections to and from these ports."""
         before = _open_sockets()
         try:
             yield
         finally:
             for descriptor, _ in _open_sockets() - before:
-                self._hold(descriptor, but_port)
+                self._hold(descriptor, but_ports)
 
     def break_all(self) -> None:
         """From any thread, and more than once."""
@@ -169,17 +169,17 @@ class Connections:
         for one in held:
             one.close()
 
-    def _hold(self, descriptor: int, but_port: int) -> None:
+    def _hold(self, descriptor: int, but_ports: Container[int]) -> None:
         try:
             own = socket.socket(fileno=os.dup(descriptor))
         except OSError:
             return  # closed meanwhile
         try:
-            ports = {own.getsockname()[1], own.getpeername()[1]}
+            ports = (own.getsockname()[1], own.getpeername()[1])
         except (OSError, IndexError):  # it listens: to shut it down would end the process
             own.close()
             return
-        if but_port in ports:
+        if any(port in but_ports for port in ports):
             own.close()
         else:
             self._held.append(own)

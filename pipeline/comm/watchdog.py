@@ -40,9 +40,10 @@ from typing import Any, NoReturn
 
 from pipeline.comm.epochs import Epoch
 from pipeline.comm.heartbeats import Clock, Heartbeats, heartbeat
+from pipeline.comm.stop_wish import StopWish
 from pipeline.comm.world import World
 
-__all__ = ["PipelineError", "RunFinished", "Watchdog", "bounded", "tell"]
+__all__ = ["EXIT_INTERRUPTED", "PipelineError", "RunFinished", "Watchdog", "bounded", "tell"]
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -102,6 +103,8 @@ class Watchdog:
     `epoch_is_over` once another forming of the ring is due. `on_over` is called then, on another thread; without it a
     ring is formed once, and the end of its epoch is that of the run. What the main thread is at then, such as loading,
     may take `over_limit_s` to its end.
+
+    After `let_stop`, a first signal asks the run to come to its end, and only a second one ends it.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
@@ -127,6 +130,7 @@ class Watchdog:
         self._is_due = False
         self._num_moves = self._num_moves_seen = 0
         self._still_s = 0.0  # how long no move has been seen while one was due
+        self._wish = StopWish(world)
         self._all_told = threading.Event()
         self._stopping = threading.Event()
         self._wake_heart = threading.Event()
@@ -166,6 +170,14 @@ class Watchdog:
             self._wake_heart.set()
             self._has_turned.wait(self._timeout_s)
 
+    def let_stop(self, on_stop: Callable[[], None]) -> None:
+        """From here on, a first SIGINT or SIGTERM ends nothing: `on_stop` is called, on any thread, and on rank 0 for a
+        signal of another rank, too. Not for SIGTERM where a rank that it ends may come back (`on_over`).
+
+        On the main thread.
+        """
+        self._wish.hear(on_stop)
+
     def stop(self) -> None:
         """End the watch; signals get the meaning back that they had before."""
         self._stopping.set()
@@ -173,6 +185,7 @@ class Watchdog:
         self._writer.send(b"\0")
         signal.set_wakeup_fd(self._old_wakeup_fd)
         signal.signal(signal.SIGTERM, self._old_sigterm)
+        self._wish.forget()
         self._thread.join()
         self._reader.close()
         self._writer.close()
@@ -236,6 +249,12 @@ class Watchdog:
 
     def _look(self, received: Container[int]) -> str | None:
         """A reason to end, if there is one; `received` are the signals since the last look."""
+        if self._wish.is_heard and self._asks_to_stop(received):
+            if self._wish.count_signal():
+                self._exit_code = EXIT_INTERRUPTED
+                return self._publish(f"{self.place}: interrupted")
+            self._wake_heart.set()
+            return None
         if signal.SIGINT in received:
             time.sleep(0.5)  # the main thread raises KeyboardInterrupt, unless it is blocked
             self._exit_code = EXIT_INTERRUPTED
@@ -266,6 +285,9 @@ class Watchdog:
                 return None
             return self._publish(self._why_still())
         return None
+
+    def _asks_to_stop(self, received: Container[int]) -> bool:
+        return signal.SIGINT in received or (signal.SIGTERM in received and self.on_over is None)
 
     def _end_epoch(self) -> None:
         self._ends_epoch = True
@@ -317,6 +339,7 @@ class Watchdog:
                 elif self._world.hosts_store and self._store.check(self._keys_of_told()):
                     self._all_told.set()
                 self._look_at_epoch()
+                self._wish.pass_on(self._store)
                 self._unanswered_s = 0.0
                 self._wake_heart.wait(0.05 if self._cause else self._interval_s)
                 self._wake_heart.clear()
@@ -330,6 +353,7 @@ class Watchdog:
         (self._store, self._epoch), self._next = self._next, None
         self._beats = Heartbeats(self._world)
         self.epoch_is_over = self._ends_epoch = False
+        self._wish.begin_epoch()
         self._has_turned.set()
 
     def _look_at_epoch(self) -> None:

@@ -29,7 +29,7 @@ from pipeline.config.schema import (
     PartitionConfig,
     RunConfig,
 )
-from pipeline.config.units import parse_duration, parse_rate, parse_size
+from pipeline.config.units import parse_address, parse_duration, parse_rate, parse_size
 
 __all__ = [
     "NO_EMULATION",
@@ -358,6 +358,10 @@ def _check_together(config: RunConfig) -> None:
             f"{config.evaluation.mode}: chunks belong to mode decode"
         )
     _check_generation(config.generation, "generation.")
+    try:
+        parse_address(config.serving.address)
+    except ConfigError as e:
+        raise ConfigError(f"serving.address: {e}") from e
     _check_link(config.links, "links")
     for name, own in config.links_per_link.items():
         key = f"links_per_link.{name}"

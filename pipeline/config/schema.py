@@ -31,6 +31,7 @@ __all__ = [
     "PartitionConfig",
     "RunConfig",
     "RuntimeConfig",
+    "ServingConfig",
     "WandbConfig",
 ]
 
@@ -368,6 +369,31 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServingConfig:
+    """The endpoint that `--serve` opens on rank 0; see docs/serving.md."""
+
+    address: str = _key("where it listens, `HOST:PORT`; port 0: a free one", "127.0.0.1:8000")
+    api_key_file: str | None = _key(
+        "file with the key that requests must bring (`Authorization: Bearer KEY`); `null`: none is asked for",
+        None,
+        path=True,
+    )
+    max_waiting: int = _key(
+        "answers that may wait for a slot; a request that would make it more is refused with status 429",
+        256,
+        minimum=0,
+        maximum=2**16,
+    )
+    max_body_nbytes: int = _key("the longest body of a request", 2**20, minimum=2**10, maximum=2**28)
+    shutdown_s: float = _key(
+        "after Ctrl-C: how long answers under way may take to their end; torchrun itself waits 30 s",
+        20.0,
+        minimum=0,
+        maximum=MAX_TIMEOUT_S,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class WandbConfig:
     """Weights & Biases; off unless asked for."""
 
@@ -407,6 +433,7 @@ class RunConfig:
     exp_dir: str = _key("where records, per-token files and journals go", "results", path=True)
     evaluation: EvaluationConfig = EvaluationConfig()
     generation: GenerationConfig = GenerationConfig()
+    serving: ServingConfig = ServingConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     wandb: WandbConfig = WandbConfig()
 

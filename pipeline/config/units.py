@@ -1,4 +1,5 @@
 """Rates, times and sizes as people write them: `10mbit`, `20ms`, `8GiB`. Case does not count, nor do spaces around.
+Addresses: `127.0.0.1:8000`.
 
 Rates are in tc's notation, whose prefixes are powers of ten. Where a number without a unit could mean several things
 (a time, a size), it is refused.
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 
 from pipeline.config.schema import MAX_NUMBER, ConfigError
 
-__all__ = ["parse_duration", "parse_rate", "parse_size"]
+__all__ = ["parse_address", "parse_duration", "parse_rate", "parse_size"]
 
 _RATES = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -37,6 +38,19 @@ def parse_duration(text: str) -> float:
 def parse_size(text: str) -> int:
     """Bytes of `8GiB`, fractions of a byte left out; 0 needs no unit. Raises ConfigError for other text."""
     return int(_parse(text, _SIZES, "a size", "8GiB"))
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of `127.0.0.1:8000`, `localhost:8000` or `[::1]:8000`. Raises ConfigError for other text."""
+    host, separator, port = text.strip().rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    is_port = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 2**16
+    if not separator or not host or not is_port or not host.isascii() or not host.isprintable() or " " in host:
+        raise ConfigError(f"{text!r} is no address: write HOST:PORT, such as 127.0.0.1:8000 or [::1]:8000")
+    return host, int(port)
 
 
 def _parse(text: str, units: Mapping[str, float], what: str, example: str, *, alone: float | None = None) -> float:

@@ -37,3 +37,8 @@ class DraftFigures:
         counts = self.counts.setdefault(drafter, {}).setdefault(depth, DepthCounts())
         counts.judged += 1
         counts.right += is_right
+
+    def num_judged_and_right(self) -> tuple[int, int]:
+        """Over all drafters and depths; from any thread, while passes are counted."""
+        judged = [counts for by_depth in list(self.counts.values()) for counts in list(by_depth.values())]
+        return sum(counts.judged for counts in judged), sum(counts.right for counts in judged)

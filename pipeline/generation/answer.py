@@ -90,6 +90,16 @@ class Answer:
         return "".join(self._pieces)
 
     @property
+    def has_begun(self) -> bool:
+        """Whether it has got a slot."""
+        return self._began_s is not None
+
+    @property
+    def first_token_s(self) -> float | None:
+        """When its first token came, by `time.monotonic`."""
+        return self._token_times_s[0] if self._token_times_s else None
+
+    @property
     def ttft_s(self) -> float | None:
         """Seconds from having a slot to the first token."""
         if self._began_s is None or not self._token_times_s:

@@ -20,7 +20,7 @@ from pipeline.data.text import load_tokenizer
 from pipeline.drafting.policy import Drafting
 from pipeline.generation.answer import Answer, refusal_line
 from pipeline.generation.answers_file import AnswersFile
-from pipeline.generation.record import Session, generation_record
+from pipeline.generation.record import Session, Tally, generation_record
 from pipeline.generation.requests import RefusedRequest, Request, RequestMaker
 from pipeline.generation.ring import GenerationRing
 from pipeline.generation.scheduler import Scheduler, SchedulerConfig
@@ -31,7 +31,7 @@ from pipeline.records.store import write_generation
 from pipeline.runtime.deployment import Deployment
 from pipeline.runtime.placement import balanced_layers
 
-__all__ = ["Generated", "GenerationJob", "make_request_maker", "make_scheduler"]
+__all__ = ["Generated", "GenerationJob", "make_request_maker", "make_scheduler", "session_digest"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,18 @@ def make_request_maker(ring: GenerationRing) -> RequestMaker:
     )
 
 
+def session_digest(ring: GenerationRing, requests: Sequence[Request | RefusedRequest] | None) -> str:
+    """Of all that decides over answers; None for requests that come as they come."""
+    config, deployment = ring.config, ring.deployment
+    return digest_of(
+        {
+            **config.numerics(balanced_layers(config, deployment.plan)),
+            "checkpoint": deployment.model.checkpoint_digest,
+            "requests": None if requests is None else [dataclasses.asdict(request) for request in requests],
+        }
+    )
+
+
 class _Batch:
     """Rank 0's part: which requests are left, the file of answers, what is seen.
 
@@ -86,13 +98,7 @@ class _Batch:
     ) -> None:
         config, deployment = ring.config, ring.deployment
         known = requests if isinstance(requests, list) else None
-        self.digest = digest_of(
-            {
-                **config.numerics(balanced_layers(config, deployment.plan)),
-                "checkpoint": deployment.model.checkpoint_digest,
-                "requests": None if known is None else [dataclasses.asdict(request) for request in known],
-            }
-        )
+        self.digest = session_digest(ring, known)
         self.file = AnswersFile(Path(config.exp_dir), self.digest, resume=resume)
         if strange := self.file.done.keys() - {request.line for request in known or ()}:
             raise RecordError(
@@ -100,8 +106,8 @@ class _Batch:
                 "over"
             )
         self.scheduler = make_scheduler(ring)
-        self.lines: list[dict[str, Any]] = []
-        self.answers: list[Answer] = []
+        self.tally = Tally()
+        self.failed: list[dict[str, Any]] = []
         self._tokenizer, self._shows = tokenizer, is_shown
         self._links = [link.name for link in deployment.plan.links]
         self._bar = tqdm(
@@ -113,7 +119,7 @@ class _Batch:
             disable=self._shows,
         )
         self._writing = threading.Lock()
-        self._num_tokens, self._start_s = 0, time.monotonic()
+        self._start_s = time.monotonic()
         self._problem: Exception | None = None
         if known is None:
             threading.Thread(target=self._take_as_they_come, args=[requests], name="requests", daemon=True).start()
@@ -148,18 +154,19 @@ class _Batch:
                 self._tokenizer,
                 link_names=self._links,
                 on_text=show if self._shows else _ignore,
-                on_finish=lambda answer: self._write(answer.as_line()),
+                on_finish=lambda answer: self._write(answer.as_line(), answer.token_gaps_s),
             )
-            self.answers.append(answer)
             self.scheduler.submit(answer)
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, line: dict[str, Any], gaps_s: Sequence[float] = ()) -> None:
         with self._writing:
-            self._num_tokens += len(line["token_ids"])
-            self.lines.append(line)
+            self.tally.add(line, gaps_s)
+            if line["error"] is not None:
+                self.failed.append(line)
             self.file.add(line)
-            rate = self._num_tokens / max(time.monotonic() - self._start_s, 1e-9)
-            words = [f"{self._num_tokens} tokens", f"{rate:.1f} tokens/s", *_worth(self.scheduler.drafting)]
+            num_tokens = self.tally.generated_tokens
+            rate = num_tokens / max(time.monotonic() - self._start_s, 1e-9)
+            words = [f"{num_tokens} tokens", f"{rate:.1f} tokens/s", *_worth(self.scheduler.drafting)]
             self._bar.set_postfix_str(", ".join(words), refresh=False)
             self._bar.update()
 
@@ -211,8 +218,7 @@ class GenerationJob:
         control = ring.deployment.control
         session = Session(
             digest=batch.digest,
-            lines=batch.lines,
-            answers=batch.answers,
+            tally=batch.tally,
             num_taken_over=len(batch.file.done),
             earlier_s=earlier_s,
             interruptions=Interruptions(
@@ -224,7 +230,7 @@ class GenerationJob:
             drafting=batch.scheduler.drafting,
         )
         path = write_generation(Path(self._config.exp_dir), generation_record(ring, session, reports))
-        return Generated(path, batch.file.path, [line for line in batch.lines if line["error"] is not None])
+        return Generated(path, batch.file.path, batch.failed)
 
     def _prepare(self, ring: GenerationRing) -> _Batch | None:
         control = ring.deployment.control
@@ -255,9 +261,7 @@ def _worth(drafting: Drafting | None) -> list[str]:
     if drafting is None or not drafting.figures.passes:
         return []
     figures = drafting.figures
-    # Copies: requests that are refused are written on a thread of their own, while passes are counted.
-    judged = [counts for by_depth in list(figures.counts.values()) for counts in list(by_depth.values())]
-    num_judged, num_right = sum(counts.judged for counts in judged), sum(counts.right for counts in judged)
+    num_judged, num_right = figures.num_judged_and_right()
     accepted = [f"{num_right / num_judged:.0%} of drafts right"] if num_judged else []
     return [f"{figures.tokens / figures.passes:.2f} tokens/pass", *accepted]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.drafting.figures import DepthCounts
 from pipeline.drafting.policy import Drafting
-from pipeline.generation.answer import Answer, quantile
+from pipeline.generation.answer import quantile
 from pipeline.generation.ring import GenerationRing
 from pipeline.records.drafts import (
     DrafterFigures,
@@ -37,6 +38,7 @@ from pipeline.runtime.record_parts import codec_configs, emulation, planned_stag
 
 __all__ = [
     "Session",
+    "Tally",
     "generation_record",
     "interruption_notes",
     "recorded_drafts",
@@ -45,17 +47,64 @@ __all__ = [
     "recorded_schedule",
 ]
 
+_GAPS_LISTED = 100  # tokens
+
+
+class Tally:
+    """What came of requests, added up: totals of all, and of each its figures.
+
+    With `max_listed`, which bounds what it takes, these are those of the last requests, and times those of the last
+    `_GAPS_LISTED` tokens of as many requests.
+    """
+
+    def __init__(self, max_listed: int | None = None) -> None:
+        self.num_requests = self.num_failed = self.prompt_tokens = self.generated_tokens = 0
+        self.listed: deque[RequestFigures] = deque(maxlen=max_listed)
+        self._ttft_s: deque[float] = deque(maxlen=max_listed)
+        self._gaps_s: deque[float] = deque(maxlen=None if max_listed is None else _GAPS_LISTED * max_listed)
+
+    def add(self, line: Mapping[str, Any], gaps_s: Iterable[float] = ()) -> None:
+        """A line of the file of answers, and the seconds between its tokens."""
+        self.num_requests += 1
+        self.num_failed += line["error"] is not None
+        self.prompt_tokens += line["num_prompt_tokens"]
+        self.generated_tokens += len(line["token_ids"])
+        self.listed.append(_request(line))
+        self._gaps_s.extend(gaps_s)
+        if line["ttft_s"] is not None:
+            self._ttft_s.append(line["ttft_s"])
+
+    def results(self, *, num_taken_over: int, run_s: float) -> GenerationResults:
+        return GenerationResults(
+            num_requests=self.num_requests,
+            num_failed=self.num_failed,
+            num_taken_over=num_taken_over,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated_tokens,
+            tokens_per_s=self.generated_tokens / run_s,
+            ttft_s=_spread(self._ttft_s),
+            tpot_s=_spread(self._gaps_s),
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        if len(self.listed) == self.num_requests:
+            return []
+        return [
+            f"of {self.num_requests} requests the last {len(self.listed)} are listed; ttft_s and tpot_s are of the "
+            "last ones, too"
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What came of requests: `lines` of the file of answers, and the `answers` of those that could be tried.
+    """What came of requests.
 
     `digest` is of all that decides over the answers. `earlier_s` passed from the first forming of the ring to the last.
     """
 
     digest: str
-    lines: Sequence[Mapping[str, Any]]
-    answers: Sequence[Answer]
+    tally: Tally
     num_taken_over: int
     earlier_s: float
     interruptions: Interruptions
@@ -67,10 +116,7 @@ def generation_record(
 ) -> GenerationRecord:
     """Of this session; `reports` are what the ranks tell at its end. Bytes are what the senders counted."""
     config, deployment, plan = ring.config, ring.deployment, ring.deployment.plan
-    lines, answers, digest = session.lines, session.answers, session.digest
-    gaps = [gap for answer in answers for gap in answer.token_gaps_s]
-    ttft = [line["ttft_s"] for line in lines if line["ttft_s"] is not None]
-    num_generated = sum(len(line["token_ids"]) for line in lines)
+    tally, digest = session.tally, session.digest
     run_s = max(report["run_s"] for report in reports) + session.earlier_s
     sent = {name: traffic for report in reports for name, traffic in report["sent"].items()}
     codec_names = sorted({codec.name for codec in ring.codecs.facts}) or ["unsplit"]
@@ -78,18 +124,9 @@ def generation_record(
         run_id=make_run_id("generation", model_label(config.model.name), "+".join(codec_names), digest[:8]),
         digest=digest,
         args=Args.from_plain(config.original_args() | {"config": config.as_dict()}),
-        results=GenerationResults(
-            num_requests=len(lines),
-            num_failed=sum(line["error"] is not None for line in lines),
-            num_taken_over=session.num_taken_over,
-            prompt_tokens=sum(line["num_prompt_tokens"] for line in lines),
-            generated_tokens=num_generated,
-            tokens_per_s=num_generated / run_s,
-            ttft_s=_spread(ttft),
-            tpot_s=_spread(gaps),
-        ),
+        results=tally.results(num_taken_over=session.num_taken_over, run_s=run_s),
         traffic_per_link={link.name: recorded_link(sent[link.name]) for link in plan.links},
-        requests=tuple(map(_request, lines)),
+        requests=tuple(tally.listed),
         time_run_s=run_s,
         codecs=codec_configs(plan, ring.codecs),
         codecs_decode=codec_configs(plan, ring.decode_codecs),
@@ -102,7 +139,7 @@ def generation_record(
         model=recorded_model(deployment),
         interruptions=session.interruptions,
         drafts=recorded_drafts(session.drafting, config.generation.draft) if session.drafting else None,
-        notes=(*deployment.model.notes, *ring.notes, *interruption_notes(session.interruptions)),
+        notes=(*deployment.model.notes, *ring.notes, *interruption_notes(session.interruptions), *tally.notes),
         versions=software_versions(),
         environment=dict(deployment.environment),
     )
@@ -198,8 +235,8 @@ def _request(line: Mapping[str, Any]) -> RequestFigures:
     )
 
 
-def _spread(values: Sequence[float]) -> Spread | None:
-    return Spread(median=statistics.median(values), p95=quantile(values, 0.95)) if values else None
+def _spread(values: Collection[float]) -> Spread | None:
+    return Spread(median=statistics.median(values), p95=quantile(list(values), 0.95)) if values else None
 
 
 def _ratio(a: float, b: float) -> float | None:

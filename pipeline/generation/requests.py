@@ -18,16 +18,15 @@ from compressors.user_files import InputError, user_path
 from pipeline.config.reading import generation_with
 from pipeline.config.schema import MAX_LOGPROBS, ConfigError, GenerationConfig
 from pipeline.data.text import check_vocabulary, encode
-from pipeline.models.sampling import GenerationDefaults, SamplingOptions, sampling_options
+from pipeline.models.sampling import UNCUT, GenerationDefaults, SamplingOptions, sampling_options
 
-__all__ = ["OWN_KEYS", "RefusedRequest", "Request", "RequestMaker", "read_requests"]
+__all__ = ["OWN_KEYS", "RefusedRequest", "Request", "RequestMaker", "parse_fields", "read_requests"]
 
 MAX_LINE_NBYTES = 16 * 2**20
 _MAX_ERROR_LENGTH = 1000
-_CUTS = ("top_k", "top_p", "min_p")
 # Keys of `generation` that a request may have for itself.
 OWN_KEYS = (
-    *("max_new_tokens", "temperature", *_CUTS, "repetition_penalty"),
+    *("max_new_tokens", "temperature", *UNCUT, "repetition_penalty"),
     *("stop", "seed", "ignore_eos", "logprobs", "echo", "deadline_s"),
 )
 _NO_TOKENS = "the prompt has no tokens, so there is nothing to go on from; write a longer one"
@@ -85,7 +84,7 @@ class RequestMaker:
         own = {key: value for key, value in fields.items() if key in OWN_KEYS}
         generation = generation_with(self.generation, own)
         sampling = sampling_options(generation, self.defaults)
-        lost = [key for key in _CUTS if own.get(key) is not None]
+        lost = [key for key, uncut in UNCUT.items() if own.get(key) not in (None, uncut)]
         if lost and sampling.greedy and "temperature" not in own:
             name = lost[0]
             raise ConfigError(f"{name} is {own[name]}, but answers are greedy; give a temperature above 0 with it")
@@ -256,14 +255,29 @@ def _parse(line: bytes) -> Mapping[str, Any]:
     except UnicodeDecodeError as e:
         raise ValueError(f"it is not UTF-8, from byte {e.start} on; convert the file: iconv -f ... -t UTF-8") from e
     try:
-        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once_each)
-    except (ValueError, RecursionError) as e:
+        content = _strict_json(text)
+    except ValueError as e:
         raise ValueError(f'it is no JSON ({e}); write {{"prompt": "..."}}, or the prompt in double quotes') from e
     if isinstance(content, str):
         return {"prompt": content}
     if not isinstance(content, dict):
         raise ValueError(f"it must be an object with prompt or messages, or a string, got {text.strip()[:40]}")
     return content
+
+
+def parse_fields(content: bytes) -> dict[str, Any]:
+    """A JSON object of UTF-8, without NaN, infinity or keys given twice. Raises ValueError."""
+    value = _strict_json(content.decode("utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"it must be an object, not {type(value).__name__}")
+    return value
+
+
+def _strict_json(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once_each)
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
 
 
 def _once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -165,6 +165,16 @@ class Scheduler:
         return self._num_tokens if self._is_closed or self._queue or self._active else None
 
     @property
+    def num_active(self) -> int:
+        """Requests that have a slot; from any thread."""
+        return len(self._active)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without one; from any thread."""
+        return len(self._queue)
+
+    @property
     def is_done(self) -> bool:
         return self._is_closed and not self._queue and not self._active
 

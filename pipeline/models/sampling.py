@@ -32,6 +32,7 @@ from pipeline.config.schema import ConfigError, GenerationConfig
 from pipeline.models.checkpoint import ModelError
 
 __all__ = [
+    "UNCUT",
     "GenerationDefaults",
     "Sampled",
     "Sampler",
@@ -51,6 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "min_p": 0.0,
     "repetition_penalty": 1.0,
 }
+UNCUT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # values of these that leave every token
 # Fields of generation_config.json that change tokens in transformers and not here, and the values that change none.
 IGNORED: dict[str, Any] = {
     **dict.fromkeys(("bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers", "force_words_ids"), None),
@@ -176,7 +178,7 @@ def sampling_options(generation: GenerationConfig, defaults: GenerationDefaults)
     values = {name: getattr(defaults, name) if value is None else value for name, value in given.items()}
     if temperature > 0:
         return SamplingOptions(temperature=temperature, **values, **told)
-    lost = [name for name, value in given.items() if value is not None and name != "repetition_penalty"]
+    lost = [name for name, uncut in UNCUT.items() if given[name] not in (None, uncut)]
     if lost and generation.temperature is None:
         raise ConfigError(
             f"{lost[0]} is {given[lost[0]]}, but no temperature is given and the checkpoint's own answers are greedy; "

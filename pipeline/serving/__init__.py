@@ -1,1 +1,1 @@
-"""A deployed model for other programs: an evaluation harness, a server."""
+"""A deployed model for other programs: an endpoint with OpenAI's API, and an evaluation harness."""

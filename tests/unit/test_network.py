@@ -90,9 +90,9 @@ def connected():
 
 def test_connections_are_broken_below_whoever_opened_them():
     connections, (_, before, before_far) = Connections(), connected()
-    with connections.taking(but_port=1):
+    with connections.taking(but_ports={1}):
         listener, here, far = connected()
-    with connections.taking(but_port=listener.getsockname()[1]):  # as of the rendezvous store
+    with connections.taking(but_ports={listener.getsockname()[1]}):  # as of the rendezvous store
         spared = socket.create_connection(listener.getsockname())
         spared_far = listener.accept()[0]
     for one in (here, far, spared, spared_far):
@@ -110,7 +110,7 @@ def test_connections_are_broken_below_whoever_opened_them():
 
 def test_a_descriptor_that_has_become_another_sockets_is_taken():
     connections, (listener, old, _) = Connections(), connected()
-    with connections.taking(but_port=1):
+    with connections.taking(but_ports={1}):
         descriptor = old.fileno()
         old.close()
         here = socket.create_connection(listener.getsockname())

@@ -221,6 +221,7 @@ def test_cuts_of_a_line_under_a_greedy_config(tokenizer):
     assert maker.make({"prompt": "x", "top_k": 3, "temperature": 0}).sampling == SamplingOptions()
     with pytest.raises(ConfigError, match="top_k is 3, but answers are greedy; give a temperature above 0 with it"):
         maker.make({"prompt": "x", "top_k": 3})
+    assert maker.make({"prompt": "x", "top_k": 0, "top_p": 1, "min_p": 0}).sampling == SamplingOptions()
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])

@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.config.schema import ConfigError
-from pipeline.config.units import parse_duration, parse_rate, parse_size
+from pipeline.config.units import parse_address, parse_duration, parse_rate, parse_size
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,22 @@ def test_numbers_beyond_all_records_are_refused():
         parse_rate("9999999999gbit")
     with pytest.raises(ConfigError, match="is not a size"):
         parse_size("1" * 400 + "B")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("127.0.0.1:8000", ("127.0.0.1", 8000)),
+        (" localhost:0 ", ("localhost", 0)),
+        ("[::1]:65535", ("::1", 65535)),
+        ("0.0.0.0:80", ("0.0.0.0", 80)),
+    ],
+)
+def test_addresses(text, expected):
+    assert parse_address(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", ":", "8000", ":8000", "host:", "host:65536", "host:-1", "::1:80", "a b:1", "h:²"])
+def test_what_is_no_address(text):
+    with pytest.raises(ConfigError, match="is no address: write HOST:PORT"):
+        parse_address(text)
