@@ -143,7 +143,10 @@ def test_words_that_are_no_text_are_kept_readable(tmp_path):
         ('{"schema_version": 99}', "schema_version is '99', this program reads 1 to 4"),
         ('{"schema_version": true}', "schema_version is 'True'"),
         ('{"schema_version": 1}', "not a complete record: it lacks"),
-        ('{"schema_version": 2}', "kind is 'None', not 'thinwire run', 'thinwire generation', 'thinwire tasks', 'failed point'"),
+        (
+            '{"schema_version": 2}',
+            "kind is 'None', not 'thinwire run', 'thinwire generation', 'thinwire tasks', 'failed point'",
+        ),
         ('{"schema_version": 2, "kind": ["x"]}', r"kind is \"\['x'\]\""),
         ('{"schema_version": 1, "kind": "thinwire importance curves"}', "kind is 'thinwire importance curves'"),
     ],
