@@ -165,6 +165,10 @@ class Scheduler:
         return self._num_tokens if self._is_closed or self._queue or self._active else None
 
     @property
+    def num_slots(self) -> int:
+        return self._config.num_slots
+
+    @property
     def num_active(self) -> int:
         """Requests that have a slot; from any thread."""
         return len(self._active)

@@ -33,10 +33,11 @@ class Asking:
         num_requests, num_prompt_tokens, num_scored_tokens, num_generated_tokens: of all that were answered.
     """
 
-    def __init__(self, scheduler: Scheduler, tokenizer: Any, link_names: Sequence[str], *, num_slots: int) -> None:
+    def __init__(self, scheduler: Scheduler, tokenizer: Any, link_names: Sequence[str]) -> None:
         self.num_requests = self.num_prompt_tokens = self.num_scored_tokens = self.num_generated_tokens = 0
         self._scheduler, self._tokenizer, self._link_names = scheduler, tokenizer, link_names
-        self._most = max(2 * num_slots, MAX_LOOK)  # as many as the scheduler looks at when it looks for what is shared
+        # As many as the scheduler looks at when it looks for what is shared.
+        self._most = max(2 * scheduler.num_slots, MAX_LOOK)
 
     def ask(self, requests: Iterable[tuple[str, Request]], take: Callable[[int, Answer], None]) -> None:
         """Submit named requests in order, and call `take` with each one's place and its answer as answers come.

@@ -116,7 +116,7 @@ class HarnessJob:
         maker = make_request_maker(ring)
         self._scheduler = scheduler = make_scheduler(ring)
         links = [link.name for link in ring.deployment.plan.links]
-        self._asking = Asking(scheduler, maker.tokenizer, links, num_slots=ring.config.generation.max_slots)
+        self._asking = Asking(scheduler, maker.tokenizer, links)
         model = ThinwireLM(self._asking, maker, self._about)
 
         def work() -> None:

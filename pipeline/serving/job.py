@@ -81,20 +81,19 @@ class ServeJob:
         self._was_started_again = control.came_before("serving")
         server, scheduler = HttpServer(self._bound), make_scheduler(ring)
         control.own_ports.add(server.port)
-        num_slots, serving = self._config.generation.max_slots, self._config.serving
+        serving = self._config.serving
         service = Service(
             scheduler,
             make_request_maker(ring),
             [link.name for link in ring.deployment.plan.links],
             server.loop,
             model=model_label(self._config.model.name),
-            num_slots=num_slots,
             max_waiting=serving.max_waiting,
         )
         app = make_app(
             service, api_key=self._key, max_body_nbytes=serving.max_body_nbytes, is_ready=lambda: self._is_ready
         )
-        server.start(app, max_answers=num_slots + serving.max_waiting, on_end=scheduler.close)
+        server.start(app, max_answers=scheduler.num_slots + serving.max_waiting, on_end=scheduler.close)
         show(f"{service.model} answers at {server.url}/v1; Ctrl-C ends it\n")
         self._front = _Front(scheduler, service, server)
         return self._front

@@ -23,7 +23,7 @@ class Metrics:
     `requests` has the labels `endpoint` and `outcome`.
     """
 
-    def __init__(self, scheduler: Scheduler, link_names: Sequence[str], *, num_slots: int) -> None:
+    def __init__(self, scheduler: Scheduler, link_names: Sequence[str]) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "thinwire_requests",
@@ -53,7 +53,7 @@ class Metrics:
         )
         for name in link_names:
             self._link_nbytes.labels(name)
-        self._registry.register(_SchedulerCollector(scheduler, num_slots))
+        self._registry.register(_SchedulerCollector(scheduler))
 
     def count_answer(self, answer: Answer, arrived_s: float) -> None:
         """An answer has ended whose request came at `arrived_s` (`time.monotonic`)."""
@@ -78,12 +78,12 @@ class Metrics:
 class _SchedulerCollector(Collector):
     """Of the scheduler, which the ring's thread changes meanwhile: single numbers, each right by itself."""
 
-    def __init__(self, scheduler: Scheduler, num_slots: int) -> None:
-        self._scheduler, self._num_slots = scheduler, num_slots
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
 
     def collect(self) -> Iterable[Metric]:
         scheduler = self._scheduler
-        yield GaugeMetricFamily("thinwire_slots", "Sequences that there is room for", self._num_slots)
+        yield GaugeMetricFamily("thinwire_slots", "Sequences that there is room for", scheduler.num_slots)
         yield GaugeMetricFamily("thinwire_slots_in_use", "Answers under way", scheduler.num_active)
         yield GaugeMetricFamily("thinwire_answers_waiting", "Answers that wait for a slot", scheduler.num_waiting)
         judged, accepted = (0, 0) if scheduler.drafting is None else scheduler.drafting.figures.num_judged_and_right()

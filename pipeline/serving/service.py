@@ -97,15 +97,14 @@ class Service:
         loop: asyncio.AbstractEventLoop,
         *,
         model: str,
-        num_slots: int,
         max_waiting: int,
     ) -> None:
         self.model, self.created = model, int(time.time())
-        self.metrics = Metrics(scheduler, link_names, num_slots=num_slots)
+        self.metrics = Metrics(scheduler, link_names)
         self.tally = Tally(max_listed=MAX_LISTED)
         self.is_stopping = self._is_closed = False
         self._scheduler, self._maker, self._link_names = scheduler, maker, link_names
-        self._capacity, self._num_unfinished, self._num_taken = num_slots + max_waiting, 0, 0
+        self._capacity, self._num_unfinished, self._num_taken = scheduler.num_slots + max_waiting, 0, 0
         self._tickets: set[Ticket] = set()
         self._texts = TokenTexts(maker.tokenizer)
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="requests")
