@@ -20,14 +20,10 @@ from compressors.user_files import read_text
 from pipeline.config.options import OptionParser, path_option
 
 TEMPLATES = Path(__file__).parent / "tasks"
-TASKS = ("wiki_cloze", "copied_facts", "arithmetic_choice")
+TASKS = ("wiki_cloze", "copied_text", "arithmetic_choice")
 NUM_CHOICES = 4
 MIN_WORDS, MAX_WORDS = 40, 90  # of a passage
-NUM_FACTS = 12
-NAMES = (
-    *("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Henry", "Irene", "Jakob", "Karla", "Louis"),
-    *("Maria", "Nils", "Olga", "Peter", "Rosa", "Simon", "Tessa", "Ulrich", "Vera", "Walter", "Yvonne", "Zoltan"),
-)
+NUM_COPIED = 5  # words
 
 _HEADING = re.compile(r"^ = [^=].*[^=] = $", re.MULTILINE)
 
@@ -45,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_tasks(text: str, folder: Path, num_samples: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    clozes = wiki_cloze(text, num_samples, random.Random(seed))
     made = {
-        "wiki_cloze": wiki_cloze(text, num_samples, random.Random(seed)),
-        "copied_facts": [_copied_facts(random.Random(f"{seed} {i}")) for i in range(num_samples)],
+        "wiki_cloze": clozes,
+        "copied_text": [_copied_text(s["passage"], random.Random(f"{seed} {i}")) for i, s in enumerate(clozes)],
         "arithmetic_choice": [_arithmetic(random.Random(f"{seed} {i}")) for i in range(num_samples)],
     }
     for name, samples in made.items():
@@ -86,12 +83,11 @@ def _plain(article: str) -> str:
     return re.sub(r" *\n *", "\n", text)
 
 
-def _copied_facts(rng: random.Random) -> dict[str, str]:
-    names = rng.sample(NAMES, NUM_FACTS)
-    codes = rng.sample(range(1000, 10000), NUM_FACTS)
-    place = rng.randrange(NUM_FACTS)
-    facts = " ".join(f"The code of {name} is {code}." for name, code in zip(names, codes, strict=True))
-    return {"facts": facts, "name": names[place], "code": str(codes[place])}
+def _copied_text(passage: str, rng: random.Random) -> dict[str, str]:
+    """A passage, the beginning of a second copy, and the words that follow there."""
+    words = passage.split(" ")
+    place = rng.randint(MIN_WORDS // 4, len(words) - NUM_COPIED)
+    return {"passage": passage, "copy": " ".join(words[:place]), "next": " ".join(words[place : place + NUM_COPIED])}
 
 
 def _arithmetic(rng: random.Random) -> dict[str, Any]:

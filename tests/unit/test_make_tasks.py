@@ -33,8 +33,8 @@ def test_answers_are_right(tmp_path):
     for sample in read(tmp_path, "wiki_cloze"):
         assert sample["words"][sample["answer"]] in ENDS and len(set(sample["words"])) == 4
         assert not set(sample["words"]) & set(sample["passage"].split()) and " ," not in sample["passage"]
-    for sample in read(tmp_path, "copied_facts"):
-        assert sample["facts"].count(f"The code of {sample['name']} is {sample['code']}.") == 1
+    for sample in read(tmp_path, "copied_text"):
+        assert sample["passage"].startswith(f"{sample['copy']} {sample['next']}") and len(sample["next"].split()) == 5
     for sample in read(tmp_path, "arithmetic_choice"):
         right, question = int(sample["numbers"][sample["answer"]]), sample["question"]
         if "+" in question:
