@@ -185,7 +185,10 @@ def open_links(
             if conditions is not None:
                 wire = wires.setdefault((dst, conditions), EmulatedWire(conditions, seed=index))
             address = PeerAddress(spec.name, dst, index)
-            outbox = PeerOutbox(address, memory(hop.src_device), depth=SEND_DEPTH, wire=wire)
+            # A body leaves its buffer only once the other end has opened the frame, so that buffers must hold what
+            # receives hold elsewhere.
+            depth = max(SEND_DEPTH, receives_ahead) if apart else SEND_DEPTH
+            outbox = PeerOutbox(address, memory(hop.src_device), depth=depth, wire=wire)
             senders[index] = FrameSender(spec, outbox, apart=apart, receives_ahead=receives_ahead)
         else:
             address = PeerAddress(spec.name, src, index)

@@ -28,6 +28,7 @@ class Answer:
         num_passes: of its own that have brought tokens.
         num_drafts_accepted: tokens that had gone ahead as drafts.
         prompt_logprobs: of the prompt's tokens from the request's `scored_from` on, so far.
+        is_cut: whether a stop string has ended its text, so that not all of its tokens are in it.
         is_cancelled: whether `cancel` was called; it is finished, as "cancelled", once the scheduler has seen it.
     """
 
@@ -46,7 +47,7 @@ class Answer:
         self.error: str | None = None
         self.num_passes = self.num_drafts_accepted = 0
         self.prompt_logprobs: list[Sampled] = []
-        self.is_cancelled = False
+        self.is_cancelled = self.is_cut = False
         self._tokenizer = tokenizer
         self._text: TextStream | None = None  # while tokens come: thousands of answers may wait
         self._pieces: list[str] = []
@@ -79,6 +80,11 @@ class Answer:
     @property
     def scored_from(self) -> int | None:
         return self.request.scored_from
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether all that is wanted of its prompt's log-probabilities has come."""
+        return self.scored_from is None or len(self.prompt_logprobs) == len(self.prompt_ids) - self.scored_from
 
     @property
     def is_finished(self) -> bool:
@@ -166,6 +172,7 @@ class Answer:
     def finish(self, reason: str, error: str | None = None) -> None:
         if self._text is not None:
             self._show(self._text.finish())
+            self.is_cut = self._text.finish_reason is not None
             if error is None and self._text.finish_reason is not None:  # in text that waited for its next token
                 reason = self._text.finish_reason
             self._text = None

@@ -102,7 +102,7 @@ class RequestMaker:
             max_new_tokens=generation.max_new_tokens,
             sampling=sampling,
             stop=generation.stop,
-            eos_ids=() if generation.ignore_eos else self._eos_ids(),
+            eos_ids=self._eos_ids(generation),
             logprobs=generation.logprobs,
             deadline_s=generation.deadline_s,
             scored_from=scored_from,
@@ -166,10 +166,16 @@ class RequestMaker:
     def _text_of(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-    def _eos_ids(self) -> tuple[int, ...]:
-        """The checkpoint's and the tokenizer's: either may lack the token that ends a turn."""
+    def _eos_ids(self, generation: GenerationConfig) -> tuple[int, ...]:
+        """The checkpoint's and the tokenizer's: either may lack the token that ends a turn. And special tokens that are
+        stop strings: these have no text here.
+        """
         own = self.tokenizer.eos_token_id
-        return tuple(sorted({*self.defaults.eos_ids, *([] if own is None else [own])}))
+        found = set() if generation.ignore_eos else {*self.defaults.eos_ids, *([] if own is None else [own])}
+        if generation.stop:
+            special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+            found |= {special[text] for text in generation.stop if text in special}
+        return tuple(sorted(found))
 
     def _chat(self, messages: Any) -> str:
         """The template's text of a conversation, up to where the answer begins."""

@@ -59,7 +59,7 @@ class TaskMetric(Part):
 
 
 class TaskScores(Part):
-    """One task. Two runs have scored the same where `docs_sha256`, of the documents' and prompts' hashes, is equal."""
+    """A task. Two runs scored the same where `docs_sha256`, of documents, targets and all that was asked, is equal."""
 
     name: Words
     version: Words

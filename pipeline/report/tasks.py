@@ -102,7 +102,9 @@ def _setting_key(record: TasksRecord) -> str:
     args, harness = record.args, record.harness
     weights = [args.dtype, args.load_in_8bit, args.load_in_4bit, args.config.model.load_in_8bit_threshold]
     asked = [harness.num_fewshot, harness.apply_chat_template, harness.max_length, harness.version]
-    return digest_of([record.model.model_dump(), *weights, *asked])
+    generation = (args.config.model_extra or {}).get("generation", {})
+    sampling = [generation.get(key) for key in ("top_k", "top_p", "min_p", "repetition_penalty", "seed")]
+    return digest_of([record.model.model_dump(), *weights, *asked, *sampling])
 
 
 def _title(record: TasksRecord) -> str:
@@ -152,7 +154,7 @@ def _change(
     if baseline is None or record is baseline or metric.samples is None:
         return None, None
     for other in baseline.tasks:
-        if (other.name, other.docs_sha256) == (task.name, task.docs_sha256):
+        if (other.name, other.version, other.docs_sha256) == (task.name, task.version, task.docs_sha256):
             for same in other.metrics:
                 if (same.name, same.filter) == (metric.name, metric.filter) and same.samples is not None:
                     return paired_change(metric.samples, same.samples)

@@ -23,6 +23,7 @@ MAX_MESSAGES = 4096
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_TOKENS = 2**31 - 1
 MAX_NAME_LENGTH = 512
+MAX_FIELDS = 256
 
 # Fields of the API that are not done here, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -129,6 +130,9 @@ class Message(_Strict):
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: None = None
     refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def as_plain(self) -> dict[str, str]:
@@ -155,6 +159,8 @@ def read_body(content: bytes, kind: type[Body]) -> Body:
         fields = parse_fields(content)
     except ValueError as e:
         raise refused(f"the body is no JSON object that can be taken: {e}") from e
+    if len(fields) > MAX_FIELDS:
+        raise refused(f"the body has {len(fields)} fields, of at most {MAX_FIELDS}")
     try:
         body = kind.model_validate(_without_neutral(fields))
     except ValidationError as e:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import hmac
+import ipaddress
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -36,10 +38,10 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 def make_app(
-    service: Service, *, api_key: bytes | None, max_body_nbytes: int, is_ready: Callable[[], bool]
+    service: Service, *, api_key: bytes | None, is_local: bool, max_body_nbytes: int, is_ready: Callable[[], bool]
 ) -> Starlette:
-    """`is_ready` says whether passes can go around the ring."""
-    routes = _Routes(service, api_key, max_body_nbytes, is_ready)
+    """`is_local`: only this machine can ask. `is_ready` says whether passes can go around the ring."""
+    routes = _Routes(service, api_key, is_local, max_body_nbytes, is_ready)
     app = Starlette(
         routes=[
             Route("/health", routes.health),
@@ -59,6 +61,7 @@ def make_app(
 class _Routes:
     service: Service
     api_key: bytes | None
+    is_local: bool
     max_body_nbytes: int
     is_ready: Callable[[], bool]
 
@@ -68,6 +71,7 @@ class _Routes:
         @functools.wraps(handler)
         async def handle(request: Request) -> Response:
             try:
+                self._check_host(request)
                 self._check_key(request)
                 response = await handler(request)
             except ApiError as e:
@@ -114,7 +118,7 @@ class _Routes:
         if ticket.streams:
             return _EventStream(ticket, functools.partial(self._stream_ended, ticket, endpoint))
         try:
-            return _json(await _unless_gone(request, _whole(ticket)))
+            return Response(await _unless_gone(request, _whole(ticket)), media_type="application/json")
         finally:
             self.service.end(ticket)
 
@@ -143,6 +147,11 @@ class _Routes:
         except TimeoutError:
             raise ApiError(408, f"the body has not come within {BODY_S:g} s", headers={"Connection": "close"}) from None
         return bytes(content)
+
+    def _check_host(self, request: Request) -> None:
+        """A web page may give its own name this address (DNS rebinding); nothing else keeps it from asking."""
+        if self.is_local and self.api_key is None and not _is_here(request.headers.get("host", "")):
+            raise ApiError(403, "the Host header names another machine; ask localhost, or serve with a key")
 
     def _check_key(self, request: Request) -> None:
         if self.api_key is None:
@@ -193,10 +202,19 @@ class _EventStream(StreamingResponse):
             yield _event(e.as_json())
 
 
-async def _whole(ticket: Ticket) -> dict[str, Any]:
+async def _whole(ticket: Ticket) -> bytes:
+    """Written on another thread: with log-probabilities it may be very long."""
     async for _ in ticket.events():
         pass
-    return ticket.reply.whole(ticket.choices)
+    return await asyncio.get_running_loop().run_in_executor(None, lambda: _encoded(ticket.reply.whole(ticket.choices)))
+
+
+def _is_here(host: str) -> bool:
+    try:
+        name = urlsplit(f"//{host}").hostname or "localhost"
+        return name == "localhost" or name.endswith(".localhost") or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -220,6 +220,7 @@ class ThinwireLM(TemplateLM):
                 "stop": until,
                 "ignore_eos": False,
                 "logprobs": None,
+                "deadline_s": None,
                 **given,
                 **({"seed": self._maker.generation.seed + index} if do_sample else {}),
             },
@@ -230,7 +231,7 @@ class ThinwireLM(TemplateLM):
     def _ending_at_special(self, request: Request, until: Sequence[str]) -> Request:
         """With special tokens that are stop strings as ends: HFLM looks for those in text that has them."""
         added = {token.content: index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        ends = {added[text] for text in until if text in added}
+        ends = {index for content, index in added.items() if any(text in content for text in until)}
         return dataclasses.replace(request, eos_ids=tuple(sorted({*request.eos_ids, *ends})))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.generation.record import interruption_notes, recorded_link, recorded_ranks, recorded_schedule
+from pipeline.models.sampling import UNCUT
 from pipeline.records.base import finite_or_none, now
 from pipeline.records.environment import software_versions
 from pipeline.records.files import RecordError, disk_problem, write_whole
@@ -46,6 +47,8 @@ def write_results(worked: Worked, options: HarnessOptions) -> Path:
     digest = digest_of(
         {
             **config.numerics(balanced_layers(config, ring.deployment.plan)),
+            "generation": [getattr(config.generation, key) for key in (*UNCUT, "repetition_penalty", "seed")],
+            "max_length": ring.slot_length,
             "checkpoint": ring.deployment.model.checkpoint_digest,
             "harness": [metadata.version("lm_eval"), *map(str, options.tasks), str(options.limit)],
             "num_fewshot": options.num_fewshot,
@@ -120,11 +123,12 @@ def _scores(name: str, results: Mapping[str, Any]) -> TaskScores:
     filters = dict.fromkeys(sample["filter"] for sample in samples)
     by_filter = {key: [sample for sample in samples if sample["filter"] == key] for key in filters}
     first = next(iter(by_filter.values()))
-    hashes = "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in first)
+    # The harness' `prompt_hash` is of the first choice's context alone.
+    hashes = "".join(s["doc_hash"] + s["target_hash"] + _harness_json(s["arguments"], sort_keys=True) for s in first)
     metrics = []
     for key, value in scores.items():
         metric, _, filter_key = key.rpartition(",")
-        if filter_key in by_filter and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+        if filter_key in by_filter and not metric.endswith("_stderr") and _is_number(value):
             told = results["higher_is_better"].get(name, {}).get(metric)
             stderr = scores.get(f"{metric}_stderr,{filter_key}")
             metrics.append(
@@ -132,7 +136,7 @@ def _scores(name: str, results: Mapping[str, Any]) -> TaskScores:
                     name=metric,
                     filter=filter_key,
                     value=finite_or_none(float(value)),
-                    stderr=finite_or_none(float(stderr)) if isinstance(stderr, (int, float)) else None,
+                    stderr=finite_or_none(float(stderr)) if _is_number(stderr) else None,
                     higher_is_better=told if isinstance(told, bool) else None,
                     samples=_averaged([sample.get(metric) for sample in by_filter[filter_key]], float(value)),
                 )
@@ -149,7 +153,7 @@ def _scores(name: str, results: Mapping[str, Any]) -> TaskScores:
 
 def _averaged(values: Sequence[Any], score: float) -> tuple[float, ...] | None:
     """As numbers, if it is these whose mean the score is."""
-    if not values or not all(isinstance(value, (bool, int, float)) or _is_number(value) for value in values):
+    if not values or not all(map(_is_number, values)):
         return None
     numbers = tuple(float(value) for value in values)
     if not all(map(math.isfinite, numbers)):
@@ -158,7 +162,8 @@ def _averaged(values: Sequence[Any], score: float) -> tuple[float, ...] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return hasattr(value, "dtype") and getattr(value, "shape", None) == ()  # numpy's
+    is_numpys = hasattr(value, "dtype") and getattr(value, "shape", None) == ()
+    return is_numpys or isinstance(value, (bool, int, float))
 
 
 def _link(sent: Mapping[str, int], hidden_size: int) -> TasksLink:

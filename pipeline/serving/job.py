@@ -91,7 +91,11 @@ class ServeJob:
             max_waiting=serving.max_waiting,
         )
         app = make_app(
-            service, api_key=self._key, max_body_nbytes=serving.max_body_nbytes, is_ready=lambda: self._is_ready
+            service,
+            api_key=self._key,
+            is_local=server.is_local,
+            max_body_nbytes=serving.max_body_nbytes,
+            is_ready=lambda: self._is_ready,
         )
         server.start(app, max_answers=scheduler.num_slots + serving.max_waiting, on_end=scheduler.close)
         show(f"{service.model} answers at {server.url}/v1; Ctrl-C ends it\n")

@@ -45,7 +45,7 @@ class Choice:
         """
         if self.trail is None:
             return None
-        is_cut = not self.answer.is_finished or self.answer.finish_reason == "stop"
+        is_cut = not self.answer.is_finished or self.answer.is_cut
         return self.trail.up_to(self.num_shown if is_cut else None)
 
     @property

@@ -31,6 +31,7 @@ __all__ = ["HttpServer", "bind", "read_key", "warn_of_exposure"]
 
 logger = logging.getLogger(__name__)
 
+READ_S = 60.0  # for a client to read some of what is ready for it
 HEAD_S = 10.0  # for a request's head to come, from the connection on
 MIN_KEY_LENGTH, MAX_KEY_FILE_NBYTES = 16, 4096
 _MORE_CONNECTIONS = 64  # than answers: for what is refused at once, and for metrics
@@ -74,7 +75,7 @@ def read_key(config: ServingConfig) -> bytes | None:
 def warn_of_exposure(bound: socket.socket, *, has_key: bool) -> None:
     """Where others than this machine can ask."""
     host = bound.getsockname()[0]
-    if ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+    if _is_loopback(bound):
         return
     if has_key:
         logger.warning("%s is no loopback address: requests, answers and the key cross the network in the clear", host)
@@ -84,6 +85,10 @@ def warn_of_exposure(bound: socket.socket, *, has_key: bool) -> None:
             "send; give --api_key_file, and see docs/security.md",
             host,
         )
+
+
+def _is_loopback(bound: socket.socket) -> bool:
+    return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
 
 
 class HttpServer:
@@ -104,6 +109,10 @@ class HttpServer:
     @property
     def port(self) -> int:
         return int(self._socket.getsockname()[1])
+
+    @property
+    def is_local(self) -> bool:
+        return _is_loopback(self._socket)
 
     @property
     def url(self) -> str:
@@ -163,6 +172,7 @@ def _protocol(max_connections: int) -> type[H11Protocol]:
 
     class Protocol(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
+        _unread: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
             super().connection_made(transport)
@@ -176,8 +186,23 @@ def _protocol(max_connections: int) -> type[H11Protocol]:
             super().data_received(data)
             self._watch_head()
 
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch_head()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._unread = self.loop.call_later(READ_S, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._forget_timer()
+            self.resume_writing()
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
@@ -185,9 +210,11 @@ def _protocol(max_connections: int) -> type[H11Protocol]:
             self.transport.close()
 
         def _watch_head(self) -> None:
-            if self.conn.their_state is not h11.IDLE:
+            # Of a request that was answered before its body was read.
+            is_unread = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+            if self.conn.their_state is not h11.IDLE and not is_unread:
                 self._forget_timer()
-            elif self._timer is None:
+            elif self._timer is None and not self.transport.is_closing():
                 self._timer = self.loop.call_later(HEAD_S, self.transport.close)
 
         def _forget_timer(self) -> None:

@@ -66,6 +66,8 @@ class Ticket:
                     raise failed(choice.answer.error)
                 if choice.answer.finish_reason == "cancelled":
                     raise shutting_down()
+                if not choice.answer.is_scored:
+                    raise failed("generation.deadline_s was over before the prompt's log-probabilities were there")
             yield choice, text
 
     def cancel(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -88,15 +87,13 @@ class TokenTrail:
         self._answer, self._tokenizer, self._echoed = answer, tokenizer, echoed
         self._text = TextStream(tokenizer)
         self._num_told, self._offset = 0, len(echoed or "")
-        self._prompt: deque[ToldToken] | None = None if echoed is not None else deque()
+        self._prompt: list[ToldToken] | None = None if echoed is not None else []
 
     def up_to(self, num_characters: int | None) -> list[ToldToken]:
         """Those that are new, and begin in front of so many characters; None: all that there are."""
         if self._prompt is None:
             self._prompt = self._of_prompt()
-        found = []
-        while self._prompt and (num_characters is None or self._prompt[0].offset < num_characters):
-            found.append(self._prompt.popleft())
+        found, self._prompt = self._prompt, []
         told = self._answer.logprobs
         assert told is not None, "no log-probabilities were asked for"
         logprobs, tops = told["token_logprobs"], told["top_logprobs"]
@@ -107,11 +104,15 @@ class TokenTrail:
             self._num_told += 1
         return found
 
-    def _of_prompt(self) -> deque[ToldToken]:
-        text, offset, told = TextStream(self._tokenizer), 0, deque[ToldToken]()
+    def _of_prompt(self) -> list[ToldToken]:
+        text, offset, told = TextStream(self._tokenizer), 0, list[ToldToken]()
+        special = {i: token.content for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        echoed = self._echoed or ""
         scored = ((token.logprob, token.top) for token in self._answer.prompt_logprobs)
         figures: Iterator[tuple[float | None, tuple[tuple[int, float], ...]]] = itertools.chain([(None, ())], scored)
         for token_id, (logprob, top) in zip(self._answer.prompt_ids, figures, strict=True):
             told.append(ToldToken(token_id, offset, logprob, top))
             offset += len(text.push(token_id))
+            if token_id in special and echoed.startswith(special[token_id], offset):  # as the prompt has it
+                offset += len(special[token_id])
         return told

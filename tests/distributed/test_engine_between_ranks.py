@@ -3,13 +3,14 @@
 import datetime
 import random
 import threading
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from pipeline.comm.link_ends import forward_hops, open_links
-from pipeline.comm.mailbox import BodyChannel
+from pipeline.comm.mailbox import Arrivals, BodyChannel
 from pipeline.comm.world import World
 from pipeline.partition.schedule import max_in_flight
 from pipeline.runtime.engine import Engine, Failure
@@ -30,6 +31,7 @@ def join(plan, apart):
 
 
 def run_job(plan, rank, worker, source, *, channels, depth, credits):
+    num_buffers = max(2, depth) if channels else 2
     ends = open_links(
         forward_hops(plan, devices={}, channels=channels),
         specs(plan),
@@ -38,7 +40,7 @@ def run_job(plan, rank, worker, source, *, channels, depth, credits):
     )
     Engine(worker, ends, lambda where, **how: f"rank {rank}, {where}", source=source, credits=credits).run()
     for sender in ends.senders.values():
-        assert num_free(sender.outbox) == 2, "a buffer was lost"
+        assert num_free(sender.outbox, num_buffers) == num_buffers, "a buffer was lost"
     return ends
 
 
@@ -64,6 +66,18 @@ def run_jobs(rank, name, apart, depth, jobs):
     assert [thread.name for thread in threading.enumerate()] == inboxes
 
 
+def run_late_jobs(rank, name, apart, depth, jobs):
+    """Where rank 0 learns late of what has come."""
+    put = Arrivals.put
+
+    def put_late(arrivals, link_index, item):
+        time.sleep(0.004 * (rank == 0))
+        put(arrivals, link_index, item)
+
+    Arrivals.put = put_late
+    run_jobs(rank, name, apart, depth, jobs)
+
+
 def check(outcomes):
     assert [o.returncode for o in outcomes] == [0] * len(outcomes), "\n".join(o.stderr[-3000:] for o in outcomes)
 
@@ -74,3 +88,9 @@ def check(outcomes):
 def test_jobs_one_after_the_other_with_as_many_passes_in_flight_as_the_links_hold(name, depth, apart):
     jobs = [(0, 0.0, 0.0), (150, 0.0, 0.002), (1, 0.0, 0.0), (100, 0.3, 0.001), (20, 1.0, 0.0), (50, 0.0, 0.0)]
     check(call_on_ranks(NUM_RANKS, run_jobs, name, apart, depth, jobs, timeout_s=100))
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["whole", "bodies apart"])
+def test_links_hold_as_many_passes_as_are_let_in_where_one_rank_is_late(apart):
+    """What is late piles up: with two buffers a link for bodies apart, all ranks waited for one."""
+    check(call_on_ranks(NUM_RANKS, run_late_jobs, "ring", apart, 4, [(150, 0.3, 0.002)], timeout_s=100))

@@ -7,9 +7,9 @@ from pipeline.comm.mailbox import Outbox
 __all__ = ["num_free"]
 
 
-def num_free(outbox: Outbox) -> int:
-    """How many different buffers an outbox of two gives out, nothing being sent; it is of no use afterwards."""
+def num_free(outbox: Outbox, num_buffers: int = 2) -> int:
+    """How many different buffers an outbox of so many gives out, nothing being sent; it is of no use afterwards."""
     try:
-        return len({id(outbox.acquire()) for _ in range(2)})
+        return len({id(outbox.acquire()) for _ in range(num_buffers)})
     except IndexError:  # neither free nor on its way
         return 0

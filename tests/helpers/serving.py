@@ -67,15 +67,17 @@ def chat_model() -> Path:
 def serving(
     exp_dir: Path,
     *settings: str,
+    model: Path | None = None,
     num_ranks: int = 1,
     words: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """A server of `chat_model` in float64; what is left of it is killed at the end."""
+    """A server of `model`, by default `chat_model`, in float64; what is left of it is killed at the end."""
+    model = model or chat_model()
     lengths = ("generation.max_length=96", "generation.max_new_tokens=8")
     base = ("model.dtype=fp64", "runtime.threads=1", "generation.ignore_eos=true", *lengths)
     options = [word for setting in (*base, *settings) for word in ("--set", setting)]
-    arguments = ["--model_name", str(chat_model()), "--exp_dir", str(exp_dir), "--serve", "127.0.0.1:0"]
+    arguments = ["--model_name", str(model), "--exp_dir", str(exp_dir), "--serve", "127.0.0.1:0"]
     with start_ranks([[*arguments, *options, *words]] * num_ranks, env=env, distributed=num_ranks > 1) as ranks:
         end_s = time.monotonic() + allowed_s(60)
         while not (found := re.search(r"answers at (http://\S+)/v1", ranks.rank_stdout(0))):
@@ -84,4 +86,4 @@ def serving(
         url = found[1]
         while httpx.get(f"{url}/health").status_code != 200:
             time.sleep(0.02)
-        yield Server(url, chat_model().name, ranks, exp_dir)
+        yield Server(url, model.name, ranks, exp_dir)

@@ -3,11 +3,13 @@
 import concurrent.futures
 import itertools
 import json
+import shutil
 
 import httpx
 import openai
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from pipeline.records.store import read_any
 from tests.helpers.serving import chat_model, serving
@@ -286,3 +288,53 @@ def test_the_record(tmp_path):
     record = read_any(path)
     assert (record.results.num_requests, record.results.generated_tokens, len(record.requests)) == (2, 60, 2)
     assert record.drafts.num_judged == judged
+
+
+@pytest.fixture(scope="module")
+def ending_model(tmp_path_factory):
+    """Whose likeliest token behind "The canal" ends an answer."""
+    folder = tmp_path_factory.mktemp("ending") / "tiny-ending"
+    shutil.copytree(chat_model(), folder)
+    ids = AutoTokenizer.from_pretrained(folder)("The canal")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    token_id = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+    config = GenerationConfig.from_pretrained(folder)
+    config.eos_token_id = token_id
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_the_token_that_ends_an_answer_is_told_and_so_is_all_of_the_prompt(ending_model, tmp_path):
+    """Harnesses count on one log-probability for each token of prompt and answer."""
+    with serving(tmp_path, "generation.ignore_eos=false", model=ending_model) as server:
+        ids = AutoTokenizer.from_pretrained(ending_model)("The canal")["input_ids"]
+        told = server.client().completions.create(
+            model=server.model, prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0
+        )
+    (choice,) = told.choices
+    assert (choice.finish_reason, told.usage.completion_tokens) == ("stop", 1)
+    assert len(choice.logprobs.token_logprobs) == len(ids) + 1
+
+
+def test_a_special_token_may_be_a_stop_string(client):
+    own = {"temperature": 1, "seed": 3, "max_tokens": 80, "logprobs": 0}
+    specials = AutoTokenizer.from_pretrained(chat_model()).all_special_tokens
+    for seed in range(40):
+        tokens = complete(client, **own | {"seed": seed}).choices[0].logprobs.tokens
+        met = [token for token in specials if token in tokens]
+        if met:
+            break
+    told = complete(client, stop=[met[0]], **own | {"seed": seed}).choices[0]
+    assert told.finish_reason == "stop"
+    assert len(told.logprobs.tokens) <= tokens.index(met[0]) + 1
+
+
+def test_another_host_is_refused_where_there_is_no_key(server):
+    """A web page's own name may have been given this address."""
+    for host, status in (("evil.example:80", 403), ("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:8000", 200)):
+        assert httpx.get(f"{server.url}/v1/models", headers={"Host": host}).status_code == status
+
+
+def test_messages_as_the_client_dumps_them(client):
+    answer = chat(client).choices[0].message.model_dump()
+    assert chat(client, [*HELLO, answer, {"role": "user", "content": "Go on"}]).choices[0].message.content

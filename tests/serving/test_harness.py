@@ -20,6 +20,7 @@ from pipeline.serving.lm_eval import config_of
 from tests.helpers.harness_ring import answers_to, ask_ring, run_lm_eval
 from tests.helpers.launch import call_on_ranks, run_alone, run_ranks
 from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_tasks import write_tasks
 
 SLOT_LENGTH = 96
 WINDOW = SLOT_LENGTH - 1
@@ -119,31 +120,9 @@ def test_numbers_and_texts_are_those_of_the_harness_own_model(tokenizer, tmp_pat
         assert told["num_requests"] >= sum(map(len, asked.values()))
 
 
-def write_tasks(folder):
-    """A task of each kind, from JSONL files."""
-    folder.mkdir()
-    words = ["built", "closed", "dug", "sold"]
-    samples = [{"text": f"The canal number {i} was", "words": words, "answer": i % 4} for i in range(6)]
-    texts = [{"text": text} for text in (TEXTS[0], TEXTS[3], "another one")]
-    kinds = {
-        "tiny_choice": (samples, 'output_type: multiple_choice\ndoc_to_text: "{{text}}"\ndoc_to_target: "{{answer}}"\n'
-                        'doc_to_choice: "{{words}}"\n', "acc"),
-        "tiny_rolling": (texts, 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n',
-                         "bits_per_byte"),
-        "tiny_answer": (samples, 'output_type: generate_until\ndoc_to_text: "{{text}}"\ndoc_to_target: "{{words[0]}}"\n'
-                        "generation_kwargs: {until: [e], max_gen_toks: 12}\n", "exact_match"),
-    }  # fmt: skip
-    for name, (lines, form, metric) in kinds.items():
-        data = folder / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
-        (folder / f"{name}.yaml").write_text(f"{head}{form}metric_list: [{{metric: {metric}}}]\n")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def tasks_dir(tmp_path_factory):
-    return write_tasks(tmp_path_factory.mktemp("harness") / "tasks")
+    return write_tasks(tmp_path_factory.mktemp("harness") / "tasks", (TEXTS[0], TEXTS[3]))
 
 
 def command(tasks_dir, exp_dir, *more, tasks="tiny_choice,tiny_rolling,tiny_answer"):

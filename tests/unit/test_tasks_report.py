@@ -48,8 +48,9 @@ def test_changes_are_paired():
     ]
 
 
-def test_other_documents_are_not_compared():
-    others = make_tasks_record("b").tasks[0].model_dump() | {"docs_sha256": "cd" * 32}
+@pytest.mark.parametrize("other", [{"docs_sha256": "cd" * 32}, {"version": "7"}])
+def test_other_documents_are_not_compared(other):
+    others = make_tasks_record("b").tasks[0].model_dump() | other
     records = [make_tasks_record("a"), make_tasks_record("b", "nf4", tasks=[others])]
     assert [score.change for score in task_scores(records)] == [None, None]
 
