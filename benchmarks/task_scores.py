@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": SEED,
         "settings": SETTINGS,
         "versions": dict(records[0].versions),
-        "rows": rows,
+        "task_scores": rows,
     }
     write_json(out / "tasks.json", content)
     for table in tasks_tables(records):

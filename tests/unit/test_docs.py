@@ -128,7 +128,7 @@ def figures(paths: list[str]) -> Figures:
         record = json.loads((ROOT / path).read_text())
         kinds = {"ladder": of_drafts, "codecs": of_drafts, "acceptance": of_acceptance, "conditions": of_thin_links}
         kinds |= {"columns": of_publication, "points": of_importance, "T=1024": of_costs}
-        kinds |= {"by_text": of_texts}
+        kinds |= {"by_text": of_texts, "task_scores": of_tasks}
         kinds |= {"new_tokens": of_generated_text, "runs": of_generation_speed, "rows": of_codecs}
         read = next(kind for key, kind in kinds.items() if key in record)
         for label, by_heading in read(record).items():
@@ -243,6 +243,16 @@ def of_texts(record: dict) -> Figures:
     known: Figures = defaultdict(dict)
     for row in record["by_text"]:
         known[row["text"]][row["codec"]] = [row["bits_per_value"], 1 + row["ppl_change"]]
+    return known
+
+
+def of_tasks(record: dict) -> Figures:
+    """Score and its standard error; where there is something to compare with, the change and its own."""
+    known: Figures = defaultdict(dict)
+    for row in record["task_scores"]:
+        figures = [row[key] for key in ("score", "stderr", "change", "change_stderr")]
+        known[row["codec"]]["bits/value"] = [row["bits_per_value"]]
+        known[row["codec"]][row["task"]] = [figure for figure in figures if figure is not None]
     return known
 
 
