@@ -410,7 +410,7 @@ def test_lines_that_fail_are_named_once_on_the_screen(tmp_path):
     prompts.write_text('{"prompt": 3}\n"fine"\n')
     finished = run(1, arguments(tiny_model(), tmp_path / "out", prompts))
     assert finished.returncode == 3
-    assert "failed: line 1: prompt must be a string, got 3\n" in finished.stderr
+    assert "failed: line 1: prompt must be a string or a list of token ids, got 3\n" in finished.stderr
 
 
 def test_standard_input_without_a_prompt_or_to_be_resumed_is_told(tmp_path):

@@ -124,7 +124,7 @@ def test_as_many_laps_as_drafts_leave(num_tokens):
 
 @pytest.mark.parametrize("ring_passes", [1, 2])
 def test_rows_of_one_pass_have_equally_many_drafts_and_nobody_waits(ring_passes):
-    """One sequence has no drafts, one few, two many."""
+    """One sequence has no drafts, one few, two many; prompts of unlike lengths begin apart."""
     most = {0: 0, 1: 1, 2: 9, 3: 9}
     scheduler, ring = make_ring(
         "ring", SCRIPTS["wrong"], ring_passes=ring_passes, num_slots=4, credits=ring_passes, passes=1
@@ -135,7 +135,7 @@ def test_rows_of_one_pass_have_equally_many_drafts_and_nobody_waits(ring_passes)
         return behind(track, slot, ids, room=min(room, most[slot]), **load)
 
     scheduler.drafting.behind = limited
-    everyone = [Asked([number], SamplingOptions(), 40) for number in range(4)]
+    everyone = [Asked([number] * (number + 1), SamplingOptions(), 40) for number in range(4)]
     for asked in everyone:
         scheduler.submit(asked)
     ring.start()
