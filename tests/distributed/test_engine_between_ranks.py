@@ -31,7 +31,6 @@ def join(plan, apart):
 
 
 def run_job(plan, rank, worker, source, *, channels, depth, credits):
-    num_buffers = max(2, depth) if channels else 2
     ends = open_links(
         forward_hops(plan, devices={}, channels=channels),
         specs(plan),
@@ -39,7 +38,8 @@ def run_job(plan, rank, worker, source, *, channels, depth, credits):
         receives_ahead=depth,
     )
     Engine(worker, ends, lambda where, **how: f"rank {rank}, {where}", source=source, credits=credits).run()
-    for sender in ends.senders.values():
+    for index, sender in ends.senders.items():
+        num_buffers = max(2, depth) if index in channels else 2
         assert num_free(sender.outbox, num_buffers) == num_buffers, "a buffer was lost"
     return ends
 
