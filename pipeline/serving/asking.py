@@ -75,9 +75,9 @@ class Asking:
         request = answer.request
         if answer.error is not None or answer.finish_reason not in _FINISHED:
             raise RequestFailed(f"{name} has failed: {answer.error or answer.finish_reason}")
-        num_scored = 0 if request.scored_from is None else len(request.prompt_ids) - request.scored_from
-        if len(answer.prompt_logprobs) != num_scored:
-            raise RequestFailed(f"{name} has {len(answer.prompt_logprobs)} log-probabilities, not {num_scored}")
+        num_scored = len(answer.prompt_logprobs)
+        if not answer.is_scored:
+            raise RequestFailed(f"{name} has {num_scored} log-probabilities, which are not all that were asked for")
         self.num_requests += 1
         self.num_prompt_tokens += len(request.prompt_ids)
         self.num_scored_tokens += num_scored
