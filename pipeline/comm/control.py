@@ -15,7 +15,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -93,6 +93,7 @@ class Control:
         self.num_interruptions, self.pause_s = 0, 0.0
         self.own_ports: set[int] = set()
         self._load_timeout = datetime.timedelta(seconds=load_timeout_s)
+        self._group_timeout = datetime.timedelta(seconds=timeout_s)
         self._rejoin_time = datetime.timedelta(seconds=rejoin_s)
         self._interface = interface
         self._rounds = 0
@@ -143,6 +144,25 @@ class Control:
             )
         self._meet()
         self._form_group()
+
+    def connect(self, pairs: Iterable[tuple[int, int]]) -> dict[int, dist.ProcessGroup]:
+        """Gloo groups of two for the pairs of ranks that links join; returns this rank's, by the other one. All ranks
+        call it with the same pairs.
+
+        A send that fails holds a lock of its Gloo group while it waits for the group's reading thread, which may be
+        waiting for that lock on behalf of another rank, and both wait for good. Where there is no third rank they do
+        not.
+        """
+        if self.world.world_size == 1:
+            return {}
+        groups = {}
+        with self._connecting():
+            for first, second in sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]}):
+                # Torch names groups by their number, so that ranks outside of one count it, too.
+                group = dist.new_group([first, second], backend="gloo", timeout=self._group_timeout)
+                if self.world.rank in (first, second):
+                    groups[first + second - self.world.rank] = group
+        return groups
 
     def may_form_again(self, error: LinkError) -> bool:
         """Whether the loss of a rank or a connection is no reason to end the run: no rank has told a cause for one."""
@@ -386,17 +406,31 @@ class Control:
 
     def _form_group(self) -> None:
         """Connect all ranks by Gloo."""
-        self.report("connecting", waiting=True)
-        try:
+        with self._connecting():
             if self._is_formed_again:
                 _forget_failed_groups()
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore("group", self._store),
+                rank=self.world.rank,
+                world_size=self.world.world_size,
+                timeout=self._group_timeout,
+            )
+        self.report("starting")
+
+    @contextlib.contextmanager
+    def _connecting(self) -> Iterator[None]:
+        """What Gloo connects meanwhile can be broken; its errors become ours."""
+        self.report("connecting", waiting=True)
+        try:
             if not self._rejoin_time:  # a second descriptor would keep open what Gloo closes
-                self._init_group()
+                yield
             else:
                 with self._connections.taking(but_ports={int(os.environ["MASTER_PORT"]), *self.own_ports}):
-                    self._init_group()
+                    yield
         except RuntimeError as e:
-            if self._is_formed_again:
+            was_whole = bool(self._rejoin_time) and dist.is_initialized()
+            if was_whole or self._is_formed_again:
                 raise RingBroken(f"the ranks cannot connect to each other: {_first_line(e)}") from e
             used = os.environ.get("GLOO_SOCKET_IFNAME", "the default")
             raise LinkError(
@@ -404,16 +438,6 @@ class Control:
             ) from e
         if self._rejoin_time and self.watchdog.epoch_is_over:  # told when there was no connection yet to be broken
             raise RingBroken("the ring was to be formed again before it was whole")
-        self.report("starting")
-
-    def _init_group(self) -> None:
-        dist.init_process_group(
-            "gloo",
-            store=dist.PrefixStore("group", self._store),
-            rank=self.world.rank,
-            world_size=self.world.world_size,
-            timeout=datetime.timedelta(seconds=self.timeout_s),
-        )
 
     def _connect(self, *, is_host: bool) -> dist.Store:
         """A client of the rendezvous store, and on its host, if that is a rank, the store itself."""

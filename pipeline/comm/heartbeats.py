@@ -83,8 +83,8 @@ class Heartbeats:
         return [rank for rank, beat in self._others() if beat.silent_s < limit_s]
 
     def busy(self) -> list[int]:
-        """Other ranks that wait for nobody."""
-        return [rank for rank, beat in self._others() if not beat.is_waiting]
+        """Other ranks that live and wait for nobody."""
+        return [rank for rank, beat in self._others() if not beat.is_waiting and beat.silent_s <= _GONE_AFTER_S]
 
     def last_known(self, *ranks: int) -> str:
         """`rank 2 (last at stage 2, micro-batch 5)`, or that it has not started; several of them joined."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
+import torch.distributed as dist
 
 from pipeline.comm.emulation import Conditions, EmulatedWire
 from pipeline.comm.link import Frame, FrameReceiver, FrameSender, LinkSpec
@@ -145,9 +146,12 @@ def open_links(
     world: World,
     *,
     receives_ahead: int,
+    groups: Mapping[int, dist.ProcessGroup] = MappingProxyType({}),
     emulated: Mapping[int, Conditions] = MappingProxyType({}),
 ) -> LinkEnds:
     """This rank's ends of a chain, receives posted. `specs`, by link index, are those of this rank's links at least.
+
+    `groups`, by rank, are `Control.connect`'s; what is not there goes by the group of all.
 
     Frames of the `emulated` links come as late as their conditions make them; links from one rank to another that are
     under the same conditions share one wire.
@@ -184,14 +188,14 @@ def open_links(
             wire = None
             if conditions is not None:
                 wire = wires.setdefault((dst, conditions), EmulatedWire(conditions, seed=index))
-            address = PeerAddress(spec.name, dst, index)
+            address = PeerAddress(spec.name, dst, index, groups.get(dst))
             # A body leaves its buffer only once the other end has opened the frame, so that buffers must hold what
             # receives hold elsewhere.
             depth = max(SEND_DEPTH, receives_ahead) if apart else SEND_DEPTH
             outbox = PeerOutbox(address, memory(hop.src_device), depth=depth, wire=wire)
             senders[index] = FrameSender(spec, outbox, apart=apart, receives_ahead=receives_ahead)
         else:
-            address = PeerAddress(spec.name, src, index)
+            address = PeerAddress(spec.name, src, index, groups.get(src))
             inbox = PeerInbox(index, address, memory(hop.dst_device), arrivals, depth=receives_ahead)
             receivers[index] = FrameReceiver(spec, inbox, apart=apart)
     return LinkEnds(senders, receivers, arrivals, len(hops))

@@ -223,11 +223,12 @@ class Loopback:
 
 @dataclass(frozen=True)
 class PeerAddress:
-    """The other end of a link: `name` for messages, the rank, and the tag of the link's messages."""
+    """The other end of a link: `name` for messages, the rank, and the tag of the link's messages in the group."""
 
     name: str
     peer: int
     tag: int
+    group: dist.ProcessGroup | None = None
 
     def named(self, doing: str, operation: Callable[[], T]) -> T:
         """Run a torch.distributed operation; its RuntimeError becomes a LinkError that says what was being done.
@@ -262,17 +263,17 @@ class PeerOutbox:
         return self._free.popleft()
 
     def post(self, buffer: FrameBuffer, nbytes: int, device_nbytes: int) -> None:
-        peer, tag, moving = self._address.peer, self._address.tag, None
+        peer, tag, group, moving = self._address.peer, self._address.tag, self._address.group, None
         message = buffer.host[:nbytes]
         if buffer.stamped is not None:
             assert self._wire is not None
             write_stamp(buffer.stamped, self._wire.arrival_ns(time.monotonic_ns(), nbytes))
             message = buffer.stamped[: STAMP_NBYTES + nbytes]
-        sending = self._guard(lambda: _started(dist.isend(message, peer, tag=tag)))
+        sending = self._guard(lambda: _started(dist.isend(message, peer, group, tag)))
         if device_nbytes:
             assert self._channel is not None and buffer.device is not None
-            body, group = buffer.device[:device_nbytes], self._channel.group
-            moving = self._guard(lambda: _started(dist.isend(body, peer, group=group)))
+            body, apart = buffer.device[:device_nbytes], self._channel.group
+            moving = self._guard(lambda: _started(dist.isend(body, peer, apart)))
         self._pending.append((buffer, sending, moving))
 
     def flush(self) -> None:
@@ -328,8 +329,8 @@ class PeerInbox:
             self._guard(lambda: channel.wait(_started(dist.irecv(body, self._address.peer, group=channel.group))))
 
     def recycle(self, buffer: FrameBuffer) -> None:
-        peer, tag = self._address.peer, self._address.tag
-        self._posted.put((buffer, self._guard(lambda: _started(dist.irecv(buffer.message, peer, tag=tag)))))
+        peer, tag, group = self._address.peer, self._address.tag, self._address.group
+        self._posted.put((buffer, self._guard(lambda: _started(dist.irecv(buffer.message, peer, group, tag)))))
 
     def close(self) -> None:
         self._thread.join()

@@ -133,6 +133,7 @@ class Evaluation(Job):
             self.specs,
             self.control.world,
             receives_ahead=self.receives_ahead(),
+            groups=deployment.groups,
             emulated=self.emulated_links,
         )
 

@@ -128,6 +128,7 @@ class GenerationRing:
             self._specs(),
             control.world,
             receives_ahead=self.receives_ahead,
+            groups=deployment.groups,
             emulated=self.emulated_links,
         )
         if scheduler is not None:

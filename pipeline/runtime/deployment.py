@@ -19,6 +19,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from pipeline.comm.control import Control
+from pipeline.comm.link_ends import forward_hops
 from pipeline.comm.mailbox import BodyChannel
 from pipeline.comm.watchdog import tell
 from pipeline.config.schema import ModelConfig, RunConfig
@@ -85,7 +86,8 @@ class Deployment:
     """What outlives one evaluation.
 
     `codecs` are those of the config that it was deployed with. `gpus` has the identity of every rank's GPU, None for a
-    CPU, `channels` an NCCL group per link where bodies use NCCL, `one_token_compute_s` the seconds that each stage of
+    CPU, `groups` a Gloo group for each rank at the other end of a link, `channels` an NCCL group per link where bodies
+    use NCCL, `one_token_compute_s` the seconds that each stage of
     this rank takes for a single token.
     """
 
@@ -98,6 +100,7 @@ class Deployment:
     devices: dict[int, torch.device]
     gpus: list[str | None]
     backend: str
+    groups: dict[int, dist.ProcessGroup]
     channels: dict[int, BodyChannel]
     threads: int
     environment: Environment
@@ -150,6 +153,8 @@ def deploy(
     else:
         text, codecs = NO_TEXT, generation_codecs(config, control, plan, model)
     environment = gather_environment(control, devices, threads)
+    hops = forward_hops(plan, devices={}, channels={})
+    groups = control.connect((world.rank_of(hop.src_node), world.rank_of(hop.dst_node)) for hop in hops)
     gpus, backend, channels = _open_channels(config, control, plan, devices)
     control.report("loading weights")
     if (loaded.checkpoint_digest, loaded.plan) != (model.checkpoint_digest, plan):
@@ -170,6 +175,7 @@ def deploy(
         devices=devices,
         gpus=gpus,
         backend=backend,
+        groups=groups,
         channels=channels,
         threads=threads,
         environment=environment,

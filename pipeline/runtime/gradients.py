@@ -92,7 +92,7 @@ class GradientPass:
         specs = gradient_specs(
             plan, self._microbatches, hidden_size=self._deployment.model.config.hidden_size, dtype=self._dtype
         )
-        ends = open_links([*there, *back], specs, control.world, receives_ahead=1)
+        ends = open_links([*there, *back], specs, control.world, receives_ahead=1, groups=self._deployment.groups)
         source = MicroBatches(self._tokens) if control.world.rank == 0 else None
         engine = Engine(self, ends, control.report, source=source, credits=1)
         with torch.set_grad_enabled(self._objective is not None):

@@ -12,6 +12,7 @@ from datetime import timedelta
 from random import Random
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from benchmarks.broken_rings import NUM_RANKS, break_connection, command, differences, read_answers, write_prompts
@@ -207,6 +208,28 @@ def connect_after_a_failure(rank):
 
 def test_ranks_of_which_some_could_not_connect_meet_again():
     for one in call_on_ranks(2, connect_after_a_failure):
+        one.check()
+
+
+def connect_pairs(rank):
+    control = Control(World.from_environment(), timeout_s=20, load_timeout_s=60, interface=None, rejoin_s=60.0)
+    for again in (False, True):
+        control.form()
+        groups = control.connect([(0, 1), (1, 2), (2, 0), (1, 0), (1, 1)])
+        members = {other: dist.get_process_group_ranks(group) for other, group in groups.items()}
+        assert members == {other: sorted((rank, other)) for other in range(3) if other != rank}
+        control.barrier()
+        if not again:
+            control.leave_ring(RingBroken("broken"), None)
+    with pytest.raises(RuntimeError):
+        control.break_connections()
+        dist.recv(torch.zeros(1), (rank + 1) % 3, groups[(rank + 1) % 3])
+    control.close()
+
+
+def test_no_third_rank_shares_the_group_of_two_that_a_link_joins():
+    """In a larger one a send over a lost connection may never return: Gloo then waits for itself."""
+    for one in call_on_ranks(3, connect_pairs):
         one.check()
 
 

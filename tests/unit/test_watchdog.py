@@ -132,6 +132,12 @@ def test_silence_is_counted_from_the_last_heartbeat_that_differed():
     assert beats.last_known(3, 2) == "rank 3 (last at here) and rank 2 (not started)"
 
 
+def test_a_rank_that_was_stopped_while_it_worked_is_not_busy():
+    """It is lost, and the ring may be formed again: a standstill is no fault of one that lives."""
+    beats = seen(rank0=(True, "stage 4", 0.0), rank2=(False, "stage 2", 2.9), rank3=(False, "stage 3", 0.2))
+    assert beats.busy() == [3]
+
+
 def test_a_rank_does_not_count_itself():
     beats = seen(rank1=(False, "stage 1", 60.0), rank2=(True, "stage 2", 0.0))
     assert beats.silent(1.0) == [] and beats.alive(1.0) == [2]
