@@ -9,7 +9,7 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "pack_row",
     "pack_rows",
     "pack_words",
+    "prefetch",
     "unpack_row",
     "unpack_rows",
     "unpack_words",
@@ -117,6 +118,23 @@ def fused_multiply_add(typing_context, a, b, c):
         return builder.fma(*args)
 
     return types.float32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic
+def prefetch(typing_context, array, offset):
+    """Ask for the cache line `offset` bytes behind the first element of an array; beyond its end it does nothing."""
+
+    def codegen(context, builder, signature, args):
+        values = context.make_array(signature.args[0])(context, builder, args[0])
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        line = builder.gep(builder.bitcast(values.data, byte), [args[1]])
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        for_reading, in_second_level, of_data = flag(0), flag(2), flag(1)
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [line, for_reading, in_second_level, of_data])
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64), codegen
 
 
 @jit

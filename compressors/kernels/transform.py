@@ -19,7 +19,7 @@ from numba.core import cgutils, types
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from compressors.kernels.bits import float_of_bf16, fused_multiply_add, inlined, jit
+from compressors.kernels.bits import float_of_bf16, fused_multiply_add, inlined, jit, prefetch
 
 __all__ = ["TransformTables", "analyse", "multiply_rows", "steps", "synthesise"]
 
@@ -27,6 +27,7 @@ __all__ = ["TransformTables", "analyse", "multiply_rows", "steps", "synthesise"]
 _HAS_AVX512 = "+avx512f" in (numba.config.CPU_FEATURES or get_host_cpu_features())
 LANES, VECTORS = (16, 4) if _HAS_AVX512 else (8, 2)
 TILE_ROWS, TILE_COLUMNS = 6, LANES * VECTORS
+PAGE_NBYTES = 4096
 BLOCK_ROWS = 240  # rows that stay in the second-level cache while the panels of the matrix pass
 _OCTAVE = np.array([2.0 ** (n / 8) for n in range(8)])
 
@@ -152,9 +153,12 @@ def _add_product(value, matrix_row, sums):
 def _multiply_by_rows(rows, matrix, product):
     """For few rows: the matrix is read from memory once."""
     num_rows, length = rows.shape
-    whole = length - length % 8
+    whole, row_nbytes = length - length % 8, 2 * matrix.shape[1]
     product[:] = 0
     for k in range(0, whole, 8):
+        if row_nbytes < PAGE_NBYTES:  # too short a run for a processor to foresee the next
+            for offset in range((k + 8) * row_nbytes, (k + 16) * row_nbytes, 64):
+                prefetch(matrix, offset)
         for i in range(num_rows):
             _add_products(rows[i, k : k + 8], matrix[k : k + 8], product[i])
     for k in range(whole, length):

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -118,9 +118,12 @@ class Quantized(NamedTuple):
 class KltCoder:
     """Frames at one step of one calibration. Used by `Klt` and, on held-out text, by the calibration itself."""
 
+    _is_compiled: ClassVar = False
+
     def __init__(self, calibration: LinkCalibration, tokens: TokenTable, step: float) -> None:
         from compressors.kernels import klt as kernels
         from compressors.kernels import trellis
+        from compressors.kernels.klt import few_tokens
 
         self.step = step
         self.transform = KernelTransform(calibration, tokens, step)  # of what is in host memory
@@ -136,17 +139,46 @@ class KltCoder:
             starts=calibration.starts.numpy(),
         )
         self._prices = trellis.Prices(self.component_class - kernels.FIRST_CLASS, trellis_rates(self._models.starts))
+        self._known = few_tokens.Known(
+            self.transform.tables, self.transform.prediction, self._prices, self._models, float(step)
+        )
 
     def compress(self, x: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """Bytes of x [B, T, H], uint8 on the CPU."""
-        from compressors.kernels import klt as kernels
-
         num_tokens, width = math.prod(x.shape[:-1]), x.shape[-1]
         if num_tokens == 0:
             return torch.empty(0, dtype=torch.uint8)
-        rows = x.reshape(num_tokens, width)
+        self._compile()
+        rows = x.detach().reshape(num_tokens, width)
+        coded, is_raw = self._encode(rows, self.check_ids(token_ids, num_tokens))
+        if not is_raw.any():
+            return torch.from_numpy(coded)
+        raw = _to_raw(rows[torch.from_numpy(is_raw).to(rows.device)].float().cpu())
+        parts = [torch.from_numpy(coded), *(part.reshape(-1).view(torch.uint8) for part in raw)]
+        data = self._scratch.get("data", (sum(p.numel() for p in parts),), torch.uint8, CPU)
+        return torch.cat(parts, out=data)
+
+    def _compile(self) -> None:
+        """Once a process: frames of few tokens have kernels of their own, for which no generation should wait."""
+        if KltCoder._is_compiled:
+            return
+        KltCoder._is_compiled = True
+        from compressors.kernels.klt.few_tokens import MOST_TOKENS
+
+        for num_tokens in (1, MOST_TOKENS + 1):
+            x, ids = torch.zeros(1, num_tokens, self._content.hidden_size), torch.zeros(num_tokens, dtype=torch.int64)
+            self.decompress(self.compress(x, ids), x.shape, CPU, x.dtype, ids)
+
+    def _encode(self, rows: torch.Tensor, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(Bytes but for raw tokens' values, bool [N] which these are) of tokens [N, H]."""
+        from compressors.kernels import klt as kernels
+        from compressors.kernels.klt import few_tokens
+
+        raw_cost = 256 * 16 * (rows.shape[1] + 1)
+        if rows.device == CPU and len(rows) <= few_tokens.MOST_TOKENS:
+            return few_tokens.encode_few(rows.float().contiguous().numpy(), ids, self._known, raw_cost)
         analysis = self._transform_on(rows.device).analyse(rows)
-        quantized = self.quantize(analysis, self.check_ids(token_ids, num_tokens))
+        quantized = self.quantize(analysis, ids)
         symbols = kernels.Symbols(
             levels=quantized.levels,
             is_raw=quantized.is_raw,
@@ -154,14 +186,7 @@ class KltCoder:
             finer=analysis.finer.numpy(),
             trust=quantized.trust,
         )
-        coded = kernels.encode(symbols, self._models, 256 * 16 * (width + 1))
-        is_raw = torch.from_numpy(symbols.is_raw)
-        parts = [torch.from_numpy(coded)]
-        if is_raw.any():
-            raw = _to_raw(rows[is_raw.to(rows.device)].float().cpu())
-            parts += [part.reshape(-1).view(torch.uint8) for part in raw]
-        data = self._scratch.get("data", (sum(p.numel() for p in parts),), torch.uint8, CPU)
-        return torch.cat(parts, out=data)
+        return kernels.encode(symbols, self._models, raw_cost), symbols.is_raw
 
     def quantize(self, analysis: Analysis, ids: np.ndarray) -> Quantized:
         """`ids` as from `check_ids`."""
@@ -191,29 +216,41 @@ class KltCoder:
 
         Raises CorruptPayload for bytes that it cannot have written.
         """
-        from compressors.kernels import trellis
-        from compressors.kernels.trust import apply_trust
+        from compressors.kernels.klt import few_tokens
 
         num_tokens, width = math.prod(shape[:-1]), shape[-1]
         if num_tokens == 0:
             if data.numel():
                 raise CorruptPayload(f"klt payload of {data.numel()} bytes for no token")
             return torch.empty(tuple(shape), dtype=dtype, device=device)
+        self._compile()
         ids = self.check_ids(token_ids, num_tokens)
-        symbols, num_coded = self._decode(data.numpy(), num_tokens, width)
-        num_raw = int(symbols.is_raw.sum())
-        if num_coded < 0 or num_coded + num_raw * (2 * width + 2) != data.numel():
-            raise CorruptPayload(f"{data.numel()} bytes are no klt frame of shape {tuple(shape)}")
-        decoded = self._scratch.get("decoded", (num_tokens, width), torch.float32, CPU)
+        if torch.device(device) == CPU and num_tokens <= few_tokens.MOST_TOKENS:
+            rows = torch.empty(num_tokens, width)
+            num_coded, is_raw = few_tokens.decode_few(data.numpy(), ids, self._known, rows.numpy())
+            num_raw = _num_raw(num_coded, is_raw, data, shape)
+            x = saturating_cast(rows, dtype)
+        else:
+            symbols, num_coded = self._decode(data.numpy(), num_tokens, width)
+            is_raw = symbols.is_raw
+            num_raw = _num_raw(num_coded, is_raw, data, shape)
+            x = self._reconstruct(symbols, ids, torch.device(device), dtype)
+        if num_raw:
+            raw = _from_raw(data[num_coded:].clone(), num_raw, width)
+            x[torch.from_numpy(is_raw).to(device)] = saturating_cast(raw, dtype).to(device)
+        return x.view(tuple(shape))
+
+    def _reconstruct(self, symbols: Symbols, ids: np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Tokens [N, H] but for raw ones."""
+        from compressors.kernels import trellis
+        from compressors.kernels.trust import apply_trust
+
+        decoded = self._scratch.get("decoded", symbols.levels.shape, torch.float32, CPU)
         steps = self.transform.steps(torch.from_numpy(symbols.finer))
         predicted = self.transform.predict(ids)
         apply_trust(symbols.trust, predicted)
         trellis.reconstruct(symbols.levels, steps, predicted, symbols.is_raw, decoded.numpy())
-        x = self._transform_on(torch.device(device)).synthesise(decoded, symbols.rms, device, dtype)
-        if num_raw:
-            raw = _from_raw(data[num_coded:].clone(), num_raw, width)
-            x[torch.from_numpy(symbols.is_raw).to(device)] = saturating_cast(raw, dtype).to(device)
-        return x.view(tuple(shape))
+        return self._transform_on(device).synthesise(decoded, symbols.rms, device, dtype)
 
     def _decode(self, data: np.ndarray, num_tokens: int, width: int) -> tuple[Symbols, int]:
         """What a frame's bytes begin with, and of how many bytes that is; -1 where they are no frame's."""
@@ -230,17 +267,15 @@ class KltCoder:
         return self._transforms[device]
 
     def check_ids(self, token_ids: torch.Tensor | None, num_tokens: int) -> np.ndarray:
-        """int32 [N] on the CPU; zeros where they are not used."""
+        """int64 [N] on the CPU; zeros where they are not used."""
         if not self._content.uses_token_ids:
-            return np.zeros(num_tokens, np.int32)
+            return np.zeros(num_tokens, np.int64)
         if token_ids is None or token_ids.numel() != num_tokens:
             raise ValueError(f"klt with a token table needs token_ids of {num_tokens} tokens, got {token_ids}")
-        ids = token_ids.reshape(-1).to(CPU, torch.int32)
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokens.num_ids:
-            raise ValueError(
-                f"klt's table has {self._tokens.num_ids} token ids, got {int(ids.min())} to {int(ids.max())}"
-            )
-        return ids.numpy()
+        ids = np.ascontiguousarray(token_ids.cpu().numpy().reshape(-1), np.int64)
+        if ids.view(np.uint64).max() >= self._tokens.num_ids:  # a negative one is a large one there
+            raise ValueError(f"klt's table has {self._tokens.num_ids} token ids, got {ids.min()} to {ids.max()}")
+        return ids
 
 
 def trellis_rates(starts: np.ndarray) -> np.ndarray:
@@ -265,6 +300,14 @@ def step_for_bits(calibration: LinkCalibration, target_bits: float) -> float:
             share = (bits[i] - target_bits) / max(bits[i] - bits[i + 1], 1e-9)
             return steps[i] + share * (steps[i + 1] - steps[i])
     raise AssertionError("bits fall with the step")
+
+
+def _num_raw(num_coded: int, is_raw: np.ndarray, data: torch.Tensor, shape: Sequence[int]) -> int:
+    """How many tokens' values follow the coded bytes. Raises CorruptPayload where that is not what is there."""
+    num_raw = int(is_raw.sum())
+    if num_coded < 0 or num_coded + num_raw * (2 * shape[-1] + 2) != data.numel():
+        raise CorruptPayload(f"{data.numel()} bytes are no klt frame of shape {tuple(shape)}")
+    return num_raw
 
 
 def _in_range(step: float) -> bool:

@@ -72,12 +72,13 @@ class TokenTable:
 
         ids = ids.long().contiguous()
         features = torch.empty(len(ids), self.num_features)
-        if not unpack_features(ids.numpy(), *self._arrays, features.numpy()):
+        if not unpack_features(ids.numpy(), *self.arrays, features.numpy()):
             raise ValueError(f"the table has {self.num_ids} token ids, got {int(ids.min())} to {int(ids.max())}")
         return features
 
     @functools.cached_property
-    def _arrays(self) -> list[np.ndarray]:
+    def arrays(self) -> list[np.ndarray]:
+        """As `kernels.token_table` takes them."""
         return [t.numpy() for t in (self.frequent, self.rare, self.rows, self.group_sizes, self.steps)]
 
     def fault(self) -> str | None:

@@ -42,12 +42,14 @@ class KernelTransform:
 
     def __init__(self, calibration: LinkCalibration, tokens: TokenTable, step: float) -> None:
         from compressors.kernels import transform as kernels
+        from compressors.kernels.klt.few_tokens import PredictionTables
 
         self._content, self._tokens, self._step = calibration, tokens, step
         self._scratch = Scratch()
-        self._token_out, self._token_bias = _halves(calibration.token_out), calibration.token_bias.numpy()
+        of_link = _halves(calibration.token_out), calibration.token_bias.numpy()
+        self.prediction = PredictionTables(*(*tokens.arrays, *of_link))
         constant, per_octave = calibration.finer_bias.tolist()
-        self._tables = kernels.TransformTables(
+        self.tables = kernels.TransformTables(
             mean=calibration.mean.numpy(),
             encode=_halves(calibration.encode),
             decode=_halves(calibration.decode),
@@ -67,7 +69,7 @@ class KernelTransform:
         y, centred = self._floats("y", *x.shape), self._floats("centred", *x.shape)
         rms, finer = np.empty((2, len(x)), np.int32)
         is_raw = np.empty(len(x), np.bool_)
-        kernels.analyse(x.numpy(), self._tables, centred.numpy(), y.numpy(), rms, finer, is_raw)
+        kernels.analyse(x.numpy(), self.tables, centred.numpy(), y.numpy(), rms, finer, is_raw)
         return Analysis(y, torch.from_numpy(rms), torch.from_numpy(finer), torch.from_numpy(is_raw))
 
     def predict(self, ids: np.ndarray) -> np.ndarray:
@@ -82,8 +84,8 @@ class KernelTransform:
         distinct, inverse = (ids, _FIRST) if ids.size == 1 else np.unique(ids, return_inverse=True)
         of_distinct = self._floats("of distinct ids", distinct.size, width).numpy()
         features = self._tokens.features(torch.from_numpy(distinct))
-        kernels.multiply_rows(features.numpy(), self._token_out, of_distinct)
-        of_distinct += self._token_bias
+        kernels.multiply_rows(features.numpy(), self.prediction.out, of_distinct)
+        of_distinct += self.prediction.bias
         return np.take(of_distinct, inverse, axis=0, out=predicted, mode="clip")
 
     def steps(self, finer: torch.Tensor) -> np.ndarray:
@@ -101,7 +103,7 @@ class KernelTransform:
         from compressors.kernels import transform as kernels
 
         x = torch.empty(decoded.shape)
-        kernels.synthesise(decoded.numpy(), rms, self._tables, x.numpy())
+        kernels.synthesise(decoded.numpy(), rms, self.tables, x.numpy())
         return saturating_cast(x, dtype).to(device)
 
     def _floats(self, name: str, *shape: int) -> torch.Tensor:
@@ -202,7 +204,7 @@ def _blocks(rows: torch.Tensor) -> torch.Tensor:
 
 def _halves(matrix: torch.Tensor) -> np.ndarray:
     """The bits of a bf16 matrix, uint16."""
-    return matrix.view(torch.uint16).numpy()
+    return matrix.contiguous().view(torch.uint16).numpy()
 
 
 @functools.cache

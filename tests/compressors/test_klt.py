@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from compressors import CorruptPayload, LinkInfo, Payload, make_compressor
 from compressors.check import CHECKS, hidden_states, side_inputs, travelling
+from compressors.kernels.klt import few_tokens
 from compressors.klt.calibration_file import file_name
 from tests.helpers.marks import slow_but
 
@@ -122,6 +123,23 @@ def test_a_token_is_the_same_in_frames_of_any_length():
         alone = ids[:, t : t + 1]
         payload = codec.compress(x[:, t : t + 1], token_ids=alone)
         assert torch.equal(codec.decompress(payload, CPU, x.dtype, token_ids=alone), together[:, t : t + 1])
+
+
+@pytest.mark.parametrize("use_token_ids", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 6])
+def test_few_tokens_have_the_bytes_that_more_would_have(num_tokens, use_token_ids, monkeypatch):
+    """They are coded and decoded in one call of a kernel, with a raw token among them or without one."""
+    codec = make(use_token_ids=use_token_ids)
+    for seed, scale in ((0, 1.0), (1, 1e6)):
+        x = hidden_states((1, num_tokens, 96), seed=seed)
+        x[:, -1] *= scale
+        ids = {"token_ids": torch.arange(num_tokens)[None] % VOCABULARY} if use_token_ids else {}
+        payload = codec.compress(x, **ids)
+        decoded = codec.decompress(payload, CPU, torch.float32, **ids)
+        with monkeypatch.context() as patch:
+            patch.setattr(few_tokens, "MOST_TOKENS", 0)
+            assert torch.equal(codec.compress(x, **ids).data, payload.data)
+            assert torch.equal(codec.decompress(payload, CPU, torch.float32, **ids), decoded)
 
 
 def test_ids_come_beside_the_payload():

@@ -63,7 +63,7 @@ class Operations(TorchDispatchMode):
 
 def signatures():
     """Compiled versions of all kernels."""
-    modules = pkgutil.iter_modules(compressors.kernels.__path__, "compressors.kernels.")
+    modules = pkgutil.walk_packages(compressors.kernels.__path__, "compressors.kernels.")
     functions = [f for m in modules for f in vars(importlib.import_module(m.name)).values() if hasattr(f, "signatures")]
     return sum(len(function.signatures) for function in functions)
 
