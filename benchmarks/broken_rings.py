@@ -151,7 +151,7 @@ def kill(chance: random.Random, pids: Mapping[int, int], arguments: argparse.Nam
 
 
 def break_connection(chance: random.Random, pids: Mapping[int, int], env: Mapping[str, str]) -> str | None:
-    """Reset one between two neighbours; None where none is there yet."""
+    """Reset those between two neighbours, that of all ranks' group and their own; None where none is there yet."""
     src = chance.choice(sorted(pids))
     dst = (src + 1) % NUM_RANKS
     try:
@@ -162,8 +162,9 @@ def break_connection(chance: random.Random, pids: Mapping[int, int], env: Mappin
     ports = [c.laddr.port for c in ours if c.raddr in far and int(env["MASTER_PORT"]) not in (c.laddr[1], c.raddr[1])]
     if not ports:
         return None
-    subprocess.run(["ss", "-K", "sport", "=", str(ports[0])], check=True, capture_output=True)
-    return f"the connection of ranks {src} and {dst} reset"
+    for port in ports:
+        subprocess.run(["ss", "-K", "sport", "=", str(port)], check=True, capture_output=True)
+    return f"the connections of ranks {src} and {dst} reset"
 
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:
