@@ -48,11 +48,9 @@ class Known(NamedTuple):
 def _predict(ids, tables, width):
     """Components float32 [N, H] as the ids, int64 [N], make them likely."""
     predicted = np.zeros((ids.size, width), np.float32)
-    if tables.rows.size:
+    if tables.out.size:
         features = np.empty((ids.size, tables.steps.shape[1]), np.float32)
-        unpack_features(
-            ids, tables.frequent, tables.rare, tables.rows, tables.group_sizes, tables.steps, features
-        )
+        unpack_features(ids, tables.frequent, tables.rare, tables.rows, tables.group_sizes, tables.steps, features)
         multiply_rows(features, tables.out, predicted)
         for t in range(ids.size):
             predicted[t] += tables.bias
@@ -69,7 +67,7 @@ def encode_few(rows, ids, known, raw_cost):
     analyse(rows, known.transform, centred, y, rms, finer, is_raw)
     predicted = _predict(ids, known.prediction, width)
     steps(known.step, finer, token_steps)
-    if known.prediction.rows.size:
+    if known.prediction.out.size:
         choose_trust(y, predicted, token_steps, trust)
         apply_trust(trust, predicted)
     levels = np.empty((num_tokens, width), np.int32)
