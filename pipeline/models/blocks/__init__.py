@@ -1,0 +1,1 @@
+"""Matrices kept as GGUF's blocks of few bits, and products with them."""
