@@ -24,7 +24,7 @@ import torch
 from benchmarks.synthetic import save_random_calibration, save_random_llama
 from compressors.console import run_command
 from compressors.kernels.bits import jit
-from pipeline.models.source import checkpoint_fingerprint
+from pipeline.models.weight_files import checkpoint_fingerprint
 from pipeline.records.run_record import RunRecord
 from pipeline.report.results import load_records
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from pipeline.models.families import FAMILIES, TELLING_FIELDS, Family, cut_config
-from pipeline.models.source import reading, weight_files
+from pipeline.models.weight_files import reading, weight_files
 
 __all__ = ["MAX_MAPPED_NBYTES", "Checkpoint", "ModelError", "StoredTensor", "read_checkpoint"]
 

@@ -27,7 +27,8 @@ from pipeline.data.windows import make_microbatches
 from pipeline.importance.files import TokenOwner
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.loading import TORCH_DTYPES, WeightFormat, load_model_config, load_stage
-from pipeline.models.source import checkpoint_fingerprint, resolve_model
+from pipeline.models.source import resolve_model
+from pipeline.models.weight_files import checkpoint_fingerprint
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import Plan
 from pipeline.records.environment import Environment

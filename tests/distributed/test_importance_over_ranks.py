@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.importance.files import TokenOwner, write_head_relevance, write_token_importance
 from pipeline.importance.metrics import METRICS, AttentionMetric
-from pipeline.models.source import checkpoint_fingerprint
+from pipeline.models.weight_files import checkpoint_fingerprint
 from pipeline.partition.plan import default_plan
 from pipeline.records.store import read_per_token, read_record
 from tests.distributed.test_equality import LENGTH, check, overrides, run_cases

@@ -7,7 +7,7 @@ from benchmarks import memory
 from benchmarks.synthetic import save_random_calibration, save_random_llama
 from compressors.klt.calibration_file import TOKENS_FILE, file_name
 from pipeline.config.reading import load_config
-from pipeline.models.source import checkpoint_fingerprint
+from pipeline.models.weight_files import checkpoint_fingerprint
 from pipeline.partition.plan import default_plan
 from pipeline.runtime.memory import pss_bytes
 from tests.helpers.launch import call_on_ranks, run_ranks

@@ -32,7 +32,8 @@ from transformers import (
 from pipeline.data.text import load_text, tokenize
 from pipeline.models import gguf_conversion
 from pipeline.models.gguf import convert_gguf_once
-from pipeline.models.source import checkpoint_fingerprint, resolve_model, weight_files
+from pipeline.models.source import resolve_model
+from pipeline.models.weight_files import checkpoint_fingerprint, weight_files
 from tests.helpers.launch import call_on_ranks
 from tests.helpers.marks import slow_but, slowly
 
