@@ -123,7 +123,7 @@ def _digest(config: RunConfig, deployment: Deployment, division: Division, table
             **config.numerics(balanced_layers(config, deployment.plan)),
             "format": FORMAT,
             "links": [link.name for link in deployment.plan.links],
-            "checkpoint": deployment.model.checkpoint_digest,
+            "checkpoint": deployment.model.weights_digest,
             "text": text.text_sha256,
             "ids": text.ids_sha256,
             "bos_id": text.bos_id,

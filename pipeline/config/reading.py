@@ -343,6 +343,11 @@ def _check_together(config: RunConfig) -> None:
             f"model.load_in_8bit_threshold is {model.load_in_8bit_threshold:g}, but model.load_in_8bit is false: "
             "the threshold belongs to 8-bit weights"
         )
+    if model.weights != ModelConfig.weights and (model.dtype != "fp32" or model.load_in_8bit or model.load_in_4bit):
+        raise ConfigError(
+            f"model.weights is {model.weights}, which goes with model.dtype fp32 and without bitsandbytes' weights; "
+            "leave out the one or the other"
+        )
     if dataset.name == "pydoc" and dataset.path is not None:
         raise ConfigError(
             f"dataset.path is {dataset.path!r}, but dataset.name is pydoc, which reads no file; "

@@ -105,6 +105,13 @@ class ModelConfig:
         "fp32",
         choices=("fp32", "fp16", "bf16", "fp64"),
     )
+    weights: str = _key(
+        "how a CPU holds matrices under `model.dtype: fp32`. `auto`: as the blocks of few bits that a GGUF file has, "
+        "else in float32. `bf16`, `int8` and `int4` are made at load: rounded, or GGUF's Q8_0 and Q4_1. Products are "
+        "taken in float32 whatever it is",
+        "auto",
+        choices=("auto", "fp32", "bf16", "int8", "int4"),
+    )
     load_in_8bit: bool = _key("bitsandbytes 8-bit weights", False)
     load_in_8bit_threshold: float = _key(
         "channels in which any token of a micro-batch exceeds it stay in `model.dtype`; the default is bitsandbytes' "
@@ -464,6 +471,7 @@ class RunConfig:
         slowdown = [node.slowdown for node in partition.nodes]
         younger = {  # left out by default, which keeps the digests of older runs
             **({} if layers is not None else self._balance()),
+            "model.weights": (self.model.weights, ModelConfig.weights),
             "model.load_in_8bit_threshold": (self.model.load_in_8bit_threshold, ModelConfig.load_in_8bit_threshold),
             "compressor_decode": (_plain(self.compressor_decode), None),
             "evaluation.mode": (self.evaluation.mode, EvaluationConfig.mode),

@@ -75,7 +75,7 @@ def session_digest(ring: GenerationRing, requests: Sequence[Request | RefusedReq
     return digest_of(
         {
             **config.numerics(balanced_layers(config, deployment.plan)),
-            "checkpoint": deployment.model.checkpoint_digest,
+            "checkpoint": deployment.model.weights_digest,
             "requests": None if requests is None else [dataclasses.asdict(request) for request in requests],
         }
     )

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from pipeline.models.blocks.storage import block_types
 from pipeline.models.families import FAMILIES, TELLING_FIELDS, Family, cut_config
 from pipeline.models.weight_files import reading, weight_files
 
@@ -47,12 +48,14 @@ class StoredTensor:
     """A tensor of a checkpoint file, read and cast when transformers asks for its contents with `[...]`.
 
     The file is opened for this one tensor, and anew for each part of a large one: pages of a mapping count as
-    resident for as long as it exists. Floating-point values are cast to `dtype`, where there is one.
+    resident for as long as it exists. Floating-point values are cast to `dtype`, where there is one. `block_type` is
+    the type of the blocks that lie beside the checkpoint with the same values, None where none do.
     """
 
     path: Path
     name: str
     dtype: torch.dtype | None = None
+    block_type: str | None = None
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         with reading(self.path, self.name), safe_open(self.path, framework="pt") as checkpoint:
@@ -112,6 +115,7 @@ def read_checkpoint(model_dir: Path, config: Any) -> Checkpoint:
     """
     family = FAMILIES[config.model_type]
     num_layers = config.num_hidden_layers
+    types = block_types(model_dir)
     parts: defaultdict[int | str, dict[str, StoredTensor]] = defaultdict(dict)
     inverse_frequencies: list[StoredTensor] = []
     float8: list[str] = []
@@ -138,7 +142,7 @@ def read_checkpoint(model_dir: Path, config: Any) -> Checkpoint:
                 f"{model_dir} stores {stored!r} as {dtype}, and its config.json has no quantization_config that says "
                 f"what the numbers stand for; {_CURE}"
             )
-        parts[part][name] = StoredTensor(path, stored)
+        parts[part][name] = StoredTensor(path, stored, block_type=types.get(stored))
     lacking = [index for index in range(num_layers) if index not in parts]
     if lacking:
         raise ModelError(

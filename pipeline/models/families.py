@@ -119,6 +119,8 @@ def cut_config(config: Any, start: int, end: int) -> Any:
         family.cut_fields(cut, start, end)
     elif getattr(cut, "layer_types", None) is not None:
         _cut_layer_types(cut, start, end)  # not read, but its length is checked
+    if getattr(cut, "matrix_types", None) is not None:
+        cut.matrix_types["layers"] = cut.matrix_types["layers"][start:end]
     cut.num_hidden_layers = end - start
     cut.use_cache = False
     return cut

@@ -1,9 +1,9 @@
 """A GGUF file's config, tokenizer and weights, as transformers reads them, to a checkpoint's directory.
 
 Called by `gguf.convert_gguf_once`. transformers reads and dequantises the file; what it gives is stored as float32
-safetensors, value for value. transformers passes over keys and tensors that it does not know, scaled positions among
-them. So each key of the architecture must reappear in the config, where it is put if transformers left it out, and each
-tensor in the model; what does not is an error that names it.
+safetensors, value for value, and beside it the file's own blocks. transformers passes over keys and tensors that it
+does not know, scaled positions among them. So each key of the architecture must reappear in the config, where it is put
+if transformers left it out, and each tensor in the model; what does not is an error that names it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from pipeline.models.blocks.storage import write_blocks
 from pipeline.models.families import FAMILIES
 
 __all__ = ["CONVERSION_VERSION", "complete_config", "convert"]
 
-CONVERSION_VERSION = 3  # raised when this file writes something else
+CONVERSION_VERSION = 4  # raised when this file writes something else
 
 # Keys of an architecture -> the config's field with the same value.
 _FIELDS = {
@@ -90,7 +91,7 @@ def convert(gguf: Path, out: Path) -> None:
                 f"{gguf} does not fit its architecture {model.config.model_type!r}: {problem} "
                 f"{sorted(map(str, report[problem]))[:4]}"
             )
-    _check_tensors(gguf, reader, model)
+    by_name = _check_tensors(gguf, reader, model)
     # In a process group transformers writes weights on its rank 0 alone, whatever `is_main_process` says; here any rank
     # may be the one that converts. The parts of save_pretrained that undo what loading did to names and experts have no
     # public names. A process of its own would have to be ended whenever this one is, and a rank ends by os._exit. So
@@ -99,11 +100,14 @@ def convert(gguf: Path, out: Path) -> None:
     with mock.patch("torch.distributed.is_initialized", return_value=False):
         model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    del model
     if not (out / "config.json").is_file() or not any(out.glob("*.safetensors")):
         raise ValueError(
             f"transformers {importlib.metadata.version('transformers')} wrote no config or no weights of {gguf}, only "
             f"{sorted(path.name for path in out.iterdir())}; install a version that setup.cfg names"
         )
+    for sentence in write_blocks(out, by_name):
+        print(f"stays float32: {sentence}", file=sys.stderr, flush=True)
 
 
 def complete_config(gguf: Path, reader: Any, config: Any) -> None:
@@ -199,14 +203,15 @@ def _value(config: Any, field: str) -> Any:
     return config.hidden_size // config.num_attention_heads if field == "head_dim" and value is None else value
 
 
-def _check_tensors(gguf: Path, reader: Any, model: Any) -> None:
-    """Raise ValueError for a tensor of the file that is in no parameter of the model."""
+def _check_tensors(gguf: Path, reader: Any, model: Any) -> dict[str, Any]:
+    """The file's tensors by the names of the model's parameters. Raises ValueError for one that is in none."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     architecture = reader.fields["general.architecture"].contents()
     (known,) = [key for key, name in MODEL_ARCH_NAMES.items() if name == architecture]
     names = get_tensor_name_map(known, model.config.num_hidden_layers)
-    used = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()}
+    own = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()}
+    used = set(own.values())
     if model.config.model_type in ("llama", "mistral"):
         used.add(_ROPE_FREQS)
     for layer in range(model.config.num_hidden_layers):
@@ -218,3 +223,5 @@ def _check_tensors(gguf: Path, reader: Any, model: Any) -> None:
             f"{gguf} has {len(unused)} tensors that its conversion to {model.config.model_type!r} would leave out, "
             f"{unused[0]!r} the first: it would be another model. Take the model as safetensors"
         )
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    return {name: stored[theirs] for name, theirs in own.items() if theirs in stored}

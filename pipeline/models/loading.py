@@ -25,8 +25,12 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.config.schema import ModelConfig
 from pipeline.models.attention import check_readable
+from pipeline.models.blocks.modules import BlockEmbedding, BlockLinear
+from pipeline.models.blocks.placing import place_blocks
+from pipeline.models.blocks.storage import random_matrix, read_matrix
 from pipeline.models.checkpoint import Checkpoint, ModelError, StoredTensor, read_checkpoint, unused_tensor
 from pipeline.models.families import FAMILIES, Family, cut_config
+from pipeline.models.matrix_types import matrix_nbytes, matrix_types
 from pipeline.partition.plan import StagePlan
 
 __all__ = [
@@ -73,13 +77,15 @@ class Head:
         bias: torch.Tensor | None = None
         if isinstance(projection, functools.partial):
             weight = projection.keywords["weight"]
+            rows = weight[token_ids.to(weight.device)]
+        elif isinstance(projection, BlockLinear):
+            rows, bias = projection.matrix.rows(token_ids), projection.bias
         elif type(projection) is nn.Linear:
-            weight, bias = projection.weight, projection.bias
+            rows, bias = projection.weight[token_ids.to(projection.weight.device)], projection.bias
         else:
             return None
-        rows = token_ids.to(weight.device)
-        bias = None if bias is None else bias[rows]
-        return Head(functools.partial(nn.functional.linear, weight=weight[rows], bias=bias), self.softcap)
+        bias = None if bias is None else bias[token_ids.to(bias.device)]
+        return Head(functools.partial(nn.functional.linear, weight=rows, bias=bias), self.softcap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,13 +309,18 @@ def load_stage(
     stage_config = _stage_config(config, stage, is_tied=checkpoint.is_tied)
     if weights.dtype == torch.float64:
         stage_config._experts_implementation = "eager"  # the others' matrix products stop at float32
-    _check_shapes(model_dir, model_class, stage_config, state_dict)
+    in_blocks = _check_shapes(model_dir, model_class, stage_config, state_dict)
+    blocks = {name: state_dict.pop(name) for name in in_blocks if name in state_dict}
     options = _load_options(weights, device)
     model = _load(model_dir, stage, model_class, stage_config, state_dict, options)
+    for name, stored in blocks.items():
+        model.block_modules[name].matrix = read_matrix(model_dir, stored, model.block_modules[name].type_name)
     projection = None
     if shares_head:
         assert embedding is not None
-        projection = functools.partial(nn.functional.linear, weight=embedding.get_parameter("weight"))
+        projection = _tied_projection(embedding)
+    elif with_head and stage.is_first and checkpoint.is_tied:
+        projection = _tied_projection(model.get_input_embeddings())
     elif with_head:
         projection = model.get_output_embeddings()
     return StageModel(
@@ -317,6 +328,12 @@ def load_stage(
         head=None if projection is None else Head(projection, _softcap(family, config)),
         embedding=getattr(model.base_model, family.embedding) if stage.is_first else None,
     )
+
+
+def _tied_projection(embedding: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    if isinstance(embedding, BlockEmbedding):
+        return BlockLinear.of(embedding.matrix)
+    return functools.partial(nn.functional.linear, weight=embedding.get_parameter("weight"))
 
 
 def random_stage(
@@ -339,6 +356,8 @@ def random_stage(
         weights = WeightFormat(dtype=weights.dtype)
     options = _load_options(weights, device)
     model = _load(Path("random weights"), stage, model_class, stage_config, tensors, options)
+    for module in model.block_modules.values():
+        module.matrix = random_matrix(module.shape, module.type_name, generator)
     return StageModel(
         decoder=model.base_model,
         head=Head(model.get_output_embeddings(), _softcap(family, config)) if stage.is_last else None,
@@ -440,9 +459,9 @@ class StageWeights:
 def stage_weights(config: PretrainedConfig, stage: StagePlan, weights: WeightFormat) -> StageWeights:
     """A stage's weights once loaded, from the config alone.
 
-    Quantised linear layers take 1 byte a weight and 4 a row (8 bits), or half a byte and 4 per block of 64 (4
-    bits). A tied head on the embedding's node costs nothing; `stage` decides only about itself, so a caller that
-    holds both ends subtracts one of the two.
+    Matrices held as blocks (`matrix_types`) take these. Linear layers that bitsandbytes quantises take 1 byte a weight
+    and 4 a row (8 bits), or half a byte and 4 per block of 64 (4 bits). A tied head on the embedding's node costs
+    nothing; `stage` decides only about itself, so a caller that holds both ends subtracts one of the two.
     """
     family = FAMILIES[config.model_type]
     model_class, _ = _stage_class(config, family, stage, stage.is_last)
@@ -459,6 +478,13 @@ def stage_weights(config: PretrainedConfig, stage: StagePlan, weights: WeightFor
         id(p) for p in (head.parameters() if head is not None else ())
     }
     total, active, active_bytes = 0, 0.0, 0.0
+    for module in model.block_modules.values():
+        nbytes = matrix_nbytes(module.shape, module.type_name)
+        if isinstance(module, BlockLinear):
+            active += module.shape[0] * module.shape[1]
+            active_bytes += nbytes
+        is_repeated = module is head and stage.is_first and config.tie_word_embeddings
+        total += 0 if is_repeated else nbytes
     for parameter in {id(p): p for p in model.parameters()}.values():
         if id(parameter) not in linear_weights or weights.linear_bits is None:
             nbytes = parameter.numel() * weights.dtype.itemsize
@@ -496,13 +522,17 @@ def layer_kinds(config: PretrainedConfig) -> list[int]:
 
 def embedding_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of the embedding matrix, which a tied head on another node repeats."""
+    type_name = matrix_types(config)["embedding"]
+    if type_name is not None:
+        return matrix_nbytes((config.vocab_size, config.hidden_size), type_name)
     return config.vocab_size * config.hidden_size * dtype.itemsize
 
 
 def _stage_config(config: PretrainedConfig, stage: StagePlan, *, is_tied: bool) -> PretrainedConfig:
     """The model's config, cut to the stage's layers; head and embedding are one where both are the stage's."""
     cut = cut_config(config, stage.start, stage.end)
-    cut.tie_word_embeddings = is_tied and stage.is_first and stage.is_last
+    is_block = matrix_types(cut)["embedding"] is not None  # which transformers has nothing to tie of
+    cut.tie_word_embeddings = is_tied and stage.is_first and stage.is_last and not is_block
     return cut
 
 
@@ -527,6 +557,19 @@ def _stage_class(
                 setattr(self.base_model, family.norm, nn.Identity())
             if not with_head:
                 setattr(self, head_name, nn.Identity())
+            self.block_modules = place_blocks(self, block_names(config))
+
+    def block_names(config: PretrainedConfig) -> dict[str, str]:
+        types = matrix_types(config)
+        names = {
+            f"{family.decoder}.layers.{index}.{name}": type_name
+            for index, layer in enumerate(types["layers"])
+            for name, type_name in layer.items()
+        }
+        ends = {f"{family.decoder}.{family.embedding}": (stage.is_first, "embedding"), head_name: (with_head, "head")}
+        return names | {
+            f"{name}.weight": types[end] for name, (is_here, end) in ends.items() if is_here and types[end] is not None
+        }
 
     Stage.__name__ = Stage.__qualname__ = base.__name__
     return Stage, head_name
@@ -534,17 +577,23 @@ def _stage_class(
 
 def _check_shapes(
     model_dir: Path, model_class: type[PreTrainedModel], config: PretrainedConfig, tensors: Mapping[str, StoredTensor]
-) -> None:
-    """Raise ModelError for a tensor of another shape than the model's; bitsandbytes would take it as it is."""
+) -> list[str]:
+    """Names of the matrices that the model holds as blocks.
+
+    Raises ModelError for a tensor of another shape than the model's; bitsandbytes would take it as it is.
+    """
     with torch.device("meta"):
-        expected = model_class(copy.deepcopy(config)).state_dict()
+        model: Any = model_class(copy.deepcopy(config))
+    in_blocks = {name: module.shape for name, module in model.block_modules.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} | in_blocks
     for name in tensors.keys() & expected.keys():
-        shape = tuple(expected[name].shape)
+        shape = expected[name]
         if tensors[name].shape != shape:
             raise ModelError(
                 f"{model_dir}: {tensors[name].name} has shape {list(tensors[name].shape)}, and by config.json it has "
                 f"{list(shape)}; take the config.json that belongs to the weights"
             )
+    return list(in_blocks)
 
 
 def _first_layer(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

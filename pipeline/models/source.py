@@ -24,6 +24,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import tqdm as hub_tqdm
 
 from compressors.user_files import user_path
+from pipeline.models.blocks.storage import BLOCKS_FILE
 from pipeline.models.gguf import convert_gguf_once
 from pipeline.models.staging import stage_directory
 from pipeline.models.weight_files import reading, weight_files
@@ -147,6 +148,8 @@ def _loading_files(model_dir: Path) -> list[str]:
     if not (model_dir / "config.json").is_file():
         raise ValueError(f"{model_dir} has no config.json, so it is not a model directory. {_ACCEPTED}")
     weights = [path.name for path in weight_files(model_dir)]
+    if (model_dir / BLOCKS_FILE).is_file():
+        weights.append(BLOCKS_FILE)
     small = [
         path.name
         for path in model_dir.iterdir()

@@ -27,6 +27,7 @@ from pipeline.data.windows import make_microbatches
 from pipeline.importance.files import TokenOwner
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.loading import TORCH_DTYPES, WeightFormat, load_model_config, load_stage
+from pipeline.models.matrix_types import choose_matrix_types, types_label
 from pipeline.models.source import resolve_model
 from pipeline.models.weight_files import checkpoint_fingerprint
 from pipeline.models.stage import Stage
@@ -43,6 +44,7 @@ from pipeline.runtime.codecs import (
 )
 from pipeline.runtime.devices import (
     available_cores,
+    choose_device,
     choose_threads,
     gpu_identity,
     link_backend,
@@ -73,13 +75,20 @@ logger = logging.getLogger(__name__)
 class DeployedModel:
     """Which model: its directory, transformers' config, and the fingerprint of its checkpoint.
 
-    `notes` are what a reader of numbers must know of the checkpoint (`checkpoint.Checkpoint`).
+    `block_types` names the types of the blocks that its matrices are held as, None for none. `notes` are what a reader
+    of numbers must know of the checkpoint (`checkpoint.Checkpoint`).
     """
 
     directory: Path
     config: PretrainedConfig
     checkpoint_digest: str
+    block_types: str | None
     notes: tuple[str, ...]
+
+    @property
+    def weights_digest(self) -> str:
+        """Of the weights as they are held, which decide over a run's numbers."""
+        return self.checkpoint_digest if self.block_types is None else f"{self.checkpoint_digest} {self.block_types}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +150,7 @@ def deploy(
     threads = _set_threads(config, control)
     control.report("resolving the model")
     directory, model_config = _resolve(config.model, control)
+    _choose_matrix_types(config, directory, model_config, control)
     if with_text:
         check_max_length(config, model_config)
     plan = _plan(config, directory, model_config, control)
@@ -196,6 +206,20 @@ def _resolve(model: ModelConfig, control: Control) -> tuple[Path, PretrainedConf
     return directory, load_model_config(directory, model.architecture, trust_remote_code=model.trust_remote_code)
 
 
+def _choose_matrix_types(
+    config: RunConfig, directory: Path, model_config: PretrainedConfig, control: Control
+) -> None:
+    """Put into a model's config how matrices are held; blocks only where all ranks compute on CPUs."""
+    world, nodes = control.world, config.partition.nodes
+    own = [node for node in range(config.partition.num_nodes) if world.rank_of(node) == world.rank]
+    settings = [nodes[node].device if nodes else None for node in own]
+    on_cpu = all(choose_device(setting or config.runtime.device, world).type == "cpu" for setting in settings)
+    model_config.matrix_types = choose_matrix_types(
+        config.model, model_config, read_checkpoint(directory, model_config), on_cpu=all(control.gather(on_cpu))
+    )
+    control.agree("checkpoint", {"blocks": types_label(model_config)})
+
+
 def _identify(
     control: Control, directory: Path, model_config: PretrainedConfig, *, is_told: bool
 ) -> DeployedModel:
@@ -206,7 +230,13 @@ def _identify(
     if control.world.rank == 0 and is_told:
         for note in notes:
             logger.warning("%s", note)
-    return DeployedModel(directory=directory, config=model_config, checkpoint_digest=digest, notes=notes)
+    return DeployedModel(
+        directory=directory,
+        config=model_config,
+        checkpoint_digest=digest,
+        block_types=types_label(model_config),
+        notes=notes,
+    )
 
 
 def _plan(config: RunConfig, directory: Path, model_config: PretrainedConfig, control: Control) -> Plan:
@@ -233,7 +263,7 @@ def _load_stages(
     """This rank's stages. Those of one device share the embedding, where both have it."""
     weights = WeightFormat.from_config(config.model)
     stages: dict[int, Stage] = {}
-    embedding = None
+    embedding, holder = None, None
     for index, device in devices.items():
         stage_model = load_stage(
             model.directory,
@@ -241,9 +271,10 @@ def _load_stages(
             plan.stages[index],
             weights,
             device=device,
-            embedding=embedding if embedding is not None and embedding.weight.device == device else None,
+            embedding=embedding if holder == device else None,
         )
-        embedding = stage_model.embedding if stage_model.embedding is not None else embedding
+        if stage_model.embedding is not None:
+            embedding, holder = stage_model.embedding, device
         stages[index] = Stage(plan.stages[index], stage_model, device, model.config.vocab_size)
     return stages
 
@@ -284,7 +315,7 @@ def _prepare_text(
                 plan,
                 codecs,
                 parts,
-                checkpoint=model.checkpoint_digest,
+                checkpoint=model.weights_digest,
                 ids_sha256=text.ids_sha256,
                 bos_id=text.bos_id,
             )

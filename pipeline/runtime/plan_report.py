@@ -29,6 +29,7 @@ from pipeline.models.loading import (
     load_model_config,
     stage_parameter_bytes,
 )
+from pipeline.models.matrix_types import choose_matrix_types
 from pipeline.models.stage import MAX_LOGITS_NBYTES
 from pipeline.partition.plan import Plan, default_plan
 from pipeline.partition.schedule import passes_in_flight
@@ -117,9 +118,12 @@ def plan_run(config: RunConfig) -> PlannedRun:
     model_dir = Path(config.model.name) if Path(config.model.name).is_dir() else None
     model_config = load_model_config(model_dir, config.model.architecture)
     notes: tuple[str, ...] = ()
+    checkpoint = None
     if model_dir is not None and any(model_dir.glob("*.safetensors")):
         checkpoint = read_checkpoint(model_dir, model_config)
         notes, model_config.tie_word_embeddings = checkpoint.notes, checkpoint.is_tied
+    on_cpu = all(_device_type(config, node) == "cpu" for node in range(config.partition.num_nodes))
+    model_config.matrix_types = choose_matrix_types(config.model, model_config, checkpoint, on_cpu=on_cpu)
     check_max_length(config, model_config)
     measured = kept_nodes(config, model_config) if is_measured(config) else None
     plan = make_plan(config, model_config, measured)

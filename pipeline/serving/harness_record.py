@@ -49,7 +49,7 @@ def write_results(worked: Worked, options: HarnessOptions) -> Path:
             **config.numerics(balanced_layers(config, ring.deployment.plan)),
             "generation": [getattr(config.generation, key) for key in (*UNCUT, "repetition_penalty", "seed")],
             "max_length": ring.slot_length,
-            "checkpoint": ring.deployment.model.checkpoint_digest,
+            "checkpoint": ring.deployment.model.weights_digest,
             "harness": [metadata.version("lm_eval"), *map(str, options.tasks), str(options.limit)],
             "num_fewshot": options.num_fewshot,
             "apply_chat_template": options.apply_chat_template,

@@ -72,7 +72,8 @@ def test_no_pickle_no_eval(folder):
         assert not {"pickle", "dill", "marshal", "shelve"} & {name.split(".")[0] for name in imports(path)}, path
         calls = [node.func for node in nodes_of(path) if isinstance(node, ast.Call)]
         assert not any(isinstance(f, ast.Name) and f.id in ("eval", "exec") for f in calls), path
-        assert "torch.load(" not in path.read_text() and "_object(" not in path.read_text(), path
+        pickling = r"torch\.load\(|(gather|broadcast|scatter|send|recv)_object"  # torch.distributed's are pickles
+        assert not re.search(pickling, path.read_text()), path
 
 
 def too_many_arguments(nodes):

@@ -1,0 +1,40 @@
+"""Modules of blocks in the places of a model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from pipeline.models.blocks.modules import BlockEmbedding, BlockLinear, BlockModule
+
+__all__ = ["place_blocks"]
+
+
+def place_blocks(model: nn.Module, types: Mapping[str, str]) -> dict[str, BlockModule]:
+    """Put modules of blocks in the places of linear layers and embeddings, by name of their weight.
+
+    `types` are the blocks' types by the same names. What is neither, or of a class that does more than an `nn.Linear`
+    or an `nn.Embedding`, stays what it is. Returns what was placed.
+    """
+    placed: dict[str, BlockModule] = {}
+    for name, type_name in types.items():
+        path = name.removesuffix(".weight")
+        parent_path, _, attribute = path.rpartition(".")
+        parent, module = model.get_submodule(parent_path), model.get_submodule(path)
+        block = _block_of(module, type_name)
+        if block is not None:
+            setattr(parent, attribute, block)
+            placed[name] = block
+    return placed
+
+
+def _block_of(module: nn.Module, type_name: str) -> BlockModule | None:
+    if type(module) is nn.Linear:
+        shape = (module.out_features, module.in_features)
+        return BlockLinear(shape, type_name, has_bias=module.bias is not None)
+    # Gemma 3's scales what it looks up, Gemma's and Gemma 2's models do that themselves.
+    scale = getattr(module, "scalar_embed_scale", None)
+    if type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and scale is not None):
+        return BlockEmbedding((module.num_embeddings, module.embedding_dim), type_name, scale=scale)
+    return None

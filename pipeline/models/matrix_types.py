@@ -1,0 +1,96 @@
+"""Which matrices of a model are held as blocks, and of which type: `matrix_types` of its config.
+
+A model's config carries it as transformers' quantised models carry their `quantization_config`, so that what reckons
+with sizes needs no file: `{"layers": [{name: type} of each layer], "embedding": type, "head": type}`, with names as
+checkpoints have them behind the layer's number, None for an embedding or head that is no blocks, and None in the place
+of all where nothing is. `families.cut_config` cuts it with the layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from pipeline.config.schema import ModelConfig
+from pipeline.models.blocks.layouts import LAYOUTS
+from pipeline.models.checkpoint import Checkpoint, ModelError
+from pipeline.models.families import cut_config
+
+__all__ = ["choose_matrix_types", "matrix_nbytes", "matrix_types", "types_label"]
+
+MADE_AT_LOAD = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_1"}  # by `model.weights`
+
+
+def choose_matrix_types(
+    model: ModelConfig, config: Any, checkpoint: Checkpoint | None, *, on_cpu: bool
+) -> dict[str, Any] | None:
+    """What `model.weights` comes to for a model of this config; without a checkpoint nothing is known of its blocks.
+
+    Raises ModelError where blocks are asked for and cannot be had: on a GPU, for experts, for float32 checkpoints.
+    """
+    wanted = model.weights
+    if wanted == "fp32" or model.dtype != "fp32" or model.load_in_8bit or model.load_in_4bit:
+        return None
+    has_experts = any(getattr(config, key, None) for key in ("num_experts", "num_local_experts"))
+    if wanted == "auto":
+        return None if checkpoint is None or has_experts or not on_cpu else _stored_types(checkpoint)
+    if not on_cpu:
+        raise ModelError(
+            f"model.weights is {wanted}, which is for CPUs, and a node computes on a GPU; take model.load_in_8bit, "
+            "load_in_4bit or model.dtype there"
+        )
+    if has_experts:
+        raise ModelError(
+            f"model.weights is {wanted}, but models of type {config.model_type!r} have experts, whose weights are held "
+            "as they are loaded; leave it out"
+        )
+    return _made_types(config, MADE_AT_LOAD[wanted])
+
+
+def _stored_types(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    layers = [{name: t.block_type for name, t in layer.items() if t.block_type} for layer in checkpoint.layers]
+    embedding, head = checkpoint.embedding.block_type, checkpoint.head.block_type
+    return {"layers": layers, "embedding": embedding, "head": head} if any(layers) or embedding or head else None
+
+
+def _made_types(config: Any, type_name: str) -> dict[str, Any]:
+    """One type for all matrices whose rows are whole blocks."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(cut_config(config, 0, 1))
+    layout = LAYOUTS[type_name]
+    names = [
+        f"{name}.weight"
+        for name, module in model.base_model.layers[0].named_modules()
+        if type(module) is nn.Linear and module.in_features % layout.num_weights == 0
+    ]
+    end = type_name if config.hidden_size % layout.num_weights == 0 else None
+    return {
+        "layers": [dict.fromkeys(names, type_name) for _ in range(config.num_hidden_layers)],
+        "embedding": end,
+        "head": end,
+    }
+
+
+def matrix_types(config: Any) -> dict[str, Any]:
+    """Of a model's or a stage's config."""
+    return getattr(config, "matrix_types", None) or {
+        "layers": [{}] * config.num_hidden_layers,
+        "embedding": None,
+        "head": None,
+    }
+
+
+def types_label(config: Any) -> str | None:
+    """The types of blocks in words, `Q4_1, Q8_0`; None where weights are in `model.dtype` or bitsandbytes'."""
+    types = matrix_types(config)
+    found = {type_name for layer in types["layers"] for type_name in layer.values()}
+    found |= {types["embedding"], types["head"]} - {None}
+    return ", ".join(sorted(found)) or None
+
+
+def matrix_nbytes(shape: tuple[int, int], type_name: str) -> int:
+    """Of a matrix held as blocks."""
+    return shape[0] * LAYOUTS[type_name].row_nbytes(shape[1])
