@@ -46,18 +46,15 @@ class Run:
 class Layout:
     """A block type, by the name that GGUF has for it.
 
-    `read` gets an IRBuilder and a pointer to a block's bytes, and makes no branches.
+    `read` gets an IRBuilder and a pointer to a block's bytes, and makes no branches. `run_length` is the number of
+    weights in a run, 0 where runs have neither a least weight nor an offset, so that a product needs no sums of inputs.
     """
 
     name: str
     num_weights: int
     nbytes: int
     read: Callable[[Any, Any], Iterator[Run]]
-
-    @property
-    def has_rest(self) -> bool:
-        """Whether a product needs the sums of a row's inputs: some runs have a least weight or an offset."""
-        return self.name not in ("BF16", "Q8_0")
+    run_length: int = 32
 
     def row_nbytes(self, num_weights: int) -> int:
         """Of a row of `num_weights`, which are whole blocks."""
@@ -234,14 +231,14 @@ def _q6_k(builder: Any, block: Any) -> Iterator[Run]:
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout("BF16", 16, 32, _bf16),
-        Layout("Q8_0", 32, 34, _q8_0),
+        Layout("BF16", 16, 32, _bf16, 0),
+        Layout("Q8_0", 32, 34, _q8_0, 0),
         Layout("Q4_0", 32, 18, _q4_0),
         Layout("Q4_1", 32, 20, _q4_1),
         Layout("Q5_0", 32, 22, _q5_0),
         Layout("Q5_1", 32, 24, _q5_1),
         Layout("Q4_K", 256, 144, _q4_k),
         Layout("Q5_K", 256, 176, _q5_k),
-        Layout("Q6_K", 256, 210, _q6_k),
+        Layout("Q6_K", 256, 210, _q6_k, 16),
     )
 }

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeline.models.blocks.kernels import Task, dequantising, multiplying, rows_at_once, run, summing
+from pipeline.models.blocks.kernels import Task, dequantising, multiplying, rows_at_once, run
 from pipeline.models.blocks.layouts import LAYOUTS
 
 __all__ = ["BlockMatrix"]
@@ -35,7 +35,6 @@ class BlockMatrix:
         self.data = data
         self._num_blocks = data.shape[1] // self.layout.nbytes
         self.shape = (len(data), self._num_blocks * self.layout.num_weights)
-        self._run_length = 16 if type_name == "Q6_K" else 32
 
     @property
     def nbytes(self) -> int:
@@ -54,39 +53,27 @@ class BlockMatrix:
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         num_outputs, num_inputs = self.shape
-        rows = x.reshape(-1, num_inputs).contiguous()
-        product = torch.empty(len(rows), num_outputs)
-        if len(rows) >= TILE_FROM_ROWS:
+        x = x.contiguous()
+        num_rows = x.numel() // num_inputs
+        product = torch.empty((*x.shape[:-1], num_outputs))
+        if num_rows >= TILE_FROM_ROWS:
+            rows, outputs = x.view(-1, num_inputs), product.view(-1, num_outputs)
             for first, tile in self._tiles():
-                torch.mm(rows, tile.T, out=product[:, first : first + len(tile)])
+                torch.mm(rows, tile.T, out=outputs[:, first : first + len(tile)])
         else:
-            self._multiply_few(rows, product)
-        return product.view(*x.shape[:-1], num_outputs)
+            self._multiply_few(x.data_ptr(), product.data_ptr(), num_rows)
+        return product
 
-    def _multiply_few(self, rows: torch.Tensor, product: torch.Tensor) -> None:
-        num_inputs, num_threads = rows.shape[1], self._num_threads(self.data.nbytes)
-        task = self._task(self.data, num_threads)
-        task.inputs, task.inputs_stride = rows.data_ptr(), 4 * num_inputs
-        task.outputs, task.outputs_stride = product.data_ptr(), 4 * product.shape[1]
-        if self.layout.has_rest:
-            sums = torch.empty(len(rows), num_inputs // self._run_length)
-            self._sum(rows, sums)
-            task.sums, task.sums_stride = sums.data_ptr(), 4 * sums.shape[1]
-        left, most = len(rows), rows_at_once()
-        while left:
-            count = min(left, most)
-            task.next = 0
+    def _multiply_few(self, inputs: int, outputs: int, num_rows: int) -> None:
+        num_outputs, num_inputs = self.shape
+        num_threads = max(1, min(torch.get_num_threads(), self.data.nbytes // MIN_NBYTES_PER_THREAD))
+        while num_rows:
+            count = min(num_rows, rows_at_once())
+            task = self._task(self.data, num_threads, inputs, outputs, 4 * num_outputs)
             run(multiplying(self.type_name, count), task, num_threads)
-            left -= count
-            task.inputs += count * task.inputs_stride
-            task.sums += count * task.sums_stride
-            task.outputs += count * task.outputs_stride
-
-    def _sum(self, rows: torch.Tensor, sums: torch.Tensor) -> None:
-        task = Task(num_outputs=len(rows), chunk=len(rows), num_blocks=sums.shape[1])
-        task.inputs, task.inputs_stride = rows.data_ptr(), 4 * rows.shape[1]
-        task.outputs, task.outputs_stride = sums.data_ptr(), 4 * sums.shape[1]
-        run(summing(self._run_length), task, 1)
+            num_rows -= count
+            inputs += 4 * count * num_inputs
+            outputs += 4 * count * num_outputs
 
     def _tiles(self) -> Any:
         """First row and float32 weights of each tile, in the same memory one after the other."""
@@ -100,23 +87,15 @@ class BlockMatrix:
         if out is None:
             out = torch.empty(len(data), self.shape[1])
         if len(data):
-            task = self._task(data, num_threads)
-            task.outputs, task.outputs_stride = out.data_ptr(), 4 * self.shape[1]
+            task = self._task(data, num_threads, 0, out.data_ptr(), 4 * self.shape[1])
             run(dequantising(self.type_name), task, num_threads)
         return out
 
-    def _task(self, data: torch.Tensor, num_threads: int) -> Task:
-        return Task(
-            num_outputs=len(data),
-            chunk=-(-len(data) // (num_threads * CHUNKS_PER_THREAD)),
-            num_blocks=self._num_blocks,
-            blocks=data.data_ptr(),
-            blocks_stride=data.shape[1],
-        )
-
-    @staticmethod
-    def _num_threads(nbytes: int) -> int:
-        return max(1, min(torch.get_num_threads(), nbytes // MIN_NBYTES_PER_THREAD))
+    def _task(self, data: torch.Tensor, num_threads: int, inputs: int, outputs: int, outputs_stride: int) -> Any:
+        num_rows, row_nbytes = data.shape
+        chunk = -(-num_rows // (num_threads * CHUNKS_PER_THREAD))
+        blocks = (self._num_blocks, data.data_ptr(), row_nbytes)
+        return Task(0, num_rows, chunk, *blocks, inputs, 4 * self.shape[1], outputs, outputs_stride)
 
 
 class _Product(torch.autograd.Function):
