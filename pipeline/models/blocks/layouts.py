@@ -12,11 +12,13 @@ which LLVM cuts to what the processor has.
 
 from __future__ import annotations
 
+import functools
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 
 __all__ = ["FLOAT", "FLOATS", "LANES", "LAYOUTS", "Layout", "Run", "constant", "splat"]
 
@@ -81,16 +83,35 @@ def _load(builder: Any, block: Any, place: int, kind: Any) -> Any:
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)
 
 
-def _half(builder: Any, block: Any, place: int) -> Any:
-    """An fp16 as float32, exactly: its exponent and mantissa where a float32's are, and that times 2^112.
+@functools.cache
+def _converts_halves() -> bool:
+    """Whether this processor has instructions for it; where it has not, LLVM would call a function that is not there."""
+    return platform.machine() in ("aarch64", "arm64") or bool(binding.get_host_cpu_features().get("f16c"))
 
-    Integers, since not every processor converts. Infinity and NaN come out as large numbers; conversions make neither.
+
+def _half(builder: Any, block: Any, place: int) -> Any:
+    """An fp16 as float32, exactly, also to a thread that flushes subnormal float32.
+
+    Without instructions for it by integers: exponent and mantissa where a float32's are, the exponent's bias changed; a
+    subnormal one gets an exponent as if it were normal, and what that adds is taken away again. Infinity and NaN come
+    out as large numbers there; conversions make neither.
     """
     bits = builder.zext(_load(builder, block, place, _I16), _I32)
+    if _converts_halves():
+        # Among zeros: loaded as a half it would be put into a register beside what that held, and wait for it.
+        four = ir.VectorType(_I32, 4)
+        halves = builder.bitcast(
+            builder.insert_element(ir.Constant(four, None), bits, ir.Constant(_I32, 0)), ir.VectorType(ir.HalfType(), 8)
+        )
+        lower = builder.shuffle_vector(halves, halves, ir.Constant(four, [0, 1, 2, 3]))
+        return builder.extract_element(builder.fpext(lower, ir.VectorType(FLOAT, 4)), ir.Constant(_I32, 0))
     magnitude = builder.shl(builder.and_(bits, ir.Constant(_I32, 0x7FFF)), ir.Constant(_I32, 13))
     sign = builder.shl(builder.and_(bits, ir.Constant(_I32, 0x8000)), ir.Constant(_I32, 16))
-    scaled = builder.fmul(builder.bitcast(magnitude, FLOAT), ir.Constant(FLOAT, 2.0**112))
-    return builder.bitcast(builder.or_(builder.bitcast(scaled, _I32), sign), FLOAT)
+    normal = builder.add(magnitude, ir.Constant(_I32, (127 - 15) << 23))
+    above = builder.bitcast(builder.add(magnitude, ir.Constant(_I32, (127 - 14) << 23)), FLOAT)
+    subnormal = builder.bitcast(builder.fsub(above, ir.Constant(FLOAT, 2.0**-14)), _I32)
+    is_subnormal = builder.icmp_unsigned("<", magnitude, ir.Constant(_I32, 1 << 23))
+    return builder.bitcast(builder.or_(builder.select(is_subnormal, subnormal, normal), sign), FLOAT)
 
 
 def _each(value: int) -> Any:
