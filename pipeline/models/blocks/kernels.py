@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from llvmlite import binding, ir
 
-from pipeline.models.blocks.layouts import FLOAT, FLOATS, LANES, LAYOUTS, Layout, Run, constant, splat
+from pipeline.models.blocks.layouts import FLOAT, FLOATS, LANES, LAYOUTS, RUN, Layout, constant, splat
 
 __all__ = ["Task", "dequantising", "multiplying", "run", "rows_at_once", "summing"]
 
@@ -91,21 +91,21 @@ def dequantising(name: str) -> int:
 
 
 @functools.cache
-def summing(run_length: int) -> int:
-    """Address of a function that sums each `run_length` inputs of a row, 16 or 32; outputs are rows of inputs."""
-    return _compile(f"sum_{run_length}", lambda b, fields: _sum(b, fields, run_length))
+def summing() -> int:
+    """Address of a function that sums each `RUN` inputs of a row; its outputs are rows of inputs."""
+    return _compile("sum", _sum)
 
 
 # ---- what the functions do ----
 
 
 def _multiply(builder: Any, fields: dict[str, Any], layout: Layout, num_rows: int) -> None:
-    """outputs[i, n] = sum over runs of scale * (codes . inputs[i]) + (least + offset * scale) * sums[i]."""
+    """outputs[i, n] = sum over runs of scale * (codes . inputs[i]) + least * sums[i]."""
     inputs = [_row(builder, fields, "inputs", constant(i)) for i in range(num_rows)]
-    sums = [_row(builder, fields, "sums", constant(i)) for i in range(num_rows)] if layout.has_rest else []
+    sums = [_row(builder, fields, "sums", constant(i)) for i in range(num_rows)] if layout.has_leasts else []
     outputs = [_row(builder, fields, "outputs", constant(i)) for i in range(num_rows)]
     fma, fma_one = _fma(builder, FLOATS), _fma(builder, FLOAT)
-    zeros = [ir.Constant(FLOATS, None)] * num_rows + [ir.Constant(FLOAT, 0.0)] * (num_rows if layout.has_rest else 0)
+    zeros = [ir.Constant(FLOATS, None)] * num_rows + [ir.Constant(FLOAT, 0.0)] * (num_rows if layout.has_leasts else 0)
 
     def output(n: Any) -> None:
         blocks = _row(builder, fields, "blocks", n)
@@ -126,33 +126,24 @@ def _multiply(builder: Any, fields: dict[str, Any], layout: Layout, num_rows: in
                         else:
                             part = builder.call(fma, [codes, values, totals[i] if part is None else part])
                     totals[i] = part if scales is None else builder.call(fma, [scales, part, totals[i]])
-                rest = _rest(builder, own)
-                if rest is not None:
+                if own.least is not None:
                     place = builder.add(builder.mul(index, constant(4 * len(runs))), constant(4 * number))
                     for i in range(num_rows):
-                        rests[i] = builder.call(fma_one, [rest, _float_at(builder, sums[i], place), rests[i]])
+                        rests[i] = builder.call(fma_one, [own.least, _float_at(builder, sums[i], place), rests[i]])
             return [*totals, *rests]
 
         carried = _loop(builder, fields["num_blocks"], zeros, block)
         for i in range(num_rows):
             total = _total(builder, carried[i])
-            if layout.has_rest:
+            if layout.has_leasts:
                 total = builder.fadd(total, carried[num_rows + i])
             builder.store(total, _pointer(builder, outputs[i], builder.mul(n, constant(4)), FLOAT))
 
     _each_output(builder, fields, output)
 
 
-def _rest(builder: Any, own: Run) -> Any:
-    """What a run's sum of inputs is multiplied with, None for nothing."""
-    if own.offset == 0:
-        return own.least
-    of_offset = builder.fmul(own.scale, ir.Constant(FLOAT, own.offset))
-    return of_offset if own.least is None else builder.fadd(of_offset, own.least)
-
-
 def _dequantise(builder: Any, fields: dict[str, Any], layout: Layout) -> None:
-    """outputs[n] = scale * (code + offset) + least, each operation rounded."""
+    """outputs[n] = scale * code + least, each operation rounded."""
 
     def output(n: Any) -> None:
         blocks, weights = _row(builder, fields, "blocks", n), _row(builder, fields, "outputs", n)
@@ -161,8 +152,6 @@ def _dequantise(builder: Any, fields: dict[str, Any], layout: Layout) -> None:
             first = builder.mul(index, constant(4 * layout.num_weights))
             for own in layout.read(builder, builder.gep(blocks, [builder.mul(index, constant(layout.nbytes))])):
                 for place, values in own.codes.items():
-                    if own.offset:
-                        values = builder.fadd(values, ir.Constant(FLOATS, [own.offset] * LANES))
                     if own.scale is not None:
                         values = builder.fmul(splat(builder, own.scale), values)
                     if own.least is not None:
@@ -176,16 +165,16 @@ def _dequantise(builder: Any, fields: dict[str, Any], layout: Layout) -> None:
     _each_output(builder, fields, output)
 
 
-def _sum(builder: Any, fields: dict[str, Any], run_length: int) -> None:
-    """outputs[n, run] = sum of inputs[n, run * run_length : (run + 1) * run_length]; `num_blocks` are the runs."""
+def _sum(builder: Any, fields: dict[str, Any]) -> None:
+    """outputs[n, run] = sum of inputs[n, run * RUN : (run + 1) * RUN]; `num_blocks` are the runs."""
 
     def output(n: Any) -> None:
         inputs, outputs = _row(builder, fields, "inputs", n), _row(builder, fields, "outputs", n)
 
         def of_run(index: Any, _: list[Any]) -> list[Any]:
-            first = builder.mul(index, constant(4 * run_length))
+            first = builder.mul(index, constant(4 * RUN))
             values = _floats_at(builder, inputs, first)
-            for place in range(LANES, run_length, LANES):
+            for place in range(LANES, RUN, LANES):
                 more = _floats_at(builder, inputs, builder.add(first, constant(4 * place)))
                 values = builder.fadd(values, more)
             to = _pointer(builder, outputs, builder.mul(index, constant(4)), FLOAT)

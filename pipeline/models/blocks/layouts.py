@@ -3,7 +3,7 @@
 A block is `num_weights` weights of a matrix's row in `nbytes` bytes: codes of a few bits, and what makes weights of
 them. `read` writes the instructions that load a block; what it gives are runs of weights with one scale:
 
-    weight = scale * (code + offset) + least
+    weight = scale * code + least
 
 rounded after each operation, as ggml does (ggml-common.h and ggml-quants.c of ggml-org/llama.cpp have the layouts, the
 `gguf` package the same in NumPy, with which the tests compare bit for bit). Codes come as vectors of `LANES` float32,
@@ -20,9 +20,10 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-__all__ = ["FLOAT", "FLOATS", "LANES", "LAYOUTS", "Layout", "Run", "constant", "splat"]
+__all__ = ["FLOAT", "FLOATS", "LANES", "LAYOUTS", "RUN", "Layout", "Run", "constant", "splat"]
 
 LANES = 16  # every type has runs of a multiple of 16 weights
+RUN = 32  # weights that share a least one, in every type that has those
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
@@ -35,13 +36,13 @@ _BYTES = ir.VectorType(_I8, LANES)
 class Run:
     """Weights with one scale: vectors of codes by the place in the block of their first weight.
 
-    `scale` and `least` are float32 values, None where there is none; `offset` is what is added to the codes.
+    `scale` and `least` are float32 values, None where there is none. Codes are as they are multiplied: what a type
+    takes off them is off. (Taken off a product's sum instead, it costs more than here and a digit of the result.)
     """
 
     codes: dict[int, Any]
     scale: Any
     least: Any = None
-    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class Layout:
     read: Callable[[Any, Any], Iterator[Run]]
 
     @property
-    def has_rest(self) -> bool:
-        """Whether a product needs the sums of a row's inputs: some runs have a least weight or an offset."""
-        return self.name not in ("BF16", "Q8_0")
+    def has_leasts(self) -> bool:
+        """Whether runs, which are of `RUN` weights then, have a least weight: a product needs their inputs' sums."""
+        return self.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
 
     def row_nbytes(self, num_weights: int) -> int:
         """Of a row of `num_weights`, which are whole blocks."""
@@ -85,7 +86,7 @@ def _load(builder: Any, block: Any, place: int, kind: Any) -> Any:
 
 @functools.cache
 def _converts_halves() -> bool:
-    """Whether this processor has instructions for it; where it has not, LLVM would call a function that is not there."""
+    """Whether this processor has an instruction for it; where it has none, LLVM calls a function that is not there."""
     return platform.machine() in ("aarch64", "arm64") or bool(binding.get_host_cpu_features().get("f16c"))
 
 
@@ -134,8 +135,8 @@ def _above(builder: Any, low: Any, high: Any, shift: int) -> Any:
     return builder.or_(low, builder.shl(high, _each(shift)))
 
 
-def _floats(builder: Any, codes: Any) -> Any:
-    return builder.sitofp(codes, FLOATS)
+def _floats(builder: Any, codes: Any, less: int = 0) -> Any:
+    return builder.sitofp(builder.sub(codes, _each(less)) if less else codes, FLOATS)
 
 
 def _small(builder: Any, value: Any) -> Any:
@@ -171,12 +172,12 @@ def _fifth_bits(builder: Any, block: Any, place: int, codes: dict[int, Any]) -> 
     return with_fifth
 
 
-def _as_floats(builder: Any, codes: dict[int, Any]) -> dict[int, Any]:
-    return {place: _floats(builder, vector) for place, vector in codes.items()}
+def _as_floats(builder: Any, codes: dict[int, Any], less: int = 0) -> dict[int, Any]:
+    return {place: _floats(builder, vector, less) for place, vector in codes.items()}
 
 
 def _q4_0(builder: Any, block: Any) -> Iterator[Run]:
-    yield Run(_as_floats(builder, _four_bits(builder, block, 2)), _half(builder, block, 0), offset=-8.0)
+    yield Run(_as_floats(builder, _four_bits(builder, block, 2), less=8), _half(builder, block, 0))
 
 
 def _q4_1(builder: Any, block: Any) -> Iterator[Run]:
@@ -186,7 +187,7 @@ def _q4_1(builder: Any, block: Any) -> Iterator[Run]:
 
 def _q5_0(builder: Any, block: Any) -> Iterator[Run]:
     codes = _fifth_bits(builder, block, 2, _four_bits(builder, block, 6))
-    yield Run(_as_floats(builder, codes), _half(builder, block, 0), offset=-16.0)
+    yield Run(_as_floats(builder, codes, less=16), _half(builder, block, 0))
 
 
 def _q5_1(builder: Any, block: Any) -> Iterator[Run]:
@@ -249,7 +250,7 @@ def _q6_k(builder: Any, block: Any) -> Iterator[Run]:
                 codes = _above(builder, codes, _bits(builder, high, quarter * 2, 2), 4)
                 first = half * 128 + quarter * 32 + place
                 own = builder.sitofp(_load(builder, block, 192 + first // 16, _I8), FLOAT)
-                yield Run({first: _floats(builder, codes)}, builder.fmul(scale, own), offset=-32.0)
+                yield Run({first: _floats(builder, codes, less=32)}, builder.fmul(scale, own))
 
 
 LAYOUTS = {

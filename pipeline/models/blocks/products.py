@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from pipeline.models.blocks.kernels import Task, dequantising, multiplying, rows_at_once, run, summing
-from pipeline.models.blocks.layouts import LAYOUTS
+from pipeline.models.blocks.layouts import LAYOUTS, RUN
 
 __all__ = ["BlockMatrix"]
 
@@ -23,9 +23,9 @@ CHUNKS_PER_THREAD = 4
 class BlockMatrix:
     """Weights [N, K] as GGUF's blocks, row by row, on a CPU.
 
-    `data` is uint8 [N, bytes of a row], contiguous and not empty, `type_name` one of `LAYOUTS`. Products are what float32 weights of
-    the same values give but for the order of summation, which depends on whether there are many rows or few
-    (`TILE_FROM_ROWS`), not on what the other rows are, nor on the number of threads below it.
+    `data` is uint8 [N, bytes of a row], contiguous and not empty, `type_name` one of `LAYOUTS`. Products are what
+    float32 weights of the same values give but for the order of summation, which depends on whether there are many rows
+    or few (`TILE_FROM_ROWS`), not on what the other rows are, nor on the number of threads below it.
     """
 
     def __init__(self, data: torch.Tensor, type_name: str) -> None:
@@ -37,7 +37,6 @@ class BlockMatrix:
         self.data = data
         self._num_blocks = data.shape[1] // self.layout.nbytes
         self.shape = (len(data), self._num_blocks * self.layout.num_weights)
-        self._run_length = 16 if type_name == "Q6_K" else 32
 
     @property
     def nbytes(self) -> int:
@@ -72,8 +71,8 @@ class BlockMatrix:
         task = self._task(self.data, num_threads)
         task.inputs, task.inputs_stride = rows.data_ptr(), 4 * num_inputs
         task.outputs, task.outputs_stride = product.data_ptr(), 4 * product.shape[1]
-        if self.layout.has_rest:
-            sums = _empty(len(rows), num_inputs // self._run_length)
+        if self.layout.has_leasts:
+            sums = _empty(len(rows), num_inputs // RUN)
             self._sum(rows, sums)
             task.sums, task.sums_stride = sums.data_ptr(), 4 * sums.shape[1]
         left, most = len(rows), rows_at_once()
@@ -90,7 +89,7 @@ class BlockMatrix:
         task = Task(num_outputs=len(rows), chunk=len(rows), num_blocks=sums.shape[1])
         task.inputs, task.inputs_stride = rows.data_ptr(), 4 * rows.shape[1]
         task.outputs, task.outputs_stride = sums.data_ptr(), 4 * sums.shape[1]
-        run(summing(self._run_length), task, 1)
+        run(summing(), task, 1)
 
     def _tiles(self) -> Any:
         """First row and float32 weights of each tile, in the same memory one after the other."""
