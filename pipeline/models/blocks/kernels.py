@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from llvmlite import binding, ir
 
-from pipeline.models.blocks.layouts import FLOAT, FLOATS, LANES, LAYOUTS, Layout, Run, constant, splat
+from pipeline.models.blocks.layouts import FLOAT, FLOATS, LANES, LAYOUTS, RUN, Layout, constant, splat
 
 __all__ = ["Task", "dequantising", "multiplying", "rows_at_once", "run"]
 
@@ -86,9 +86,9 @@ def dequantising(name: str) -> int:
 
 
 def _multiply(builder: Any, fields: dict[str, Any], layout: Layout, num_rows: int) -> None:
-    """outputs[i, n] = sum over runs of scale * (codes . inputs[i]) + (least + offset * scale) * (sum of inputs[i])."""
+    """outputs[i, n] = sum over runs of scale * (codes . inputs[i]) + least * (sum of inputs[i])."""
     inputs = [_row(builder, fields, "inputs", constant(i)) for i in range(num_rows)]
-    sums = [_sums(builder, fields, layout, row) for row in inputs] if layout.run_length else []
+    sums = [_sums(builder, fields, layout, row) for row in inputs] if layout.has_leasts else []
     outputs = [_row(builder, fields, "outputs", constant(i)) for i in range(num_rows)]
     fma, fma_one = _fma(builder, FLOATS), _fma(builder, FLOAT)
     zeros = [ir.Constant(FLOATS, None)] * num_rows + [ir.Constant(FLOAT, 0.0)] * len(sums)
@@ -112,11 +112,10 @@ def _multiply(builder: Any, fields: dict[str, Any], layout: Layout, num_rows: in
                         else:
                             part = builder.call(fma, [codes, values, totals[i] if part is None else part])
                     totals[i] = part if scales is None else builder.call(fma, [scales, part, totals[i]])
-                rest = _rest(builder, own)
-                if rest is not None:
+                if own.least is not None:
                     place = builder.add(builder.mul(index, constant(4 * len(runs))), constant(4 * number))
                     for i in range(num_rows):
-                        rests[i] = builder.call(fma_one, [rest, _float_at(builder, sums[i], place), rests[i]])
+                        rests[i] = builder.call(fma_one, [own.least, _float_at(builder, sums[i], place), rests[i]])
             return [*totals, *rests]
 
         carried = _loop(builder, fields["num_blocks"], zeros, block)
@@ -129,16 +128,8 @@ def _multiply(builder: Any, fields: dict[str, Any], layout: Layout, num_rows: in
     _each_output(builder, fields, output)
 
 
-def _rest(builder: Any, own: Run) -> Any:
-    """What a run's sum of inputs is multiplied with, None for nothing."""
-    if own.offset == 0:
-        return own.least
-    of_offset = builder.fmul(own.scale, ir.Constant(FLOAT, own.offset))
-    return of_offset if own.least is None else builder.fadd(of_offset, own.least)
-
-
 def _dequantise(builder: Any, fields: dict[str, Any], layout: Layout) -> None:
-    """outputs[n] = scale * (code + offset) + least, each operation rounded."""
+    """outputs[n] = scale * code + least, each operation rounded."""
 
     def output(n: Any) -> None:
         blocks, weights = _row(builder, fields, "blocks", n), _row(builder, fields, "outputs", n)
@@ -147,8 +138,6 @@ def _dequantise(builder: Any, fields: dict[str, Any], layout: Layout) -> None:
             first = builder.mul(index, constant(4 * layout.num_weights))
             for own in layout.read(builder, builder.gep(blocks, [builder.mul(index, constant(layout.nbytes))])):
                 for place, values in own.codes.items():
-                    if own.offset:
-                        values = builder.fadd(values, ir.Constant(FLOATS, [own.offset] * LANES))
                     if own.scale is not None:
                         values = builder.fmul(splat(builder, own.scale), values)
                     if own.least is not None:
@@ -164,13 +153,13 @@ def _dequantise(builder: Any, fields: dict[str, Any], layout: Layout) -> None:
 
 def _sums(builder: Any, fields: dict[str, Any], layout: Layout, inputs: Any) -> Any:
     """The sums of a row's inputs over each run, on the stack of the thread that computes them."""
-    count = builder.mul(fields["num_blocks"], constant(layout.num_weights // layout.run_length))
+    count = builder.mul(fields["num_blocks"], constant(layout.num_weights // RUN))
     sums = builder.bitcast(builder.alloca(FLOAT, size=count), _POINTER)
 
     def of_run(index: Any, _: list[Any]) -> list[Any]:
-        first = builder.mul(index, constant(4 * layout.run_length))
+        first = builder.mul(index, constant(4 * RUN))
         values = _floats_at(builder, inputs, first)
-        for place in range(LANES, layout.run_length, LANES):
+        for place in range(LANES, RUN, LANES):
             values = builder.fadd(values, _floats_at(builder, inputs, builder.add(first, constant(4 * place))))
         builder.store(_total(builder, values), _pointer(builder, sums, builder.mul(index, constant(4)), FLOAT))
         return []
