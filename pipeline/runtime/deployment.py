@@ -26,7 +26,8 @@ from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.data.windows import make_microbatches
 from pipeline.importance.files import TokenOwner
 from pipeline.models.checkpoint import read_checkpoint
-from pipeline.models.loading import TORCH_DTYPES, WeightFormat, load_model_config, load_stage
+from pipeline.models.loading import TORCH_DTYPES, WeightFormat, load_stage
+from pipeline.models.model_config import load_model_config
 from pipeline.models.matrix_types import choose_matrix_types, types_label
 from pipeline.models.source import resolve_model
 from pipeline.models.weight_files import checkpoint_fingerprint

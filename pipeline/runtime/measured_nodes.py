@@ -15,7 +15,8 @@ import torch
 from pipeline.comm.control import Control
 from pipeline.comm.watchdog import tell
 from pipeline.config.schema import RunConfig
-from pipeline.models.loading import WeightFormat, layer_kinds, random_stage
+from pipeline.models.loading import WeightFormat, random_stage
+from pipeline.models.sizes import layer_kinds
 from pipeline.models.matrix_types import types_label
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import StagePlan

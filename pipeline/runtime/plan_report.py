@@ -22,13 +22,9 @@ from pipeline.comm.wire import WireFormat, header_nbytes
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.models.cache import cache_bytes_per_token
 from pipeline.models.checkpoint import read_checkpoint
-from pipeline.models.loading import (
-    TORCH_DTYPES,
-    WeightFormat,
-    embedding_bytes,
-    load_model_config,
-    stage_parameter_bytes,
-)
+from pipeline.models.loading import TORCH_DTYPES, WeightFormat
+from pipeline.models.model_config import load_model_config
+from pipeline.models.sizes import embedding_bytes, stage_parameter_bytes
 from pipeline.models.matrix_types import choose_matrix_types
 from pipeline.models.stage import MAX_LOGITS_NBYTES
 from pipeline.partition.plan import Plan, default_plan
