@@ -270,8 +270,7 @@ def _compile(name: str, write: Callable[[Any, dict[str, Any]], None]) -> int:
         parsed = binding.parse_assembly(str(module))
         parsed.verify()
         engine.add_module(parsed)
-        engine.finalize_object()
-        return engine.get_function_address(name)
+        return engine.get_function_address(name)  # which compiles what has been added
 
 
 @functools.cache
