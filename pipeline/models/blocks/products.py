@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from pipeline.models.blocks.kernels import Task, dequantising, multiplying, rows_at_once, run
+from pipeline.models.blocks.kernels import Task, dequantising, multiplying, rows_at_once
 from pipeline.models.blocks.layouts import LAYOUTS
+from pipeline.models.compiled import run
 
 __all__ = ["TILE_FROM_ROWS", "BlockMatrix"]
 
