@@ -19,7 +19,7 @@ from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.checkpoint import Checkpoint, ModelError
 from pipeline.models.families import cut_config
 
-__all__ = ["choose_matrix_types", "matrix_nbytes", "matrix_types", "types_label"]
+__all__ = ["MADE_AT_LOAD", "choose_matrix_types", "matrix_nbytes", "matrix_types", "types_label"]
 
 MADE_AT_LOAD = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_1"}  # by `model.weights`
 
