@@ -1,10 +1,10 @@
 """One stage of a Hugging Face causal LM: build it and load its own tensors, nothing else.
 
-With `model_config`, what knows transformers' insides. A stage is the checkpoint's own model class with a config of fewer
-layers; embedding, final norm and head become identities where they belong to another stage. Hugging Face's forward
-therefore makes the masks and positions, and a stage computes what the whole model would, bit for bit. Weights are
-read in parts of a few MiB, cast to the run's dtype; file and mapping are gone before the next part is read, so that a
-rank never holds more than its own share.
+With `model_config`, what knows transformers' insides. A stage is the checkpoint's own model class with a config of
+fewer layers; embedding, final norm and head become identities where they belong to another stage. Hugging Face's
+forward therefore makes the masks and positions, and a stage computes what the whole model would, bit for bit. Weights
+are read in parts of a few MiB, cast to the run's dtype; file and mapping are gone before the next part is read, so that
+a rank never holds more than its own share.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class Deployment:
 class LoadedStages:
     """What of a deployment serves the next one, when the ring is formed again: this rank's weights, of a plan."""
 
-    checkpoint_digest: str = ""
+    weights_digest: str = ""
     plan: Plan | None = None
     stages: dict[int, Stage] = field(default_factory=dict)
     one_token_compute_s: dict[int, float] = field(default_factory=dict)
@@ -141,7 +141,7 @@ def deploy(
 
     Without a text to score, codecs are those of generation. `check(plan, model_config)` may raise where they do not
     serve what is to be done, and `claim(digest)`, on rank 0, where the run with this digest cannot be recorded.
-    `loaded` is filled, or taken over where checkpoint and plan are the same. Raises ValueError (ConfigError, PlanError,
+    `loaded` is filled, or taken over where weights and plan are the same. Raises ValueError (ConfigError, PlanError,
     ModelError, ...) with a message for the user.
     """
     world = control.world
@@ -169,11 +169,11 @@ def deploy(
     groups = control.connect((world.rank_of(hop.src_node), world.rank_of(hop.dst_node)) for hop in hops)
     gpus, backend, channels = _open_channels(config, control, plan, devices)
     control.report("loading weights")
-    if (loaded.checkpoint_digest, loaded.plan) != (model.checkpoint_digest, plan):
+    if (loaded.weights_digest, loaded.plan) != (model.weights_digest, plan):
         loaded.stages.clear()
         loaded.one_token_compute_s.clear()
         loaded.stages.update(_load_stages(config, plan, model, devices))
-        loaded.checkpoint_digest, loaded.plan = model.checkpoint_digest, plan
+        loaded.weights_digest, loaded.plan = model.weights_digest, plan
     control.barrier()
     control.report("timing a token")
     control.in_turn(lambda: _time_one_token(loaded, model_config.hidden_size, TORCH_DTYPES[config.model.dtype]))
