@@ -19,45 +19,37 @@ from typing import Any
 import torch
 from llvmlite import binding, ir
 
-from pipeline.models.blocks.layouts import FLOAT, FLOATS, LANES, LAYOUTS, Layout, Run, constant, splat
+from pipeline.models.blocks.layouts import FLOAT, FLOATS, LANES, LAYOUTS, RUN, Layout, constant, splat
 
-__all__ = ["Task", "dequantising", "multiplying", "run", "rows_at_once", "summing"]
+__all__ = ["Task", "dequantising", "multiplying", "rows_at_once", "run"]
 
 _I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
 _POINTER = _I8.as_pointer()
 
 
+# What the threads share: addresses of contiguous rows, and bytes from one row to the next.
+#   next           the first output that no thread has taken
+#   num_outputs    rows of blocks, of which a thread takes `chunk` at a time
+#   inputs         float32 [rows, num_blocks * weights of a block]; unused when blocks are made float32
+#   outputs        float32 [rows, num_outputs], or [num_outputs, weights]
 _FIELDS = (
-    *("next", "num_outputs", "chunk", "num_blocks", "blocks", "blocks_stride", "inputs", "inputs_stride"),
-    *("sums", "sums_stride", "outputs", "outputs_stride"),
+    *("next", "num_outputs", "chunk", "num_blocks", "blocks", "blocks_stride"),
+    *("inputs", "inputs_stride", "outputs", "outputs_stride"),
 )
+Task = ctypes.c_int64 * len(_FIELDS)
 
 
-class Task(ctypes.Structure):
-    """What the threads share: addresses of contiguous rows, and bytes from one row to the next.
-
-    Fields:
-        next: the first output that no thread has taken.
-        num_outputs: rows of blocks. A thread takes `chunk` of them at a time.
-        inputs: float32 [rows, num_blocks * weights of a block]; unused when blocks are made float32.
-        sums: float32 [rows, runs], `summing`'s, for types that need them.
-        outputs: float32 [rows, num_outputs], or [num_outputs, weights].
-    """
-
-    _fields_ = [(name, ctypes.c_int64) for name in _FIELDS]
-
-
-def run(function: int, task: Task, num_threads: int) -> None:
-    """Work off a task, with up to `num_threads` threads; the GIL is released meanwhile."""
+def run(function: int, task: ctypes.Array[ctypes.c_int64], num_threads: int) -> None:
+    """Work off a `Task`, with up to `num_threads` threads; the GIL is released meanwhile."""
     parallel = _parallel()
     if num_threads > 1 and parallel is not None:
-        parallel(function, ctypes.addressof(task), num_threads, 0)
+        parallel(function, task, num_threads, 0)
     else:
-        _callable(function)(ctypes.addressof(task))
+        _callable(function)(task)
 
 
 @functools.cache
-def _parallel() -> Callable[[int, int, int, int], None] | None:
+def _parallel() -> Callable[..., None] | None:
     libraries = Path(torch.__file__).parent / "lib"
     for path in libraries.glob("libtorch_cpu.*"):
         with contextlib.suppress(OSError, AttributeError):
@@ -65,11 +57,11 @@ def _parallel() -> Callable[[int, int, int, int], None] | None:
             break
     else:
         return None
-    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    function.argtypes, function.restype = (ctypes.c_void_p, Task, ctypes.c_uint, ctypes.c_uint), None
     return function
 
 
-_callable = functools.cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))
+_callable = functools.cache(ctypes.CFUNCTYPE(None, Task))
 
 
 @functools.cache
@@ -90,22 +82,16 @@ def dequantising(name: str) -> int:
     return _compile(f"dequantise_{name}", lambda b, fields: _dequantise(b, fields, LAYOUTS[name]))
 
 
-@functools.cache
-def summing(run_length: int) -> int:
-    """Address of a function that sums each `run_length` inputs of a row, 16 or 32; outputs are rows of inputs."""
-    return _compile(f"sum_{run_length}", lambda b, fields: _sum(b, fields, run_length))
-
-
 # ---- what the functions do ----
 
 
 def _multiply(builder: Any, fields: dict[str, Any], layout: Layout, num_rows: int) -> None:
-    """outputs[i, n] = sum over runs of scale * (codes . inputs[i]) + (least + offset * scale) * sums[i]."""
+    """outputs[i, n] = sum over runs of scale * (codes . inputs[i]) + least * (sum of inputs[i])."""
     inputs = [_row(builder, fields, "inputs", constant(i)) for i in range(num_rows)]
-    sums = [_row(builder, fields, "sums", constant(i)) for i in range(num_rows)] if layout.has_rest else []
+    sums = [_sums(builder, fields, layout, row) for row in inputs] if layout.has_leasts else []
     outputs = [_row(builder, fields, "outputs", constant(i)) for i in range(num_rows)]
     fma, fma_one = _fma(builder, FLOATS), _fma(builder, FLOAT)
-    zeros = [ir.Constant(FLOATS, None)] * num_rows + [ir.Constant(FLOAT, 0.0)] * (num_rows if layout.has_rest else 0)
+    zeros = [ir.Constant(FLOATS, None)] * num_rows + [ir.Constant(FLOAT, 0.0)] * len(sums)
 
     def output(n: Any) -> None:
         blocks = _row(builder, fields, "blocks", n)
@@ -126,33 +112,24 @@ def _multiply(builder: Any, fields: dict[str, Any], layout: Layout, num_rows: in
                         else:
                             part = builder.call(fma, [codes, values, totals[i] if part is None else part])
                     totals[i] = part if scales is None else builder.call(fma, [scales, part, totals[i]])
-                rest = _rest(builder, own)
-                if rest is not None:
+                if own.least is not None:
                     place = builder.add(builder.mul(index, constant(4 * len(runs))), constant(4 * number))
                     for i in range(num_rows):
-                        rests[i] = builder.call(fma_one, [rest, _float_at(builder, sums[i], place), rests[i]])
+                        rests[i] = builder.call(fma_one, [own.least, _float_at(builder, sums[i], place), rests[i]])
             return [*totals, *rests]
 
         carried = _loop(builder, fields["num_blocks"], zeros, block)
         for i in range(num_rows):
             total = _total(builder, carried[i])
-            if layout.has_rest:
+            if sums:
                 total = builder.fadd(total, carried[num_rows + i])
             builder.store(total, _pointer(builder, outputs[i], builder.mul(n, constant(4)), FLOAT))
 
     _each_output(builder, fields, output)
 
 
-def _rest(builder: Any, own: Run) -> Any:
-    """What a run's sum of inputs is multiplied with, None for nothing."""
-    if own.offset == 0:
-        return own.least
-    of_offset = builder.fmul(own.scale, ir.Constant(FLOAT, own.offset))
-    return of_offset if own.least is None else builder.fadd(of_offset, own.least)
-
-
 def _dequantise(builder: Any, fields: dict[str, Any], layout: Layout) -> None:
-    """outputs[n] = scale * (code + offset) + least, each operation rounded."""
+    """outputs[n] = scale * code + least, each operation rounded."""
 
     def output(n: Any) -> None:
         blocks, weights = _row(builder, fields, "blocks", n), _row(builder, fields, "outputs", n)
@@ -161,8 +138,6 @@ def _dequantise(builder: Any, fields: dict[str, Any], layout: Layout) -> None:
             first = builder.mul(index, constant(4 * layout.num_weights))
             for own in layout.read(builder, builder.gep(blocks, [builder.mul(index, constant(layout.nbytes))])):
                 for place, values in own.codes.items():
-                    if own.offset:
-                        values = builder.fadd(values, ir.Constant(FLOATS, [own.offset] * LANES))
                     if own.scale is not None:
                         values = builder.fmul(splat(builder, own.scale), values)
                     if own.least is not None:
@@ -176,25 +151,21 @@ def _dequantise(builder: Any, fields: dict[str, Any], layout: Layout) -> None:
     _each_output(builder, fields, output)
 
 
-def _sum(builder: Any, fields: dict[str, Any], run_length: int) -> None:
-    """outputs[n, run] = sum of inputs[n, run * run_length : (run + 1) * run_length]; `num_blocks` are the runs."""
+def _sums(builder: Any, fields: dict[str, Any], layout: Layout, inputs: Any) -> Any:
+    """The sums of a row's inputs over each run, on the stack of the thread that computes them."""
+    count = builder.mul(fields["num_blocks"], constant(layout.num_weights // RUN))
+    sums = builder.bitcast(builder.alloca(FLOAT, size=count), _POINTER)
 
-    def output(n: Any) -> None:
-        inputs, outputs = _row(builder, fields, "inputs", n), _row(builder, fields, "outputs", n)
+    def of_run(index: Any, _: list[Any]) -> list[Any]:
+        first = builder.mul(index, constant(4 * RUN))
+        values = _floats_at(builder, inputs, first)
+        for place in range(LANES, RUN, LANES):
+            values = builder.fadd(values, _floats_at(builder, inputs, builder.add(first, constant(4 * place))))
+        builder.store(_total(builder, values), _pointer(builder, sums, builder.mul(index, constant(4)), FLOAT))
+        return []
 
-        def of_run(index: Any, _: list[Any]) -> list[Any]:
-            first = builder.mul(index, constant(4 * run_length))
-            values = _floats_at(builder, inputs, first)
-            for place in range(LANES, run_length, LANES):
-                more = _floats_at(builder, inputs, builder.add(first, constant(4 * place)))
-                values = builder.fadd(values, more)
-            to = _pointer(builder, outputs, builder.mul(index, constant(4)), FLOAT)
-            builder.store(_total(builder, values), to)
-            return []
-
-        _loop(builder, fields["num_blocks"], [], of_run)
-
-    _each_output(builder, fields, output)
+    _loop(builder, count, [], of_run)
+    return sums
 
 
 # ---- LLVM ----
