@@ -28,7 +28,7 @@ from pipeline.importance.files import TokenOwner
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.loading import TORCH_DTYPES, WeightFormat, load_stage
 from pipeline.models.model_config import load_model_config
-from pipeline.models.matrix_types import choose_matrix_types, types_label
+from pipeline.models.matrix_types import choose_matrix_types, stored_types, types_label
 from pipeline.models.source import resolve_model
 from pipeline.models.weight_files import checkpoint_fingerprint
 from pipeline.models.stage import Stage
@@ -216,7 +216,10 @@ def _choose_matrix_types(
     settings = [nodes[node].device if nodes else None for node in own]
     on_cpu = all(choose_device(setting or config.runtime.device, world).type == "cpu" for setting in settings)
     model_config.matrix_types = choose_matrix_types(
-        config.model, model_config, read_checkpoint(directory, model_config), on_cpu=all(control.gather(on_cpu))
+        config.model,
+        model_config,
+        lambda: stored_types(read_checkpoint(directory, model_config)),
+        on_cpu=all(control.gather(on_cpu)),
     )
     control.agree("checkpoint", {"blocks": types_label(model_config)})
 
