@@ -23,7 +23,7 @@ from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.blocks.storage import BLOCKS_FILE, block_types, random_matrix, read_matrix, write_blocks
 from pipeline.models.checkpoint import StoredTensor, read_checkpoint
 from pipeline.models.gguf import convert_gguf_once
-from pipeline.models.loading import load_model_config
+from pipeline.models.model_config import load_model_config
 from pipeline.models.source import resolve_model
 from pipeline.models.weight_files import checkpoint_fingerprint
 from tests.helpers.gguf_files import (
