@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.config.schema import ModelConfig
 from pipeline.models.attention import check_readable
 from pipeline.models.blocks.modules import BlockEmbedding, BlockLinear
-from pipeline.models.blocks.placing import place_blocks
+from pipeline.models.blocks.placing import join_blocks, place_blocks
 from pipeline.models.blocks.storage import random_matrix, read_matrix
 from pipeline.models.checkpoint import Checkpoint, ModelError, StoredTensor, read_checkpoint, unused_tensor
 from pipeline.models.families import FAMILIES, Family, cut_config
@@ -147,15 +147,19 @@ def load_stage(
         stage_config._experts_implementation = "eager"  # the others' matrix products stop at float32
     in_blocks = _check_shapes(model_dir, model_class, stage_config, state_dict)
     blocks = {name: state_dict.pop(name) for name in in_blocks if name in state_dict}
+    uses_embedding = with_head and stage.is_first and checkpoint.is_tied  # the embedding's blocks are the head's
+    if lacking := sorted(set(in_blocks) - blocks.keys() - ({f"{head_name}.weight"} if uses_embedding else set())):
+        raise ModelError(_lacks(model_dir, stage, lacking))
     options = _load_options(weights, device)
     model = _load(model_dir, stage, model_class, stage_config, state_dict, options)
     for name, stored in blocks.items():
         model.block_modules[name].matrix = read_matrix(model_dir, stored, model.block_modules[name].type_name)
+    join_blocks(model)
     projection = None
     if shares_head:
         assert embedding is not None
         projection = _tied_projection(embedding)
-    elif with_head and stage.is_first and checkpoint.is_tied:
+    elif uses_embedding:
         projection = _tied_projection(model.get_input_embeddings())
     elif with_head:
         projection = model.get_output_embeddings()
@@ -194,6 +198,7 @@ def random_stage(
     model = _load(Path("random weights"), stage, model_class, stage_config, tensors, options)
     for module in model.block_modules.values():
         module.matrix = random_matrix(module.shape, module.type_name, generator)
+    join_blocks(model)
     return StageModel(
         decoder=model.base_model,
         head=Head(model.get_output_embeddings(), _softcap(family, config)) if stage.is_last else None,
@@ -243,24 +248,26 @@ def _load(
     Raises ModelError for a tensor that is missing or of no use: transformers would make one up, or leave it out.
     """
     transformers_logging.disable_progress_bar()  # every rank would draw one
-    layers = f"layers [{stage.start}, {stage.end})"
     try:
         model, info = model_class.from_pretrained(
             None, config=config, state_dict=dict(tensors), output_loading_info=True, **options
         )
     except RuntimeError as e:
-        raise ModelError(f"{model_dir}: {layers} cannot be loaded: {e}") from e
+        raise ModelError(f"{model_dir}: layers [{stage.start}, {stage.end}) cannot be loaded: {e}") from e
     if info["missing_keys"]:
-        lacking = sorted(info["missing_keys"])
-        raise ModelError(
-            f"{model_dir} lacks {len(lacking)} tensors of {layers}, counted from the stage's first layer: "
-            f"{', '.join(lacking[:3])}"
-        )
+        raise ModelError(_lacks(model_dir, stage, sorted(info["missing_keys"])))
     if info["unexpected_keys"]:
         name = min(info["unexpected_keys"])
         stored = getattr(tensors.get(name), "name", None) or name
         raise ModelError(unused_tensor(model_dir, stored, config.model_type))
     return model.eval().requires_grad_(False)
+
+
+def _lacks(model_dir: Path, stage: StagePlan, names: Sequence[str]) -> str:
+    return (
+        f"{model_dir} lacks {len(names)} tensors of layers [{stage.start}, {stage.end}), counted from the stage's "
+        f"first layer: {', '.join(names[:3])}"
+    )
 
 
 def _softcap(family: Family, config: PretrainedConfig) -> float | None:

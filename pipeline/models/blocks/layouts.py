@@ -20,14 +20,13 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-__all__ = ["FLOAT", "FLOATS", "LANES", "LAYOUTS", "RUN", "Layout", "Run", "constant", "splat"]
+from pipeline.models.compiled import FLOAT, FLOATS, LANES, constant, splat
 
-LANES = 16  # every type has runs of a multiple of 16 weights
+__all__ = ["LAYOUTS", "RUN", "Layout", "Run"]
+
 RUN = 32  # weights that share a least one, in every type that has those
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-FLOAT = ir.FloatType()
-FLOATS = ir.VectorType(FLOAT, LANES)
 _INTEGERS = ir.VectorType(_I32, LANES)
 _BYTES = ir.VectorType(_I8, LANES)
 
@@ -66,17 +65,6 @@ class Layout:
         """Of a row of `num_weights`, which are whole blocks."""
         assert num_weights % self.num_weights == 0, (self.name, num_weights)
         return num_weights // self.num_weights * self.nbytes
-
-
-def constant(value: int) -> Any:
-    return ir.Constant(_I64, value)
-
-
-def splat(builder: Any, value: Any) -> Any:
-    """A vector with `value` in all lanes."""
-    undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
-    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(_INTEGERS, None))
 
 
 def _load(builder: Any, block: Any, place: int, kind: Any) -> Any:

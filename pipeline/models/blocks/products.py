@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from pipeline.models.blocks.kernels import Task, dequantising, multiplying, rows_at_once, run
+from pipeline.models.blocks.kernels import Task, dequantising, multiplying, rows_at_once
 from pipeline.models.blocks.layouts import LAYOUTS
+from pipeline.models.compiled import run
 
-__all__ = ["BlockMatrix"]
+__all__ = ["TILE_FROM_ROWS", "BlockMatrix"]
 
 # From so many rows on, blocks are made float32 a tile at a time and multiplied by torch.
 TILE_FROM_ROWS = 32
@@ -55,8 +56,9 @@ class BlockMatrix:
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         num_outputs, num_inputs = self.shape
-        # Compiled code takes addresses: it would read another type's or device's as if they were its own.
+        # Compiled code takes addresses: it would read another type's, device's or width's as if they were its own.
         assert x.dtype == torch.float32 and x.device.type == "cpu", (x.dtype, x.device)
+        assert x.shape[-1] == num_inputs, (x.shape, num_inputs)
         x = x.contiguous()
         num_rows = x.numel() // num_inputs
         product = _empty(*x.shape[:-1], num_outputs)

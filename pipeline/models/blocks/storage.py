@@ -26,13 +26,15 @@ BLOCKS_FILE = "thinwire_blocks.safetensors"
 _CHECKPOINT = "checkpoint"  # of the file's metadata; the other keys are names of matrices
 _FLOATS = ("F64", "F32", "F16")
 _ROWS_AT_ONCE = 4096  # that are compared
+_LARGEST = 65504.0  # of an fp16, which a block's least weight is
 
 
 def write_blocks(directory: Path, tensors: Mapping[str, Any]) -> list[str]:
     """Write beside a float32 checkpoint the blocks of those of its matrices that the GGUF file keeps in blocks.
 
     `tensors` are GGUFReader's by the checkpoint's names. Returns a sentence for each matrix of blocks that is left out,
-    since its type is not known here, or its values are not the checkpoint's in any order of rows.
+    since its type is not known here, its values are not the checkpoint's in any order of rows, or not all are finite,
+    of which products with blocks would make numbers.
     """
     kept: dict[str, np.ndarray] = {}
     types: dict[str, str] = {}
@@ -44,6 +46,8 @@ def write_blocks(directory: Path, tensors: Mapping[str, Any]) -> list[str]:
         type_name = tensor.tensor_type.name
         if type_name not in LAYOUTS:
             left.append(f"{name} has blocks of type {type_name}, which are not multiplied with")
+        elif not np.isfinite(values).all():
+            left.append(f"{name} has values that are not finite")
         elif (blocks := _in_order(tensor, values)) is None:
             left.append(f"{name} has other rows than {tensor.name}")
         else:
@@ -91,7 +95,7 @@ def block_types(directory: Path) -> dict[str, str]:
         return {}
     with reading(path, "its header"), safe_open(path, framework="numpy") as file:
         types = dict(file.metadata() or {})
-        names = set(file.keys())
+        names = {name for name in file.keys() if file.get_slice(name).get_dtype() == "U8"}
     if types.pop(_CHECKPOINT, None) != checkpoint_fingerprint(directory):
         raise ValueError(
             f"{path} was made for another checkpoint than the one beside it; convert the GGUF file anew, or delete it"
@@ -105,7 +109,8 @@ def block_types(directory: Path) -> dict[str, str]:
 def read_matrix(directory: Path, stored: Any, type_name: str) -> BlockMatrix:
     """A matrix [N, K] of a checkpoint (`StoredTensor`) as blocks: those beside it, or made of it at load.
 
-    Reads into memory of its own, a few rows at a time. Raises ValueError for blocks of another size than the matrix'.
+    Reads into memory of its own, a few rows at a time. Raises ValueError for blocks of another size than the matrix',
+    and for weights that none can be made of.
     """
     num_rows, num_inputs = stored.shape
     layout = LAYOUTS[type_name]
@@ -121,7 +126,14 @@ def read_matrix(directory: Path, stored: Any, type_name: str) -> BlockMatrix:
             blocks[rows] = part
     else:
         for rows, part in stored.parts():
-            blocks[rows] = _quantised(part.float(), type_name)
+            weights = part.float()
+            least, largest = weights.aminmax()  # NaN where one is
+            if type_name != "BF16" and not -_LARGEST <= least <= largest <= _LARGEST:
+                raise ValueError(
+                    f"{stored.path}: {stored.name} has weights that are not finite or above {_LARGEST:.0f}, of which "
+                    f"{type_name} cannot be made; leave out model.weights, or fetch the file again"
+                )
+            blocks[rows] = _quantised(weights, type_name)
     return BlockMatrix(blocks, type_name)
 
 
