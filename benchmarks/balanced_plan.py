@@ -32,7 +32,7 @@ from pipeline.config.options import OptionParser, add_config_options, path_optio
 from pipeline.config.reading import with_overrides
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.config.writing import config_yaml
-from pipeline.models.loading import load_model_config
+from pipeline.models.model_config import load_model_config
 from pipeline.models.source import resolve_model
 from pipeline.partition.plan import Plan, default_plan, explicit_plan
 from pipeline.planner.forecast import cuts_of, forecast

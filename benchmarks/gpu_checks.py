@@ -579,7 +579,8 @@ def payload_copies(device: torch.device, figures: Figures) -> None:
 def loading(device: torch.device, figures: Figures) -> None:
     """Memory while a stage loads in bf16, against its own tensors."""
     from benchmarks.synthetic import save_random_llama
-    from pipeline.models.loading import WeightFormat, load_model_config, load_stage
+    from pipeline.models.loading import WeightFormat, load_stage
+    from pipeline.models.model_config import load_model_config
     from pipeline.partition.plan import default_plan
 
     width, num_layers = (2048, 24) if device.type == "cuda" else (64, 4)

@@ -23,7 +23,8 @@ from pipeline.config.options import OptionParser, add_config_options, path_optio
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.windows import make_microbatches, make_windows
 from pipeline.importance.metrics import METRICS, AttentionMetric, Metric, MetricSetting
-from pipeline.models.loading import WeightFormat, load_model_config, load_stage
+from pipeline.models.loading import WeightFormat, load_stage
+from pipeline.models.model_config import load_model_config
 from pipeline.models.source import resolve_model
 from pipeline.models.stage import Stage
 from pipeline.records.environment import software_versions

@@ -31,7 +31,9 @@ from benchmarks.synthetic import save_random_llama
 from compressors.console import run_command
 from pipeline.config.reading import load_config
 from pipeline.config.schema import RunConfig
-from pipeline.models.loading import WeightFormat, load_model_config, stage_parameter_bytes
+from pipeline.models.loading import WeightFormat
+from pipeline.models.model_config import load_model_config
+from pipeline.models.sizes import stage_parameter_bytes
 from pipeline.records.store import read_record
 from pipeline.runtime.memory import peak_rss_bytes, pss_bytes
 from pipeline.runtime.placement import make_plan

@@ -21,6 +21,7 @@ from pipeline.partition.plan import Plan
 from pipeline.planner.forecast import Forecast, cuts_of, forecast
 from pipeline.planner.problem import LayerCosts, Problem
 from pipeline.records.identity import digest_of
+from pipeline.records.labels import blocks_text
 from pipeline.records.run_record import RunRecord
 from pipeline.report.columns import percent
 from pipeline.report.measured_point import MeasuredPoint
@@ -31,6 +32,7 @@ from pipeline.runtime.emulation import planned_link
 from pipeline.runtime.placement import config_with_plan
 from pipeline.runtime.plan_comparison import layers_in_words, rate_in_words
 from pipeline.runtime.plan_report import PlannedRun, plan_text
+from pipeline.runtime.record_parts import weight_blocks
 
 __all__ = ["Advice", "advise", "advise_with_records", "plan_with_advice"]
 
@@ -168,18 +170,19 @@ def _setting(run: PlannedRun, folder: Path) -> Setting:
         for model in [setting.points[0].record.model]
         if (model.model_type, model.hidden_size, model.num_hidden_layers) == shape
     ]
-    precision = (config.model.dtype, config.model.load_in_8bit, config.model.load_in_4bit)
+    model = config.model
+    held = (model.dtype, model.load_in_8bit, model.load_in_4bit, weight_blocks(model, model_config))
     alike = [
         setting
         for setting in of_model
-        for args in [setting.points[0].record.args]
-        if (args.dtype, args.load_in_8bit, args.load_in_4bit) == precision
-        and setting.points[0].record.protocol.mode == "window"  # whose seconds are those of a long text
+        for record in [setting.points[0].record]
+        if (record.args.dtype, record.args.load_in_8bit, record.args.load_in_4bit, record.model.blocks) == held
+        and record.protocol.mode == "window"  # whose seconds are those of a long text
     ]
     if not alike:
         raise ConfigError(
             f"{folder} has no records of this model ({shape[0]}, {shape[2]} layers, hidden size {shape[1]}, "
-            f"{config.model.dtype}); run a sweep of codecs first, with --sweep"
+            f"{model.dtype}{blocks_text(held[-1])}); run a sweep of codecs first, with --sweep"
         )
     if len(alike) > 1:
         titles = "; ".join(setting.title for setting in alike)

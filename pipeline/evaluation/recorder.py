@@ -226,7 +226,7 @@ class Recorder:
             schedule=RunSchedule(in_flight=job.passes_in_flight(), receives_ahead=job.receives_ahead()),
             backend=deployment.backend,
             emulation=emulation(config, plan, job.emulated_links),
-            model=recorded_model(deployment),
+            model=recorded_model(config, deployment),
             dataset=_dataset(job.text),
             protocol=_protocol(config),
             versions=software_versions(),

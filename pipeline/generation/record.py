@@ -136,7 +136,7 @@ def generation_record(
         schedule=recorded_schedule(ring),
         backend=deployment.backend,
         emulation=emulation(config, plan, ring.emulated_links),
-        model=recorded_model(deployment),
+        model=recorded_model(config, deployment),
         interruptions=session.interruptions,
         drafts=recorded_drafts(session.drafting, config.generation.draft) if session.drafting else None,
         notes=(*deployment.model.notes, *ring.notes, *interruption_notes(session.interruptions), *tally.notes),

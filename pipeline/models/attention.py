@@ -158,8 +158,12 @@ def _over_slots(
     refused += ["is_causal=False"] * (not module.is_causal)
     if refused:
         raise AttentionError(f"{type(module).__name__} asks for {', '.join(refused)}, unknown to attention over slots")
-    slots.write(module.layer_idx, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if softcap is None:
+        own = slots.attend_one_token(module.layer_idx, (query, key, value), sliding_window, scaling)
+        if own is not None:
+            return own.transpose(1, 2), None
+    slots.write(module.layer_idx, key, value)
     attend = scaled_dot_product_attention if softcap is None else partial(_soft_capped, softcap=softcap)
     batch, num_heads, num_tokens, head_dim = query.shape
     num_shared = num_heads // key.shape[1]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pipeline.models.slot_kernel import SeenPositions, attend_one_token, can_attend
 from pipeline.partition.passes import Row
 
 __all__ = ["SlotCache", "SlotError", "SlotPass", "cache_bytes_per_token"]
@@ -132,13 +133,43 @@ class SlotPass:
         self._slot_indices = torch.tensor(self._slots, device=device)
         self.position_ids = torch.tensor(self.starts, device=device)[:, None] + torch.arange(num_tokens, device=device)
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+        self._seen: dict[int | None, SeenPositions] = {}
         self._num_written = 0
+
+    def attend_one_token(
+        self,
+        layer: int,
+        new: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        window: int | None,
+        scale: float,
+    ) -> torch.Tensor | None:
+        """`write` a layer's keys and values, and attend over what each row sees: [B, heads, 1, head_dim].
+
+        `new` are queries, keys and values. None, and nothing written, where that is not to be had in one call.
+        """
+        if not can_attend(new[0], self._cache.max_length):
+            return None
+        self._take_turn(layer, new[1], new[2])
+        if window not in self._seen:
+            spans = [(self._first_seen(row, window), start + 1) for row, start in enumerate(self.starts)]
+            self._seen[window] = SeenPositions(self._slots, spans)
+        return attend_one_token(new, self._cache.layers[layer], self._seen[window], scale)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take a layer's keys and values [B, heads, T, head_dim] of the pass's tokens, layer by layer.
 
         Raises SlotError for a shape or dtype that the cache was not made for.
         """
+        self._take_turn(layer, keys, values)
+        for target, given in zip(self._cache.layers[layer], (keys, values), strict=True):
+            if self.num_tokens == 1 and len(self._slots) > 1:
+                target[self._slot_indices, :, self.position_ids[:, 0]] = given[:, :, 0]
+                continue
+            for row, (slot, start) in enumerate(zip(self._slots, self.starts, strict=True)):
+                target[slot, :, start : start + self.num_tokens] = given[row]
+
+    def _take_turn(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Raise SlotError unless these are keys and values that the cache takes, of the layer that is due."""
         targets = self._cache.layers[layer]
         _, num_heads, _, head_dim = targets[0].shape
         expected = (len(self._slots), num_heads, self.num_tokens, head_dim)
@@ -151,12 +182,6 @@ class SlotPass:
         if layer != self._num_written:
             raise SlotError(f"layer {layer} of the stage writes its keys where layer {self._num_written} is due")
         self._num_written += 1
-        for target, given in zip(targets, (keys, values), strict=True):
-            if self.num_tokens == 1 and len(self._slots) > 1:
-                target[self._slot_indices, :, self.position_ids[:, 0]] = given[:, :, 0]
-                continue
-            for row, (slot, start) in enumerate(zip(self._slots, self.starts, strict=True)):
-                target[slot, :, start : start + self.num_tokens] = given[row]
 
     def seen(self, layer: int, row: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the keys and values [1, heads, positions, head_dim] that some token of the row sees.

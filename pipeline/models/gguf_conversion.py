@@ -12,6 +12,7 @@ import contextlib
 import importlib.metadata
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from unittest import mock
 from pipeline.models.blocks.storage import write_blocks
 from pipeline.models.families import FAMILIES
 
-__all__ = ["CONVERSION_VERSION", "complete_config", "convert"]
+__all__ = ["CONVERSION_VERSION", "complete_config", "convert", "tensor_names"]
 
 CONVERSION_VERSION = 4  # raised when this file writes something else
 
@@ -203,14 +204,20 @@ def _value(config: Any, field: str) -> Any:
     return config.hidden_size // config.num_attention_heads if field == "head_dim" and value is None else value
 
 
-def _check_tensors(gguf: Path, reader: Any, model: Any) -> dict[str, Any]:
-    """The file's tensors by the names of the model's parameters. Raises ValueError for one that is in none."""
+def tensor_names(reader: Any, num_layers: int) -> Callable[[str], str | None]:
+    """The name in the file (a GGUFReader's) of a model's parameter; the function gives None for what has none."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     architecture = reader.fields["general.architecture"].contents()
     (known,) = [key for key, name in MODEL_ARCH_NAMES.items() if name == architecture]
-    names = get_tensor_name_map(known, model.config.num_hidden_layers)
-    own = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()}
+    names = get_tensor_name_map(known, num_layers)
+    return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+def _check_tensors(gguf: Path, reader: Any, model: Any) -> dict[str, Any]:
+    """The file's tensors by the names of the model's parameters. Raises ValueError for one that is in none."""
+    names = tensor_names(reader, model.config.num_hidden_layers)
+    own = {name: names(name) for name in model.state_dict()}
     used = set(own.values())
     if model.config.model_type in ("llama", "mistral"):
         used.add(_ROPE_FREQS)

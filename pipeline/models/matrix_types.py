@@ -8,6 +8,7 @@ of all where nothing is. `families.cut_config` cuts it with the layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,24 +20,33 @@ from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.checkpoint import Checkpoint, ModelError
 from pipeline.models.families import cut_config
 
-__all__ = ["choose_matrix_types", "matrix_nbytes", "matrix_types", "types_label"]
+__all__ = [
+    "MADE_AT_LOAD",
+    "choose_matrix_types",
+    "matrix_nbytes",
+    "matrix_types",
+    "stored_types",
+    "types_label",
+    "types_or_none",
+]
 
 MADE_AT_LOAD = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_1"}  # by `model.weights`
 
 
 def choose_matrix_types(
-    model: ModelConfig, config: Any, checkpoint: Checkpoint | None, *, on_cpu: bool
+    model: ModelConfig, config: Any, stored: Callable[[], dict[str, Any] | None], *, on_cpu: bool
 ) -> dict[str, Any] | None:
-    """What `model.weights` comes to for a model of this config; without a checkpoint nothing is known of its blocks.
+    """What `model.weights` comes to for a model of this config; `stored` gives the types of the checkpoint's own blocks
+    and is called only where these count.
 
-    Raises ModelError where blocks are asked for and cannot be had: on a GPU, for experts, for float32 checkpoints.
+    Raises ModelError where blocks are asked for and cannot be had: on a GPU, for experts, for rows that are too short.
     """
     wanted = model.weights
     if wanted == "fp32" or model.dtype != "fp32" or model.load_in_8bit or model.load_in_4bit:
         return None
     has_experts = any(getattr(config, key, None) for key in ("num_experts", "num_local_experts"))
     if wanted == "auto":
-        return None if checkpoint is None or has_experts or not on_cpu else _stored_types(checkpoint)
+        return None if has_experts or not on_cpu else stored()
     if not on_cpu:
         raise ModelError(
             f"model.weights is {wanted}, which is for CPUs, and a node computes on a GPU; take model.load_in_8bit, "
@@ -47,16 +57,27 @@ def choose_matrix_types(
             f"model.weights is {wanted}, but models of type {config.model_type!r} have experts, whose weights are held "
             "as they are loaded; leave it out"
         )
-    return _made_types(config, MADE_AT_LOAD[wanted])
+    types = _made_types(config, MADE_AT_LOAD[wanted])
+    if types is None:
+        raise ModelError(
+            f"model.weights is {wanted}, but no matrix of this model has rows of whole blocks of "
+            f"{LAYOUTS[MADE_AT_LOAD[wanted]].num_weights} weights; leave it out"
+        )
+    return types
 
 
-def _stored_types(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def stored_types(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Of the blocks that lie beside a checkpoint."""
     layers = [{name: t.block_type for name, t in layer.items() if t.block_type} for layer in checkpoint.layers]
-    embedding, head = checkpoint.embedding.block_type, checkpoint.head.block_type
+    return types_or_none(layers, checkpoint.embedding.block_type, checkpoint.head.block_type)
+
+
+def types_or_none(layers: list[dict[str, str]], embedding: str | None, head: str | None) -> dict[str, Any] | None:
+    """As a config has them: None where nothing is blocks."""
     return {"layers": layers, "embedding": embedding, "head": head} if any(layers) or embedding or head else None
 
 
-def _made_types(config: Any, type_name: str) -> dict[str, Any]:
+def _made_types(config: Any, type_name: str) -> dict[str, Any] | None:
     """One type for all matrices whose rows are whole blocks."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(cut_config(config, 0, 1))
@@ -67,11 +88,7 @@ def _made_types(config: Any, type_name: str) -> dict[str, Any]:
         if type(module) is nn.Linear and module.in_features % layout.num_weights == 0
     ]
     end = type_name if config.hidden_size % layout.num_weights == 0 else None
-    return {
-        "layers": [dict.fromkeys(names, type_name) for _ in range(config.num_hidden_layers)],
-        "embedding": end,
-        "head": end,
-    }
+    return types_or_none([dict.fromkeys(names, type_name) for _ in range(config.num_hidden_layers)], end, end)
 
 
 def matrix_types(config: Any) -> dict[str, Any]:

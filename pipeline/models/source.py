@@ -29,7 +29,7 @@ from pipeline.models.gguf import convert_gguf_once
 from pipeline.models.staging import stage_directory
 from pipeline.models.weight_files import reading, weight_files
 
-__all__ = ["resolve_model"]
+__all__ = ["local_path", "resolve_model"]
 
 # Config, tokenizer and weights; `*.py` is what a tokenizer with code of its own consists of, and is run only
 # under trust_remote_code.
@@ -62,10 +62,7 @@ def resolve_model(
     Raises ValueError, which names what was tried, for a source that is missing, cannot be reached, or holds
     no safetensors.
     """
-    if name.startswith(_PACKAGE_PREFIX):
-        path = _package_path(name)
-    else:
-        path = Path(user_path(name or "."))
+    path = local_path(name)
     if not name or not path.exists():
         if _HUB_ID.fullmatch(name) is None:
             raise ValueError(f"model.name={name!r}: there is no such file or directory. {_ACCEPTED}")
@@ -87,6 +84,11 @@ def resolve_model(
     if stage_to is not None:
         model_dir = stage_directory(model_dir, stage_to, files=files, show_progress=show_progress)
     return model_dir
+
+
+def local_path(name: str) -> Path:
+    """Where `name` lies if it is no hub id; nothing need be there. Raises ValueError for a package that has it not."""
+    return _package_path(name) if name.startswith(_PACKAGE_PREFIX) else Path(user_path(name or "."))
 
 
 def _package_path(name: str) -> Path:

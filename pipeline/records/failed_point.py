@@ -18,7 +18,7 @@ FAILURE_KIND: Final = "failed point"
 class FailedPoint(Part):
     """`args`: the sweep's config, and what the point sets in it."""
 
-    schema_version: Literal[4] = SCHEMA_VERSION
+    schema_version: Literal[5] = SCHEMA_VERSION
     kind: Literal["failed point"] = FAILURE_KIND
     failure_id: str
     label: Words

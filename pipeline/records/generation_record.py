@@ -126,7 +126,7 @@ class GenerationRecord(Part):
     Null `emulation`: nothing was emulated; null `drafts`: there was no drafter.
     """
 
-    schema_version: Literal[4] = SCHEMA_VERSION
+    schema_version: Literal[5] = SCHEMA_VERSION
     kind: Literal["thinwire generation"] = GENERATION_KIND
     run_id: str
     digest: str

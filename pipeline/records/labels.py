@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.schema import ModelConfig
 from pipeline.records.generation_record import GenerationRecord
-from pipeline.records.run_record import RESULT_LINK, EmulatedLink, Emulation, RunRecord
+from pipeline.records.run_record import RESULT_LINK, EmulatedLink, Emulation, RunRecord, WeightBlocks
 from pipeline.records.tasks_record import TasksRecord
 
 __all__ = [
+    "blocks_text",
     "chain_names",
     "codec_label",
     "codec_labels",
@@ -21,6 +23,8 @@ __all__ = [
     "model_label",
     "network_text",
     "slowdown_text",
+    "weights_key",
+    "weights_label",
 ]
 
 
@@ -88,6 +92,31 @@ def slowdown_text(emulation: Emulation | None) -> str:
 def model_label(name: str) -> str:
     """The last part of a model's name or path, without `.gguf`."""
     return Path(name).name.removesuffix(".gguf")
+
+
+def weights_label(record: RunRecord | GenerationRecord | TasksRecord) -> str:
+    """How weights were held: `bf16 8-bit weights (threshold 0)`, `fp32, Q4_1 and Q8_0 blocks`."""
+    args, threshold = record.args, record.args.config.model.load_in_8bit_threshold
+    held = " 8-bit weights" if args.load_in_8bit else " 4-bit weights" if args.load_in_4bit else ""
+    if threshold != ModelConfig.load_in_8bit_threshold:
+        held += f" (threshold {threshold:g})"
+    return f"{args.dtype}{held}{blocks_text(record.model.blocks)}"
+
+
+def blocks_text(blocks: WeightBlocks | None) -> str:
+    """`, Q4_1 blocks made at load`, to stand behind a dtype; empty where there are none."""
+    if blocks is None:
+        return ""
+    *others, last = blocks.types
+    types = f"{', '.join(others)} and {last}" if others else last
+    return f", {types} blocks{' made at load' if blocks.made_at_load else ''}"
+
+
+def weights_key(record: RunRecord | GenerationRecord | TasksRecord) -> list[Any]:
+    """Equal for runs of the same weights, held alike: for digests of settings."""
+    args = record.args
+    precision = [args.dtype, args.load_in_8bit, args.load_in_4bit, args.config.model.load_in_8bit_threshold]
+    return [*precision, record.model.model_dump()]
 
 
 def _emulation_text(network: str, emulation: Emulation | None) -> str:

@@ -5,7 +5,8 @@ would have been. What stands where it should not is left for the models to refus
 
 Version 1 is every file from the first release on that says so: it grew, and run records had no `kind`. Version 2 is
 that of the models: all keys are there, with null for what is not known or does not apply. Version 3 added what was
-emulated, and how often the ring was formed again while prompts were answered; version 4 what came of drafts.
+emulated, and how often the ring was formed again while prompts were answered; version 4 what came of drafts; version
+5 which blocks of few bits weights were held as, which none were before.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def lift(value: Any) -> dict[str, Any]:
     if version < 4 and value.get("kind") == GENERATION_KIND:
         _add(value, drafts=None)
         _add_to_each(value.get("requests"), num_passes=None, num_drafts_accepted=None)
+    if version < 5:
+        _add(value.get("model"), blocks=None)
     value["schema_version"] = SCHEMA_VERSION
     return value
 

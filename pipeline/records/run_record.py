@@ -41,12 +41,13 @@ __all__ = [
     "RunSchedule",
     "SessionEnvironment",
     "StageSeconds",
+    "WeightBlocks",
     "check_emulation",
     "check_plan",
     "check_ratio",
 ]
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 RUN_KIND: Final = "thinwire run"
 RESULT_LINK: Final = "result:"  # how the name of the link begins that results take where the head is not on node 0
 
@@ -255,11 +256,21 @@ class Emulation(Part):
     slowdown: tuple[Annotated[float, Field(ge=1)], ...]
 
 
+class WeightBlocks(Part):
+    """What matrices were held as: types of GGUF's blocks of few bits, the checkpoint's own unless `made_at_load`."""
+
+    types: Annotated[tuple[str, ...], Field(min_length=1)]
+    made_at_load: bool
+
+
 class Model(Part):
+    """Null `blocks`: all weights were in `args.dtype`, or bitsandbytes'."""
+
     model_type: str
     hidden_size: Positive
     num_hidden_layers: Count
     checkpoint_fingerprint: str
+    blocks: WeightBlocks | None
 
 
 class Dataset(Part):
@@ -289,7 +300,7 @@ class RunRecord(Part):
     `timed_tokens`, `one_token` and `environment` in records that are older than these.
     """
 
-    schema_version: Literal[4] = SCHEMA_VERSION
+    schema_version: Literal[5] = SCHEMA_VERSION
     kind: Literal["thinwire run"] = RUN_KIND
     run_id: str
     digest: str

@@ -93,7 +93,7 @@ class TasksRecord(Part):
     of all that decides over the answers but the tasks' documents. Null `emulation`: nothing was emulated.
     """
 
-    schema_version: Literal[4] = SCHEMA_VERSION
+    schema_version: Literal[5] = SCHEMA_VERSION
     kind: Literal["thinwire tasks"] = TASKS_KIND
     run_id: str
     digest: str

@@ -17,6 +17,7 @@ from pipeline.records.labels import (
     model_label,
     network_text,
     slowdown_text,
+    weights_label,
 )
 from pipeline.report.columns import MISSING, number
 from pipeline.report.generation_prediction import predicted_tpot_s, predicted_ttft_s
@@ -36,6 +37,7 @@ class GeneratedRun:
 
     label: str
     model: str
+    weights: str
     num_requests: int
     num_failed: int
     num_tokens: int
@@ -67,6 +69,7 @@ class GeneratedRun:
         return cls(
             label=f"{codec_label(record)} {emulation_label(record.emulation, chain)}".rstrip(),
             model=model_label(record.args.model_name),
+            weights=weights_label(record),
             num_requests=results.num_requests,
             num_failed=results.num_failed,
             num_tokens=results.generated_tokens,

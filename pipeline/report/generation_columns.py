@@ -48,6 +48,13 @@ COLUMNS: tuple[Column[GeneratedRun], ...] = (
     Column(key="codec", heading="codec", meaning="what was on the links", value=lambda r: r.label, is_text=True),
     Column(key="model", heading="model", meaning="its name without the folder", value=lambda r: r.model, is_text=True),
     Column(
+        key="weights",
+        heading="weights",
+        meaning="their dtype, and the blocks of few bits that matrices were held as",
+        value=lambda r: r.weights,
+        is_text=True,
+    ),
+    Column(
         key="num_requests", heading="requests", meaning="lines of the answers' file", value=lambda r: r.num_requests
     ),
     Column(key="num_failed", heading="failed", meaning="requests that ended in an error", value=lambda r: r.num_failed),

@@ -14,6 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from pipeline.records.labels import weights_label
 from pipeline.report.charts import ChartPoint, trade_off_svg
 from pipeline.report.columns import Column, shown, significant
 from pipeline.report.generation import drafter_table
@@ -311,6 +312,7 @@ def facts(setting: Setting) -> list[tuple[str, str]]:
     return [
         ("model", first.args.model_name),
         ("checkpoint", first.model.checkpoint_fingerprint),
+        ("weights", weights_label(first)),
         ("text", f"{dataset.description}, {dataset.num_tokens:,} tokens"),
         ("text, SHA-256", dataset.text_sha256),
         ("token ids, SHA-256", dataset.ids_sha256),

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from pipeline.records.files import write_figure
-from pipeline.records.labels import codec_labels, model_label
+from pipeline.records.labels import codec_labels, model_label, weights_label
 from pipeline.records.run_record import RunRecord
 
 __all__ = ["plot_rate_quality"]
@@ -21,11 +21,14 @@ def plot_rate_quality(records: Sequence[RunRecord], path: Path) -> None:
     """Perplexity against payload bytes per token and link, one labelled point per record; written as PNG.
 
     Both axes are logarithmic. Runs of a codec that differ in neither share a point, whatever network was emulated.
-    Records without a finite perplexity or without links have no point. Raises ValueError when none is left.
+    Where runs held weights differently, their labels say how. Records without a finite perplexity or without links have
+    no point. Raises ValueError when none is left.
     """
+    held = [weights_label(record) for record in records]
+    behind = [f" ({weights})" if len(set(held)) > 1 else "" for weights in held]
     points = dict.fromkeys(
-        (r.traffic_totals.bytes_per_token, r.results.avg_ppl, label, r.causal)
-        for r, label in zip(records, codec_labels(records), strict=True)
+        (r.traffic_totals.bytes_per_token, r.results.avg_ppl, f"{label}{weights}", r.causal)
+        for r, label, weights in zip(records, codec_labels(records), behind, strict=True)
         if r.results.avg_ppl is not None and r.traffic_totals.bytes_per_token
     )
     if not points:
@@ -50,7 +53,7 @@ def plot_rate_quality(records: Sequence[RunRecord], path: Path) -> None:
     axes.set_ylabel("perplexity")
     first = records[0]
     axes.set_title(
-        f"{model_label(first.args.model_name)}, {first.dataset.num_tokens} tokens, "
+        f"{model_label(first.args.model_name)}{'' if behind[0] else f' {held[0]}'}, {first.dataset.num_tokens} tokens, "
         f"windows {first.protocol.max_length}/{first.protocol.stride}",
         fontsize=10,
         parse_math=False,

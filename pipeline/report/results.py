@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config.schema import ModelConfig
 from pipeline.records.environment import environment_changes
 from pipeline.records.failed_point import FailedPoint
 from pipeline.records.files import RecordError, disk_problem
 from pipeline.records.generation_record import GenerationRecord
 from pipeline.records.identity import digest_of
-from pipeline.records.labels import codec_labels, emulation_labels, model_label
+from pipeline.records.labels import codec_labels, emulation_labels, model_label, weights_key, weights_label
 from pipeline.records.run_record import RunRecord
 from pipeline.records.store import read_any, read_per_token
 from pipeline.records.tasks_record import TasksRecord
@@ -165,16 +164,18 @@ def summary_points(records: Sequence[RunRecord]) -> list[tuple[MeasuredPoint, st
     """For a console: points in the order of `records`, compared with the first uncompressed one of their setting by
     perplexity alone, since no per-token file is opened; so they have no quality, and no costs either.
 
-    The text beside a point says tokens and windows where the points are of several settings, else nothing.
+    The text beside a point says tokens and windows where the points are of several settings, and how weights were held
+    where that differs, else nothing.
     """
     keys = [setting_key(record) for record in records]
+    held = [weights_label(record) for record in records]
     baselines: dict[str, RunRecord] = {}
     for key, record in zip(keys, records, strict=True):
         if is_uncompressed(record):
             baselines.setdefault(key, record)
     points = []
     labels = zip(codec_labels(records), emulation_labels(records), strict=True)
-    for key, record, (codecs, emulated) in zip(keys, records, labels, strict=True):
+    for key, record, weights, (codecs, emulated) in zip(keys, records, held, labels, strict=True):
         baseline = baselines.get(key)
         point = MeasuredPoint(
             record=record,
@@ -188,15 +189,14 @@ def summary_points(records: Sequence[RunRecord]) -> list[tuple[MeasuredPoint, st
             ppl_change=_change(record, baseline) if baseline else None,
         )
         setting = f"{record.dataset.num_tokens} tokens, {_windows(record)}" if len(set(keys)) > 1 else ""
+        setting += f", {weights}" if len(set(held)) > 1 else ""
         points.append((point, setting))
     return points
 
 
 def setting_key(record: RunRecord) -> str:
-    """Equal for records whose perplexities may be compared: same model and precision, text and protocol."""
-    args = record.args
-    weights = [args.dtype, args.load_in_8bit, args.load_in_4bit, args.config.model.load_in_8bit_threshold]
-    return digest_of([weights, *(part.model_dump() for part in (record.model, record.dataset, record.protocol))])
+    """Equal for records whose perplexities may be compared: same model, held alike, same text and protocol."""
+    return digest_of([weights_key(record), record.dataset.model_dump(), record.protocol.model_dump()])
 
 
 def recommend(setting: Setting, max_ppl_increase: float) -> Recommendation:
@@ -316,12 +316,8 @@ def _windows(record: RunRecord) -> str:
 
 
 def _title(record: RunRecord) -> str:
-    dataset, args = record.dataset, record.args
-    weights = " 8-bit weights" if args.load_in_8bit else " 4-bit weights" if args.load_in_4bit else ""
-    threshold = args.config.model.load_in_8bit_threshold
-    if threshold != ModelConfig.load_in_8bit_threshold:
-        weights += f" (threshold {threshold:g})"
+    dataset = record.dataset
     return (
-        f"{model_label(args.model_name)} {args.dtype}{weights}, {dataset.num_tokens:,} tokens of "
+        f"{model_label(record.args.model_name)} {weights_label(record)}, {dataset.num_tokens:,} tokens of "
         f"{dataset.description}, {_windows(record)}"
     )

@@ -1,7 +1,8 @@
 """Scores of tasks by codec, with standard errors, and what each codec changes, sample by sample.
 
-Runs are compared where model, documents and the harness' settings are the same. A change is the mean over samples of
-the differences to the oldest uncompressed run's; its standard error is theirs, since both runs have the same samples.
+Runs are compared where model, weights, documents and the harness' settings are the same. A change is the mean over
+samples of the differences to the oldest uncompressed run's; its standard error is theirs, since both runs have the same
+samples.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.records.identity import digest_of
-from pipeline.records.labels import codec_labels, emulation_label, chain_names, model_label
+from pipeline.records.labels import (
+    chain_names,
+    codec_labels,
+    emulation_label,
+    model_label,
+    weights_key,
+    weights_label,
+)
 from pipeline.records.tasks_record import TaskMetric, TaskScores, TasksRecord
 from pipeline.report.columns import MISSING, number, significant
 
@@ -100,18 +108,18 @@ def _by_setting(records: Sequence[TasksRecord]) -> dict[str, list[TasksRecord]]:
 def _setting_key(record: TasksRecord) -> str:
     """Equal for runs whose scores may be compared, but for documents, which are compared task by task."""
     args, harness = record.args, record.harness
-    weights = [args.dtype, args.load_in_8bit, args.load_in_4bit, args.config.model.load_in_8bit_threshold]
     asked = [harness.num_fewshot, harness.apply_chat_template, harness.max_length, harness.version]
     generation = (args.config.model_extra or {}).get("generation", {})
     sampling = [generation.get(key) for key in ("top_k", "top_p", "min_p", "repetition_penalty", "seed")]
-    return digest_of([record.model.model_dump(), *weights, *asked, *sampling])
+    return digest_of([weights_key(record), *asked, *sampling])
 
 
 def _title(record: TasksRecord) -> str:
     harness = record.harness
     shots = "" if harness.num_fewshot is None else f", {harness.num_fewshot} examples"
     template = ", chat template" if harness.apply_chat_template else ""
-    return f"{model_label(record.args.model_name)} {record.args.dtype}, lm_eval {harness.version}{shots}{template}"
+    model = f"{model_label(record.args.model_name)} {weights_label(record)}"
+    return f"{model}, lm_eval {harness.version}{shots}{template}"
 
 
 def _labels(members: Sequence[TasksRecord]) -> list[str]:

@@ -13,14 +13,8 @@ from typing import Any
 from pipeline.config.schema import RunConfig
 from pipeline.config.units import parse_size
 from pipeline.models.cache import cache_bytes_per_token
-from pipeline.models.loading import (
-    TORCH_DTYPES,
-    StageWeights,
-    WeightFormat,
-    embedding_bytes,
-    layer_kinds,
-    stage_weights,
-)
+from pipeline.models.loading import TORCH_DTYPES, WeightFormat
+from pipeline.models.sizes import StageWeights, embedding_bytes, layer_kinds, stage_weights
 from pipeline.partition.plan import Plan, StagePlan, default_plan, explicit_plan
 from pipeline.partition.schedule import passes_in_flight
 from pipeline.planner.forecast import layers_of_node

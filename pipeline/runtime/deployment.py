@@ -26,8 +26,9 @@ from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.data.windows import make_microbatches
 from pipeline.importance.files import TokenOwner
 from pipeline.models.checkpoint import read_checkpoint
-from pipeline.models.loading import TORCH_DTYPES, WeightFormat, load_model_config, load_stage
-from pipeline.models.matrix_types import choose_matrix_types, types_label
+from pipeline.models.loading import TORCH_DTYPES, WeightFormat, load_stage
+from pipeline.models.model_config import load_model_config
+from pipeline.models.matrix_types import choose_matrix_types, stored_types, types_label
 from pipeline.models.source import resolve_model
 from pipeline.models.weight_files import checkpoint_fingerprint
 from pipeline.models.stage import Stage
@@ -121,7 +122,7 @@ class Deployment:
 class LoadedStages:
     """What of a deployment serves the next one, when the ring is formed again: this rank's weights, of a plan."""
 
-    checkpoint_digest: str = ""
+    weights_digest: str = ""
     plan: Plan | None = None
     stages: dict[int, Stage] = field(default_factory=dict)
     one_token_compute_s: dict[int, float] = field(default_factory=dict)
@@ -140,7 +141,7 @@ def deploy(
 
     Without a text to score, codecs are those of generation. `check(plan, model_config)` may raise where they do not
     serve what is to be done, and `claim(digest)`, on rank 0, where the run with this digest cannot be recorded.
-    `loaded` is filled, or taken over where checkpoint and plan are the same. Raises ValueError (ConfigError, PlanError,
+    `loaded` is filled, or taken over where weights and plan are the same. Raises ValueError (ConfigError, PlanError,
     ModelError, ...) with a message for the user.
     """
     world = control.world
@@ -168,11 +169,11 @@ def deploy(
     groups = control.connect((world.rank_of(hop.src_node), world.rank_of(hop.dst_node)) for hop in hops)
     gpus, backend, channels = _open_channels(config, control, plan, devices)
     control.report("loading weights")
-    if (loaded.checkpoint_digest, loaded.plan) != (model.checkpoint_digest, plan):
+    if (loaded.weights_digest, loaded.plan) != (model.weights_digest, plan):
         loaded.stages.clear()
         loaded.one_token_compute_s.clear()
         loaded.stages.update(_load_stages(config, plan, model, devices))
-        loaded.checkpoint_digest, loaded.plan = model.checkpoint_digest, plan
+        loaded.weights_digest, loaded.plan = model.weights_digest, plan
     control.barrier()
     control.report("timing a token")
     control.in_turn(lambda: _time_one_token(loaded, model_config.hidden_size, TORCH_DTYPES[config.model.dtype]))
@@ -215,7 +216,10 @@ def _choose_matrix_types(
     settings = [nodes[node].device if nodes else None for node in own]
     on_cpu = all(choose_device(setting or config.runtime.device, world).type == "cpu" for setting in settings)
     model_config.matrix_types = choose_matrix_types(
-        config.model, model_config, read_checkpoint(directory, model_config), on_cpu=all(control.gather(on_cpu))
+        config.model,
+        model_config,
+        lambda: stored_types(read_checkpoint(directory, model_config)),
+        on_cpu=all(control.gather(on_cpu)),
     )
     control.agree("checkpoint", {"blocks": types_label(model_config)})
 

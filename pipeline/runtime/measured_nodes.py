@@ -15,8 +15,9 @@ import torch
 from pipeline.comm.control import Control
 from pipeline.comm.watchdog import tell
 from pipeline.config.schema import RunConfig
-from pipeline.models.loading import WeightFormat, layer_kinds, random_stage
-from pipeline.models.matrix_types import types_label
+from pipeline.models.loading import WeightFormat, random_stage
+from pipeline.models.matrix_types import matrix_types, types_label
+from pipeline.models.sizes import layer_kinds
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import StagePlan
 from pipeline.records.base import now
@@ -93,7 +94,7 @@ def _digest(config: RunConfig, model_config: Any) -> str:
         {
             "model": [shape, kinds, [layer_weights(config, model_config, kind).active for kind in sorted(set(kinds))]],
             "precision": [model.dtype, model.load_in_8bit, model.load_in_8bit_threshold, model.load_in_4bit],
-            **({} if (types := types_label(model_config)) is None else {"blocks": types}),
+            **({} if types_label(model_config) is None else {"blocks": matrix_types(model_config)}),
             "ring": [partition.num_nodes, partition.wrap],
             "devices": [config.runtime.device, *(node.device for node in partition.nodes)],
             "microbatch": [config.batch_size, config.dataset.max_length, scored_per_window(config)],

@@ -22,18 +22,17 @@ from pipeline.comm.wire import WireFormat, header_nbytes
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.models.cache import cache_bytes_per_token
 from pipeline.models.checkpoint import read_checkpoint
-from pipeline.models.loading import (
-    TORCH_DTYPES,
-    WeightFormat,
-    embedding_bytes,
-    load_model_config,
-    stage_parameter_bytes,
-)
-from pipeline.models.matrix_types import choose_matrix_types
+from pipeline.models.gguf_header import header_types
+from pipeline.models.loading import TORCH_DTYPES, WeightFormat
+from pipeline.models.matrix_types import choose_matrix_types, stored_types
+from pipeline.models.model_config import load_model_config
+from pipeline.models.sizes import embedding_bytes, stage_parameter_bytes
+from pipeline.models.source import local_path
 from pipeline.models.stage import MAX_LOGITS_NBYTES
 from pipeline.partition.plan import Plan, default_plan
 from pipeline.partition.schedule import passes_in_flight
 from pipeline.planner.problem import LinkFigures
+from pipeline.records.labels import blocks_text
 from pipeline.records.node_costs import NodeCosts
 from pipeline.runtime.balance import is_measured
 from pipeline.runtime.codecs import codec_requests, make_codec, window_tokens
@@ -41,6 +40,7 @@ from pipeline.runtime.emulation import emulated_links, planned_link, receives_ah
 from pipeline.runtime.measured_nodes import kept_nodes
 from pipeline.runtime.placement import make_plan
 from pipeline.runtime.plan_comparison import comparison_lines, gib
+from pipeline.runtime.record_parts import weight_blocks
 from pipeline.runtime.text import check_max_length
 
 __all__ = ["PlannedRun", "plan_run", "plan_text"]
@@ -117,13 +117,18 @@ def plan_run(config: RunConfig) -> PlannedRun:
     """Raises ValueError where the config cannot be run or says too little."""
     model_dir = Path(config.model.name) if Path(config.model.name).is_dir() else None
     model_config = load_model_config(model_dir, config.model.architecture)
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     checkpoint = None
     if model_dir is not None and any(model_dir.glob("*.safetensors")):
         checkpoint = read_checkpoint(model_dir, model_config)
-        notes, model_config.tie_word_embeddings = checkpoint.notes, checkpoint.is_tied
+        model_config.tie_word_embeddings = checkpoint.is_tied
+        notes += checkpoint.notes
+
+    def stored() -> dict[str, Any] | None:
+        return _header_types(config.model.name, model_config, notes) if checkpoint is None else stored_types(checkpoint)
+
     on_cpu = all(_device_type(config, node) == "cpu" for node in range(config.partition.num_nodes))
-    model_config.matrix_types = choose_matrix_types(config.model, model_config, checkpoint, on_cpu=on_cpu)
+    model_config.matrix_types = choose_matrix_types(config.model, model_config, stored, on_cpu=on_cpu)
     check_max_length(config, model_config)
     measured = kept_nodes(config, model_config) if is_measured(config) else None
     plan = make_plan(config, model_config, measured)
@@ -133,12 +138,26 @@ def plan_run(config: RunConfig) -> PlannedRun:
     return PlannedRun(
         config=config,
         model_config=model_config,
-        notes=notes,
+        notes=tuple(notes),
         measured=measured,
         plan=plan,
         codecs=tuple(make_codec(request) for request in requests),
         emulated=emulated_links(config, plan),
     )
+
+
+def _header_types(name: str, model_config: Any, notes: list[str]) -> dict[str, Any] | None:
+    """Of a GGUF file's blocks; a note where `name` is one that is not on this machine."""
+    if not name.lower().endswith(".gguf"):
+        return None
+    try:
+        path = local_path(name)
+    except ValueError:  # no such package
+        path = None
+    if path is not None and path.is_file():
+        return header_types(path, model_config)
+    notes.append(f"{name} is not on this machine, so nothing is known of its blocks: sizes are those of float32")
+    return None
 
 
 def plan_text(run: PlannedRun, links: Sequence[LinkFigures] | None = None) -> str:
@@ -170,7 +189,7 @@ def _stage_weights(run: PlannedRun) -> list[int]:
 
 def _stage_lines(run: PlannedRun, weights: Sequence[int]) -> list[str]:
     model, plan = run.config.model, run.plan
-    lines = [f"{model.name}: {plan.num_layers} layers, hidden size {run.model_config.hidden_size}, {model.dtype}"]
+    lines = [f"{model.name}: {plan.num_layers} layers, hidden size {run.model_config.hidden_size}, {_held(run)}"]
     lines += ["", "stage  node  layers      weights"]
     for stage in plan.stages:
         extra = "".join([" + embedding" if stage.is_first else "", " + norm and head" if stage.is_last else ""])
@@ -179,6 +198,13 @@ def _stage_lines(run: PlannedRun, weights: Sequence[int]) -> list[str]:
             f"{stage.stage_index:<5}  {stage.node:<4}  {layers:<10}  {gib(weights[stage.stage_index])}{extra}"
         )
     return lines
+
+
+def _held(run: PlannedRun) -> str:
+    """How weights are held: `bf16, 8-bit weights`, `fp32, Q4_1 and Q8_0 blocks`."""
+    model = run.config.model
+    quantised = ", 8-bit weights" if model.load_in_8bit else ", 4-bit weights" if model.load_in_4bit else ""
+    return f"{model.dtype}{quantised}{blocks_text(weight_blocks(model, run.model_config))}"
 
 
 def _link_lines(run: PlannedRun) -> list[str]:

@@ -7,13 +7,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.comm.emulation import Conditions
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import ModelConfig, RunConfig
+from pipeline.models.matrix_types import MADE_AT_LOAD, types_label
 from pipeline.partition.plan import Plan
-from pipeline.records.run_record import CodecConfig, EmulatedLink, Emulation, Model, PlannedStage, StageSeconds
+from pipeline.records.run_record import (
+    CodecConfig,
+    EmulatedLink,
+    Emulation,
+    Model,
+    PlannedStage,
+    StageSeconds,
+    WeightBlocks,
+)
 from pipeline.runtime.codecs import LinkCodecs
 from pipeline.runtime.deployment import Deployment
 
-__all__ = ["codec_configs", "emulation", "planned_stages", "recorded_model", "stage_seconds"]
+__all__ = ["codec_configs", "emulation", "planned_stages", "recorded_model", "stage_seconds", "weight_blocks"]
 
 
 def codec_configs(plan: Plan, codecs: LinkCodecs) -> dict[str, CodecConfig]:
@@ -37,13 +46,22 @@ def planned_stages(plan: Plan) -> tuple[PlannedStage, ...]:
     return tuple(PlannedStage(stage=s.stage_index, node=s.node, layers=(s.start, s.end)) for s in plan.stages)
 
 
-def recorded_model(deployment: Deployment) -> Model:
+def recorded_model(config: RunConfig, deployment: Deployment) -> Model:
+    model = deployment.model
     return Model(
-        model_type=deployment.model.config.model_type,
-        hidden_size=deployment.model.config.hidden_size,
+        model_type=model.config.model_type,
+        hidden_size=model.config.hidden_size,
         num_hidden_layers=deployment.plan.num_layers,
-        checkpoint_fingerprint=deployment.model.checkpoint_digest,
+        checkpoint_fingerprint=model.checkpoint_digest,
+        blocks=weight_blocks(config.model, model.config),
     )
+
+
+def weight_blocks(model: ModelConfig, model_config: Any) -> WeightBlocks | None:
+    """What matrices are held as where `model_config` has been given its types (`models.matrix_types`)."""
+    label = types_label(model_config)
+    made_at_load = model.weights in MADE_AT_LOAD
+    return None if label is None else WeightBlocks(types=tuple(label.split(", ")), made_at_load=made_at_load)
 
 
 def stage_seconds(reports: Sequence[Mapping[str, Any]]) -> dict[str, StageSeconds]:

@@ -106,7 +106,7 @@ def _record(worked: Worked, options: HarnessOptions, run_id: str, digest: str, r
         interruptions=worked.interruptions,
         backend=deployment.backend,
         emulation=emulation(config, plan, ring.emulated_links),
-        model=recorded_model(deployment),
+        model=recorded_model(config, deployment),
         notes=(*deployment.model.notes, *ring.notes, *interruption_notes(worked.interruptions)),
         versions=software_versions() | {"lm_eval": metadata.version("lm_eval")},
         environment=dict(deployment.environment),

@@ -251,7 +251,7 @@ def make_drafts(**changes):
 _SCHEDULE = {"max_slots": 8, "slot_length": 2048, "prefill_chunk": 256, "passes": 4}
 _SCHEDULE |= {"in_flight": 6, "receives_ahead": 2}
 _MODEL = {"model_type": "llama", "hidden_size": HIDDEN_SIZE, "num_hidden_layers": 8}
-_MODEL["checkpoint_fingerprint"] = "ab" * 32
+_MODEL |= {"checkpoint_fingerprint": "ab" * 32, "blocks": None}
 
 
 def _args(compressor):

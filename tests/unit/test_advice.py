@@ -309,6 +309,20 @@ def test_records_of_another_model_are_refused(folder, tmp_path):
         advice(make_config(("model.dtype", "bf16")), folder, 1e6)
 
 
+def test_records_of_weights_that_were_held_differently_are_refused(folder, tmp_path):
+    int8 = make_config(("model.weights", "int8"))
+    with pytest.raises(ConfigError, match="hidden size 64, fp32, Q8_0 blocks made at load.; run a sweep"):
+        advice(int8, folder, 1e6)
+    for made_at_load in (True, False):
+        model = MODEL | {"blocks": {"types": ["Q8_0"], "made_at_load": made_at_load}}
+        own = tmp_path / str(made_at_load)
+        own.mkdir()
+        write_point(own, "none", nbytes=256, stages=stage_times(0, 0), model=model)
+    assert "fp32, Q8_0 blocks made at load, 400 tokens" in "".join(advice(int8, tmp_path / "True", 1e6).lines)
+    with pytest.raises(ConfigError, match="no records of this model"):
+        advice(int8, tmp_path / "False", 1e6)
+
+
 def test_a_budget_that_nothing_keeps_is_an_error(folder):
     with pytest.raises(ConfigError, match="no codec of .* was measured within"):
         advice(make_config(), folder, 1e6, budget=-0.5)

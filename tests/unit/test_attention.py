@@ -6,13 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.models import attention
 from pipeline.models.attention import Attention, AttentionError
-from pipeline.models.loading import (
-    VERIFIED_MODEL_TYPES,
-    WeightFormat,
-    check_attention_readable,
-    load_model_config,
-    load_stage,
-)
+from pipeline.models.loading import WeightFormat, check_attention_readable, load_stage
+from pipeline.models.model_config import VERIFIED_MODEL_TYPES, load_model_config
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import default_plan
 from tests.helpers.marks import slow_but

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from pipeline.config.reading import find_config, load_config
-from pipeline.models.loading import WeightFormat, layer_kinds, load_model_config, random_stage, stage_weights
+from pipeline.models.loading import WeightFormat, random_stage
+from pipeline.models.model_config import load_model_config
+from pipeline.models.sizes import layer_kinds, stage_weights
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import StagePlan, default_plan
 from pipeline.planner.forecast import cuts_of, forecast

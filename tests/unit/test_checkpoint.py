@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.families import FAMILIES
-from pipeline.models.loading import ModelError, WeightFormat, load_model_config, load_stage, stage_parameter_bytes
+from pipeline.models.loading import ModelError, WeightFormat, load_stage
+from pipeline.models.model_config import load_model_config
+from pipeline.models.sizes import stage_parameter_bytes
 from pipeline.models.weight_files import checkpoint_fingerprint
 from pipeline.partition.plan import default_plan
 from tests.helpers.marks import slow_but, slowly

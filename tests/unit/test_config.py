@@ -157,6 +157,12 @@ def test_rules_between_keys():
         load("model.load_in_8bit=true", "model.load_in_4bit=true")
     with pytest.raises(ConfigError, match="load_in_8bit_threshold is 0, but model.load_in_8bit is false"):
         load("model.load_in_8bit_threshold=0")
+    for more in ("model.dtype=bf16", "model.load_in_8bit=true", "model.load_in_4bit=true"):
+        with pytest.raises(ConfigError, match="model.weights is int8, which goes with model.dtype fp32 and without"):
+            load("model.weights=int8", more)
+        assert load(more).model.weights == load("model.weights=auto", more).model.weights == "auto"
+    with pytest.raises(ConfigError, match="model.weights must be one of auto, fp32, bf16, int8, int4"):
+        load("model.weights=Q4_1")
     with pytest.raises(ConfigError, match="load_in_8bit_threshold must be at least 0, got -1"):
         load("model.load_in_8bit=true", "model.load_in_8bit_threshold=-1")
     with pytest.raises(ConfigError, match="at most 63 .*less the window BOS"):
@@ -222,6 +228,7 @@ def test_numerics_leave_out_paths_devices_and_timeouts():
         "batch_size=3",
         "compressor=nf4",
         "model.dtype=bf16",
+        "model.weights=fp32",
         "dataset.first_k_tokens=9",
     ):
         assert load(change).numerics() != base
@@ -237,6 +244,7 @@ def test_numerics_have_younger_keys_only_where_they_are_set():
         "compressor_decode": "nf4",
         "evaluation.mode": "decode",
         "model.load_in_8bit_threshold": 0.0,
+        "model.weights": "int4",
     }.items():
         config = load(f"{key}={value}", *(["model.load_in_8bit=true"] if "8bit" in key else []))
         assert set(config.numerics()) == known | {key} and config.numerics()[key] == value

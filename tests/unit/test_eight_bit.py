@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pipeline.config.schema import ModelConfig
-from pipeline.models.loading import WeightFormat, load_model_config, load_stage
+from pipeline.models.loading import WeightFormat, load_stage
+from pipeline.models.model_config import load_model_config
 from pipeline.models.stage import Stage
 from pipeline.partition.passes import Row
 from pipeline.partition.plan import default_plan

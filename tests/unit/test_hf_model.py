@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.models.loading import VERIFIED_MODEL_TYPES, ModelError, WeightFormat, load_model_config, load_stage
+from pipeline.models.loading import ModelError, WeightFormat, load_stage
+from pipeline.models.model_config import VERIFIED_MODEL_TYPES, load_model_config
 from pipeline.partition.plan import default_plan
 from tests.helpers.marks import slow_but
 from tests.helpers.tiny_models import CAPS_ARE_DROPPED, MODEL_TYPES, VOCAB_SIZE, save_tiny_model, skip_dropped_caps

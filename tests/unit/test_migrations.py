@@ -17,14 +17,14 @@ from pipeline.records.store import read_failure, read_generation, read_record, w
 from pipeline.report.html_page import html_page
 from pipeline.report.recommendation import Outlook
 from pipeline.report.results import read_results, setting_key
-from tests.helpers.records import make_record, write_generation_point, write_point
+from tests.helpers.records import make_record, write_generation_point, write_point, write_tasks_point
 
 SAMPLES = Path(__file__).parent / "records"
 
 
 def test_what_the_first_release_wrote():
     record = read_record(SAMPLES / "first_release.json")
-    assert (record.schema_version, record.kind) == (4, "thinwire run")
+    assert (record.schema_version, record.kind) == (5, "thinwire run")
     assert record.results.avg_ppl == pytest.approx(22.7599)
     assert record.traffic_totals.total_bytes == 2 * 56 * 580 and record.traffic_per_link.keys() == record.codecs.keys()
     # What was not measured is null, what did not exist took no time, what was fixed is said.
@@ -35,7 +35,7 @@ def test_what_the_first_release_wrote():
     assert record.args.config.model.load_in_8bit_threshold == 6.0
     assert (record.protocol.mode, record.protocol.decode_chunk, record.importance) == ("window", None, {})
     assert record.args.config.importance.seed is None
-    assert record.timed_tokens == 56
+    assert record.timed_tokens == 56 and record.model.blocks is None
 
 
 def test_tokens_that_a_resumed_run_has_timed_are_not_made_up(tmp_path):
@@ -80,6 +80,15 @@ def test_generation_of_version_3_had_no_drafts(tmp_path):
     assert read_generation(path).requests[0].num_passes is None
 
 
+@pytest.mark.parametrize("write", [write_point, write_generation_point, write_tasks_point])
+def test_no_weights_of_version_4_were_blocks(write, tmp_path):
+    path = write(tmp_path, "g")
+    newest = json.loads(path.read_text())
+    old = json.loads(path.read_text()) | {"schema_version": 4}
+    del old["model"]["blocks"]
+    assert lift(old) == newest and newest["model"]["blocks"] is None
+
+
 def _check_kept(old, new, place=""):
     """Every value of `old` but the version is where it was."""
     for key, value in old.items():
@@ -119,7 +128,7 @@ def test_a_record_without_a_time_of_its_end_is_the_oldest(tmp_path):
 def test_a_record_that_was_lifted_is_written_as_the_newest(tmp_path):
     record = read_record(SAMPLES / "first_release.json")
     path = write_record(tmp_path, record, {})
-    assert json.loads(path.read_text())["schema_version"] == 4
+    assert json.loads(path.read_text())["schema_version"] == 5
     assert read_record(path).model_copy(update={"per_token_file": record.per_token_file}) == record
     assert setting_key(read_record(path)) == setting_key(record) != setting_key(make_record())
 
@@ -129,4 +138,4 @@ def test_a_record_that_was_lifted_is_written_as_the_newest(tmp_path):
 def test_what_stands_where_it_should_not_is_left_for_the_models(key, value):
     damaged = json.loads((SAMPLES / "first_release.json").read_text()) | {key: value}
     lifted = lift(damaged)
-    assert lifted["schema_version"] == 4 and lifted.keys() == RunRecord.model_fields.keys()
+    assert lifted["schema_version"] == 5 and lifted.keys() == RunRecord.model_fields.keys()

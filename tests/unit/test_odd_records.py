@@ -208,7 +208,7 @@ def test_a_record_of_generation_of_odd_values(folder, generation, tables, change
 @pytest.mark.parametrize(
     ("place", "value", "told"),
     [
-        (("schema_version",), 5, "schema_version is '5', this program reads 1 to 4"),
+        (("schema_version",), 6, "schema_version is '6', this program reads 1 to 5"),
         (("schema_version",), True, "schema_version is 'True', this"),
         (("results", "tokens_per_s"), 10**400, "results.tokens_per_s is"),
         (("results", "num_requests"), -1, "results.num_requests is '-1': input should be greater than or equal to 0"),

@@ -44,9 +44,9 @@ def test_the_three_kinds_say_what_they_are(tmp_path):
     paths = [write_point(tmp_path), write_generation_point(tmp_path, "g"), write_failed_point(tmp_path, "a", "b")]
     files = [json.loads(path.read_text()) for path in paths]
     assert [(file["schema_version"], file["kind"]) for file in files] == [
-        (4, "thinwire run"),
-        (4, "thinwire generation"),
-        (4, "failed point"),
+        (5, "thinwire run"),
+        (5, "thinwire generation"),
+        (5, "failed point"),
     ]
     assert [read_any(path).model_dump(mode="json") for path in paths] == files
     with pytest.raises(RecordError, match=r"g\.json is not the record of an evaluation: its kind is 'thinwire gen"):
@@ -140,7 +140,7 @@ def test_words_that_are_no_text_are_kept_readable(tmp_path):
         ("{", "not a complete JSON file"),
         ("[]", "not a record: it holds a list, not a mapping"),
         ('{"run_id": "x"}', "not a record: it lacks schema_version"),
-        ('{"schema_version": 99}', "schema_version is '99', this program reads 1 to 4"),
+        ('{"schema_version": 99}', "schema_version is '99', this program reads 1 to 5"),
         ('{"schema_version": true}', "schema_version is 'True'"),
         ('{"schema_version": 1}', "not a complete record: it lacks"),
         ('{"schema_version": 2}', "kind is 'None', not 'thinwire run', 'thinwire generation', 'thinwire tasks', '"),

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.analysis.relevance import RELEVANCE_MODEL_TYPES, attnlrp
-from pipeline.models.loading import WeightFormat, load_model_config, load_stage
+from pipeline.models.loading import WeightFormat, load_stage
+from pipeline.models.model_config import load_model_config
 from pipeline.partition.plan import StagePlan
 from tests.helpers.make_relevance_goldens import fill_weights
 from tests.helpers.tiny_models import VOCAB_SIZE, tiny_model

@@ -38,8 +38,9 @@ def test_rows_compare_with_none_on_the_same_text():
     assert [row["ppl_change"] for row in rows] == changes
     perplexities = ["10.0000", "11.5000", "2,000,000", "not finite", "20.0000", "20.0000"]
     assert [row["perplexity"] for row in rows] == perplexities
-    assert rows[2]["note"] == "5 tokens, windows 8/4, not causal"
-    assert rows[4]["note"] == "6 tokens, windows 8/4"
+    assert rows[2]["note"] == "5 tokens, windows 8/4, fp32, not causal"
+    assert rows[4]["note"] == "6 tokens, windows 8/4, fp32"
+    assert rows[5]["note"] == "5 tokens, windows 8/4, fp32 8-bit weights"
     assert [row["note"] for row in summary_rows([record("none", 10.0), record("nf4", 11.5)])] == ["", ""]
     assert (rows[0]["encode_us_per_token"], rows[0]["decode_us_per_token"]) == ("250", "125")
 

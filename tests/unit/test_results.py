@@ -27,6 +27,33 @@ def test_points_of_equal_model_text_and_protocol_share_a_setting_and_its_baselin
     assert second.points[0].quality_note == "no uncompressed point of the same model, text and protocol"
 
 
+@pytest.mark.parametrize(
+    ("blocks", "title"),
+    [
+        ({"types": ["Q4_1", "Q8_0"], "made_at_load": False}, "model fp32, Q4_1 and Q8_0 blocks, 400 tokens"),
+        ({"types": ["Q4_1"], "made_at_load": True}, "model fp32, Q4_1 blocks made at load, 400 tokens"),
+        ({"types": ["BF16", "Q4_K", "Q6_K"], "made_at_load": False}, "model fp32, BF16, Q4_K and Q6_K blocks, 400"),
+    ],
+)
+def test_weights_that_were_held_differently_are_settings_of_their_own(blocks, title, tmp_path):
+    write_point(tmp_path)
+    write_point(tmp_path, "int8", model={"blocks": blocks}, loss=losses(0.05))
+    write_point(tmp_path, "nf4", model={"blocks": blocks | {"made_at_load": not blocks["made_at_load"]}})
+    first, second, third = read_results([tmp_path]).settings
+    assert first.title.startswith("model fp32, 400 tokens") and second.title.startswith(title)
+    assert len({first.title, second.title, third.title}) == 3
+    assert second.baseline is None and second.points[0].quality is None
+    rows = summary_rows(load_records([tmp_path]))
+    held = [first.title, second.title, third.title]
+    for row, title in zip(sorted(rows, key=lambda row: held_order(row["codec"])), held, strict=True):
+        assert row["note"].endswith(title.removeprefix("model ").partition(", 400")[0])
+    assert [row["ppl_change"] for row in rows].count("–") == 2
+
+
+def held_order(codec):
+    return ["none", "int8", "nf4"].index(codec)
+
+
 def test_a_link_alone_compressed_is_no_baseline(tmp_path):
     write_point(
         tmp_path,

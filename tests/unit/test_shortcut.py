@@ -20,7 +20,8 @@ from pipeline.analysis.shortcut_calibration import LeastSquares, likely_ids
 from pipeline.drafting.drafter import DrafterContext
 from pipeline.drafting.shortcut import MAX_ESTIMATED, Shortcut, Trail
 from pipeline.drafting.shortcut_file import FILE, ShortcutMap, read_shortcut, write_shortcut
-from pipeline.models.loading import WeightFormat, load_model_config, load_stage
+from pipeline.models.loading import WeightFormat, load_stage
+from pipeline.models.model_config import load_model_config
 from pipeline.models.stage import Stage
 from pipeline.partition.passes import Pass, PassKind, Row
 from pipeline.partition.plan import default_plan, explicit_plan

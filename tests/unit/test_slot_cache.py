@@ -14,7 +14,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from pipeline.models.attention import SLOTS, AttentionError, attention_function
 from pipeline.models.cache import SlotCache, SlotError, cache_bytes_per_token
 from pipeline.models.families import FAMILIES
-from pipeline.models.loading import WeightFormat, load_model_config, load_stage
+from pipeline.models.loading import WeightFormat, load_stage
+from pipeline.models.model_config import load_model_config
 from pipeline.models.stage import Stage
 from pipeline.partition.passes import Row
 from pipeline.partition.plan import default_plan

@@ -65,6 +65,21 @@ def test_other_settings_have_tables_of_their_own():
     assert [score.change for score in task_scores(records)] == [None, None]
 
 
+def test_weights_that_were_held_differently_have_tables_of_their_own():
+    blocks = {"types": ["Q4_1"], "made_at_load": True}
+    records = [
+        make_tasks_record("a"),
+        make_tasks_record("b", "nf4", model={"blocks": blocks}),
+        make_tasks_record("c", args={"load_in_8bit": True}),
+    ]
+    assert [table.title for table in tasks_tables(records)] == [
+        "[1] model fp32, lm_eval 0.4.13",
+        "[2] model fp32, Q4_1 blocks made at load, lm_eval 0.4.13",
+        "[3] model fp32 8-bit weights, lm_eval 0.4.13",
+    ]
+    assert [score.change for score in task_scores(records)] == [None] * 3
+
+
 def test_console_page_markdown_and_csv(tmp_path, capsys):
     write_tasks_point(tmp_path, "a")
     write_tasks_point(tmp_path, "b", "nf4", bits=4, samples=(1.0, 0.0, 0.0, 1.0))

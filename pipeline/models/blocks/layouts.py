@@ -3,7 +3,7 @@
 A block is `num_weights` weights of a matrix's row in `nbytes` bytes: codes of a few bits, and what makes weights of
 them. `read` writes the instructions that load a block; what it gives are runs of weights with one scale:
 
-    weight = scale * (code + offset) + least
+    weight = scale * code + least
 
 rounded after each operation, as ggml does (ggml-common.h and ggml-quants.c of ggml-org/llama.cpp have the layouts, the
 `gguf` package the same in NumPy, with which the tests compare bit for bit). Codes come as vectors of `LANES` float32,
@@ -12,19 +12,21 @@ which LLVM cuts to what the processor has.
 
 from __future__ import annotations
 
+import functools
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 
-__all__ = ["FLOAT", "FLOATS", "LANES", "LAYOUTS", "Layout", "Run", "constant", "splat"]
+from pipeline.models.compiled import FLOAT, FLOATS, LANES, constant, splat
 
-LANES = 16  # every type has runs of a multiple of 16 weights
+__all__ = ["LAYOUTS", "RUN", "Layout", "Run"]
+
+RUN = 32  # weights that share a least one, in every type that has those
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-FLOAT = ir.FloatType()
-FLOATS = ir.VectorType(FLOAT, LANES)
 _INTEGERS = ir.VectorType(_I32, LANES)
 _BYTES = ir.VectorType(_I8, LANES)
 
@@ -33,13 +35,13 @@ _BYTES = ir.VectorType(_I8, LANES)
 class Run:
     """Weights with one scale: vectors of codes by the place in the block of their first weight.
 
-    `scale` and `least` are float32 values, None where there is none; `offset` is what is added to the codes.
+    `scale` and `least` are float32 values, None where there is none. Codes are as they are multiplied: what a type
+    takes off them is off. (Taken off a product's sum instead, it costs more than here and a digit of the result.)
     """
 
     codes: dict[int, Any]
     scale: Any
     least: Any = None
-    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Layout:
     read: Callable[[Any, Any], Iterator[Run]]
 
     @property
-    def has_rest(self) -> bool:
-        """Whether a product needs the sums of a row's inputs: some runs have a least weight or an offset."""
-        return self.name not in ("BF16", "Q8_0")
+    def has_leasts(self) -> bool:
+        """Whether runs, which are of `RUN` weights then, have a least weight: a product needs their inputs' sums."""
+        return self.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
 
     def row_nbytes(self, num_weights: int) -> int:
         """Of a row of `num_weights`, which are whole blocks."""
@@ -65,32 +67,40 @@ class Layout:
         return num_weights // self.num_weights * self.nbytes
 
 
-def constant(value: int) -> Any:
-    return ir.Constant(_I64, value)
-
-
-def splat(builder: Any, value: Any) -> Any:
-    """A vector with `value` in all lanes."""
-    undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
-    first = builder.insert_element(undefined, value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(_INTEGERS, None))
-
-
 def _load(builder: Any, block: Any, place: int, kind: Any) -> Any:
     pointer = builder.gep(block, [constant(place)])
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)
 
 
-def _half(builder: Any, block: Any, place: int) -> Any:
-    """An fp16 as float32, exactly: its exponent and mantissa where a float32's are, and that times 2^112.
+@functools.cache
+def _converts_halves() -> bool:
+    """Whether this processor has an instruction for it; where it has none, LLVM calls a function that is not there."""
+    return platform.machine() in ("aarch64", "arm64") or bool(binding.get_host_cpu_features().get("f16c"))
 
-    Integers, since not every processor converts. Infinity and NaN come out as large numbers; conversions make neither.
+
+def _half(builder: Any, block: Any, place: int) -> Any:
+    """An fp16 as float32, exactly, also to a thread that flushes subnormal float32.
+
+    Without instructions for it by integers: exponent and mantissa where a float32's are, the exponent's bias changed; a
+    subnormal one gets an exponent as if it were normal, and what that adds is taken away again. Infinity and NaN come
+    out as large numbers there; conversions make neither.
     """
     bits = builder.zext(_load(builder, block, place, _I16), _I32)
+    if _converts_halves():
+        # Among zeros: loaded as a half it would be put into a register beside what that held, and wait for it.
+        four = ir.VectorType(_I32, 4)
+        halves = builder.bitcast(
+            builder.insert_element(ir.Constant(four, None), bits, ir.Constant(_I32, 0)), ir.VectorType(ir.HalfType(), 8)
+        )
+        lower = builder.shuffle_vector(halves, halves, ir.Constant(four, [0, 1, 2, 3]))
+        return builder.extract_element(builder.fpext(lower, ir.VectorType(FLOAT, 4)), ir.Constant(_I32, 0))
     magnitude = builder.shl(builder.and_(bits, ir.Constant(_I32, 0x7FFF)), ir.Constant(_I32, 13))
     sign = builder.shl(builder.and_(bits, ir.Constant(_I32, 0x8000)), ir.Constant(_I32, 16))
-    scaled = builder.fmul(builder.bitcast(magnitude, FLOAT), ir.Constant(FLOAT, 2.0**112))
-    return builder.bitcast(builder.or_(builder.bitcast(scaled, _I32), sign), FLOAT)
+    normal = builder.add(magnitude, ir.Constant(_I32, (127 - 15) << 23))
+    above = builder.bitcast(builder.add(magnitude, ir.Constant(_I32, (127 - 14) << 23)), FLOAT)
+    subnormal = builder.bitcast(builder.fsub(above, ir.Constant(FLOAT, 2.0**-14)), _I32)
+    is_subnormal = builder.icmp_unsigned("<", magnitude, ir.Constant(_I32, 1 << 23))
+    return builder.bitcast(builder.or_(builder.select(is_subnormal, subnormal, normal), sign), FLOAT)
 
 
 def _each(value: int) -> Any:
@@ -113,8 +123,8 @@ def _above(builder: Any, low: Any, high: Any, shift: int) -> Any:
     return builder.or_(low, builder.shl(high, _each(shift)))
 
 
-def _floats(builder: Any, codes: Any) -> Any:
-    return builder.sitofp(codes, FLOATS)
+def _floats(builder: Any, codes: Any, less: int = 0) -> Any:
+    return builder.sitofp(builder.sub(codes, _each(less)) if less else codes, FLOATS)
 
 
 def _small(builder: Any, value: Any) -> Any:
@@ -150,12 +160,12 @@ def _fifth_bits(builder: Any, block: Any, place: int, codes: dict[int, Any]) -> 
     return with_fifth
 
 
-def _as_floats(builder: Any, codes: dict[int, Any]) -> dict[int, Any]:
-    return {place: _floats(builder, vector) for place, vector in codes.items()}
+def _as_floats(builder: Any, codes: dict[int, Any], less: int = 0) -> dict[int, Any]:
+    return {place: _floats(builder, vector, less) for place, vector in codes.items()}
 
 
 def _q4_0(builder: Any, block: Any) -> Iterator[Run]:
-    yield Run(_as_floats(builder, _four_bits(builder, block, 2)), _half(builder, block, 0), offset=-8.0)
+    yield Run(_as_floats(builder, _four_bits(builder, block, 2), less=8), _half(builder, block, 0))
 
 
 def _q4_1(builder: Any, block: Any) -> Iterator[Run]:
@@ -165,7 +175,7 @@ def _q4_1(builder: Any, block: Any) -> Iterator[Run]:
 
 def _q5_0(builder: Any, block: Any) -> Iterator[Run]:
     codes = _fifth_bits(builder, block, 2, _four_bits(builder, block, 6))
-    yield Run(_as_floats(builder, codes), _half(builder, block, 0), offset=-16.0)
+    yield Run(_as_floats(builder, codes, less=16), _half(builder, block, 0))
 
 
 def _q5_1(builder: Any, block: Any) -> Iterator[Run]:
@@ -228,7 +238,7 @@ def _q6_k(builder: Any, block: Any) -> Iterator[Run]:
                 codes = _above(builder, codes, _bits(builder, high, quarter * 2, 2), 4)
                 first = half * 128 + quarter * 32 + place
                 own = builder.sitofp(_load(builder, block, 192 + first // 16, _I8), FLOAT)
-                yield Run({first: _floats(builder, codes)}, builder.fmul(scale, own), offset=-32.0)
+                yield Run({first: _floats(builder, codes, less=32)}, builder.fmul(scale, own))
 
 
 LAYOUTS = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from pipeline.models.blocks.products import BlockMatrix
+from pipeline.models.blocks.products import TILE_FROM_ROWS, BlockMatrix
 
-__all__ = ["BlockEmbedding", "BlockLinear", "BlockModule"]
+__all__ = ["BlockEmbedding", "BlockLinear", "BlockModule", "join"]
 
 
 class BlockModule(nn.Module):
@@ -42,6 +44,7 @@ class BlockLinear(BlockModule):
     def __init__(self, shape: tuple[int, int], type_name: str, *, has_bias: bool = False) -> None:
         super().__init__(shape, type_name)
         self.bias = nn.Parameter(torch.empty(shape[0])) if has_bias else None
+        self._joined: tuple[_Joined, int] | None = None
 
     @classmethod
     def of(cls, matrix: BlockMatrix) -> BlockLinear:
@@ -51,8 +54,44 @@ class BlockLinear(BlockModule):
         return linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        product = self.matrix @ x
+        if self._joined is not None and not x.requires_grad and x.numel() < TILE_FROM_ROWS * self.shape[1]:
+            joined, part = self._joined
+            product = joined.product(x, part)
+        else:
+            product = self.matrix @ x
         return product if self.bias is None else product + self.bias
+
+
+class _Joined:
+    """Products of few rows with matrices that take the same input, computed in one call when the first is asked for.
+
+    Of an attention's query, key and value, say. What was asked for is known by the tensor that is given; until all
+    parts have been taken, it is kept, so that no other can be in its place.
+    """
+
+    def __init__(self, matrix: BlockMatrix, sizes: list[int]) -> None:
+        self._matrix, self._sizes = matrix, sizes
+        self._input: torch.Tensor | None = None
+        self._parts: dict[int, torch.Tensor] = {}
+
+    def product(self, x: torch.Tensor, part: int) -> torch.Tensor:
+        if x is not self._input or part not in self._parts:
+            self._input, self._parts = x, dict(enumerate((self._matrix @ x).split(self._sizes, -1)))
+        own = self._parts.pop(part)
+        if not self._parts:
+            self._input = None
+        return own
+
+
+def join(linears: Sequence[BlockLinear]) -> None:
+    """Let linear layers of one input multiply together. Their matrices, of one type, come to lie one behind another."""
+    matrices = [linear.matrix for linear in linears]
+    sizes = [len(matrix.data) for matrix in matrices]
+    matrix = BlockMatrix(torch.cat([matrix.data for matrix in matrices]), matrices[0].type_name)
+    joined = _Joined(matrix, sizes)
+    for part, (linear, data) in enumerate(zip(linears, matrix.data.split(sizes), strict=True)):
+        linear.matrix = BlockMatrix(data, matrix.type_name)
+        linear._joined = joined, part
 
 
 class BlockEmbedding(BlockModule):

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from pipeline.models.blocks.modules import BlockEmbedding, BlockLinear, BlockModule
+from pipeline.models.blocks.modules import BlockEmbedding, BlockLinear, BlockModule, join
 
-__all__ = ["place_blocks"]
+__all__ = ["join_blocks", "place_blocks"]
+
+# Linear layers of one parent that transformers' families give the same input, one after the other.
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def place_blocks(model: nn.Module, types: Mapping[str, str]) -> dict[str, BlockModule]:
@@ -27,6 +30,19 @@ def place_blocks(model: nn.Module, types: Mapping[str, str]) -> dict[str, BlockM
             setattr(parent, attribute, block)
             placed[name] = block
     return placed
+
+
+def join_blocks(model: nn.Module) -> None:
+    """Let those of a model's linear layers that have one input, and blocks of one type, multiply together."""
+    for module in list(model.modules()):
+        for names in _SAME_INPUT:
+            by_type: dict[str, list[BlockLinear]] = {}
+            for linear in (getattr(module, name, None) for name in names):
+                if isinstance(linear, BlockLinear):
+                    by_type.setdefault(linear.type_name, []).append(linear)
+            for linears in by_type.values():
+                if len(linears) > 1:
+                    join(linears)
 
 
 def _block_of(module: nn.Module, type_name: str) -> BlockModule | None:

@@ -5,37 +5,39 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from pipeline.models.blocks.kernels import Task, dequantising, multiplying, rows_at_once, run, summing
+from pipeline.models.blocks.kernels import Task, dequantising, multiplying, rows_at_once
 from pipeline.models.blocks.layouts import LAYOUTS
+from pipeline.models.compiled import run
 
-__all__ = ["BlockMatrix"]
+__all__ = ["TILE_FROM_ROWS", "BlockMatrix"]
 
 # From so many rows on, blocks are made float32 a tile at a time and multiplied by torch.
 TILE_FROM_ROWS = 32
 TILE_NBYTES = 4 << 20  # of float32 weights; smaller ones are slower to multiply with, larger ones no faster
-# A thread has to have so many bytes of blocks to read, or waking it takes longer than it saves.
-MIN_NBYTES_PER_THREAD = 16 << 10
+# With fewer bytes of blocks, waking other threads takes longer than they save.
+MIN_NBYTES_FOR_THREADS = 32 << 10
 CHUNKS_PER_THREAD = 4
 
 
 class BlockMatrix:
     """Weights [N, K] as GGUF's blocks, row by row, on a CPU.
 
-    `data` is uint8 [N, bytes of a row], contiguous, `type_name` one of `LAYOUTS`. Products are what float32 weights of
-    the same values give but for the order of summation, which depends on whether there are many rows or few
-    (`TILE_FROM_ROWS`), not on what the other rows are, nor on the number of threads below it.
+    `data` is uint8 [N, bytes of a row], contiguous and not empty, `type_name` one of `LAYOUTS`. Products are what
+    float32 weights of the same values give but for the order of summation, which depends on whether there are many rows
+    or few (`TILE_FROM_ROWS`), not on what the other rows are, nor on the number of threads below it.
     """
 
     def __init__(self, data: torch.Tensor, type_name: str) -> None:
         self.layout = LAYOUTS[type_name]
         self.type_name = type_name
         assert data.dtype == torch.uint8 and data.dim() == 2 and data.is_contiguous(), (data.dtype, data.shape)
-        assert data.shape[1] % self.layout.nbytes == 0, (data.shape, type_name)
+        assert data.numel() and data.shape[1] % self.layout.nbytes == 0, (data.shape, type_name)
+        assert data.device.type == "cpu", data.device
         self.data = data
         self._num_blocks = data.shape[1] // self.layout.nbytes
         self.shape = (len(data), self._num_blocks * self.layout.num_weights)
-        self._run_length = 16 if type_name == "Q6_K" else 32
 
     @property
     def nbytes(self) -> int:
@@ -54,73 +56,62 @@ class BlockMatrix:
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         num_outputs, num_inputs = self.shape
-        rows = x.reshape(-1, num_inputs).contiguous()
-        product = torch.empty(len(rows), num_outputs)
-        if len(rows) >= TILE_FROM_ROWS:
+        # Compiled code takes addresses: it would read another type's, device's or width's as if they were its own.
+        assert x.dtype == torch.float32 and x.device.type == "cpu", (x.dtype, x.device)
+        assert x.shape[-1] == num_inputs, (x.shape, num_inputs)
+        x = x.contiguous()
+        num_rows = x.numel() // num_inputs
+        product = _empty(*x.shape[:-1], num_outputs)
+        if num_rows >= TILE_FROM_ROWS:
+            rows, outputs = x.view(-1, num_inputs), product.view(-1, num_outputs)
             for first, tile in self._tiles():
-                torch.mm(rows, tile.T, out=product[:, first : first + len(tile)])
+                torch.mm(rows, tile.T, out=outputs[:, first : first + len(tile)])
         else:
-            self._multiply_few(rows, product)
-        return product.view(*x.shape[:-1], num_outputs)
+            self._multiply_few(x.data_ptr(), product.data_ptr(), num_rows)
+        return product
 
-    def _multiply_few(self, rows: torch.Tensor, product: torch.Tensor) -> None:
-        num_inputs, num_threads = rows.shape[1], self._num_threads(self.data.nbytes)
-        task = self._task(self.data, num_threads)
-        task.inputs, task.inputs_stride = rows.data_ptr(), 4 * num_inputs
-        task.outputs, task.outputs_stride = product.data_ptr(), 4 * product.shape[1]
-        if self.layout.has_rest:
-            sums = torch.empty(len(rows), num_inputs // self._run_length)
-            self._sum(rows, sums)
-            task.sums, task.sums_stride = sums.data_ptr(), 4 * sums.shape[1]
-        left, most = len(rows), rows_at_once()
-        while left:
-            count = min(left, most)
-            task.next = 0
+    def _multiply_few(self, inputs: int, outputs: int, num_rows: int) -> None:
+        num_outputs, num_inputs = self.shape
+        # All or one, as torch does: for another number than before, libgomp ends threads and starts new ones.
+        num_threads = torch.get_num_threads() if self.data.nbytes >= MIN_NBYTES_FOR_THREADS else 1
+        while num_rows:
+            count = min(num_rows, rows_at_once())
+            task = self._task(self.data, num_threads, inputs, outputs, 4 * num_outputs)
             run(multiplying(self.type_name, count), task, num_threads)
-            left -= count
-            task.inputs += count * task.inputs_stride
-            task.sums += count * task.sums_stride
-            task.outputs += count * task.outputs_stride
-
-    def _sum(self, rows: torch.Tensor, sums: torch.Tensor) -> None:
-        task = Task(num_outputs=len(rows), chunk=len(rows), num_blocks=sums.shape[1])
-        task.inputs, task.inputs_stride = rows.data_ptr(), 4 * rows.shape[1]
-        task.outputs, task.outputs_stride = sums.data_ptr(), 4 * sums.shape[1]
-        run(summing(self._run_length), task, 1)
+            num_rows -= count
+            inputs += 4 * count * num_inputs
+            outputs += 4 * count * num_outputs
 
     def _tiles(self) -> Any:
         """First row and float32 weights of each tile, in the same memory one after the other."""
         step = max(1, TILE_NBYTES // (4 * self.shape[1]))
-        scratch = torch.empty(min(step, self.shape[0]), self.shape[1])
+        scratch = _empty(min(step, self.shape[0]), self.shape[1])
         for first in range(0, self.shape[0], step):
             part = self.data[first : first + step]
             yield first, self._dequantised(part, torch.get_num_threads(), scratch[: len(part)])
 
     def _dequantised(self, data: torch.Tensor, num_threads: int, out: torch.Tensor | None = None) -> torch.Tensor:
         if out is None:
-            out = torch.empty(len(data), self.shape[1])
+            out = _empty(len(data), self.shape[1])
         if len(data):
-            task = self._task(data, num_threads)
-            task.outputs, task.outputs_stride = out.data_ptr(), 4 * self.shape[1]
+            task = self._task(data, num_threads, 0, out.data_ptr(), 4 * self.shape[1])
             run(dequantising(self.type_name), task, num_threads)
         return out
 
-    def _task(self, data: torch.Tensor, num_threads: int) -> Task:
-        return Task(
-            num_outputs=len(data),
-            chunk=-(-len(data) // (num_threads * CHUNKS_PER_THREAD)),
-            num_blocks=self._num_blocks,
-            blocks=data.data_ptr(),
-            blocks_stride=data.shape[1],
-        )
+    def _task(self, data: torch.Tensor, num_threads: int, inputs: int, outputs: int, outputs_stride: int) -> Any:
+        num_rows, row_nbytes = data.shape
+        chunk = -(-num_rows // (num_threads * CHUNKS_PER_THREAD))
+        blocks = (self._num_blocks, data.data_ptr(), row_nbytes)
+        return Task(0, num_rows, chunk, *blocks, inputs, 4 * self.shape[1], outputs, outputs_stride)
 
-    @staticmethod
-    def _num_threads(nbytes: int) -> int:
-        return max(1, min(torch.get_num_threads(), nbytes // MIN_NBYTES_PER_THREAD))
+
+def _empty(*shape: int) -> torch.Tensor:
+    """float32 on the CPU, whatever torch's defaults are just now."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 class _Product(torch.autograd.Function):
-    """`matrix @ x`, with the gradient of x alone."""
+    """`matrix @ x`, with the gradient of x alone, and none of that: tiles do not outlive their turn."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, matrix: BlockMatrix) -> torch.Tensor:
@@ -128,10 +119,11 @@ class _Product(torch.autograd.Function):
         return matrix._multiply(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         matrix = ctx.matrix
         rows = gradient.reshape(-1, matrix.shape[0])
-        total = torch.zeros(len(rows), matrix.shape[1])
+        total = _empty(len(rows), matrix.shape[1]).zero_()
         for first, tile in matrix._tiles():
             total.addmm_(rows[:, first : first + len(tile)], tile)
         return total.view(*gradient.shape[:-1], matrix.shape[1]), None

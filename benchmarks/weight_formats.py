@@ -1,0 +1,172 @@
+"""What each way to hold weights costs and yields: tokens a second, perplexity, memory; beside llama.cpp if it is there.
+
+    python -m benchmarks.weight_formats --set model.dir=build/cache --out build/formats.json
+    python -m benchmarks.weight_formats --format auto --set model.name=build/random-1b.gguf --perplexity_tokens 0 \\
+        --llama build/llama/bin/python
+
+Every case is a command of its own, run_pipeline.py on one process with all cores or on four ranks with one thread each,
+and llama.cpp's server (the package xllamacpp, in the environment of the Python that --llama names) on the same file
+with the same number of threads. All take turns, round after round; printed are medians, and their ratios to
+llama.cpp's. One prompt of some eight tokens, greedy, with so many new tokens whatever they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from compressors.console import run_command
+from pipeline.config.options import OptionParser, add_config_options, given_keys, read_config
+from pipeline.config.schema import RunConfig
+from pipeline.models.source import resolve_model
+
+PROMPTS = ("The capital of France is the city of", "Once upon a time there was a lock keeper who")
+PROMPTS += ("A list of the largest rivers in the", "It is a truth universally acknowledged that a")
+BITSANDBYTES = ("load_in_8bit", "load_in_4bit")
+
+# Run by the other Python, since llama.cpp's package need not be in this one's environment.
+_LLAMA = """
+import json, sys, xllamacpp
+path, threads, num_tokens, prompt = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = path, 2048, 1, 0, -1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+server = xllamacpp.Server(params)
+asked = {"prompt": prompt, "n_predict": num_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+server.handle_completions(asked | {"n_predict": 8})
+print(json.dumps(server.handle_completions(asked)["timings"]))
+"""
+
+
+class Case(NamedTuple):
+    weights: str  # a value of model.weights, or a key of bitsandbytes' weights
+    nodes: int
+    sequences: int
+
+    def __str__(self) -> str:
+        where = "one process" if self.nodes == 1 else f"{self.nodes} ranks"
+        return f"{self.weights}, {where}, {self.sequences} in flight"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = OptionParser(description=__doc__.partition("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_options(parser)
+    parser.add_argument("--format", action="append", help="of model.weights, or load_in_8bit, load_in_4bit; repeated")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--perplexity_tokens", type=int, default=4000, help="of the config's text; 0: no perplexity")
+    parser.add_argument("--llama", metavar="PYTHON", help="that has the package xllamacpp")
+    parser.add_argument("--out", type=Path, help="a JSON file for all figures")
+    arguments = parser.parse_args(argv)
+    config = read_config(arguments)
+    formats = arguments.format or ["fp32", "bf16", "int8", "int4", "auto", *BITSANDBYTES]
+    bench = Bench(config, arguments)
+    cases = [Case(name, nodes, count) for name in formats for nodes, count in ((1, 1), (4, 1), (4, 4))]
+    perplexity = {name: bench.perplexity(name) for name in formats} if arguments.perplexity_tokens else {}
+    for number in range(arguments.rounds):
+        for case in cases:
+            bench.generate(case)
+        if arguments.llama:
+            for threads in (1, bench.cores):
+                bench.llama(threads)
+        print(f"round {number + 1} of {arguments.rounds} done", file=sys.stderr, flush=True)
+    bench.show(cases, perplexity)
+    return 0
+
+
+class Bench:
+    def __init__(self, config: RunConfig, arguments: argparse.Namespace) -> None:
+        self.config, self.arguments = config, arguments
+        self.cores = len(os.sched_getaffinity(0))
+        self.folder = Path(tempfile.mkdtemp(prefix="weight_formats-"))
+        self.records: dict[Case, list[dict[str, Any]]] = defaultdict(list)
+        self.llama_rates: dict[int, list[float]] = defaultdict(list)
+        # All cases then find the file converted.
+        resolve_model(config.model.name, cache_dir=config.model.dir, stage_to=None, show_progress=True)
+
+    def perplexity(self, weights: str) -> float:
+        extra = ["--first_k_tokens", str(self.arguments.perplexity_tokens)]
+        return self._run(weights, 1, extra)["results"]["avg_ppl"]
+
+    def generate(self, case: Case) -> None:
+        prompts = self.folder / f"{case.sequences}.jsonl"
+        prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS[: case.sequences]))
+        extra = ["--generate", str(prompts), "--set", f"generation.max_new_tokens={self.arguments.tokens}"]
+        extra += ["--set", "generation.ignore_eos=true"]
+        self.records[case].append(self._run(case.weights, case.nodes, extra))
+
+    def _run(self, weights: str, nodes: int, extra: list[str]) -> dict[str, Any]:
+        """The record of one command."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        start = [sys.executable] if nodes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        start += [] if nodes == 1 else [f"--nproc_per_node={nodes}"]
+        setting = f"model.{weights}=true" if weights in BITSANDBYTES else f"model.weights={weights}"
+        own = ["--set", setting, "--set", f"partition.num_nodes={nodes}", "--exp_dir", str(folder)]
+        own += ["--set", "runtime.threads=1"] if nodes > 1 else []
+        command = [*start, "run_pipeline.py", *self._given(), *own, *extra]
+        quiet = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # ranks share cores
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=quiet if nodes > 1 else None)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+        (path,) = folder.glob("2*.json")
+        return json.loads(path.read_text())
+
+    def _given(self) -> list[str]:
+        """The config that this program was given, as options."""
+        given = [] if self.arguments.config is None else ["--config", self.arguments.config]
+        for key, value in given_keys(self.arguments):
+            given += ["--set", f"{key}={json.dumps(value)}"]
+        return given
+
+    def llama(self, threads: int) -> None:
+        command = [self.arguments.llama, "-c", _LLAMA, str(_file(self.config.model.name)), str(threads)]
+        done = subprocess.run(
+            [*command, str(self.arguments.tokens), PROMPTS[0]], capture_output=True, text=True, check=True
+        )
+        self.llama_rates[threads].append(json.loads(done.stdout.splitlines()[-1])["predicted_per_second"])
+
+    def show(self, cases: Sequence[Case], perplexity: dict[str, float]) -> None:
+        told: dict[str, Any] = {"model": self.config.model.name, "cores": self.cores, "cases": {}, "llama.cpp": {}}
+        llama = {threads: statistics.median(rates) for threads, rates in self.llama_rates.items()}
+        for threads, rate in llama.items():
+            print(f"llama.cpp, {threads} threads: {rate:.1f} tokens/s")
+            told["llama.cpp"][str(threads)] = rate
+        for case in cases:
+            records = self.records[case]
+            rate = case.sequences / statistics.median(record["results"]["tpot_s"]["median"] for record in records)
+            nbytes = max(rank["peak_rss_bytes"] for rank in records[0]["ranks"])
+            ratio = rate / llama[self.cores] if llama else None
+            figures = {"tokens_per_s": rate, "of_llama": ratio, "peak_rss_bytes": nbytes}
+            told["cases"][str(case)] = figures | {"perplexity": perplexity.get(case.weights)}
+            beside = "" if ratio is None else f", {ratio:.2f} of llama.cpp's"
+            print(f"{case}: {rate:.1f} tokens/s{beside}, at most {nbytes / 2**20:.0f} MiB a rank", flush=True)
+        for name, value in perplexity.items():
+            print(f"{name}: perplexity {value:.4f}")
+        if self.arguments.out:
+            self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            self.arguments.out.write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _file(name: str) -> Path:
+    """The GGUF file that a model's name means."""
+    if not name.startswith("package:"):
+        return Path(name)
+    from importlib.util import find_spec
+
+    package, _, inner = name.removeprefix("package:").partition("/")
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations)), inner)
+
+
+if __name__ == "__main__":
+    run_command(main)
