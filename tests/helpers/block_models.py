@@ -19,8 +19,9 @@ from pipeline.config.schema import ModelConfig
 from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.blocks.storage import write_blocks
 from pipeline.models.checkpoint import read_checkpoint
-from pipeline.models.loading import WeightFormat, load_model_config, load_stage
+from pipeline.models.loading import WeightFormat, load_stage
 from pipeline.models.matrix_types import choose_matrix_types
+from pipeline.models.model_config import load_model_config
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import default_plan
 from tests.helpers.gguf_files import DRAWN_TYPES, draw_blocks

@@ -20,8 +20,10 @@ from pipeline.models.blocks.modules import BlockEmbedding, BlockLinear, BlockMod
 from pipeline.models.blocks.storage import BLOCKS_FILE, block_types
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.families import FAMILIES
-from pipeline.models.loading import ModelError, WeightFormat, load_model_config, load_stage, random_stage
+from pipeline.models.checkpoint import ModelError
+from pipeline.models.loading import WeightFormat, load_stage, random_stage
 from pipeline.models.matrix_types import choose_matrix_types
+from pipeline.models.model_config import load_model_config
 from pipeline.models.source import resolve_model
 from pipeline.models.stage import Objective, Stage
 from pipeline.partition.passes import Row

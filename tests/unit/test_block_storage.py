@@ -16,14 +16,14 @@ from gguf import GGMLQuantizationType
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_tensors
-from transformers import AutoConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from pipeline.models import gguf_conversion
 from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.blocks.storage import BLOCKS_FILE, block_types, random_matrix, read_matrix, write_blocks
 from pipeline.models.checkpoint import StoredTensor, read_checkpoint
 from pipeline.models.gguf import convert_gguf_once
-from pipeline.models.loading import load_model_config
+from pipeline.models.model_config import load_model_config
 from pipeline.models.source import resolve_model
 from pipeline.models.weight_files import checkpoint_fingerprint
 from tests.helpers.gguf_files import (
@@ -31,13 +31,17 @@ from tests.helpers.gguf_files import (
     NUM_KV_HEADS,
     DRAWN_TYPES,
     draw_blocks,
+    finish,
     gguf_tensors,
     split_rope,
     tiny_config,
     write_gguf,
+    write_keys,
+    write_sizes,
+    write_vocabulary,
 )
 from tests.helpers.launch import call_on_ranks
-from tests.helpers.marks import slow_but
+from tests.helpers.marks import slow_but, slowly
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "Q4_K", "Q5_K", "Q6_K")
 K_SIZES = {"hidden_size": 256, "intermediate_size": 512}  # rows of whole blocks of 256
@@ -158,6 +162,45 @@ class TestConversion:
         assert all(
             t.block_type is None for t in read_checkpoint(folder, load_model_config(folder, {})).layers[0].values()
         )
+
+    @pytest.mark.parametrize(
+        ("model_type", "keys"),
+        [
+            ("qwen2", {"attention.layer_norm_rms_epsilon": 1e-6}),
+            slowly("qwen3", {"attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 16}),
+            slowly("starcoder2", {"attention.layer_norm_epsilon": 1e-5}),
+        ],
+    )
+    def test_other_architectures(self, tmp_path, model_type, keys):
+        """Their rows are in the checkpoint's order; biases are no matrices."""
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        shared = {name: getattr(tiny_config(), name) for name in (*sizes, "num_key_value_heads", "tie_word_embeddings")}
+        config = AutoConfig.for_model(
+            model_type, **shared, head_dim=16, max_position_embeddings=128, sliding_window=None
+        )
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        path = tmp_path / "other.gguf"
+        writer = gguf.GGUFWriter(path, model_type)
+        write_sizes(writer, config)
+        write_keys(writer, model_type, {"rope.freq_base": 10000.0, **keys})
+        write_vocabulary(writer)
+        (known,) = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == model_type]
+        names = gguf.get_tensor_name_map(known, config.num_hidden_layers)
+        expected = {}
+        for name, tensor in model.state_dict().items():
+            their_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if tensor.dim() == 1:
+                writer.add_tensor(their_name, tensor.numpy())
+                continue
+            expected[name] = gguf.quantize(tensor.numpy(), GGMLQuantizationType.Q5_0)
+            writer.add_tensor(their_name, expected[name], raw_dtype=GGMLQuantizationType.Q5_0)
+        finish(writer)
+        folder = resolve(path, cache_dir=str(tmp_path / "cache"))
+        kept = load_file(folder / BLOCKS_FILE)
+        assert kept.keys() == expected.keys() and set(block_types(folder).values()) == {"Q5_0"}
+        for name, blocks in kept.items():
+            np.testing.assert_array_equal(blocks, expected[name])
 
     def test_an_older_conversion_is_not_taken(self, converted, tmp_path):
         path, folder = convert(tmp_path, make_model(), {"token_embd.weight": "Q8_0"})
