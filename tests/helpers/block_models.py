@@ -20,7 +20,7 @@ from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.blocks.storage import write_blocks
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.loading import WeightFormat, load_stage
-from pipeline.models.matrix_types import choose_matrix_types
+from pipeline.models.matrix_types import choose_matrix_types, stored_types
 from pipeline.models.model_config import load_model_config
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import default_plan
@@ -63,8 +63,9 @@ def dequantised_copy(folder: Path, out: Path, type_of: Callable[[str], str | Non
 def config_with_blocks(folder: Path, weights: str) -> Any:
     """A checkpoint's config with the types that `model.weights` comes to."""
     config = load_model_config(folder, {})
+    stored = stored_types(read_checkpoint(folder, config))
     model = ModelConfig(name=str(folder), weights=weights)
-    config.matrix_types = choose_matrix_types(model, config, read_checkpoint(folder, config), on_cpu=True)
+    config.matrix_types = choose_matrix_types(model, config, lambda: stored, on_cpu=True)
     return config
 
 
