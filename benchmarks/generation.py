@@ -242,6 +242,8 @@ def show(bench: Bench) -> None:
     one, eight = median["generate, one sequence"], median["generate, batch of eight"]
     model = bench.config.model
     weights = ", 8-bit weights" if model.load_in_8bit else ", 4-bit weights" if model.load_in_4bit else ""
+    if (types := bench.deployment.model.block_types) is not None:
+        weights = f", {types} blocks in the ring"
     print(
         f"{model.name}, {model.dtype}{weights}, codec {bench.config.compressor}, {bench.cores} cores, "
         f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}"

@@ -35,7 +35,7 @@ __all__ = ["measure"]
 
 PLAIN = "no metric"
 CPU = torch.device("cpu")
-_WEIGHT_FORMATS = ("model.dtype", "model.load_in_8bit", "model.load_in_4bit")
+_WEIGHT_FORMATS = ("model.dtype", "model.weights", "model.load_in_8bit", "model.load_in_4bit")
 _OF_RUNS = ("dataset", "compressor", "compressor_per_link", "importance", "batch_size", "measure_error")
 _OF_RUNS += ("compressor_decode", "evaluation", "exp_dir", "generation", "runtime", "wandb")
 UNUSED = {

@@ -230,6 +230,7 @@ def _conditions(config: RunConfig, deployment: Deployment) -> dict[str, Any]:
     return {
         "model": Path(config.model.name).name,
         "dtype": config.model.dtype,
+        **({} if (types := deployment.model.block_types) is None else {"blocks": types}),
         "dataset": deployment.text.description,
         "windows": len(evaluation.windows),
         "max_length": config.dataset.max_length,

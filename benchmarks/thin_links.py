@@ -215,6 +215,7 @@ def write(
     conditions = {
         "model": config.model.name,
         "dtype": config.model.dtype,
+        "blocks": deployment.model.block_types,
         "rounds": len(next(iter(bench.seconds.values()))),
         "prompt_tokens": PROMPT_TOKENS,
         "generated_tokens": arguments.tokens,

@@ -238,6 +238,7 @@ def _origin(config: RunConfig, deployment: Deployment, kind: str) -> dict[str, A
             "model_type": deployment.model.config.model_type,
             "checkpoint_fingerprint": deployment.model.checkpoint_digest,
             "dtype": config.model.dtype,
+            "blocks": deployment.model.block_types,
         },
         "dataset": {
             "description": deployment.text.description,

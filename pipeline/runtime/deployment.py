@@ -25,6 +25,7 @@ from pipeline.comm.watchdog import tell
 from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.data.windows import make_microbatches
 from pipeline.importance.files import TokenOwner
+from pipeline.models.blocks.storage import block_types
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.loading import TORCH_DTYPES, WeightFormat, load_stage
 from pipeline.models.model_config import load_model_config
@@ -215,11 +216,12 @@ def _choose_matrix_types(
     own = [node for node in range(config.partition.num_nodes) if world.rank_of(node) == world.rank]
     settings = [nodes[node].device if nodes else None for node in own]
     on_cpu = all(choose_device(setting or config.runtime.device, world).type == "cpu" for setting in settings)
+
+    def stored() -> dict[str, Any] | None:  # a checkpoint without blocks is read later, once the plan is known to do
+        return stored_types(read_checkpoint(directory, model_config)) if block_types(directory) else None
+
     model_config.matrix_types = choose_matrix_types(
-        config.model,
-        model_config,
-        lambda: stored_types(read_checkpoint(directory, model_config)),
-        on_cpu=all(control.gather(on_cpu)),
+        config.model, model_config, stored, on_cpu=all(control.gather(on_cpu))
     )
     control.agree("checkpoint", {"blocks": types_label(model_config)})
 

@@ -44,8 +44,10 @@ def control_of_rank():
 
 def other_blocks_on_rank(rank, folders, text):
     """Rank 1's directory lacks the blocks that rank 0's has."""
+    control = control_of_rank()
     with pytest.raises(AgreementError, match="started with another checkpoint: blocks is .*'Q4_1, Q8_0'"):
-        deploy(settings(folders[rank], text, "partition.num_nodes=2"), control_of_rank())
+        deploy(settings(folders[rank], text, "partition.num_nodes=2"), control)
+    control.close()
 
 
 def a_gpu_on_rank(rank, folder, text):
@@ -67,6 +69,7 @@ def a_gpu_on_rank(rank, folder, text):
     assert seen == ["Q4_1, Q8_0", None]
     with pytest.raises(ModelError, match="model.weights is int8, which is for CPUs, and a node computes on a GPU"):
         deploy(settings(folder, text, "partition.num_nodes=2", "model.weights=int8"), control)
+    control.close()
 
 
 def weights_in_turn(rank, model, text):

@@ -63,10 +63,9 @@ def dequantised_copy(folder: Path, out: Path, type_of: Callable[[str], str | Non
 def config_with_blocks(folder: Path, weights: str) -> Any:
     """A checkpoint's config with the types that `model.weights` comes to."""
     config = load_model_config(folder, {})
+    stored = stored_types(read_checkpoint(folder, config))
     model = ModelConfig(name=str(folder), weights=weights)
-    config.matrix_types = choose_matrix_types(
-        model, config, lambda: stored_types(read_checkpoint(folder, config)), on_cpu=True
-    )
+    config.matrix_types = choose_matrix_types(model, config, lambda: stored, on_cpu=True)
     return config
 
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-from functools import partial
 
 import numpy as np
 import psutil
@@ -291,12 +290,13 @@ class TestChoice:
     def test_on_a_gpu(self, copies):
         _, folder = copies("llama", "Q6_K", keep=True)
         config = load_model_config(folder, {})
-        stored = partial(stored_types, read_checkpoint(folder, config))
+        stored = stored_types(read_checkpoint(folder, config))
+        assert stored is not None
         for dtype, weights in (("fp32", "auto"), ("fp32", "fp32"), ("bf16", "auto")):
             model = ModelConfig(name=str(folder), weights=weights, dtype=dtype)
-            assert choose_matrix_types(model, config, stored, on_cpu=False) is None
+            assert choose_matrix_types(model, config, lambda: stored, on_cpu=False) is None
         with pytest.raises(ModelError, match="int4, which is for CPUs, and a node computes on a GPU"):
-            choose_matrix_types(ModelConfig(weights="int4"), config, stored, on_cpu=False)
+            choose_matrix_types(ModelConfig(weights="int4"), config, lambda: stored, on_cpu=False)
 
     @pytest.mark.parametrize(
         "more", [{"dtype": "bf16"}, {"dtype": "fp64"}, {"load_in_8bit": True}, {"load_in_4bit": True}], ids=str
@@ -305,8 +305,8 @@ class TestChoice:
         _, folder = copies("llama", "Q6_K", keep=True)
         config = load_model_config(folder, {})
         model = ModelConfig(name=str(folder), **more)
-        stored = partial(stored_types, read_checkpoint(folder, config))
-        assert choose_matrix_types(model, config, stored, on_cpu=True) is None
+        stored = stored_types(read_checkpoint(folder, config))
+        assert choose_matrix_types(model, config, lambda: stored, on_cpu=True) is None
 
     @pytest.mark.parametrize(("weights", "floats"), [("int8", {"down_proj"}), ("int4", {"down_proj"}), ("bf16", set())])
     def test_rows_that_are_no_whole_blocks_stay_float32(self, tmp_path, weights, floats):

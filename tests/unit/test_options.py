@@ -156,8 +156,8 @@ def test_programs_refuse_what_they_do_not_use(program, words, message, capsys):
 # The keys of a config that name files, and no others: a new one has to be put here or into `NO_PATHS`.
 PATHS = ["model.name", "model.dir", "model.stage_to", "dataset.path", "importance.head_weights", "importance.oracle"]
 PATHS += ["exp_dir", "serving.api_key_file"]
-NO_PATHS = ["model.revision", "model.dtype", "dataset.name", "dataset.split", "dataset.bos", "runtime.device"]
-NO_PATHS += ["links.rate", "links.delay", "links.jitter"]
+NO_PATHS = ["model.revision", "model.dtype", "model.weights", "dataset.name", "dataset.split", "dataset.bos"]
+NO_PATHS += ["runtime.device", "links.rate", "links.delay", "links.jitter"]
 NO_PATHS += ["evaluation.mode", "runtime.backend", "runtime.interface", "wandb.project", "wandb.run_name", "wandb.mode"]
 NO_PATHS += ["partition.plan", "partition.objective", "serving.address"]
 
