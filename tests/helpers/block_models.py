@@ -19,8 +19,9 @@ from pipeline.config.schema import ModelConfig
 from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.blocks.storage import write_blocks
 from pipeline.models.checkpoint import read_checkpoint
-from pipeline.models.loading import WeightFormat, load_model_config, load_stage
-from pipeline.models.matrix_types import choose_matrix_types
+from pipeline.models.loading import WeightFormat, load_stage
+from pipeline.models.matrix_types import choose_matrix_types, stored_types
+from pipeline.models.model_config import load_model_config
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import default_plan
 from tests.helpers.gguf_files import DRAWN_TYPES, draw_blocks
@@ -63,7 +64,9 @@ def config_with_blocks(folder: Path, weights: str) -> Any:
     """A checkpoint's config with the types that `model.weights` comes to."""
     config = load_model_config(folder, {})
     model = ModelConfig(name=str(folder), weights=weights)
-    config.matrix_types = choose_matrix_types(model, config, read_checkpoint(folder, config), on_cpu=True)
+    config.matrix_types = choose_matrix_types(
+        model, config, lambda: stored_types(read_checkpoint(folder, config)), on_cpu=True
+    )
     return config
 
 
