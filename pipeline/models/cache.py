@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.models.slot_kernel import SeenPositions, attend_one_token, can_attend
+from pipeline.models.slot_kernel import SeenPositions, attend_one_token, can_attend, compile_attention
 from pipeline.partition.passes import Row
 
 __all__ = ["SlotCache", "SlotError", "SlotPass", "cache_bytes_per_token"]
@@ -55,6 +55,9 @@ class SlotCache:
             self.layers = [(keys, values) for keys, values in self._data]
         self.dtype, self.device = dtype, device
         self._lengths = [0] * num_slots
+        self._attends_in_one_call = can_attend(head_dim, max_length, dtype, device)
+        if self._attends_in_one_call:
+            compile_attention(head_dim)
 
     @property
     def nbytes(self) -> int:
@@ -147,7 +150,7 @@ class SlotPass:
 
         `new` are queries, keys and values. None, and nothing written, where that is not to be had in one call.
         """
-        if not can_attend(new[0], self._cache.max_length):
+        if self.num_tokens > 1 or not self._cache._attends_in_one_call:
             return None
         self._take_turn(layer, new[1], new[2])
         if window not in self._seen:

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.config.schema import ModelConfig
 from pipeline.models.attention import check_readable
 from pipeline.models.blocks.modules import BlockEmbedding, BlockLinear
-from pipeline.models.blocks.placing import join_blocks, place_blocks
+from pipeline.models.blocks.placing import place_blocks, prepare_blocks
 from pipeline.models.blocks.storage import random_matrix, read_matrix
 from pipeline.models.checkpoint import Checkpoint, ModelError, StoredTensor, read_checkpoint, unused_tensor
 from pipeline.models.families import FAMILIES, Family, cut_config
@@ -154,7 +154,7 @@ def load_stage(
     model = _load(model_dir, stage, model_class, stage_config, state_dict, options)
     for name, stored in blocks.items():
         model.block_modules[name].matrix = read_matrix(model_dir, stored, model.block_modules[name].type_name)
-    join_blocks(model)
+    prepare_blocks(model)
     projection = None
     if shares_head:
         assert embedding is not None
@@ -198,7 +198,7 @@ def random_stage(
     model = _load(Path("random weights"), stage, model_class, stage_config, tensors, options)
     for module in model.block_modules.values():
         module.matrix = random_matrix(module.shape, module.type_name, generator)
-    join_blocks(model)
+    prepare_blocks(model)
     return StageModel(
         decoder=model.base_model,
         head=Head(model.get_output_embeddings(), _softcap(family, config)) if stage.is_last else None,

@@ -33,7 +33,7 @@ from pipeline.models.compiled import (
     total,
 )
 
-__all__ = ["SeenPositions", "attend_one_token", "can_attend"]
+__all__ = ["SeenPositions", "attend_one_token", "can_attend", "compile_attention"]
 
 # Addresses of contiguous tensors: queries, keys, values and outputs [rows, heads, D], int64 [rows] of slots and of the
 # positions that are seen, [firsts, ends), and views of a cache [slots, heads, positions, D] with the bytes from one
@@ -50,15 +50,10 @@ MIN_NBYTES_FOR_THREADS = 256 << 10
 _LEAST_EXPONENT = -87.0  # e to it is the smallest that is not subnormal
 
 
-def can_attend(query: torch.Tensor, num_positions: int) -> bool:
-    """Whether queries [B, heads, T, D] over up to so many positions can go through `attend_one_token`."""
-    return (
-        query.shape[2] == 1
-        and query.shape[3] % LANES == 0
-        and query.dtype == torch.float32
-        and query.device.type == "cpu"
-        and num_positions <= MAX_POSITIONS
-    )
+def can_attend(head_dim: int, num_positions: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether tokens can go through `attend_one_token` over slots of so many positions, of this type."""
+    is_plain = dtype == torch.float32 and device.type == "cpu"
+    return is_plain and head_dim % LANES == 0 and num_positions <= MAX_POSITIONS
 
 
 class SeenPositions:
@@ -92,7 +87,8 @@ def attend_one_token(
         scale: what the products of queries and keys are multiplied with.
     """
     queries, keys, values = (part.contiguous() for part in new)
-    batch, num_queries, _, head_dim = queries.shape
+    batch, num_queries, num_tokens, head_dim = queries.shape
+    assert num_tokens == 1 and queries.dtype == keys.dtype == cached[0].dtype == torch.float32, queries.dtype
     num_heads = keys.shape[1]
     slot_stride, head_stride, position_stride, one = cached[0].stride()
     assert cached[1].stride() == cached[0].stride() and (position_stride, one) == (head_dim, 1), cached[0].stride()
@@ -106,13 +102,13 @@ def attend_one_token(
         *(4 * slot_stride, 4 * head_stride, seen.longest),
     )
     nbytes = 8 * head_dim * num_heads * seen.num_positions
-    run(_attending(head_dim), task, torch.get_num_threads() if nbytes >= MIN_NBYTES_FOR_THREADS else 1)
+    run(compile_attention(head_dim), task, torch.get_num_threads() if nbytes >= MIN_NBYTES_FOR_THREADS else 1)
     return outputs
 
 
 @functools.cache
-def _attending(head_dim: int) -> int:
-    """Address of the function for heads of this size."""
+def compile_attention(head_dim: int) -> int:
+    """Address of the function for heads of this size, a multiple of 16."""
     return compile_function(f"attend_{head_dim}", _FIELDS, functools.partial(_attend, head_dim=head_dim))
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from torch import nn
 
 from pipeline.models.blocks.modules import BlockEmbedding, BlockLinear, BlockModule, join
+from pipeline.models.blocks.products import compile_products
 
-__all__ = ["join_blocks", "place_blocks"]
+__all__ = ["place_blocks", "prepare_blocks"]
 
 # Linear layers of one parent that transformers' families give the same input, one after the other.
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -32,8 +33,10 @@ def place_blocks(model: nn.Module, types: Mapping[str, str]) -> dict[str, BlockM
     return placed
 
 
-def join_blocks(model: nn.Module) -> None:
-    """Let those of a model's linear layers that have one input, and blocks of one type, multiply together."""
+def prepare_blocks(model: nn.Module) -> None:
+    """Once blocks are read: compile products with them, and let linear layers with one input multiply together."""
+    for type_name in {module.type_name for module in model.modules() if isinstance(module, BlockModule)}:
+        compile_products(type_name)
     for module in list(model.modules()):
         for names in _SAME_INPUT:
             by_type: dict[str, list[BlockLinear]] = {}

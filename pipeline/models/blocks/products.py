@@ -11,7 +11,7 @@ from pipeline.models.blocks.kernels import Task, dequantising, multiplying, rows
 from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.compiled import run
 
-__all__ = ["TILE_FROM_ROWS", "BlockMatrix"]
+__all__ = ["TILE_FROM_ROWS", "BlockMatrix", "compile_products"]
 
 # From so many rows on, blocks are made float32 a tile at a time and multiplied by torch.
 TILE_FROM_ROWS = 32
@@ -103,6 +103,13 @@ class BlockMatrix:
         chunk = -(-num_rows // (num_threads * CHUNKS_PER_THREAD))
         blocks = (self._num_blocks, data.data_ptr(), row_nbytes)
         return Task(0, num_rows, chunk, *blocks, inputs, 4 * self.shape[1], outputs, outputs_stride)
+
+
+def compile_products(type_name: str) -> None:
+    """All that products with this type may need, so that nobody waits for a compiler later on."""
+    for count in range(1, rows_at_once() + 1):
+        multiplying(type_name, count)
+    dequantising(type_name)
 
 
 def _empty(*shape: int) -> torch.Tensor:
