@@ -108,7 +108,7 @@ def convert(gguf: Path, out: Path) -> None:
             f"{sorted(path.name for path in out.iterdir())}; install a version that setup.cfg names"
         )
     for sentence in write_blocks(out, by_name):
-        print(f"stays float32: {sentence}", file=sys.stderr, flush=True)
+        print(f"held as float32: {sentence}", file=sys.stderr, flush=True)
 
 
 def complete_config(gguf: Path, reader: Any, config: Any) -> None:

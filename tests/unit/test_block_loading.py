@@ -229,6 +229,48 @@ def test_attention_is_read(copies):
             assert_near(rows, others, 1e-4)
 
 
+class TestSharedProducts:
+    """Queries, keys and values come of one product while rows are few; who asks first is no matter."""
+
+    @pytest.fixture
+    def attention(self, copies):
+        """Of a stage in blocks, and of one in float32."""
+        folder, dequantised = copies("qwen2", "Q4_1")
+        (stage,), (reference,) = load_stages(folder, "int4"), load_stages(dequantised, "fp32")
+        with torch.inference_mode():
+            yield stage.decoder.layers[1].self_attn, reference.decoder.layers[1].self_attn
+
+    @pytest.mark.parametrize("num_rows", [1, 3, 31, 32, 40])
+    @pytest.mark.parametrize("order", ["qkv", "vkq", "kqv", "qqkkvv", "k", "qk"])
+    def test_in_any_order_and_of_alternating_inputs(self, attention, order, num_rows):
+        blocks, floats = attention
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(1, num_rows, 64, generator=generator) for _ in range(3)]
+        for number in (0, 1, 0, 0, 2):
+            for letter in order:
+                x = inputs[number]
+                assert_near(getattr(blocks, f"{letter}_proj")(x), getattr(floats, f"{letter}_proj")(x))
+
+    def test_after_a_pass_that_was_broken_off(self, attention):
+        blocks, floats = attention
+        for _ in range(20):  # of new tensors, which may lie where the last ones did
+            x = torch.randn(1, 1, 64)
+            blocks.q_proj(x)
+            del x
+            y = torch.randn(1, 1, 64)
+            for name in ("k_proj", "v_proj", "q_proj"):
+                assert_near(getattr(blocks, name)(y), getattr(floats, name)(y))
+
+    def test_results_are_ones_own(self, attention):
+        blocks, floats = attention
+        x = torch.randn(1, 2, 64)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            got = getattr(blocks, name)(x)
+            expected = getattr(floats, name)(x)
+            assert_near(got, expected)
+            got.mul_(0)
+
+
 class TestHeads:
     @pytest.mark.parametrize("num_nodes", [1, 2, 3])
     @pytest.mark.parametrize("tied", [False, True], ids=lambda tied: "tied" if tied else "untied")

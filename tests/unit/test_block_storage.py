@@ -114,7 +114,7 @@ class TestConversion:
         model = make_model(tie_word_embeddings=tied, **(K_SIZES if type_name in DRAWN_TYPES else {}))
         path, folder = convert(tmp_path, model, {"": type_name})
         check_kept(path, folder, model)
-        assert "stays float32" not in capsys.readouterr().err
+        assert "held as float32" not in capsys.readouterr().err
         checkpoint = read_checkpoint(folder, load_model_config(folder, {}))
         assert checkpoint.is_tied is tied
         assert checkpoint.embedding.block_type == checkpoint.head.block_type == type_name
@@ -139,7 +139,7 @@ class TestConversion:
         model = make_model(**K_SIZES)
         path, folder = convert(tmp_path, model, types)
         check_kept(path, folder, model, left=(HEAD, "model.layers.0.self_attn.q_proj.weight"))
-        assert "stays float32" not in capsys.readouterr().err
+        assert "held as float32" not in capsys.readouterr().err
         checkpoint = read_checkpoint(folder, load_model_config(folder, {}))
         assert (checkpoint.embedding.block_type, checkpoint.head.block_type) == ("Q6_K", None)
         first, second = ({name: t.block_type for name, t in layer.items()} for layer in checkpoint.layers)
@@ -150,10 +150,12 @@ class TestConversion:
     @pytest.mark.parametrize("type_name", ["Q2_K", "Q3_K"])
     def test_a_type_that_is_not_known_stays_float32_and_is_said(self, tmp_path, type_name, capsys):
         model = make_model(**K_SIZES)
-        path, folder = convert(tmp_path, model, {"": "Q8_0", "blk.0.ffn_up.weight": type_name})
-        check_kept(path, folder, model, left=(UP,))
-        said = [line for line in capsys.readouterr().err.splitlines() if "stays float32" in line]
-        assert said == [f"stays float32: {UP} has blocks of type {type_name}, which are not multiplied with"]
+        types = dict.fromkeys(("blk.0.ffn_up.weight", "blk.1.attn_k.weight"), type_name)
+        path, folder = convert(tmp_path, model, {"": "Q8_0", **types})
+        check_kept(path, folder, model, left=(UP, "model.layers.1.self_attn.k_proj.weight"))
+        said = [line for line in capsys.readouterr().err.splitlines() if "held as float32" in line]
+        words = f"2 matrices with blocks of type {type_name}, which are not multiplied with ({UP} is the first)"
+        assert said == [f"held as float32: {words}"]
 
     @pytest.mark.parametrize("type_name", ["F16", "F32", "Q2_K"])
     def test_a_file_without_blocks_that_are_known_leaves_none(self, tmp_path, type_name):
@@ -290,7 +292,9 @@ class TestWriting:
             values[7] = values[8]
         else:
             values = np.concatenate([values, values[:1]]) if case == "a row more" else values[1:]
-        assert self.write(tmp_path, values, blocks) == ["w has other rows than theirs"]
+        assert self.write(tmp_path, values, blocks) == [
+            "1 matrices with other rows than the GGUF file has (w is the first)"
+        ]
         assert not (tmp_path / BLOCKS_FILE).exists()
 
     def test_values_that_are_not_finite(self, tmp_path):
@@ -299,7 +303,7 @@ class TestWriting:
         blocks[5, :2] = np.array([np.inf], np.float16).view(np.uint8)
         with np.errstate(invalid="ignore"):
             values = self.values_of(blocks)
-        assert self.write(tmp_path, values, blocks) == ["w has values that are not finite"]
+        assert self.write(tmp_path, values, blocks) == ["1 matrices with values that are not finite (w is the first)"]
         assert not (tmp_path / BLOCKS_FILE).exists()
 
     def test_a_matrix_that_the_file_lacks(self, tmp_path):

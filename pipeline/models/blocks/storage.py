@@ -32,29 +32,29 @@ _LARGEST = 65504.0  # of an fp16, which a block's least weight is
 def write_blocks(directory: Path, tensors: Mapping[str, Any]) -> list[str]:
     """Write beside a float32 checkpoint the blocks of those of its matrices that the GGUF file keeps in blocks.
 
-    `tensors` are GGUFReader's by the checkpoint's names. Returns a sentence for each matrix of blocks that is left out,
-    since its type is not known here, its values are not the checkpoint's in any order of rows, or not all are finite,
-    of which products with blocks would make numbers.
+    `tensors` are GGUFReader's by the checkpoint's names. Returns, in words, which matrices of blocks are left out:
+    of a type that is not known here, with values that are not the checkpoint's in any order of rows, or with values
+    that are not finite, of which products with blocks would make numbers.
     """
     kept: dict[str, np.ndarray] = {}
     types: dict[str, str] = {}
-    left: list[str] = []
+    left: dict[str, list[str]] = {}
     for name, values in _matrices(directory):
         tensor = tensors.get(name)
         if tensor is None or tensor.tensor_type.name in _FLOATS:
             continue
         type_name = tensor.tensor_type.name
         if type_name not in LAYOUTS:
-            left.append(f"{name} has blocks of type {type_name}, which are not multiplied with")
+            left.setdefault(f"blocks of type {type_name}, which are not multiplied with", []).append(name)
         elif not np.isfinite(values).all():
-            left.append(f"{name} has values that are not finite")
+            left.setdefault("values that are not finite", []).append(name)
         elif (blocks := _in_order(tensor, values)) is None:
-            left.append(f"{name} has other rows than {tensor.name}")
+            left.setdefault("other rows than the GGUF file has", []).append(name)
         else:
             kept[name], types[name] = blocks, type_name
     if kept:
         save_file(kept, directory / BLOCKS_FILE, metadata={**types, _CHECKPOINT: checkpoint_fingerprint(directory)})
-    return left
+    return [f"{len(names)} matrices with {what} ({names[0]} is the first)" for what, names in left.items()]
 
 
 def _matrices(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
