@@ -63,6 +63,7 @@ UNUSED = {
     "evaluation": "a benchmark scores windows; leave it out",
     "exp_dir": "the records are not kept; rounds go to --out",
     "generation": "a benchmark generates nothing; leave it out",
+    "model.weights": "all are compared with weights in model.dtype; leave it out",
     "wandb": "a benchmark logs nothing to Weights & Biases; leave it out",
 }
 
@@ -108,6 +109,7 @@ def _make_config(arguments: argparse.Namespace, folder: str) -> RunConfig:
     config = read_config(arguments, unused=UNUSED)
     num_tokens = config.dataset.max_length + (arguments.windows - 1) * config.dataset.stride
     own = [("exp_dir", folder), ("dataset.first_k_tokens", num_tokens), ("wandb.enabled", False)]
+    own.append(("model.weights", "fp32"))  # as the others have them
     return with_overrides(config, own)
 
 

@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 
 from compressors.console import run_command
+from pipeline.config.options import path_option
 
 # Of each type: where a block has its fp16 scale, where that of its least weight, and how far codes times scales within
 # the block go up.
@@ -31,7 +32,7 @@ _LAYOUTS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=path_option, required=True)
     parser.add_argument("--type", default="Q4_1", choices=_LAYOUTS)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=2048)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compressors.console import run_command
-from pipeline.config.options import OptionParser, add_config_options, given_keys, read_config
+from pipeline.config.options import OptionParser, add_config_options, given_keys, path_option, read_config
 from pipeline.config.schema import RunConfig
 from pipeline.models.source import resolve_model
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--perplexity_tokens", type=int, default=4000, help="of the config's text; 0: no perplexity")
     parser.add_argument("--llama", metavar="PYTHON", help="that has the package xllamacpp")
-    parser.add_argument("--out", type=Path, help="a JSON file for all figures")
+    parser.add_argument("--out", type=path_option, help="a JSON file for all figures")
     arguments = parser.parse_args(argv)
     config = read_config(arguments)
     formats = arguments.format or ["fp32", "bf16", "int8", "int4", "auto", *BITSANDBYTES]

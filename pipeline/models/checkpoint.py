@@ -11,16 +11,16 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from pipeline.models.blocks.storage import block_types
 from pipeline.models.families import FAMILIES, TELLING_FIELDS, Family, cut_config
 from pipeline.models.weight_files import reading, weight_files
 
@@ -107,15 +107,16 @@ class Checkpoint:
         return self.head is self.embedding
 
 
-def read_checkpoint(model_dir: Path, config: Any) -> Checkpoint:
+def read_checkpoint(model_dir: Path, config: Any, types: Mapping[str, str] = MappingProxyType({})) -> Checkpoint:
     """Account for every tensor that `model_dir` stores for a model of `config`.
+
+    `types` are those of the blocks that lie beside it (`storage.block_types`), where they are wanted.
 
     Names are taken with and without the decoder's prefix, as transformers does. Raises ModelError for a tensor that is
     of no use to the model, for weights of integers or with scales beside them, and where whole parts are missing.
     """
     family = FAMILIES[config.model_type]
     num_layers = config.num_hidden_layers
-    types = block_types(model_dir)
     parts: defaultdict[int | str, dict[str, StoredTensor]] = defaultdict(dict)
     inverse_frequencies: list[StoredTensor] = []
     float8: list[str] = []

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FAMILIES", "TELLING_FIELDS", "Family", "RelevanceParts", "cut_config"]
+__all__ = ["FAMILIES", "TELLING_FIELDS", "Family", "RelevanceParts", "cut_config", "has_experts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,11 @@ TELLING_FIELDS = (
     *("residual_multiplier", "attention_multiplier", "scale_emb", "scale_depth", "dim_model_base", "clip_qkv"),
     *("rope_interleaved", "qk_layernorm", "use_qk_norm"),
 )
+
+
+def has_experts(config: Any) -> bool:
+    """Whether layers have experts, whose weights transformers keeps in one parameter of three dimensions."""
+    return any(getattr(config, key, None) for key in ("num_experts", "num_local_experts"))
 
 
 def cut_config(config: Any, start: int, end: int) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 from pipeline.models.blocks.storage import write_blocks
-from pipeline.models.families import FAMILIES
+from pipeline.models.families import FAMILIES, has_experts
 
 __all__ = ["CONVERSION_VERSION", "complete_config", "convert", "tensor_names"]
 
@@ -107,7 +107,7 @@ def convert(gguf: Path, out: Path) -> None:
             f"transformers {importlib.metadata.version('transformers')} wrote no config or no weights of {gguf}, only "
             f"{sorted(path.name for path in out.iterdir())}; install a version that setup.cfg names"
         )
-    for sentence in write_blocks(out, by_name):
+    for sentence in () if has_experts(config) else write_blocks(out, by_name):
         print(f"held as float32: {sentence}", file=sys.stderr, flush=True)
 
 

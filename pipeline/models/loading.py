@@ -26,10 +26,10 @@ from pipeline.config.schema import ModelConfig
 from pipeline.models.attention import check_readable
 from pipeline.models.blocks.modules import BlockEmbedding, BlockLinear
 from pipeline.models.blocks.placing import place_blocks, prepare_blocks
-from pipeline.models.blocks.storage import random_matrix, read_matrix
+from pipeline.models.blocks.storage import block_types, random_matrix, read_matrix
 from pipeline.models.checkpoint import Checkpoint, ModelError, StoredTensor, read_checkpoint, unused_tensor
 from pipeline.models.families import FAMILIES, Family, cut_config
-from pipeline.models.matrix_types import matrix_types
+from pipeline.models.matrix_types import matrix_types, types_label
 from pipeline.models.model_config import first_layer
 from pipeline.partition.plan import StagePlan
 
@@ -136,7 +136,8 @@ def load_stage(
     `embedding` is that of a first stage in the same process: with tied weights the head uses its tensor instead of
     a second copy. Raises ModelError when the checkpoint lacks a tensor of the stage or has one of another shape.
     """
-    checkpoint = read_checkpoint(model_dir, config)
+    types = {} if types_label(config) is None else block_types(model_dir)
+    checkpoint = read_checkpoint(model_dir, config, types)
     shares_head = stage.is_last and not stage.is_first and checkpoint.is_tied and embedding is not None
     with_head = stage.is_last and not shares_head
     family = FAMILIES[config.model_type]

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.config.schema import ModelConfig
 from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.checkpoint import Checkpoint, ModelError
-from pipeline.models.families import cut_config
+from pipeline.models.families import cut_config, has_experts
 
 __all__ = [
     "MADE_AT_LOAD",
@@ -44,15 +44,14 @@ def choose_matrix_types(
     wanted = model.weights
     if wanted == "fp32" or model.dtype != "fp32" or model.load_in_8bit or model.load_in_4bit:
         return None
-    has_experts = any(getattr(config, key, None) for key in ("num_experts", "num_local_experts"))
     if wanted == "auto":
-        return None if has_experts or not on_cpu else stored()
+        return None if has_experts(config) or not on_cpu else stored()
     if not on_cpu:
         raise ModelError(
             f"model.weights is {wanted}, which is for CPUs, and a node computes on a GPU; take model.load_in_8bit, "
             "load_in_4bit or model.dtype there"
         )
-    if has_experts:
+    if has_experts(config):
         raise ModelError(
             f"model.weights is {wanted}, but models of type {config.model_type!r} have experts, whose weights are held "
             "as they are loaded; leave it out"

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError
 
-__all__ = ["checkpoint_fingerprint", "reading", "weight_files"]
+__all__ = ["checkpoint_fingerprint", "file_fingerprint", "reading", "weight_files"]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 FINGERPRINT_SAMPLES = 16
@@ -77,17 +77,28 @@ def checkpoint_fingerprint(model_dir: Path) -> str:
     with reading(config):
         _update_framed(digest, config.read_bytes())
     for path in weight_files(model_dir):
-        _update_framed(digest, path.name.encode())
-        with reading(path), open(path, "rb") as file:
-            size = path.stat().st_size
-            _update_framed(digest, str(size).encode())
-            header = _read_safetensors_header(file, path, size)
-            _update_framed(digest, header)
-            data_start = 8 + len(header)
-            for offset in _sample_offsets(size - data_start):
-                file.seek(data_start + offset)
-                _update_framed(digest, file.read(FINGERPRINT_SAMPLE_BYTES))
+        _update_with_file(digest, path)
     return digest.hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """What `checkpoint_fingerprint` takes of a weight file, of this one alone."""
+    digest = hashlib.sha256()
+    _update_with_file(digest, path)
+    return digest.hexdigest()
+
+
+def _update_with_file(digest, path: Path) -> None:
+    _update_framed(digest, path.name.encode())
+    with reading(path), open(path, "rb") as file:
+        size = path.stat().st_size
+        _update_framed(digest, str(size).encode())
+        header = _read_safetensors_header(file, path, size)
+        _update_framed(digest, header)
+        data_start = 8 + len(header)
+        for offset in _sample_offsets(size - data_start):
+            file.seek(data_start + offset)
+            _update_framed(digest, file.read(FINGERPRINT_SAMPLE_BYTES))
 
 
 def _shard_names(index: Path) -> list[str]:

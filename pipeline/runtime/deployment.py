@@ -25,13 +25,13 @@ from pipeline.comm.watchdog import tell
 from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.data.windows import make_microbatches
 from pipeline.importance.files import TokenOwner
-from pipeline.models.blocks.storage import block_types
+from pipeline.models.blocks.storage import BLOCKS_FILE, block_types
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.loading import TORCH_DTYPES, WeightFormat, load_stage
 from pipeline.models.model_config import load_model_config
 from pipeline.models.matrix_types import choose_matrix_types, stored_types, types_label
 from pipeline.models.source import resolve_model
-from pipeline.models.weight_files import checkpoint_fingerprint
+from pipeline.models.weight_files import checkpoint_fingerprint, file_fingerprint
 from pipeline.models.stage import Stage
 from pipeline.partition.plan import Plan
 from pipeline.records.environment import Environment
@@ -77,7 +77,8 @@ logger = logging.getLogger(__name__)
 class DeployedModel:
     """Which model: its directory, transformers' config, and the fingerprint of its checkpoint.
 
-    `block_types` names the types of the blocks that its matrices are held as, None for none. `notes` are what a reader
+    `block_types` names the types of the blocks that its matrices are held as, None for none, `blocks_digest` is the
+    fingerprint of their file, where they come from one. `notes` are what a reader
     of numbers must know of the checkpoint (`checkpoint.Checkpoint`).
     """
 
@@ -85,12 +86,14 @@ class DeployedModel:
     config: PretrainedConfig
     checkpoint_digest: str
     block_types: str | None
+    blocks_digest: str | None
     notes: tuple[str, ...]
 
     @property
     def weights_digest(self) -> str:
         """Of the weights as they are held, which decide over a run's numbers."""
-        return self.checkpoint_digest if self.block_types is None else f"{self.checkpoint_digest} {self.block_types}"
+        parts = (self.checkpoint_digest, self.block_types, self.blocks_digest)
+        return " ".join(part for part in parts if part is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +163,7 @@ def deploy(
         check(plan, model_config)
     devices = stage_devices(config, plan, world)
     loaded = loaded or LoadedStages()
-    model = _identify(control, directory, model_config, is_told=not loaded.stages)
+    model = _identify(config.model, control, directory, model_config, is_told=not loaded.stages)
     if with_text:
         text, codecs = _prepare_text(config, control, plan, model, claim)
     else:
@@ -218,7 +221,8 @@ def _choose_matrix_types(
     on_cpu = all(choose_device(setting or config.runtime.device, world).type == "cpu" for setting in settings)
 
     def stored() -> dict[str, Any] | None:  # a checkpoint without blocks is read later, once the plan is known to do
-        return stored_types(read_checkpoint(directory, model_config)) if block_types(directory) else None
+        types = block_types(directory)
+        return stored_types(read_checkpoint(directory, model_config, types)) if types else None
 
     model_config.matrix_types = choose_matrix_types(
         config.model, model_config, stored, on_cpu=all(control.gather(on_cpu))
@@ -227,11 +231,13 @@ def _choose_matrix_types(
 
 
 def _identify(
-    control: Control, directory: Path, model_config: PretrainedConfig, *, is_told: bool
+    model: ModelConfig, control: Control, directory: Path, model_config: PretrainedConfig, *, is_told: bool
 ) -> DeployedModel:
     """The checkpoint that all ranks have, every tensor of it accounted for; what is odd about it `is_told`."""
     digest = checkpoint_fingerprint(directory)
-    control.agree("checkpoint", {"fingerprint": digest})
+    has_stored = types_label(model_config) is not None and model.weights == "auto"
+    blocks_digest = file_fingerprint(directory / BLOCKS_FILE) if has_stored else None
+    control.agree("checkpoint", {"fingerprint": digest, "blocks' fingerprint": blocks_digest})
     notes = read_checkpoint(directory, model_config).notes
     if control.world.rank == 0 and is_told:
         for note in notes:
@@ -241,6 +247,7 @@ def _identify(
         config=model_config,
         checkpoint_digest=digest,
         block_types=types_label(model_config),
+        blocks_digest=blocks_digest,
         notes=notes,
     )
 

@@ -20,6 +20,7 @@ from pipeline.comm.link_ends import SEND_DEPTH
 from pipeline.comm.mailbox import FrameMemory
 from pipeline.comm.wire import WireFormat, header_nbytes
 from pipeline.config.schema import ConfigError, RunConfig
+from pipeline.models.blocks.storage import block_types
 from pipeline.models.cache import cache_bytes_per_token
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.gguf_header import header_types
@@ -118,14 +119,16 @@ def plan_run(config: RunConfig) -> PlannedRun:
     model_dir = Path(config.model.name) if Path(config.model.name).is_dir() else None
     model_config = load_model_config(model_dir, config.model.architecture)
     notes: list[str] = []
-    checkpoint = None
-    if model_dir is not None and any(model_dir.glob("*.safetensors")):
+    has_weights = model_dir is not None and any(model_dir.glob("*.safetensors"))
+    if model_dir is not None and has_weights:
         checkpoint = read_checkpoint(model_dir, model_config)
         model_config.tie_word_embeddings = checkpoint.is_tied
         notes += checkpoint.notes
 
     def stored() -> dict[str, Any] | None:
-        return _header_types(config.model.name, model_config, notes) if checkpoint is None else stored_types(checkpoint)
+        if model_dir is None or not has_weights:
+            return _header_types(config.model.name, model_config, notes)
+        return stored_types(read_checkpoint(model_dir, model_config, block_types(model_dir)))
 
     on_cpu = all(_device_type(config, node) == "cpu" for node in range(config.partition.num_nodes))
     model_config.matrix_types = choose_matrix_types(config.model, model_config, stored, on_cpu=on_cpu)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.config.schema import ModelConfig
 from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.blocks.storage import write_blocks
+from pipeline.models.blocks.storage import block_types
 from pipeline.models.checkpoint import read_checkpoint
 from pipeline.models.loading import WeightFormat, load_stage
 from pipeline.models.matrix_types import choose_matrix_types, stored_types
@@ -63,7 +64,7 @@ def dequantised_copy(folder: Path, out: Path, type_of: Callable[[str], str | Non
 def config_with_blocks(folder: Path, weights: str) -> Any:
     """A checkpoint's config with the types that `model.weights` comes to."""
     config = load_model_config(folder, {})
-    stored = stored_types(read_checkpoint(folder, config))
+    stored = stored_types(read_checkpoint(folder, config, block_types(folder)))
     model = ModelConfig(name=str(folder), weights=weights)
     config.matrix_types = choose_matrix_types(model, config, lambda: stored, on_cpu=True)
     return config

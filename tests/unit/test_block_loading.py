@@ -332,7 +332,7 @@ class TestChoice:
     def test_on_a_gpu(self, copies):
         _, folder = copies("llama", "Q6_K", keep=True)
         config = load_model_config(folder, {})
-        stored = stored_types(read_checkpoint(folder, config))
+        stored = stored_types(read_checkpoint(folder, config, block_types(folder)))
         assert stored is not None
         for dtype, weights in (("fp32", "auto"), ("fp32", "fp32"), ("bf16", "auto")):
             model = ModelConfig(name=str(folder), weights=weights, dtype=dtype)
@@ -347,7 +347,7 @@ class TestChoice:
         _, folder = copies("llama", "Q6_K", keep=True)
         config = load_model_config(folder, {})
         model = ModelConfig(name=str(folder), **more)
-        stored = stored_types(read_checkpoint(folder, config))
+        stored = stored_types(read_checkpoint(folder, config, block_types(folder)))
         assert choose_matrix_types(model, config, lambda: stored, on_cpu=True) is None
 
     @pytest.mark.parametrize(("weights", "floats"), [("int8", {"down_proj"}), ("int4", {"down_proj"}), ("bf16", set())])

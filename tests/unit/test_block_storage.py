@@ -23,9 +23,11 @@ from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.blocks.storage import BLOCKS_FILE, block_types, random_matrix, read_matrix, write_blocks
 from pipeline.models.checkpoint import StoredTensor, read_checkpoint
 from pipeline.models.gguf import convert_gguf_once
+from pipeline.models.loading import WeightFormat, load_stage
 from pipeline.models.model_config import load_model_config
 from pipeline.models.source import resolve_model
 from pipeline.models.weight_files import checkpoint_fingerprint
+from pipeline.partition.plan import default_plan
 from tests.helpers.gguf_files import (
     NUM_HEADS,
     NUM_KV_HEADS,
@@ -115,7 +117,7 @@ class TestConversion:
         path, folder = convert(tmp_path, model, {"": type_name})
         check_kept(path, folder, model)
         assert "held as float32" not in capsys.readouterr().err
-        checkpoint = read_checkpoint(folder, load_model_config(folder, {}))
+        checkpoint = read_checkpoint(folder, load_model_config(folder, {}), block_types(folder))
         assert checkpoint.is_tied is tied
         assert checkpoint.embedding.block_type == checkpoint.head.block_type == type_name
         stored = load_file(folder / "model.safetensors")
@@ -140,7 +142,7 @@ class TestConversion:
         path, folder = convert(tmp_path, model, types)
         check_kept(path, folder, model, left=(HEAD, "model.layers.0.self_attn.q_proj.weight"))
         assert "held as float32" not in capsys.readouterr().err
-        checkpoint = read_checkpoint(folder, load_model_config(folder, {}))
+        checkpoint = read_checkpoint(folder, load_model_config(folder, {}), block_types(folder))
         assert (checkpoint.embedding.block_type, checkpoint.head.block_type) == ("Q6_K", None)
         first, second = ({name: t.block_type for name, t in layer.items()} for layer in checkpoint.layers)
         assert first["self_attn.q_proj.weight"] is None and first["self_attn.v_proj.weight"] == "Q6_K"
@@ -161,9 +163,8 @@ class TestConversion:
     def test_a_file_without_blocks_that_are_known_leaves_none(self, tmp_path, type_name):
         _, folder = convert(tmp_path, make_model(**K_SIZES), {"": type_name})
         assert not (folder / BLOCKS_FILE).exists() and block_types(folder) == {}
-        assert all(
-            t.block_type is None for t in read_checkpoint(folder, load_model_config(folder, {})).layers[0].values()
-        )
+        checkpoint = read_checkpoint(folder, load_model_config(folder, {}), block_types(folder))
+        assert all(tensor.block_type is None for tensor in checkpoint.layers[0].values())
 
     @pytest.mark.parametrize(
         ("model_type", "keys"),
@@ -325,8 +326,15 @@ class TestRefusal:
 
     def refuse(self, folder, words):
         with pytest.raises(ValueError) as info:
-            read_checkpoint(folder, load_model_config(folder, {}))
+            read_checkpoint(folder, load_model_config(folder, {}), block_types(folder))
         assert str(folder / BLOCKS_FILE) in str(info.value) and words in str(info.value)
+
+    def test_is_in_nobodys_way_where_no_blocks_are_asked_for(self, own):
+        (own / BLOCKS_FILE).write_bytes(b"damaged")
+        config = load_model_config(own, {})
+        (plan,) = default_plan(config.num_hidden_layers, 1).stages
+        load_stage(own, config, plan, WeightFormat(dtype=torch.float32), device=torch.device("cpu"))
+        read_checkpoint(own, config)
 
     def test_beside_another_checkpoint(self, own, tmp_path):
         make_model(initializer_range=0.5).save_pretrained(tmp_path / "other")
@@ -379,12 +387,12 @@ class TestRefusal:
     def test_of_another_size(self, own, change):
         self.rewrite(own, lambda blocks: blocks | {UP: np.ascontiguousarray(change(blocks[UP]))})
         with pytest.raises(ValueError) as info:
-            tensor = read_checkpoint(own, load_model_config(own, {})).layers[0]["mlp.up_proj.weight"]
+            tensor = read_checkpoint(own, load_model_config(own, {}), block_types(own)).layers[0]["mlp.up_proj.weight"]
             read_matrix(own, tensor, "Q4_1")
         assert str(own / BLOCKS_FILE) in str(info.value) and UP in str(info.value)
 
     def test_gone_since_the_headers_were_read(self, own):
-        tensor = read_checkpoint(own, load_model_config(own, {})).embedding
+        tensor = read_checkpoint(own, load_model_config(own, {}), block_types(own)).embedding
         (own / BLOCKS_FILE).unlink()
         with pytest.raises(ValueError) as info:
             read_matrix(own, tensor, "Q8_0")
@@ -415,7 +423,7 @@ class TestCopies:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         found = resolve("owner/tiny", cache_dir=str(tmp_path / "hub"))
         assert found == snapshot and block_types(found) == block_types(own) != {}
-        checkpoint = read_checkpoint(found, load_model_config(found, {}))
+        checkpoint = read_checkpoint(found, load_model_config(found, {}), block_types(found))
         assert checkpoint.embedding.block_type == "Q8_0"
         rows = read_matrix(found, checkpoint.embedding, "Q8_0").rows(torch.arange(5))
         assert torch.equal(rows, checkpoint.embedding[:5])
@@ -461,13 +469,13 @@ class TestReading:
 
     def test_kept_blocks_of_another_type_are_not_taken(self, own):
         """int8 of a Q4_1 file is made of its values, as of any others."""
-        tensor = read_checkpoint(own, load_model_config(own, {})).layers[0]["mlp.up_proj.weight"]
+        tensor = read_checkpoint(own, load_model_config(own, {}), block_types(own)).layers[0]["mlp.up_proj.weight"]
         assert tensor.block_type == "Q4_1"
         expected = gguf.quantize(load_file(own / "model.safetensors")[UP], GGMLQuantizationType.Q8_0)
         np.testing.assert_array_equal(read_matrix(own, tensor, "Q8_0").data.numpy(), expected)
 
     def test_threads_that_read_at_once(self, own):
-        checkpoint = read_checkpoint(own, load_model_config(own, {}))
+        checkpoint = read_checkpoint(own, load_model_config(own, {}), block_types(own))
         tensors = list(checkpoint.layers[0].values()) + list(checkpoint.layers[1].values())
         tensors = [tensor for tensor in tensors if tensor.block_type]
         found = {}

@@ -12,6 +12,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.generation.generate import session_digest
 from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.blocks.modules import BlockModule
+from pipeline.models.blocks.storage import block_types
 from pipeline.models.checkpoint import ModelError, read_checkpoint
 from pipeline.models.families import FAMILIES
 from pipeline.models.gguf import convert_gguf_once
@@ -272,7 +273,8 @@ def test_a_files_header_tells_what_its_conversion_comes_to(types, tied, tmp_path
     folder = convert_gguf_once(path, str(tmp_path / "cache"))
     config = load_model_config(folder, {})
     found = header_types(path, config)
-    assert found == stored_types(read_checkpoint(folder, config)) and (found is None) is (types == {"": "F32"})
+    assert found == stored_types(read_checkpoint(folder, config, block_types(folder)))
+    assert (found is None) is (types == {"": "F32"})
     overrides = [("model.name", str(path)), ("dataset.max_length", 64), ("dataset.stride", 64)]
     architecture = {key: value for key, value in config.to_dict().items() if key != "dtype"}
     before = plan_run(load_config(None, [*overrides, ("model.architecture", architecture)]))
@@ -295,13 +297,14 @@ def test_a_file_of_blocks_that_is_not_there_is_noted_where_they_count(tmp_path):
         planned(("model.name", str(tmp_path / "model.gguf")))
 
 
-def deployed(types):
+def deployed(types, blocks_digest=None):
     model = config_of(types=types)
     return DeployedModel(
         directory=tiny_model("llama"),
         config=model,
         checkpoint_digest="ab",
         block_types=types_label(model),
+        blocks_digest=blocks_digest,
         notes=(),
     )
 
@@ -311,15 +314,16 @@ def test_weights_that_are_held_differently_are_no_session_to_resume():
     config = load_config(find_config("demo.yaml"))
     int4 = dataclasses.replace(config, model=dataclasses.replace(config.model, weights="int4"))
     made = chosen("int4", config_of())
-    cases = [(config, None), (config, MIXED), (config, made), (int4, made)]
+    cases = [(config, None, None), (config, MIXED, "12"), (config, MIXED, "34"), (config, made, "12")]
+    cases.append((int4, made, None))
     plan = default_plan(6, 4)
     digests: tuple[set, set] = (set(), set())
-    for own, types in cases:
-        model = deployed(types)
+    for own, types, blocks_digest in cases:
+        model = deployed(types, blocks_digest)
         ring = SimpleNamespace(config=own, deployment=SimpleNamespace(plan=plan, model=model))
         digests[0].add(session_digest(ring, None))
         codecs, parts = SimpleNamespace(facts=()), SimpleNamespace(importance={})
         checkpoint = model.weights_digest
         digests[1].add(run_digest(own, plan, codecs, parts, checkpoint=checkpoint, ids_sha256="cd", bos_id=None))
-    assert [len(one) for one in digests] == [4, 4]
+    assert [len(one) for one in digests] == [5, 5]
     assert deployed(None).weights_digest == "ab"  # as in journals that are older than blocks

