@@ -31,6 +31,7 @@ from pipeline.models.checkpoint import Checkpoint, ModelError, StoredTensor, rea
 from pipeline.models.families import FAMILIES, Family, cut_config
 from pipeline.models.matrix_types import matrix_types, types_label
 from pipeline.models.model_config import first_layer
+from pipeline.models.norms import fuse_norms
 from pipeline.partition.plan import StagePlan
 
 __all__ = [
@@ -156,6 +157,7 @@ def load_stage(
     for name, stored in blocks.items():
         model.block_modules[name].matrix = read_matrix(model_dir, stored, model.block_modules[name].type_name)
     prepare_blocks(model)
+    fuse_norms(model)
     projection = None
     if shares_head:
         assert embedding is not None
@@ -200,6 +202,7 @@ def random_stage(
     for module in model.block_modules.values():
         module.matrix = random_matrix(module.shape, module.type_name, generator)
     prepare_blocks(model)
+    fuse_norms(model)
     return StageModel(
         decoder=model.base_model,
         head=Head(model.get_output_embeddings(), _softcap(family, config)) if stage.is_last else None,

@@ -76,7 +76,7 @@ class _Joined:
 
     def product(self, x: torch.Tensor, part: int) -> torch.Tensor:
         if x is not self._input or part not in self._parts:
-            self._input, self._parts = x, dict(enumerate((self._matrix @ x).split(self._sizes, -1)))
+            self._input, self._parts = x, dict(enumerate((self._matrix @ x).split_with_sizes(self._sizes, -1)))
         own = self._parts.pop(part)
         if not self._parts:
             self._input = None

@@ -61,7 +61,7 @@ class BlockMatrix:
         assert x.shape[-1] == num_inputs, (x.shape, num_inputs)
         x = x.contiguous()
         num_rows = x.numel() // num_inputs
-        product = _empty(*x.shape[:-1], num_outputs)
+        product = x.new_empty((*x.shape[:-1], num_outputs))
         if num_rows >= TILE_FROM_ROWS:
             rows, outputs = x.view(-1, num_inputs), product.view(-1, num_outputs)
             for first, tile in self._tiles():
