@@ -5,9 +5,12 @@
         --llama build/llama/bin/python
 
 Every case is a command of its own, run_pipeline.py on one process with all cores or on four ranks with one thread each,
-and llama.cpp's server (the package xllamacpp, in the environment of the Python that --llama names) on the same file
-with the same number of threads. All take turns, round after round; printed are medians, and their ratios to
-llama.cpp's. One prompt of some eight tokens, greedy, with so many new tokens whatever they are.
+and llama.cpp's server (the package xllamacpp, in the environment of the Python that --llama names) on the same file,
+with one sequence, on one thread and on all cores. llama.cpp rounds activations to 8 bits and keeps keys and values in
+fp16, where ours are float32. All take turns, round after round; printed are medians of rounds, and their ratios to
+llama.cpp's single stream on all cores. One prompt of some eight tokens a sequence, greedy, with so many new tokens
+whatever they are; a rate is that of all tokens after the last sequence's first one. Perplexities are those of windows,
+whose products are of many rows, and of tokens one by one, which go the way that is timed.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from pipeline.models.source import resolve_model
 PROMPTS = ("The capital of France is the city of", "Once upon a time there was a lock keeper who")
 PROMPTS += ("A list of the largest rivers in the", "It is a truth universally acknowledged that a")
 BITSANDBYTES = ("load_in_8bit", "load_in_4bit")
+FORMATS = ("fp32", "bf16", "int8", "int4", "auto", *BITSANDBYTES)
 
 # Run by the other Python, since llama.cpp's package need not be in this one's environment.
 _LLAMA = """
@@ -68,8 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=path_option, help="a JSON file for all figures")
     arguments = parser.parse_args(argv)
     config = read_config(arguments)
-    formats = arguments.format or ["fp32", "bf16", "int8", "int4", "auto", *BITSANDBYTES]
-    bench = Bench(config, arguments)
+    with tempfile.TemporaryDirectory(prefix="weight_formats-") as folder:
+        run(Bench(config, arguments, Path(folder)), arguments)
+    return 0
+
+
+def run(bench: Bench, arguments: argparse.Namespace) -> None:
+    formats = arguments.format or FORMATS
     cases = [Case(name, nodes, count) for name in formats for nodes, count in ((1, 1), (4, 1), (4, 4))]
     perplexity = {name: bench.perplexity(name) for name in formats} if arguments.perplexity_tokens else {}
     for number in range(arguments.rounds):
@@ -80,22 +89,28 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bench.llama(threads)
         print(f"round {number + 1} of {arguments.rounds} done", file=sys.stderr, flush=True)
     bench.show(cases, perplexity)
-    return 0
 
 
 class Bench:
-    def __init__(self, config: RunConfig, arguments: argparse.Namespace) -> None:
+    def __init__(self, config: RunConfig, arguments: argparse.Namespace, folder: Path) -> None:
         self.config, self.arguments = config, arguments
         self.cores = len(os.sched_getaffinity(0))
-        self.folder = Path(tempfile.mkdtemp(prefix="weight_formats-"))
+        self.folder = folder
         self.records: dict[Case, list[dict[str, Any]]] = defaultdict(list)
         self.llama_rates: dict[int, list[float]] = defaultdict(list)
         # All cases then find the file converted.
         resolve_model(config.model.name, cache_dir=config.model.dir, stage_to=None, show_progress=True)
 
-    def perplexity(self, weights: str) -> float:
-        extra = ["--first_k_tokens", str(self.arguments.perplexity_tokens)]
-        return self._run(weights, 1, extra)["results"]["avg_ppl"]
+    def perplexity(self, weights: str) -> dict[str, float]:
+        num_tokens = self.arguments.perplexity_tokens
+        windows = self._run(weights, 1, ["--first_k_tokens", str(num_tokens)])
+        one_by_one = ["--set", "evaluation.mode=decode", "--first_k_tokens", str(num_tokens // 4)]
+        by_token = self._run(weights, 1, one_by_one)
+        return {
+            "windows": windows["results"]["avg_ppl"],
+            "windows, tokens/s": windows["tokens_per_s"],
+            "one by one": by_token["results"]["avg_ppl"],
+        }
 
     def generate(self, case: Case) -> None:
         prompts = self.folder / f"{case.sequences}.jsonl"
@@ -134,26 +149,33 @@ class Bench:
         )
         self.llama_rates[threads].append(json.loads(done.stdout.splitlines()[-1])["predicted_per_second"])
 
-    def show(self, cases: Sequence[Case], perplexity: dict[str, float]) -> None:
+    def show(self, cases: Sequence[Case], perplexity: dict[str, dict[str, float]]) -> None:
         told: dict[str, Any] = {"model": self.config.model.name, "cores": self.cores, "cases": {}, "llama.cpp": {}}
         llama = {threads: statistics.median(rates) for threads, rates in self.llama_rates.items()}
         for threads, rate in llama.items():
-            print(f"llama.cpp, {threads} threads: {rate:.1f} tokens/s")
+            print(f"llama.cpp, one sequence, {threads} threads: {rate:.1f} tokens/s")
             told["llama.cpp"][str(threads)] = rate
         for case in cases:
             records = self.records[case]
-            rate = case.sequences / statistics.median(record["results"]["tpot_s"]["median"] for record in records)
-            nbytes = max(rank["peak_rss_bytes"] for rank in records[0]["ranks"])
+            rate = statistics.median(map(_decode_rate, records))
+            nbytes = max(rank["peak_rss_bytes"] for record in records for rank in record["ranks"])
             ratio = rate / llama[self.cores] if llama else None
             figures = {"tokens_per_s": rate, "of_llama": ratio, "peak_rss_bytes": nbytes}
             told["cases"][str(case)] = figures | {"perplexity": perplexity.get(case.weights)}
             beside = "" if ratio is None else f", {ratio:.2f} of llama.cpp's"
-            print(f"{case}: {rate:.1f} tokens/s{beside}, at most {nbytes / 2**20:.0f} MiB a rank", flush=True)
-        for name, value in perplexity.items():
-            print(f"{name}: perplexity {value:.4f}")
+            print(f"{case}: {rate:.1f} tokens/s{beside}, at most {nbytes / 2**20:.0f} MiB a rank, loading included")
+        for name, figures in perplexity.items():
+            print(f"{name}: perplexity {figures['windows']:.4f}, one by one {figures['one by one']:.4f}")
         if self.arguments.out:
             self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
             self.arguments.out.write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _decode_rate(record: dict[str, Any]) -> float:
+    """Tokens a second, from the last first token to the end."""
+    results, requests = record["results"], record["requests"]
+    run_s = results["generated_tokens"] / results["tokens_per_s"]
+    return (results["generated_tokens"] - len(requests)) / (run_s - max(request["ttft_s"] for request in requests))
 
 
 def _file(name: str) -> Path:

@@ -55,7 +55,7 @@ class SlotCache:
             self.layers = [(keys, values) for keys, values in self._data]
         self.dtype, self.device = dtype, device
         self._lengths = [0] * num_slots
-        self._attends_in_one_call = can_attend(head_dim, max_length, dtype, device)
+        self._attends_in_one_call = can_attend(head_dim, dtype, device)
         if self._attends_in_one_call:
             compile_attention(head_dim)
 

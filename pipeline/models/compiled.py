@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import platform
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = [
     "float_at",
     "floats_at",
     "fma",
+    "is_fast",
     "loop",
     "pointer",
     "row_address",
@@ -63,11 +65,17 @@ def run(function: int, task: ctypes.Array[ctypes.c_int64], num_threads: int) -> 
 
 
 @functools.cache
+def is_fast() -> bool:
+    """Whether this processor multiplies and adds in one instruction; others call a function for each number."""
+    return platform.machine() not in ("x86_64", "AMD64") or bool(binding.get_host_cpu_features().get("fma"))
+
+
+@functools.cache
 def _parallel() -> Callable[..., None] | None:
-    libraries = Path(torch.__file__).parent / "lib"
-    for path in libraries.glob("libtorch_cpu.*"):
+    libraries = (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")
+    for path in (None, *map(str, libraries)):  # as the dynamic linker looks: what was preloaded comes first
         with contextlib.suppress(OSError, AttributeError):
-            function = ctypes.CDLL(str(path)).GOMP_parallel
+            function = ctypes.CDLL(path).GOMP_parallel
             break
     else:
         return None

@@ -25,6 +25,7 @@ from pipeline.models.compiled import (
     float_at,
     floats_at,
     fma,
+    is_fast,
     loop,
     pointer,
     run,
@@ -37,23 +38,22 @@ __all__ = ["SeenPositions", "attend_one_token", "can_attend", "compile_attention
 
 # Addresses of contiguous tensors: queries, keys, values and outputs [rows, heads, D], int64 [rows] of slots and of the
 # positions that are seen, [firsts, ends), and views of a cache [slots, heads, positions, D] with the bytes from one
-# slot and from one head to the next.
+# slot and from one head to the next. `scores` is room for float32 [rows * heads of keys, positions].
 _FIELDS = (
     *("next", "num_outputs", "chunk", "queries", "keys", "values", "outputs", "num_heads", "num_shared", "scale"),
-    *("slots", "firsts", "ends", "cached_keys", "cached_values", "slot_stride", "head_stride", "longest"),
+    *("slots", "firsts", "ends", "cached_keys", "cached_values", "slot_stride", "head_stride"),
+    *("scores", "scores_stride"),
 )
 _Task = task_type(_FIELDS)
 
-MAX_POSITIONS = 1 << 16  # whose scores lie on a thread's stack
 # With fewer bytes of keys and values, waking other threads takes longer than they save.
 MIN_NBYTES_FOR_THREADS = 256 << 10
 _LEAST_EXPONENT = -87.0  # e to it is the smallest that is not subnormal
 
 
-def can_attend(head_dim: int, num_positions: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether tokens can go through `attend_one_token` over slots of so many positions, of this type."""
-    is_plain = dtype == torch.float32 and device.type == "cpu"
-    return is_plain and head_dim % LANES == 0 and num_positions <= MAX_POSITIONS
+def can_attend(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether tokens can go through `attend_one_token` over slots of this type."""
+    return dtype == torch.float32 and device.type == "cpu" and head_dim % LANES == 0 and is_fast()
 
 
 class SeenPositions:
@@ -70,7 +70,14 @@ class SeenPositions:
         self.places = torch.tensor([slots, firsts, ends], device="cpu")
         lengths = [end - first for first, end in seen]
         self.num_positions = sum(lengths)
-        self.longest = -(-max(lengths) // LANES) * LANES
+        self._longest = -(-max(lengths) // LANES) * LANES
+        self._scores = torch.empty(0)
+
+    def scores(self, num_heads: int) -> torch.Tensor:
+        """Room for those of a layer with so many heads of keys: float32 [rows * heads, positions, and some more]."""
+        if len(self._scores) != self.num_rows * num_heads:
+            self._scores = torch.empty(self.num_rows * num_heads, self._longest, dtype=torch.float32, device="cpu")
+        return self._scores
 
 
 def attend_one_token(
@@ -94,12 +101,12 @@ def attend_one_token(
     assert cached[1].stride() == cached[0].stride() and (position_stride, one) == (head_dim, 1), cached[0].stride()
     assert seen.num_rows == batch, (seen.num_rows, batch)
     outputs = torch.empty_like(queries)
-    places = seen.places.data_ptr()
+    places, scores = seen.places.data_ptr(), seen.scores(num_heads)
     task = _Task(
         *(0, batch * num_heads, 1, queries.data_ptr(), keys.data_ptr(), values.data_ptr(), outputs.data_ptr()),
         *(num_heads, num_queries // num_heads, struct.unpack("<I", struct.pack("<f", scale))[0]),
         *(places, places + 8 * batch, places + 16 * batch, cached[0].data_ptr(), cached[1].data_ptr()),
-        *(4 * slot_stride, 4 * head_stride, seen.longest),
+        *(4 * slot_stride, 4 * head_stride, scores.data_ptr(), 4 * scores.shape[1]),
     )
     nbytes = 8 * head_dim * num_heads * seen.num_positions
     run(compile_attention(head_dim), task, torch.get_num_threads() if nbytes >= MIN_NBYTES_FOR_THREADS else 1)
@@ -115,7 +122,6 @@ def compile_attention(head_dim: int) -> int:
 def _attend(builder: Any, fields: dict[str, Any], head_dim: int) -> None:
     integer, byte = ir.IntType(64), ir.IntType(8).as_pointer()
     places = range(0, head_dim, LANES)
-    scores = builder.bitcast(builder.alloca(FLOAT, size=fields["longest"]), byte)
     scale = builder.bitcast(builder.trunc(fields["scale"], ir.IntType(32)), FLOAT)
     of_vectors = fma(builder, FLOATS)
 
@@ -135,6 +141,7 @@ def _attend(builder: Any, fields: dict[str, Any], head_dim: int) -> None:
         )
         count = builder.sub(end, first)
         size = constant(4 * head_dim)
+        scores = address(fields["scores"], (n, fields["scores_stride"]))
         cached = []
         for name in ("keys", "values"):
             base = fields[f"cached_{name}"]

@@ -21,10 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from pipeline.models import gguf_conversion
 from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.blocks.storage import BLOCKS_FILE, block_types, random_matrix, read_matrix, write_blocks
-from pipeline.models.checkpoint import StoredTensor, read_checkpoint
+from pipeline.models.checkpoint import ModelError, StoredTensor, read_checkpoint
 from pipeline.models.gguf import convert_gguf_once
 from pipeline.models.loading import WeightFormat, load_stage
+from pipeline.models.matrix_types import stored_types
 from pipeline.models.model_config import load_model_config
+from pipeline.models.sizes import stage_weights
 from pipeline.models.source import resolve_model
 from pipeline.models.weight_files import checkpoint_fingerprint
 from pipeline.partition.plan import default_plan
@@ -390,6 +392,37 @@ class TestRefusal:
             tensor = read_checkpoint(own, load_model_config(own, {}), block_types(own)).layers[0]["mlp.up_proj.weight"]
             read_matrix(own, tensor, "Q4_1")
         assert str(own / BLOCKS_FILE) in str(info.value) and UP in str(info.value)
+
+    def test_with_a_byte_changed(self, own):
+        def flip(blocks):
+            blocks[UP][5, 7] ^= 1
+            return blocks
+
+        self.rewrite(own, flip)
+        tensor = read_checkpoint(own, load_model_config(own, {}), block_types(own)).layers[0]["mlp.up_proj.weight"]
+        with pytest.raises(ValueError, match=f"the blocks of {UP} are damaged") as info:
+            read_matrix(own, tensor, "Q4_1")
+        assert str(own / BLOCKS_FILE) in str(info.value)
+
+    @pytest.mark.parametrize(
+        ("name", "type_name", "words"),
+        [
+            ("model.layers.0.input_layernorm.weight", "Q8_0", "which a LlamaRMSNorm cannot be held as"),
+            (UP, "Q4_K", "no whole blocks of Q4_K"),
+        ],
+    )
+    def test_of_what_cannot_be_held_as_it(self, own, name, type_name, words):
+        blocks = {name: np.zeros((1, LAYOUTS[type_name].nbytes), np.uint8)}
+        self.rewrite(own, lambda old: old | blocks, **{name: type_name})
+        config = load_model_config(own, {})
+        config.matrix_types = stored_types(read_checkpoint(own, config, block_types(own)))
+        (plan,) = default_plan(config.num_hidden_layers, 1).stages
+        for use in (
+            lambda: load_stage(own, config, plan, WeightFormat(dtype=torch.float32), device=torch.device("cpu")),
+            lambda: stage_weights(config, plan, WeightFormat(dtype=torch.float32)),
+        ):
+            with pytest.raises(ModelError, match=words):
+                use()
 
     def test_gone_since_the_headers_were_read(self, own):
         tensor = read_checkpoint(own, load_model_config(own, {}), block_types(own)).embedding

@@ -284,6 +284,23 @@ def test_a_files_header_tells_what_its_conversion_comes_to(types, tied, tmp_path
     assert told[0] == told[1]
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 1}, "more layers than model.architecture.num_hidden_layers, 1"),
+        ({"intermediate_size": 160}, r"blk.0.ffn_gate.weight has shape .* by model.architecture it has \[160, "),
+        ({"vocab_size": 320}, "token_embd.weight has shape"),
+    ],
+)
+def test_a_header_of_another_architecture_is_refused(change, words, tmp_path):
+    path = tmp_path / "a.gguf"
+    write_gguf(path, LlamaForCausalLM(tiny_config()))
+    architecture = tiny_config(**change).to_dict() | {"model_type": "llama"}
+    own = [("model.name", str(path)), ("model.architecture", {k: v for k, v in architecture.items() if k != "dtype"})]
+    with pytest.raises(ValueError, match=words):
+        plan_run(load_config(None, [*own, ("dataset.max_length", 64), ("dataset.stride", 64)]))
+
+
 def test_a_file_of_blocks_that_is_not_there_is_noted_where_they_count(tmp_path):
     words = "model.gguf is not on this machine, so nothing is known of its blocks: sizes are those of float32"
     for name in ("model.gguf", "package:no_such_package/model.gguf"):

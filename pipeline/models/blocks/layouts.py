@@ -62,8 +62,9 @@ class Layout:
         return self.name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")
 
     def row_nbytes(self, num_weights: int) -> int:
-        """Of a row of `num_weights`, which are whole blocks."""
-        assert num_weights % self.num_weights == 0, (self.name, num_weights)
+        """Of a row of `num_weights`. Raises ValueError unless these are whole blocks."""
+        if num_weights % self.num_weights:
+            raise ValueError(f"rows of {num_weights} weights are no whole blocks of {self.name} ({self.num_weights})")
         return num_weights // self.num_weights * self.nbytes
 
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.blocks.modules import BlockEmbedding, BlockLinear, BlockModule, join
 from pipeline.models.blocks.products import compile_products
+from pipeline.models.checkpoint import ModelError
 
 __all__ = ["place_blocks", "prepare_blocks"]
 
@@ -18,8 +20,8 @@ _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def place_blocks(model: nn.Module, types: Mapping[str, str]) -> dict[str, BlockModule]:
     """Put modules of blocks in the places of linear layers and embeddings, by name of their weight.
 
-    `types` are the blocks' types by the same names. What is neither, or of a class that does more than an `nn.Linear`
-    or an `nn.Embedding`, stays what it is. Returns what was placed.
+    `types` are the blocks' types by the same names. Returns what was placed. Raises ModelError for what is neither, or
+    of a class that does more than an `nn.Linear` or an `nn.Embedding`, and for rows that are no whole blocks.
     """
     placed: dict[str, BlockModule] = {}
     for name, type_name in types.items():
@@ -27,9 +29,14 @@ def place_blocks(model: nn.Module, types: Mapping[str, str]) -> dict[str, BlockM
         parent_path, _, attribute = path.rpartition(".")
         parent, module = model.get_submodule(parent_path), model.get_submodule(path)
         block = _block_of(module, type_name)
-        if block is not None:
-            setattr(parent, attribute, block)
-            placed[name] = block
+        if block is None:
+            raise ModelError(f"{name} has blocks of {type_name}, which a {type(module).__name__} cannot be held as")
+        try:
+            LAYOUTS[type_name].row_nbytes(block.shape[1])
+        except ValueError as error:
+            raise ModelError(f"{name}: {error}") from error
+        setattr(parent, attribute, block)
+        placed[name] = block
     return placed
 
 

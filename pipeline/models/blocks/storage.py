@@ -7,6 +7,7 @@ and under the checkpoint's names. It belongs to one checkpoint, whose fingerprin
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def write_blocks(directory: Path, tensors: Mapping[str, Any]) -> list[str]:
     that are not finite, of which products with blocks would make numbers.
     """
     kept: dict[str, np.ndarray] = {}
-    types: dict[str, str] = {}
+    told: dict[str, str] = {}  # type and digest by name
     left: dict[str, list[str]] = {}
     for name, values in _matrices(directory):
         tensor = tensors.get(name)
@@ -51,9 +52,10 @@ def write_blocks(directory: Path, tensors: Mapping[str, Any]) -> list[str]:
         elif (blocks := _in_order(tensor, values)) is None:
             left.setdefault("other rows than the GGUF file has", []).append(name)
         else:
-            kept[name], types[name] = blocks, type_name
+            kept[name] = np.ascontiguousarray(blocks)
+            told[name] = f"{type_name} {hashlib.sha256(kept[name].data).hexdigest()}"
     if kept:
-        save_file(kept, directory / BLOCKS_FILE, metadata={**types, _CHECKPOINT: checkpoint_fingerprint(directory)})
+        save_file(kept, directory / BLOCKS_FILE, metadata={**told, _CHECKPOINT: checkpoint_fingerprint(directory)})
     return [f"{len(names)} matrices with {what} ({names[0]} is the first)" for what, names in left.items()]
 
 
@@ -94,12 +96,13 @@ def block_types(directory: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     with reading(path, "its header"), safe_open(path, framework="numpy") as file:
-        types = dict(file.metadata() or {})
+        told = dict(file.metadata() or {})
         names = {name for name in file.keys() if file.get_slice(name).get_dtype() == "U8"}
-    if types.pop(_CHECKPOINT, None) != checkpoint_fingerprint(directory):
+    if told.pop(_CHECKPOINT, None) != checkpoint_fingerprint(directory):
         raise ValueError(
             f"{path} was made for another checkpoint than the one beside it; convert the GGUF file anew, or delete it"
         )
+    types = {name: value.partition(" ")[0] for name, value in told.items()}
     unknown = sorted(set(types.values()) - LAYOUTS.keys())
     if unknown or set(types) != names:
         raise ValueError(f"{path} is damaged: types {unknown}, names {sorted(set(types) ^ names)[:3]}; convert anew")
@@ -110,7 +113,7 @@ def read_matrix(directory: Path, stored: Any, type_name: str) -> BlockMatrix:
     """A matrix [N, K] of a checkpoint (`StoredTensor`) as blocks: those beside it, or made of it at load.
 
     Reads into memory of its own, a few rows at a time. Raises ValueError for blocks of another size than the matrix',
-    and for weights that none can be made of.
+    or other bytes than were written, and for weights that none can be made of.
     """
     num_rows, num_inputs = stored.shape
     layout = LAYOUTS[type_name]
@@ -122,8 +125,14 @@ def read_matrix(directory: Path, stored: Any, type_name: str) -> BlockMatrix:
                 f"{kept.path}: {stored.name} has {list(kept.shape)} bytes of {type_name}, and the checkpoint's matrix "
                 f"{list(blocks.shape)}; convert the GGUF file anew"
             )
+        digest = hashlib.sha256()
         for rows, part in kept.parts():
             blocks[rows] = part
+            digest.update(blocks[rows].numpy().data)
+        with reading(kept.path, "its header"), safe_open(kept.path, framework="numpy") as file:
+            told = file.metadata()[stored.name]
+        if told != f"{type_name} {digest.hexdigest()}":
+            raise ValueError(f"{kept.path}: the blocks of {stored.name} are damaged; convert the GGUF file anew")
     else:
         for rows, part in stored.parts():
             weights = part.float()
