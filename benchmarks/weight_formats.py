@@ -56,9 +56,13 @@ class Case(NamedTuple):
     nodes: int
     sequences: int
 
-    def __str__(self) -> str:
+    @property
+    def place(self) -> str:
         where = "one process" if self.nodes == 1 else f"{self.nodes} ranks"
-        return f"{self.weights}, {where}, {self.sequences} in flight"
+        return where if self.sequences == 1 else f"{where}, {self.sequences} sequences"
+
+    def __str__(self) -> str:
+        return f"{self.weights}, {self.place}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,23 +154,24 @@ class Bench:
         self.llama_rates[threads].append(json.loads(done.stdout.splitlines()[-1])["predicted_per_second"])
 
     def show(self, cases: Sequence[Case], perplexity: dict[str, dict[str, float]]) -> None:
-        told: dict[str, Any] = {"model": self.config.model.name, "cores": self.cores, "cases": {}, "llama.cpp": {}}
         llama = {threads: statistics.median(rates) for threads, rates in self.llama_rates.items()}
         for threads, rate in llama.items():
             print(f"llama.cpp, one sequence, {threads} threads: {rate:.1f} tokens/s")
-            told["llama.cpp"][str(threads)] = rate
+        rows: dict[str, dict[str, Any]] = {}
         for case in cases:
             records = self.records[case]
             rate = statistics.median(map(_decode_rate, records))
             nbytes = max(rank["peak_rss_bytes"] for record in records for rank in record["ranks"])
-            ratio = rate / llama[self.cores] if llama else None
-            figures = {"tokens_per_s": rate, "of_llama": ratio, "peak_rss_bytes": nbytes}
-            told["cases"][str(case)] = figures | {"perplexity": perplexity.get(case.weights)}
-            beside = "" if ratio is None else f", {ratio:.2f} of llama.cpp's"
+            row = rows.setdefault(case.weights, {"weights": case.weights, **perplexity.get(case.weights, {})})
+            row[case.place] = {"tokens_per_s": rate, "peak_rss_bytes": nbytes}
+            beside = f", {rate / llama[self.cores]:.2f} of llama.cpp's" if llama else ""
             print(f"{case}: {rate:.1f} tokens/s{beside}, at most {nbytes / 2**20:.0f} MiB a rank, loading included")
         for name, figures in perplexity.items():
             print(f"{name}: perplexity {figures['windows']:.4f}, one by one {figures['one by one']:.4f}")
         if self.arguments.out:
+            told = {"model": self.config.model.name, "cores": self.cores, "num_tokens": self.arguments.tokens}
+            told |= {"llama.cpp": {str(threads): rate for threads, rate in llama.items()}}
+            told |= {"weight_formats": list(rows.values())}
             self.arguments.out.parent.mkdir(parents=True, exist_ok=True)
             self.arguments.out.write_text(json.dumps(told, indent=2) + "\n")
 

@@ -128,7 +128,7 @@ def figures(paths: list[str]) -> Figures:
         record = json.loads((ROOT / path).read_text())
         kinds = {"ladder": of_drafts, "codecs": of_drafts, "acceptance": of_acceptance, "conditions": of_thin_links}
         kinds |= {"columns": of_publication, "points": of_importance, "T=1024": of_costs}
-        kinds |= {"by_text": of_texts, "task_scores": of_tasks}
+        kinds |= {"by_text": of_texts, "task_scores": of_tasks, "weight_formats": of_weight_formats}
         kinds |= {"new_tokens": of_generated_text, "runs": of_generation_speed, "rows": of_codecs}
         read = next(kind for key, kind in kinds.items() if key in record)
         for label, by_heading in read(record).items():
@@ -243,6 +243,20 @@ def of_texts(record: dict) -> Figures:
     known: Figures = defaultdict(dict)
     for row in record["by_text"]:
         known[row["text"]][row["codec"]] = [row["bits_per_value"], 1 + row["ppl_change"]]
+    return known
+
+
+def of_weight_formats(record: dict) -> Figures:
+    """By what weights are held as: perplexities, and speeds as shares of llama.cpp's single stream on all cores."""
+    llama = record["llama.cpp"][str(record["cores"])]
+    known: Figures = {}
+    for row in record["weight_formats"]:
+        places = {place: value for place, value in row.items() if isinstance(value, dict)}
+        known[row["weights"]] = {
+            **{place: [value["tokens_per_s"] / llama] for place, value in places.items()},
+            **{f"{place}, MiB": [value["peak_rss_bytes"] / 2**20] for place, value in places.items()},
+            **{heading: [row[heading]] for heading in ("windows", "one by one") if heading in row},
+        }
     return known
 
 
