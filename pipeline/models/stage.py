@@ -8,7 +8,6 @@ logits, is left to others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 
@@ -105,7 +104,6 @@ class Stage:
         self.decoder = model.decoder
         self._head = model.head
         self.slots: SlotCache | None = None
-        self._plain_attention = model.decoder.config._attn_implementation
 
     def open_slots(self, num_slots: int, max_length: int) -> None:
         """Allocate a cache of empty slots, in place of one that was open.
@@ -118,12 +116,9 @@ class Stage:
         self.slots = SlotCache(
             config, num_slots=num_slots, max_length=max_length, dtype=config.dtype, device=self.device
         )
-        config._attn_implementation = SLOTS  # once, since setting it costs as much as a norm
 
     def close_slots(self) -> None:
         """Free the cache, if there is one."""
-        if self.slots is not None:
-            self.decoder.config._attn_implementation = self._plain_attention
         self.slots = None
 
     def forward(
@@ -146,12 +141,11 @@ class Stage:
             if attention_reader is not None:
                 raise AttentionError("attention over slots cannot be read")
             return self._extend_slots(arguments, rows, inputs.shape)
-        with nullcontext() if self.slots is None else attention_function(self.decoder, self._plain_attention):
-            if attention_reader is None:
-                return self.decoder(**arguments, use_cache=False).last_hidden_state
-            check_readable(self.decoder)
-            with attention_function(self.decoder, READABLE_SDPA):
-                return self.decoder(**arguments, attention_reader=attention_reader, use_cache=False).last_hidden_state
+        if attention_reader is None:
+            return self.decoder(**arguments, use_cache=False).last_hidden_state
+        check_readable(self.decoder)
+        with attention_function(self.decoder, READABLE_SDPA):
+            return self.decoder(**arguments, attention_reader=attention_reader, use_cache=False).last_hidden_state
 
     def _extend_slots(
         self, arguments: dict[str, torch.Tensor], rows: Sequence[Row], shape: torch.Size
@@ -161,7 +155,8 @@ class Stage:
         if len(rows) != shape[0]:
             raise SlotError(f"a pass of {len(rows)} rows has inputs for {shape[0]}")
         slots = self.slots.begin(rows, shape[1])
-        output = self.decoder(**arguments, position_ids=slots.position_ids, slots=slots, use_cache=False)
+        with attention_function(self.decoder, SLOTS):
+            output = self.decoder(**arguments, position_ids=slots.position_ids, slots=slots, use_cache=False)
         slots.commit()
         return output.last_hidden_state
 
