@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.models.slot_kernel import SeenPositions, attend_one_token, can_attend, compile_attention
+from pipeline.models.processor import has_fused_multiply_add
 from pipeline.partition.passes import Row
 
 __all__ = ["SlotCache", "SlotError", "SlotPass", "cache_bytes_per_token"]
@@ -38,6 +38,7 @@ class SlotCache:
 
     Attributes:
         layers: views of keys and values [num_slots, heads, max_length, head_dim] of each layer.
+        kernel: what attends for rows of one token in one call, None where there is none.
     """
 
     def __init__(
@@ -55,9 +56,7 @@ class SlotCache:
             self.layers = [(keys, values) for keys, values in self._data]
         self.dtype, self.device = dtype, device
         self._lengths = [0] * num_slots
-        self._attends_in_one_call = can_attend(head_dim, dtype, device)
-        if self._attends_in_one_call:
-            compile_attention(head_dim)
+        self.kernel = _kernel(head_dim) if dtype == torch.float32 and device.type == "cpu" else None
 
     @property
     def nbytes(self) -> int:
@@ -136,7 +135,7 @@ class SlotPass:
         self._slot_indices = torch.tensor(self._slots, device=device)
         self.position_ids = torch.tensor(self.starts, device=device)[:, None] + torch.arange(num_tokens, device=device)
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
-        self._seen: dict[int | None, SeenPositions] = {}
+        self._seen: dict[int | None, Any] = {}  # by window, for the kernel
         self._num_written = 0
 
     def attend_one_token(
@@ -150,13 +149,14 @@ class SlotPass:
 
         `new` are queries, keys and values. None, and nothing written, where that is not to be had in one call.
         """
-        if self.num_tokens > 1 or not self._cache._attends_in_one_call:
+        kernel = self._cache.kernel
+        if self.num_tokens > 1 or kernel is None:
             return None
         self._take_turn(layer, new[1], new[2])
         if window not in self._seen:
             spans = [(self._first_seen(row, window), start + 1) for row, start in enumerate(self.starts)]
-            self._seen[window] = SeenPositions(self._slots, spans)
-        return attend_one_token(new, self._cache.layers[layer], self._seen[window], scale)
+            self._seen[window] = kernel.SeenPositions(self._slots, spans)
+        return kernel.attend_one_token(new, self._cache.layers[layer], self._seen[window], scale)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take a layer's keys and values [B, heads, T, head_dim] of the pass's tokens, layer by layer.
@@ -224,6 +224,16 @@ class SlotPass:
 
     def _first_seen(self, row: int, window: int | None) -> int:
         return 0 if window is None else max(0, self.starts[row] + 1 - window)
+
+
+def _kernel(head_dim: int) -> Any:
+    """The module that attends for float32 heads of this size on a CPU (`slot_kernel`), ready; None where it cannot."""
+    if head_dim % 16 or not has_fused_multiply_add():
+        return None
+    from pipeline.models import slot_kernel  # a compiler comes with it, some 40 MB that scoring does without
+
+    slot_kernel.compile_attention(head_dim)
+    return slot_kernel
 
 
 def _head_shape(config: Any) -> tuple[int, int]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import platform
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +30,6 @@ __all__ = [
     "float_at",
     "floats_at",
     "fma",
-    "is_fast",
     "loop",
     "pointer",
     "row_address",
@@ -62,12 +60,6 @@ def run(function: int, task: ctypes.Array[ctypes.c_int64], num_threads: int) -> 
         parallel(function, task, num_threads, 0)
     else:
         _callable(function)(task)
-
-
-@functools.cache
-def is_fast() -> bool:
-    """Whether this processor multiplies and adds in one instruction; others call a function for each number."""
-    return platform.machine() not in ("x86_64", "AMD64") or bool(binding.get_host_cpu_features().get("fma"))
 
 
 @functools.cache

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from pipeline.config.schema import ModelConfig
 from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.checkpoint import Checkpoint, ModelError
-from pipeline.models.compiled import is_fast
 from pipeline.models.families import cut_config, has_experts
+from pipeline.models.processor import has_fused_multiply_add
 
 __all__ = [
     "MADE_AT_LOAD",
@@ -46,7 +46,7 @@ def choose_matrix_types(
     if wanted == "fp32" or model.dtype != "fp32" or model.load_in_8bit or model.load_in_4bit:
         return None
     if wanted == "auto":
-        return None if has_experts(config) or not on_cpu or not is_fast() else stored()
+        return None if has_experts(config) or not on_cpu or not has_fused_multiply_add() else stored()
     if not on_cpu:
         raise ModelError(
             f"model.weights is {wanted}, which is for CPUs, and a node computes on a GPU; take model.load_in_8bit, "

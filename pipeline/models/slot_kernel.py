@@ -25,7 +25,6 @@ from pipeline.models.compiled import (
     float_at,
     floats_at,
     fma,
-    is_fast,
     loop,
     pointer,
     run,
@@ -34,7 +33,7 @@ from pipeline.models.compiled import (
     total,
 )
 
-__all__ = ["SeenPositions", "attend_one_token", "can_attend", "compile_attention"]
+__all__ = ["SeenPositions", "attend_one_token", "compile_attention"]
 
 # Addresses of contiguous tensors: queries, keys, values and outputs [rows, heads, D], int64 [rows] of slots and of the
 # positions that are seen, [firsts, ends), and views of a cache [slots, heads, positions, D] with the bytes from one
@@ -49,11 +48,6 @@ _Task = task_type(_FIELDS)
 # With fewer bytes of keys and values, waking other threads takes longer than they save.
 MIN_NBYTES_FOR_THREADS = 256 << 10
 _LEAST_EXPONENT = -87.0  # e to it is the smallest that is not subnormal
-
-
-def can_attend(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether tokens can go through `attend_one_token` over slots of this type."""
-    return dtype == torch.float32 and device.type == "cpu" and head_dim % LANES == 0 and is_fast()
 
 
 class SeenPositions:

@@ -1,13 +1,18 @@
 """Attention of one token a row in one call (`slot_kernel`), against scaled_dot_product_attention in float64."""
 
 import math
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig
 
-from pipeline.models.slot_kernel import SeenPositions, attend_one_token, can_attend
+from pipeline.models.cache import SlotCache
+from pipeline.models.slot_kernel import SeenPositions, attend_one_token
+from tests.helpers.sources import ROOT
 
 NUM_SLOTS, MAX_LENGTH = 6, 700
 SCALE = 0.3
@@ -99,16 +104,20 @@ def test_queries_may_lie_in_any_order():
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "dtype", "device", "can"),
-    [
-        (32, torch.float32, "cpu", True),
-        (40, torch.float32, "cpu", False),
-        (32, torch.float64, "cpu", False),
-        (32, torch.float32, "meta", False),
-    ],
+    ("head_dim", "dtype", "has_kernel"),
+    [(32, torch.float32, True), (24, torch.float32, False), (32, torch.float64, False)],
 )
-def test_says_what_it_can_take(head_dim, dtype, device, can):
-    assert can_attend(head_dim, dtype, torch.device(device)) is can
+def test_caches_of_float32_have_it(head_dim, dtype, has_kernel):
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=head_dim)
+    cache = SlotCache(config, num_slots=1, max_length=8, dtype=dtype, device=torch.device("cpu"))
+    assert (cache.kernel is not None) is has_kernel
+
+
+def test_a_compiler_is_loaded_by_those_who_need_it():
+    """It takes 40 MB of every rank, also of one that scores or computes on a GPU."""
+    script = "import sys, pipeline.models.loading, pipeline.models.stage; print('llvmlite' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_refuses_a_cache_of_another_layout():

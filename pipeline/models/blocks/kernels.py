@@ -8,6 +8,7 @@ from typing import Any
 from llvmlite import binding, ir
 
 from pipeline.models.blocks.layouts import LAYOUTS, RUN, Layout
+from pipeline.models.blocks.readers import READERS
 from pipeline.models.compiled import (
     FLOAT,
     FLOATS,
@@ -21,12 +22,13 @@ from pipeline.models.compiled import (
     loop,
     pointer,
     row_address,
+    run,
     splat,
     task_type,
     total,
 )
 
-__all__ = ["Task", "dequantising", "multiplying", "rows_at_once"]
+__all__ = ["Task", "dequantising", "multiplying", "rows_at_once", "run"]
 
 # What a task tells: addresses of contiguous rows, and bytes from one row to the next.
 #   next           the first output that no thread has taken
@@ -74,7 +76,7 @@ def _multiply(builder: Any, fields: dict[str, Any], layout: Layout, num_rows: in
             totals, rests = carried[:num_rows], carried[num_rows:]
             first = builder.mul(index, constant(4 * layout.num_weights))
             address = builder.gep(blocks, [builder.mul(index, constant(layout.nbytes))])
-            runs = list(layout.read(builder, address))
+            runs = list(READERS[layout.name](builder, address))
             for number, own in enumerate(runs):
                 scales = None if own.scale is None else splat(builder, own.scale)
                 for i in range(num_rows):
@@ -110,7 +112,8 @@ def _dequantise(builder: Any, fields: dict[str, Any], layout: Layout) -> None:
 
         def block(index: Any, _: list[Any]) -> list[Any]:
             first = builder.mul(index, constant(4 * layout.num_weights))
-            for own in layout.read(builder, builder.gep(blocks, [builder.mul(index, constant(layout.nbytes))])):
+            address = builder.gep(blocks, [builder.mul(index, constant(layout.nbytes))])
+            for own in READERS[layout.name](builder, address):
                 for place, values in own.codes.items():
                     if own.scale is not None:
                         values = builder.fmul(splat(builder, own.scale), values)

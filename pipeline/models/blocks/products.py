@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from pipeline.models.blocks.kernels import Task, dequantising, multiplying, rows_at_once
 from pipeline.models.blocks.layouts import LAYOUTS
-from pipeline.models.compiled import run
 
 __all__ = ["TILE_FROM_ROWS", "BlockMatrix", "compile_products"]
 
@@ -71,13 +70,14 @@ class BlockMatrix:
         return product
 
     def _multiply_few(self, inputs: int, outputs: int, num_rows: int) -> None:
+        kernels = _kernels()
         num_outputs, num_inputs = self.shape
         # All or one, as torch does: for another number than before, libgomp ends threads and starts new ones.
         num_threads = torch.get_num_threads() if self.data.nbytes >= MIN_NBYTES_FOR_THREADS else 1
         while num_rows:
-            count = min(num_rows, rows_at_once())
+            count = min(num_rows, kernels.rows_at_once())
             task = self._task(self.data, num_threads, inputs, outputs, 4 * num_outputs)
-            run(multiplying(self.type_name, count), task, num_threads)
+            kernels.run(kernels.multiplying(self.type_name, count), task, num_threads)
             num_rows -= count
             inputs += 4 * count * num_inputs
             outputs += 4 * count * num_outputs
@@ -95,21 +95,29 @@ class BlockMatrix:
             out = _empty(len(data), self.shape[1])
         if len(data):
             task = self._task(data, num_threads, 0, out.data_ptr(), 4 * self.shape[1])
-            run(dequantising(self.type_name), task, num_threads)
+            _kernels().run(_kernels().dequantising(self.type_name), task, num_threads)
         return out
 
     def _task(self, data: torch.Tensor, num_threads: int, inputs: int, outputs: int, outputs_stride: int) -> Any:
         num_rows, row_nbytes = data.shape
         chunk = -(-num_rows // (num_threads * CHUNKS_PER_THREAD))
         blocks = (self._num_blocks, data.data_ptr(), row_nbytes)
-        return Task(0, num_rows, chunk, *blocks, inputs, 4 * self.shape[1], outputs, outputs_stride)
+        return _kernels().Task(0, num_rows, chunk, *blocks, inputs, 4 * self.shape[1], outputs, outputs_stride)
+
+
+@functools.cache
+def _kernels() -> Any:
+    from pipeline.models.blocks import kernels  # a compiler comes with it, some 40 MB that others do without
+
+    return kernels
 
 
 def compile_products(type_name: str) -> None:
     """All that products with this type may need, so that nobody waits for a compiler later on."""
-    for count in range(1, rows_at_once() + 1):
-        multiplying(type_name, count)
-    dequantising(type_name)
+    kernels = _kernels()
+    for count in range(1, kernels.rows_at_once() + 1):
+        kernels.multiplying(type_name, count)
+    kernels.dequantising(type_name)
 
 
 def _empty(*shape: int) -> torch.Tensor:
