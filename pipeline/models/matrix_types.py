@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from pipeline.config.schema import ModelConfig
 from pipeline.models.blocks.layouts import LAYOUTS
 from pipeline.models.checkpoint import Checkpoint, ModelError
-from pipeline.models.families import cut_config, has_experts
+from pipeline.models.families import has_experts
+from pipeline.models.model_config import first_layer
 from pipeline.models.processor import has_fused_multiply_add
 
 __all__ = [
@@ -79,9 +78,7 @@ def types_or_none(layers: list[dict[str, str]], embedding: str | None, head: str
 
 def _made_types(config: Any, type_name: str) -> dict[str, Any] | None:
     """One type for all matrices whose rows are whole blocks."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(cut_config(config, 0, 1))
-    layout = LAYOUTS[type_name]
+    model, layout = first_layer(config), LAYOUTS[type_name]
     names = [
         f"{name}.weight"
         for name, module in model.base_model.layers[0].named_modules()
